@@ -1,0 +1,48 @@
+# Every target sets up what it needs: a virtual environment in .venv with the pinned, hash-checked dependencies.
+PYTHON  ?= python3
+DATA    ?= ./data
+SEEDS   ?= 1 2 3
+PROFILE ?= embedded
+ARGS    ?=
+VENV    := .venv
+RUN     := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint format lock reproduce-sfa reproduce-all data-cifar10 data-cifar100 data-mnist data-fashion_mnist
+
+help:  ## list the targets
+	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 24
+	@echo
+	@echo "variables: PROFILE=$(PROFILE) (embedded, short or paper)  DATA=$(DATA)  SEEDS=\"$(SEEDS)\"  ARGS=\"more flags\""
+
+setup: $(VENV)/.ready  ## virtual environment with the pinned dependencies
+
+$(VENV)/.ready: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is %d.%d: make PYTHON=/path/to/python3.12 ..." % sys.version_info[:2])'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.txt
+	$(RUN) -m pip install --quiet --require-hashes --no-deps -r $(VENV)/uv.txt
+	$(VENV)/bin/uv pip install --quiet --python $(RUN) --require-hashes -r requirements.lock
+	@touch $@
+
+test: setup  ## run the tests
+	$(RUN) -m pytest $(ARGS)
+
+lint: setup  ## check style
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: setup  ## apply style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+reproduce-sfa: setup  ## Stochastic Feature Averaging and cross-entropy: CSV, comparison, figure
+	$(RUN) -m benchmarks.run sfa --profile $(PROFILE) --data_path $(DATA) --seeds $(SEEDS) $(ARGS)
+
+reproduce-all: reproduce-sfa  ## every method there is
+
+data-cifar10 data-cifar100 data-mnist data-fashion_mnist: setup  ## download a data set to DATA (torchvision's copy, md5 checked)
+	$(RUN) -m common.datasets download $(@:data-%=%) --data_path $(DATA)
+
+lock: setup  ## resolve the dependencies of pyproject.toml anew
+	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra dev pyproject.toml -o requirements.lock

@@ -1,0 +1,1 @@
+"""What no single paper owns: label noise, data sets, augmentation, devices, runs, the command line."""

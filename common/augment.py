@@ -1,0 +1,42 @@
+"""Augmentations of image batches on their device, every parameter drawn per sample from the generator passed in.
+
+Batches are [B, C, H, W] of any dtype. torchvision's own transforms draw one parameter per call, so that a whole batch would
+get the same crop; these follow the distribution of torchvision's transforms applied image by image.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+
+def random_crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
+    """Pad each side with `padding` zeros and cut the original size out of it, at a place of each image's own.
+
+    The (2 padding + 1)^2 places are equally likely, as in torchvision's RandomCrop(size, padding=padding). The result has
+    channels-last strides.
+    """
+    count, _, height, width = images.shape
+    device = images.device
+    top, left = torch.randint(2 * padding + 1, (2, count, 1), generator=generator, device=device)
+    rows = top + torch.arange(height, device=device)  # [B, H]
+    columns = left + torch.arange(width, device=device)  # [B, W]
+    sample = torch.arange(count, device=device)
+    padded = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)  # [B, H + 2p, W + 2p, C]
+    return padded[sample[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def random_flip(images: Tensor, generator: Generator, p: float = 0.5) -> Tensor:
+    """Mirror each image left to right with probability p, as torchvision's RandomHorizontalFlip."""
+    mirrored = torch.rand(len(images), generator=generator, device=images.device) < p
+    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
+
+
+def crop_and_flip(images: Tensor, generator: Generator, padding: int = 4) -> Tensor:
+    """The CIFAR training transform of all five papers: random crop with zero padding, then horizontal flip."""
+    return random_flip(random_crop(images, padding, generator), generator)
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 [B, C, H, W] to float32 (x / 255 - mean) / std, as ToTensor and Normalize; mean and std are [C]."""
+    scale = 1 / (255 * std)
+    return images.float() * scale[:, None, None] - (mean / std)[:, None, None]

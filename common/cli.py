@@ -1,0 +1,167 @@
+"""The command line all scripts share: one-line errors, number types, the flags of our own, presets.
+
+A preset is a named section of a paper's `presets.toml`, a set of flags. `--preset NAME` reads as if those flags stood
+first on the command line, so every value is checked like a typed one and whatever the user types after it wins.
+"""
+
+import argparse
+import math
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake the user can mend. Its text is the one line to print: it names the value and the remedy."""
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one to show: not for switches, nor where the help text explains None."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors in one line, no abbreviated flags, and every default shown in the help."""
+
+    def __init__(self, **options):
+        options.setdefault("formatter_class", _Help)
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        """Print one line on standard error and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def exit_cleanly(main: Callable, argv: Sequence[str] | None = None) -> None:
+    """Call main(argv); a UserError becomes its one line on standard error and exit status 2."""
+    try:
+        main(argv)
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def fraction(text: str) -> float:
+    """argparse type: a number in [0, 1]."""
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return value
+
+
+def positive(text: str) -> float:
+    """argparse type: a finite number > 0."""
+    value = _number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be > 0, got {text}")
+    return value
+
+
+def non_negative(text: str) -> float:
+    """argparse type: a finite number >= 0."""
+    value = _number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be >= 0, got {text}")
+    return value
+
+
+def count(text: str) -> int:
+    """argparse type: a whole number >= 1."""
+    value = count_or_zero(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def count_or_zero(text: str) -> int:
+    """argparse type: a whole number >= 0."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text}") from None
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be >= 0, got {text}")
+    return value
+
+
+def seed(text: str) -> int:
+    """argparse type: a whole number that every generator takes, 0 to 2^32 - 1."""
+    value = count_or_zero(text)
+    if value >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be below 2^32, got {text}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text}") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
+    return value
+
+
+def add_shared_flags(parser: Parser, default_seed: int) -> None:
+    """The flags of our own, the same in every script."""
+    group = parser.add_argument_group("shared by all scripts")
+    group.add_argument("--out", metavar="DIR", help="run directory; by default results/runs/PAPER/ and the arguments")
+    group.add_argument("--seed", type=seed, default=default_seed, help="seeds label noise, initialisation, everything")
+    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
+    group.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="auto: bfloat16 autocast on CUDA, float32 on CPU",
+    )
+    group.add_argument("--compile", action="store_true", help="compile the networks with torch.compile")
+    group.add_argument(
+        "--fidelity",
+        choices=["paper", "released"],
+        default="paper",
+        help="where the paper and the authors' code differ, follow this one",
+    )
+    group.add_argument("--preset", metavar="NAME", help="a section of presets.toml as the defaults; typed flags win")
+    group.add_argument(
+        "--noise_file",
+        metavar="FILE",
+        help="observed labels to use instead of drawn noise (.npy, .npz, .json or .csv, one integer per sample)",
+    )
+    group.add_argument(
+        "-r",
+        "--resume",
+        choices=["auto", "never"],
+        default="auto",
+        help="auto: go on from the run directory's checkpoint; never: refuse a directory that holds a run",
+    )
+    group.add_argument("--limit_train", type=count, metavar="N", help="train on a seeded subset, to try things out")
+
+
+def read_presets(path: Path) -> dict[str, dict]:
+    """The named sections of a presets.toml: {name: {flag: value}}."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def preset_arguments(section: dict) -> list[str]:
+    """A preset's section as command-line words; true stands for a switch."""
+    words = []
+    for flag, value in section.items():
+        words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+    return words
+
+
+def parse_args(parser: Parser, argv: Sequence[str] | None, presets: Path) -> argparse.Namespace:
+    """Parse argv with the flags of --preset, if one is named, put before it."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    finder = Parser(add_help=False, prog=parser.prog)
+    finder.add_argument("--preset")
+    name = finder.parse_known_args(argv)[0].preset
+    if name is None:
+        return parser.parse_args(argv)
+    sections = read_presets(presets)
+    if name not in sections:
+        parser.error(f"unknown preset {name}: choose from {', '.join(sections)}")
+    return parser.parse_args(preset_arguments(sections[name]) + argv)

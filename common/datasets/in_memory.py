@@ -1,0 +1,239 @@
+"""Data sets that fit in memory: digits (embedded), MNIST, Fashion-MNIST, CIFAR-10/100, and any `<root>/<name>.npz`."""
+
+import struct
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
+from torchvision.datasets.utils import calculate_md5
+
+from common.cli import UserError
+
+NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")
+TORCHVISION = {"mnist": MNIST, "fashion_mnist": FashionMNIST, "cifar10": CIFAR10, "cifar100": CIFAR100}
+NUM_CLASSES = {"digits": 10, "mnist": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
+
+# the constants that all five releases normalise with; they are not the data's own deviation (0.247 ... on CIFAR-10)
+NORMALISATION = {
+    "mnist": ((0.1307,), (0.3081,)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
+}
+
+# torchvision checks the archives of MNIST when it fetches them, but not the files it unpacks from them
+MNIST_MD5 = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+class Split(NamedTuple):
+    """Images and their labels, in memory."""
+
+    images: np.ndarray  # uint8 [N, H, W, C]
+    labels: np.ndarray  # int64 [N]
+
+
+class Data(NamedTuple):
+    """A data set in memory, with clean labels unless it came with none."""
+
+    name: str
+    train: Split
+    test: Split
+    num_classes: int
+    mean: tuple[float, ...]  # per channel, of pixels scaled to [0, 1]
+    std: tuple[float, ...]
+    noisy_labels: np.ndarray | None = None  # int64 [N]: observed training labels that an .npz brought along
+
+
+def load(name: str, root: str | Path = "./data", download: bool = False) -> Data:
+    """The data set `name`: <root>/<name>.npz where there is one, else digits or torchvision's copy under root.
+
+    root may also be the very folder of the CIFAR batches, as the releases have it. download fetches torchvision's copy
+    first. UserError: unknown name, missing or damaged files, an .npz of wrong shapes, types or ranges.
+    """
+    root = Path(root)
+    if name == "digits":
+        return _load_digits()
+    if (root / f"{name}.npz").is_file():
+        return _load_npz(name, root / f"{name}.npz")
+    if name not in TORCHVISION:
+        raise UserError(f"unknown data set {name}: choose from {', '.join(NAMES)}, or put your own at {root / name}.npz")
+    if download:
+        _download(name, root)
+    train, test = _load_torchvision(name, root)
+    return _data(name, train, test)
+
+
+def download(name: str, root: str | Path = "./data") -> None:
+    """Fetch torchvision's copy of a data set into root; nothing happens where it is whole already."""
+    if name == "digits":
+        return
+    if name not in TORCHVISION:
+        raise UserError(f"no source to download {name} from: choose from {', '.join(TORCHVISION)}")
+    _download(name, Path(root))
+
+
+def _data(name: str, train: Split, test: Split, noisy_labels: np.ndarray | None = None) -> Data:
+    num_classes = NUM_CLASSES.get(name, int(train.labels.max()) + 1)
+    mean, std = NORMALISATION.get(name) or _pixel_statistics(train.images)
+    return Data(name, train, test, num_classes, mean, std, noisy_labels)
+
+
+def _pixel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    flat = images.reshape(-1, images.shape[-1])
+    histograms = [np.bincount(flat[:, c], minlength=256) / len(flat) for c in range(flat.shape[1])]
+    values = np.arange(256) / 255
+    means = [float(h @ values) for h in histograms]
+    deviations = [float(np.sqrt(h @ (values - m) ** 2)) for h, m in zip(histograms, means, strict=True)]
+    return tuple(means), tuple(max(d, 1e-3) for d in deviations)
+
+
+def _load_digits() -> Data:
+    """1797 handwritten digits, 8x8, split 1437 / 360 by a fixed permutation."""
+    from sklearn.datasets import load_digits  # noqa: PLC0415  (a second of import that only this data set needs)
+
+    bunch = load_digits()
+    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]  # 16 grey levels
+    labels = bunch.target.astype(np.int64)
+    order = np.random.RandomState(0).permutation(len(labels))
+    train, test = (Split(images[part], labels[part]) for part in (order[:1437], order[1437:]))
+    return _data("digits", train, test)
+
+
+# torchvision's copies -------------------------------------------------------------------------------------------------
+
+
+def _download(name: str, root: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        for train in (True, False):
+            TORCHVISION[name](root, train=train, download=True)
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot download {name} into {root.resolve()}: {reason}") from None
+
+
+def _load_torchvision(name: str, root: Path) -> tuple[Split, Split]:
+    if name.startswith("cifar"):
+        kind, place = _cifar_folder(name, root)
+        parts = [kind(place, train=train) for train in (True, False)]
+        return tuple(Split(part.data, np.array(part.targets, dtype=np.int64)) for part in parts)
+    _check_mnist(name, root)
+    parts = [TORCHVISION[name](root, train=train) for train in (True, False)]
+    return tuple(Split(part.data.numpy()[..., None], part.targets.numpy()) for part in parts)
+
+
+def _cifar_folder(name: str, root: Path) -> tuple[type, Path]:
+    """The torchvision class, and the root to give it, once all files are there and match their md5."""
+    kind = TORCHVISION[name]
+    files = {**dict(kind.train_list), **dict(kind.test_list), kind.meta["filename"]: kind.meta["md5"]}
+    folder = root / kind.base_folder
+    if not folder.is_dir() and (root / kind.train_list[0][0]).is_file():
+        folder = root.resolve()  # the release's layout: root is the extracted folder itself
+        kind = type(kind.__name__, (kind,), {"base_folder": folder.name})
+    _check_present(name, root, folder, list(files))
+    for file, md5 in files.items():
+        if calculate_md5(folder / file) != md5:
+            raise _damaged(name, root, folder / file, "its md5 is not the published one")
+    return kind, folder.parent
+
+
+def _check_mnist(name: str, root: Path) -> None:
+    folder = root / TORCHVISION[name].__name__ / "raw"
+    _check_present(name, root, folder, list(MNIST_MD5))
+    archives = dict(TORCHVISION[name].resources)
+    for file, md5 in MNIST_MD5.items():
+        archive = folder / f"{file}.gz"
+        if name == "mnist" and calculate_md5(folder / file) != md5:
+            raise _damaged(name, root, folder / file, "its md5 is not the published one")
+        if archive.is_file() and calculate_md5(archive) != archives[archive.name]:
+            raise _damaged(name, root, archive, "its md5 is not the published one")
+        _check_idx_size(name, root, folder / file)
+
+
+def _check_idx_size(name: str, root: Path, path: Path) -> None:
+    """An idx file says its dimensions in its head (big-endian); its length must agree."""
+    with path.open("rb") as file:
+        magic = file.read(4)
+        dimensions = magic[3] if len(magic) == 4 else 0
+        head = file.read(4 * dimensions)
+    if not dimensions or len(head) < 4 * dimensions:
+        raise _damaged(name, root, path, "its head is cut off")
+    expected = 4 + len(head) + int(np.prod(struct.unpack(f">{dimensions}I", head), dtype=np.int64))
+    if path.stat().st_size != expected:
+        raise _damaged(name, root, path, f"it has {path.stat().st_size} bytes, its head says {expected}")
+
+
+def _check_present(name: str, root: Path, folder: Path, files: list[str]) -> None:
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise UserError(
+            f"{name} not found: looked in {folder.resolve()} for {', '.join(missing)} and in {root.resolve()} for "
+            f"{name}.npz; fetch it with: {_fetch(name, root)}"
+        )
+
+
+def _damaged(name: str, root: Path, path: Path, reason: str) -> UserError:
+    return UserError(f"{path.resolve()} is damaged ({reason}): delete it and run {_fetch(name, root)}")
+
+
+def _fetch(name: str, root: Path) -> str:
+    return f"python -m common.datasets download {name} --data_path {root}"
+
+
+# .npz -----------------------------------------------------------------------------------------------------------------
+
+
+def _load_npz(name: str, path: Path) -> Data:
+    arrays = _read_npz(path)
+    splits = [_checked_split(path, part, arrays) for part in ("train", "test")]
+    num_classes = NUM_CLASSES.get(name, int(splits[0].labels.max()) + 1)
+    for part, split in zip(("train", "test"), splits, strict=True):
+        _check_range(path, f"{part}_labels", split.labels, num_classes)
+    if splits[0].images.shape[1:] != splits[1].images.shape[1:]:
+        raise UserError(f"{path}: train and test images differ in shape: {_shapes(arrays)}")
+    noisy = arrays.get("noisy_labels")
+    if noisy is not None:
+        if noisy.shape != splits[0].labels.shape or not np.issubdtype(noisy.dtype, np.integer):
+            raise UserError(f"{path}: noisy_labels must be {len(splits[0].labels)} integers: {_shapes(arrays)}")
+        _check_range(path, "noisy_labels", noisy, num_classes)
+        noisy = noisy.astype(np.int64)
+    return _data(name, *splits, noisy)
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    wanted = [f"{part}_{what}" for part in ("train", "test") for what in ("images", "labels")]
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [key for key in wanted if key not in file.files]
+            if missing:
+                raise UserError(f"{path}: has no array {', '.join(missing)}; it needs {', '.join(wanted)}")
+            return {key: file[key] for key in [*wanted, "noisy_labels"] if key in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged or no plain .npz: {error}") from None
+
+
+def _checked_split(path: Path, part: str, arrays: dict[str, np.ndarray]) -> Split:
+    images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise UserError(f"{path}: {part}_images must be uint8 [N, H, W] or [N, H, W, 1 or 3]: {_shapes(arrays)}")
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1] or not len(labels):
+        raise UserError(f"{path}: {part}_labels must be one integer per image, at least one: {_shapes(arrays)}")
+    return Split(images, labels.astype(np.int64))
+
+
+def _check_range(path: Path, name: str, labels: np.ndarray, num_classes: int) -> None:
+    if labels.min() < 0 or labels.max() >= num_classes:
+        first = int(np.flatnonzero((labels < 0) | (labels >= num_classes))[0])
+        raise UserError(f"{path}: {name}[{first}] is {labels[first]}, outside 0..{num_classes - 1}")
+
+
+def _shapes(arrays: dict[str, np.ndarray]) -> str:
+    return ", ".join(f"{name} is {array.dtype} {list(array.shape)}" for name, array in arrays.items())

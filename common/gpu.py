@@ -1,0 +1,63 @@
+"""Device and precision: chosen once, printed with the reason, and used by every script in the same way."""
+
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from common.cli import UserError
+
+
+class Device(NamedTuple):
+    """Where a run computes, and how precisely."""
+
+    device: torch.device
+    precision: str  # fp32 or bf16
+    reason: str
+
+    def autocast(self) -> AbstractContextManager:
+        """Mixed precision of the forward passes inside it: bfloat16 where the precision says so, else nothing."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def prepare(self, network: nn.Module, compiled: bool = False) -> nn.Module:
+        """The network on the device, channels-last, its forward compiled in place if asked (names of state unchanged)."""
+        network.to(self.device, memory_format=torch.channels_last)
+        if compiled:
+            network.compile()
+        return network
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A random generator on the device."""
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def peak_memory_mb(self) -> float | None:
+        """Most memory that tensors took on the card so far, in MiB; None on CPU."""
+        return torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else None
+
+
+def pick(device: str = "auto", precision: str = "auto", index: int = 0) -> Device:
+    """Choose device (auto, cpu, cuda; index: which card) and precision (auto, fp32, bf16), and print both with the reason.
+
+    auto: the card if there is one; bfloat16 autocast on CUDA, with TF32 for what stays float32; float32 on CPU. fp32 on
+    CUDA switches TF32 off. UserError: a card that is not there.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cuda" and index >= count:
+        raise UserError(f"--device cuda: there is no CUDA device {index} (found {count}); use --device cpu or auto")
+    on_cuda = device == "cuda" or (device == "auto" and index < count)
+    if on_cuda:
+        name = torch.cuda.get_device_name(index)
+        reason = f"{name}, {'asked for' if device == 'cuda' else 'found'}"
+    else:
+        reason = "asked for" if device == "cpu" else f"no CUDA device {index} found"
+    chosen = precision if precision != "auto" else "bf16" if on_cuda else "fp32"
+    why = "asked for" if precision != "auto" else f"the default on {'CUDA' if on_cuda else 'CPU'}"
+    if on_cuda:
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high" if chosen == "bf16" else "highest")
+        torch.backends.cudnn.allow_tf32 = chosen == "bf16"
+    picked = torch.device("cuda", index) if on_cuda else torch.device("cpu")
+    reason = f"device {picked} ({reason}), precision {chosen} ({why})"
+    print(reason, flush=True)
+    return Device(picked, chosen, reason)

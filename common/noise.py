@@ -1,0 +1,285 @@
+"""Label noise and long-tailed subsets. Pure NumPy: labels in, new labels out; nothing is read, written or printed.
+
+Given the same labels and seed, each generator returns the labels that the authors' release returns, bit for bit. That fixes
+which random numbers are drawn and in which order (see each docstring), but they come from generators of our own that
+leave the global ones alone. "50 % symmetric" means different things in different papers; the names here keep them apart:
+
+name                  who uses it             a corrupted label becomes                        realised rate at rate r
+symmetric             Me-Momentum             one of the other K-1 classes                     about r
+symmetric_inclusive   DivideMix, SANM         one of all K classes, the true one included      about r (K-1)/K
+asymmetric            DivideMix, SANM         its look-alike (CIFAR-10 map)                    about r/2 on CIFAR-10
+pairflip              Me-Momentum             the next class                                   about r
+oneflip               Me-Momentum             2, if it was 1                                   about r/K
+instance              Me-Momentum (Xia 2020)  the class whose projection of the image is big   about r
+imb, sym              SFA                     long-tail aware; any other class                 int(r N)/N
+
+Rate 0 returns a copy of the labels. ValueError: a rate outside [0, 1] or NaN, an unknown name, labels of the wrong shape,
+type or range.
+"""
+
+import random
+from typing import NamedTuple
+
+import numpy as np
+from numpy.random import RandomState
+from scipy.stats import truncnorm
+
+# truck -> automobile, bird -> airplane, cat <-> dog, deer -> horse (Patrini et al. 2017, as in DivideMix and SANM)
+CIFAR10_LOOK_ALIKES = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
+
+CLASS_CONDITIONAL = ("symmetric", "pairflip", "oneflip")
+NOISE_TYPES = (*CLASS_CONDITIONAL, "symmetric_inclusive", "asymmetric", "instance")
+
+
+class Realised(NamedTuple):
+    """What a noisy label vector turned out to be."""
+
+    rate: float  # fraction of labels that differ from the clean ones
+    matrix: np.ndarray  # [K, K] float64: share of class i's samples that carry label j; rows of absent classes are 0
+
+
+def realised(clean: np.ndarray, noisy: np.ndarray, num_classes: int) -> Realised:
+    """The realised noise rate and transition matrix of noisy against clean labels (both int [N])."""
+    clean, noisy = _checked_labels(clean, num_classes), _checked_labels(noisy, num_classes)
+    if clean.shape != noisy.shape:
+        raise ValueError(f"clean and noisy labels differ in length: {len(clean)} and {len(noisy)}")
+    matrix = np.bincount(clean * num_classes + noisy, minlength=num_classes**2).reshape(num_classes, num_classes)
+    matrix = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    return Realised(rate=float(np.mean(clean != noisy)) if len(clean) else 0.0, matrix=matrix)
+
+
+def add_noise(
+    noise_type: str,
+    labels: np.ndarray,
+    rate: float,
+    num_classes: int,
+    seed: int,
+    images: np.ndarray | None = None,
+) -> np.ndarray:
+    """Corrupt labels [N] by one of NOISE_TYPES; `images` (N of any shape, raw pixel values) are for "instance"."""
+    if noise_type in CLASS_CONDITIONAL:
+        return class_conditional(noise_type, labels, rate, num_classes, seed)
+    if noise_type == "symmetric_inclusive":
+        return symmetric_inclusive(labels, rate, num_classes, seed)
+    if noise_type == "asymmetric":
+        return asymmetric(labels, rate, seed)
+    if noise_type == "instance":
+        if images is None:
+            raise ValueError("instance-dependent noise needs the images")
+        return instance_dependent(images, labels, rate, num_classes, seed)
+    raise ValueError(f"unknown noise type {noise_type!r}: choose from {', '.join(NOISE_TYPES)}")
+
+
+# Me-Momentum ----------------------------------------------------------------------------------------------------------
+
+
+def transition_matrix(noise_type: str, rate: float, num_classes: int) -> np.ndarray:
+    """T[i, j] = P(noisy = j | clean = i), float64 [K, K], of symmetric, pairflip or oneflip noise (Me-Momentum)."""
+    _check_rate(rate)
+    if noise_type == "symmetric":
+        if num_classes < 2:
+            raise ValueError(f"symmetric noise needs at least 2 classes, got {num_classes}")
+        matrix = np.full((num_classes, num_classes), rate / (num_classes - 1))
+        np.fill_diagonal(matrix, 1 - rate)
+        return matrix
+    matrix = np.eye(num_classes)
+    if noise_type == "pairflip":
+        matrix *= 1 - rate
+        matrix[np.arange(num_classes), (np.arange(num_classes) + 1) % num_classes] += rate
+    elif noise_type == "oneflip":
+        if num_classes < 3:
+            raise ValueError(f"oneflip noise turns class 1 into class 2 and needs 3 classes, got {num_classes}")
+        matrix[1, 1], matrix[1, 2] = 1 - rate, rate
+    else:
+        raise ValueError(f"unknown noise type {noise_type!r}: choose from {', '.join(CLASS_CONDITIONAL)}")
+    return matrix
+
+
+def class_conditional(
+    noise_type: str, labels: np.ndarray, rate: float, num_classes: int, seed: int
+) -> np.ndarray:
+    """Noise by a transition matrix: one legacy multinomial draw per label, in order (Me-Momentum's release).
+
+    The legacy draw uses up a varying number of uniforms, so it cannot be replaced by one uniform per label.
+    """
+    labels = _checked_labels(labels, num_classes)
+    rows = list(transition_matrix(noise_type, rate, num_classes))
+    if rate == 0:
+        return labels.copy()
+    rng = RandomState(seed)
+    return np.array([rng.multinomial(1, rows[label]).argmax() for label in labels], dtype=np.int64)
+
+
+def instance_dependent(
+    images: np.ndarray, labels: np.ndarray, rate: float, num_classes: int, seed: int, std: float = 0.1
+) -> np.ndarray:
+    """Instance-dependent noise: images that project strongly on a class are mistaken for it (Xia et al. 2020; Me-Momentum).
+
+    images: [N, ...] raw pixel values (0..255), flattened in storage order. Draws from RandomState(seed), in this order:
+    N flip rates from a normal(rate, std) truncated to [0, 1], the projections W [K, F, K], N uniforms. The logits of a
+    sample are its pixels times W[its class]; they are float32, as in the release.
+    """
+    _check_rate(rate)
+    labels = _checked_labels(labels, num_classes)
+    if len(images) != len(labels):
+        raise ValueError(f"images and labels differ in length: {len(images)} and {len(labels)}")
+    if rate == 0:
+        return labels.copy()
+    rng = RandomState(seed)
+    flip_rate = truncnorm((0 - rate) / std, (1 - rate) / std, loc=rate, scale=std).rvs(len(labels), random_state=rng)
+    pixels = np.asarray(images).reshape(len(labels), -1)
+    projection = rng.randn(num_classes, pixels.shape[1], num_classes).astype(np.float32)
+    probabilities = np.empty((len(labels), num_classes), dtype=np.float32)
+    for k in range(num_classes):
+        members = np.flatnonzero(labels == k)
+        logits = pixels[members].astype(np.float32) @ projection[k]
+        logits[:, k] = -np.inf
+        probabilities[members] = _softmax(logits) * flip_rate[members, None].astype(np.float32)
+        probabilities[members, k] = (1 - flip_rate[members]).astype(np.float32)
+    cumulative = probabilities.astype(np.float64).cumsum(axis=1)
+    cumulative /= cumulative[:, -1:]
+    return (cumulative <= rng.random_sample(len(labels))[:, None]).sum(axis=1)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+# DivideMix and SANM ---------------------------------------------------------------------------------------------------
+
+
+def symmetric_inclusive(labels: np.ndarray, rate: float, num_classes: int, seed: int) -> np.ndarray:
+    """int(rate N) random samples get a class drawn from all K, so that 1 in K keeps its own (DivideMix, SANM).
+
+    Draws from random.Random(seed): one shuffle of 0..N-1, whose head is corrupted, then a class per corrupted sample in
+    ascending order.
+    """
+    labels = _checked_labels(labels, num_classes)
+    rng = random.Random(seed)
+    noisy = labels.copy()
+    for i in _corrupted(len(labels), rate, rng):
+        noisy[i] = rng.randint(0, num_classes - 1)
+    return noisy
+
+
+def asymmetric(
+    labels: np.ndarray, rate: float, seed: int, look_alikes: dict[int, int] = CIFAR10_LOOK_ALIKES
+) -> np.ndarray:
+    """int(rate N) random samples take the look-alike of their class, if it has one (DivideMix, SANM on CIFAR-10)."""
+    labels = _checked_labels(labels)
+    if len(labels) and labels.max() > 9 and look_alikes is CIFAR10_LOOK_ALIKES:
+        raise ValueError(f"the asymmetric map is CIFAR-10's: labels must be 0..9, got {labels.max()}")
+    noisy = labels.copy()
+    for i in _corrupted(len(labels), rate, random.Random(seed)):
+        noisy[i] = look_alikes.get(int(labels[i]), labels[i])
+    return noisy
+
+
+def _corrupted(size: int, rate: float, rng: random.Random) -> np.ndarray:
+    """The ascending positions of the int(rate N) samples to corrupt: the head of one standard-library shuffle."""
+    _check_rate(rate)
+    order = list(range(size))
+    rng.shuffle(order)
+    return np.sort(np.array(order[: int(rate * size)], dtype=np.int64))
+
+
+# SFA ------------------------------------------------------------------------------------------------------------------
+
+
+def class_counts(total: int, num_classes: int, imb_type: str, imb_factor: float) -> np.ndarray:
+    """Samples to keep per class of a balanced set of `total` (SFA, Sec. 2.1): int [K].
+
+    exp: m rho^(c/(K-1)); step: m for the first half of the classes, m rho for the second; none: m. m = total / K,
+    rho = imb_factor = smallest / largest, in (0, 1]. Truncated, not rounded.
+    """
+    if not 0 < imb_factor <= 1:
+        raise ValueError(f"imb_factor must be in (0, 1], got {imb_factor}")
+    largest, half = total / num_classes, num_classes // 2
+    if imb_type == "exp":
+        counts = [int(largest * imb_factor ** (c / max(num_classes - 1, 1))) for c in range(num_classes)]
+    elif imb_type == "step":
+        # the release lists 2 (K // 2) classes; an odd last one goes to the tail
+        counts = [int(largest)] * half + [int(largest * imb_factor)] * (num_classes - half)
+    elif imb_type == "none":
+        counts = [int(largest)] * num_classes
+    else:
+        raise ValueError(f"unknown imb_type {imb_type!r}: choose from exp, step, none")
+    return np.array(counts, dtype=np.int64)
+
+
+def long_tailed(labels: np.ndarray, counts: np.ndarray, rng: RandomState) -> np.ndarray:
+    """Positions to keep so that class c has counts[c] samples (or all it has), class after class (SFA, Sec. 2.1).
+
+    Draws from rng: one in-place shuffle of each class's ascending positions, in class order. The order of the result is
+    the training order of the release: blocks of one class.
+    """
+    labels = _checked_labels(labels, len(counts))
+    kept = []
+    for c, count in enumerate(counts):
+        positions = np.flatnonzero(labels == c)
+        rng.shuffle(positions)
+        kept.append(positions[:count])
+    return np.concatenate(kept)
+
+
+def long_tailed_noise(
+    mode: str, labels: np.ndarray, num_classes: int, rate: float, python_rng: random.Random, rng: RandomState
+) -> np.ndarray:
+    """SFA's noise on the clean labels of a long-tailed set (Sec. 2.2): exactly int(rate N) labels change.
+
+    imb: the new class of a sample of class i is j != i with probability n_j / sum_{l != i} n_l, n = class counts.
+    sym: every other class is equally likely. Draws: one shuffle of 0..N-1 from python_rng, whose head is corrupted; then
+    per corrupted sample, ascending, one uniform from rng (imb) or one offset in 1..K-1 from python_rng (sym).
+    """
+    labels = _checked_labels(labels, num_classes)
+    if mode not in ("imb", "sym"):
+        raise ValueError(f"unknown noise_mode {mode!r}: choose from imb, sym")
+    corrupted = _corrupted(len(labels), rate, python_rng)
+    noisy = labels.copy()
+    if len(corrupted) == 0:
+        return noisy
+    if len(np.unique(labels)) < 2:
+        raise ValueError("label noise needs samples of at least 2 classes, got 1")
+    if mode == "sym":
+        offsets = [python_rng.randint(1, num_classes - 1) for _ in corrupted]
+        noisy[corrupted] = (labels[corrupted] + offsets) % num_classes
+        return noisy
+    others = np.tile(np.bincount(labels, minlength=num_classes).astype(np.float64), (num_classes, 1))
+    np.fill_diagonal(others, 0)
+    cumulative = (others / others.sum(axis=1, keepdims=True)).cumsum(axis=1)
+    cumulative /= cumulative[:, -1:]
+    uniforms = rng.random_sample(len(corrupted))
+    noisy[corrupted] = (cumulative[labels[corrupted]] <= uniforms[:, None]).sum(axis=1)
+    return noisy
+
+
+def web_class_budget(raw_counts: np.ndarray, imb_type: str, imb_factor: float) -> np.ndarray:
+    """Images to keep per class when mini-WebVision is made long-tailed (SFA, Sec. 7): int [K].
+
+    The curve of `class_counts` starts at the largest class; the class of rank r by raw count keeps min(curve[r], raw).
+    """
+    raw_counts = np.asarray(raw_counts)
+    curve = class_counts(int(raw_counts.max()) * len(raw_counts), len(raw_counts), imb_type, imb_factor)
+    ranked = np.argsort(raw_counts)[::-1]  # ties: the reverse of NumPy's ascending order, as in the release
+    budget = raw_counts.copy()
+    budget[ranked] = np.minimum(curve, raw_counts[ranked])
+    return budget
+
+
+# checks ---------------------------------------------------------------------------------------------------------------
+
+
+def _check_rate(rate: float) -> None:
+    if not 0 <= rate <= 1:  # also refuses NaN
+        raise ValueError(f"noise rate must be in [0, 1], got {rate}")
+
+
+def _checked_labels(labels: np.ndarray, num_classes: int | None = None) -> np.ndarray:
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not (np.issubdtype(labels.dtype, np.integer) or labels.size == 0):
+        raise ValueError(f"labels must be a vector of integers, got {labels.dtype} of shape {labels.shape}")
+    top = np.inf if num_classes is None else num_classes
+    if labels.size and (labels.min() < 0 or labels.max() >= top):
+        raise ValueError(f"labels must be in 0..{top - 1}, got {labels.min()}..{labels.max()}")
+    return labels.astype(np.int64)

@@ -1,0 +1,1 @@
+"""Stochastic Feature Averaging for learning with long-tailed noisy labels (IJCAI 2023)."""
