@@ -4,6 +4,9 @@ Batches are [B, C, H, W] of any dtype. torchvision's own transforms draw one par
 get the same crop; these follow the distribution of torchvision's transforms applied image by image.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
@@ -34,6 +37,17 @@ def random_flip(images: Tensor, generator: Generator, p: float = 0.5) -> Tensor:
 def crop_and_flip(images: Tensor, generator: Generator, padding: int = 4) -> Tensor:
     """The CIFAR training transform of all five papers: random crop with zero padding, then horizontal flip."""
     return random_flip(random_crop(images, padding, generator), generator)
+
+
+def training_augmentation(dataset: str, size: int) -> Callable[[Tensor, Generator], Tensor]:
+    """The crop-and-flip transform at a data set's own size: padding of an eighth of it (4 pixels of 32).
+
+    Handwritten digits are not mirrored: a mirrored digit is another sign or none.
+    """
+    padding = max(size // 8, 1)
+    if dataset in ("digits", "mnist"):
+        return lambda images, generator: random_crop(images, padding, generator)
+    return partial(crop_and_flip, padding=padding)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ def exit_cleanly(main: Callable, argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def fraction(text: str) -> float:
@@ -108,8 +110,12 @@ def _number(text: str) -> float:
 def add_shared_flags(parser: Parser, default_seed: int) -> None:
     """The flags of our own, the same in every script."""
     group = parser.add_argument_group("shared by all scripts")
-    group.add_argument("--out", metavar="DIR", help="run directory; by default results/runs/PAPER/ and the arguments")
-    group.add_argument("--seed", type=seed, default=default_seed, help="seeds label noise, initialisation, everything")
+    group.add_argument(
+        "--out", metavar="DIR", help="run directory; by default results/runs/PAPER/ and the arguments"
+    )
+    group.add_argument(
+        "--seed", type=seed, default=default_seed, help="seeds label noise, initialisation, everything"
+    )
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
     group.add_argument(
         "--precision",
@@ -124,7 +130,9 @@ def add_shared_flags(parser: Parser, default_seed: int) -> None:
         default="paper",
         help="where the paper and the authors' code differ, follow this one",
     )
-    group.add_argument("--preset", metavar="NAME", help="a section of presets.toml as the defaults; typed flags win")
+    group.add_argument(
+        "--preset", metavar="NAME", help="a section of presets.toml as the defaults; typed flags win"
+    )
     group.add_argument(
         "--noise_file",
         metavar="FILE",
@@ -137,7 +145,9 @@ def add_shared_flags(parser: Parser, default_seed: int) -> None:
         default="auto",
         help="auto: go on from the run directory's checkpoint; never: refuse a directory that holds a run",
     )
-    group.add_argument("--limit_train", type=count, metavar="N", help="train on a seeded subset, to try things out")
+    group.add_argument(
+        "--limit_train", type=count, metavar="N", help="train on a seeded subset, to try things out"
+    )
 
 
 def read_presets(path: Path) -> dict[str, dict]:

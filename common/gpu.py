@@ -44,7 +44,9 @@ def pick(device: str = "auto", precision: str = "auto", index: int = 0) -> Devic
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and index >= count:
-        raise UserError(f"--device cuda: there is no CUDA device {index} (found {count}); use --device cpu or auto")
+        raise UserError(
+            f"--device cuda: there is no CUDA device {index} (found {count}); use --device cpu or auto"
+        )
     on_cuda = device == "cuda" or (device == "auto" and index < count)
     if on_cuda:
         name = torch.cuda.get_device_name(index)

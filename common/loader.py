@@ -72,7 +72,10 @@ class Batches:
         if self.shuffle:
             order = order[torch.randperm(len(order), generator=self.generator, device=order.device)]
         for index in order.split(self.batch_size) if len(order) else ():
-            yield tuple(self.images.view(index, self.augmentation, self.generator) for _ in range(self.views)), index
+            yield (
+                tuple(self.images.view(index, self.augmentation, self.generator) for _ in range(self.views)),
+                index,
+            )
 
     def endless(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         """Pass after pass, without end. ValueError where there is nothing to go through."""

@@ -35,7 +35,9 @@ class Realised(NamedTuple):
     """What a noisy label vector turned out to be."""
 
     rate: float  # fraction of labels that differ from the clean ones
-    matrix: np.ndarray  # [K, K] float64: share of class i's samples that carry label j; rows of absent classes are 0
+    matrix: (
+        np.ndarray
+    )  # [K, K] float64: share of class i's samples that carry label j; rows of absent classes are 0
 
 
 def realised(clean: np.ndarray, noisy: np.ndarray, num_classes: int) -> Realised:
@@ -43,7 +45,9 @@ def realised(clean: np.ndarray, noisy: np.ndarray, num_classes: int) -> Realised
     clean, noisy = _checked_labels(clean, num_classes), _checked_labels(noisy, num_classes)
     if clean.shape != noisy.shape:
         raise ValueError(f"clean and noisy labels differ in length: {len(clean)} and {len(noisy)}")
-    matrix = np.bincount(clean * num_classes + noisy, minlength=num_classes**2).reshape(num_classes, num_classes)
+    matrix = np.bincount(clean * num_classes + noisy, minlength=num_classes**2).reshape(
+        num_classes, num_classes
+    )
     matrix = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     return Realised(rate=float(np.mean(clean != noisy)) if len(clean) else 0.0, matrix=matrix)
 
@@ -88,7 +92,9 @@ def transition_matrix(noise_type: str, rate: float, num_classes: int) -> np.ndar
         matrix[np.arange(num_classes), (np.arange(num_classes) + 1) % num_classes] += rate
     elif noise_type == "oneflip":
         if num_classes < 3:
-            raise ValueError(f"oneflip noise turns class 1 into class 2 and needs 3 classes, got {num_classes}")
+            raise ValueError(
+                f"oneflip noise turns class 1 into class 2 and needs 3 classes, got {num_classes}"
+            )
         matrix[1, 1], matrix[1, 2] = 1 - rate, rate
     else:
         raise ValueError(f"unknown noise type {noise_type!r}: choose from {', '.join(CLASS_CONDITIONAL)}")
@@ -126,7 +132,9 @@ def instance_dependent(
     if rate == 0:
         return labels.copy()
     rng = RandomState(seed)
-    flip_rate = truncnorm((0 - rate) / std, (1 - rate) / std, loc=rate, scale=std).rvs(len(labels), random_state=rng)
+    flip_rate = truncnorm((0 - rate) / std, (1 - rate) / std, loc=rate, scale=std).rvs(
+        len(labels), random_state=rng
+    )
     pixels = np.asarray(images).reshape(len(labels), -1)
     projection = rng.randn(num_classes, pixels.shape[1], num_classes).astype(np.float32)
     probabilities = np.empty((len(labels), num_classes), dtype=np.float32)

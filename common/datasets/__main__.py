@@ -16,7 +16,9 @@ def main(argv=None):
     data = datasets.load(args.name, args.data_path)
     for split in ("train", "test"):
         images, labels = getattr(data, split)
-        print(f"{data.name} {split}: images {list(images.shape)}, {len(labels)} labels of {data.num_classes} classes")
+        print(
+            f"{data.name} {split}: images {list(images.shape)}, {len(labels)} labels of {data.num_classes} classes"
+        )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ def read_labels(path: str | Path, lengths: tuple[int, ...], num_classes: int) ->
 def _checked(labels: np.ndarray, path: Path, lengths: tuple[int, ...], num_classes: int) -> np.ndarray:
     where = f"--noise_file {path}"
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(f"{where}: needs a vector of integers, holds {labels.dtype} of shape {list(labels.shape)}")
+        raise UserError(
+            f"{where}: needs a vector of integers, holds {labels.dtype} of shape {list(labels.shape)}"
+        )
     if len(labels) not in lengths:
         expected = " or ".join(str(n) for n in dict.fromkeys(lengths))
         raise UserError(f"{where}: holds {len(labels)} labels, the training set needs {expected}")

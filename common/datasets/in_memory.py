@@ -62,7 +62,9 @@ def load(name: str, root: str | Path = "./data", download: bool = False) -> Data
     if (root / f"{name}.npz").is_file():
         return _load_npz(name, root / f"{name}.npz")
     if name not in TORCHVISION:
-        raise UserError(f"unknown data set {name}: choose from {', '.join(NAMES)}, or put your own at {root / name}.npz")
+        raise UserError(
+            f"unknown data set {name}: choose from {', '.join(NAMES)}, or put your own at {root / name}.npz"
+        )
     if download:
         _download(name, root)
     train, test = _load_torchvision(name, root)
@@ -200,7 +202,9 @@ def _load_npz(name: str, path: Path) -> Data:
     noisy = arrays.get("noisy_labels")
     if noisy is not None:
         if noisy.shape != splits[0].labels.shape or not np.issubdtype(noisy.dtype, np.integer):
-            raise UserError(f"{path}: noisy_labels must be {len(splits[0].labels)} integers: {_shapes(arrays)}")
+            raise UserError(
+                f"{path}: noisy_labels must be {len(splits[0].labels)} integers: {_shapes(arrays)}"
+            )
         _check_range(path, "noisy_labels", noisy, num_classes)
         noisy = noisy.astype(np.int64)
     return _data(name, *splits, noisy)
@@ -223,9 +227,13 @@ def _checked_split(path: Path, part: str, arrays: dict[str, np.ndarray]) -> Spli
     if images.ndim == 3:
         images = images[..., None]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise UserError(f"{path}: {part}_images must be uint8 [N, H, W] or [N, H, W, 1 or 3]: {_shapes(arrays)}")
+        raise UserError(
+            f"{path}: {part}_images must be uint8 [N, H, W] or [N, H, W, 1 or 3]: {_shapes(arrays)}"
+        )
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1] or not len(labels):
-        raise UserError(f"{path}: {part}_labels must be one integer per image, at least one: {_shapes(arrays)}")
+        raise UserError(
+            f"{path}: {part}_labels must be one integer per image, at least one: {_shapes(arrays)}"
+        )
     return Split(images, labels.astype(np.int64))
 
 

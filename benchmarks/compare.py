@@ -1,0 +1,432 @@
+"""Two result files side by side, cell by cell, or every method of one file beside a baseline.
+
+    python -m benchmarks.compare a.csv b.csv [--metric best last] [--csv OUT.csv]
+    python -m benchmarks.compare a.csv --against ce
+
+Means and standard deviations are over seeds; the interval is Welch's, of the difference of the two means.
+Only runs of the same profile and the same number of epochs are compared; what is left out is listed.
+"""
+
+import csv
+import math
+import os
+import statistics
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+from scipy.stats import t as student_t
+
+from common.cli import Parser, UserError, exit_cleanly
+
+COLUMNS = (
+    *("paper", "table", "cell", "method", "dataset", "noise_type", "noise_rate", "imb_factor", "ood_ratio"),
+    *("profile", "fidelity", "seed", "epochs", "metric", "value", "reported", "delta", "seconds"),
+    *("images_per_second", "peak_memory_mb", "device", "precision", "torch", "git", "command"),
+)
+NUMERIC = {"noise_rate", "imb_factor", "ood_ratio", "epochs", "seed"}
+CONFIDENCE = 0.95
+LINE_LENGTH = 110
+
+
+class Key(NamedTuple):
+    """What is measured: one metric of one method in one table cell. Numbers stand in their shortest form."""
+
+    paper: str
+    table: str
+    cell: str
+    method: str
+    dataset: str
+    noise_type: str
+    noise_rate: str
+    imb_factor: str
+    ood_ratio: str
+    fidelity: str
+    metric: str
+
+
+class Condition(NamedTuple):
+    """What two runs must share to be compared."""
+
+    profile: str
+    epochs: str
+
+
+class Sample(NamedTuple):
+    """One key over its seeds, in the metric's unit (percent for accuracy). std is None for n = 1."""
+
+    n: int
+    mean: float
+    std: float | None
+
+
+class Line(NamedTuple):
+    """One comparison. difference is b - a; low and high bound it, or are None where a sample has one seed.
+
+    key_a and key_b are equal between two files; against a baseline they differ in method and fidelity.
+    """
+
+    key_a: Key
+    key_b: Key
+    condition: Condition
+    a: Sample
+    b: Sample
+    difference: float
+    low: float | None
+    high: float | None
+
+
+class Mismatch(NamedTuple):
+    """A key that is in a and in b under different conditions, and so is not compared."""
+
+    key_a: Key
+    key_b: Key
+    condition_a: Condition
+    condition_b: Condition
+
+
+class Unpaired(NamedTuple):
+    """A key and condition with no counterpart on the other side."""
+
+    key: Key
+    condition: Condition
+
+
+class Comparison(NamedTuple):
+    """Everything found on either side: compared, not comparable, or on one side only."""
+
+    lines: list[Line]
+    mismatches: list[Mismatch]
+    only_a: list[Unpaired]
+    only_b: list[Unpaired]
+
+
+Groups = dict[Key, dict[Condition, dict[str, float]]]
+
+
+def read_results(path: str | Path) -> list[dict]:
+    """The rows of a result file as dicts of text, `value` as a finite float.
+
+    Raises UserError for a file that cannot be read, is empty, lacks a column of the schema, or has a row that
+    is cut short, a value that is not a finite number, or the same seed twice.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = _parse(file, path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: check the path of the result file") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a readable result CSV") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(
+            f"{path} is not a CSV ({error}): give a result file that benchmarks.run wrote"
+        ) from None
+    _group(rows, str(path))
+    return rows
+
+
+def _parse(lines: Iterable[str], path: str | Path) -> list[dict]:
+    reader = csv.DictReader(lines, strict=True)
+    if reader.fieldnames is None:
+        raise UserError(f"{path} is empty: give a result file that benchmarks.run wrote")
+    missing = [name for name in COLUMNS if name not in reader.fieldnames]
+    if missing:
+        raise UserError(
+            f"{path} lacks the columns {', '.join(missing)}: its first line must name all of the schema"
+        )
+    rows = []
+    for row in reader:
+        if None in row or None in row.values():
+            raise UserError(
+                f"{path}, line {reader.line_num}: not as many fields as columns; mend or remove the line"
+            )
+        row["value"] = _finite(row["value"], path, reader.line_num)
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} has a heading and no results: give a file with at least one row")
+    return rows
+
+
+def _finite(text: str, path: str | Path, line: int) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(
+            f"{path}, line {line}: value is {text!r}; it must be a finite number: mend or remove the line"
+        )
+    return value
+
+
+def _cell(row: dict, column: str) -> str:
+    """A field as text that compares: "0.50" and 0.5 alike become "0.5"; None becomes ""."""
+    text = "" if row[column] is None else " ".join(str(row[column]).split())
+    if column not in NUMERIC:
+        return text
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return f"{number:.15g}" if math.isfinite(number) else text
+
+
+def _group(rows: Iterable[dict], source: str) -> Groups:
+    """The values by key, condition and seed, in file order."""
+    groups: Groups = {}
+    for row in rows:
+        key = Key(*(_cell(row, name) for name in Key._fields))
+        condition = Condition(*(_cell(row, name) for name in Condition._fields))
+        values = groups.setdefault(key, {}).setdefault(condition, {})
+        seed = _cell(row, "seed")
+        if seed in values:
+            twice = f"seed {seed or '(blank)'} stands twice for {_label({}, key, condition)}"
+            raise UserError(f"{source}: {twice}: keep one row")
+        values[seed] = float(row["value"])
+    return groups
+
+
+def compare(
+    rows_a: Sequence[dict], rows_b: Sequence[dict], metrics: Sequence[str] | None = None
+) -> Comparison:
+    """Line up the rows of two result files (dicts of the schema, as from read_results).
+
+    metrics: the ones to compare, in this order; None for all there are, in file order.
+    Raises UserError for a metric that neither file has and for a seed that stands twice.
+    """
+    groups_a, groups_b = _group(rows_a, "the first results"), _group(rows_b, "the second results")
+    return _line_up(groups_a, groups_b, metrics, lambda key: key)
+
+
+def against(rows: Sequence[dict], baseline_method: str, metrics: Sequence[str] | None = None) -> Comparison:
+    """Line up every other method of one result file (b) with the baseline method (a) in the same cell.
+
+    The fidelity of the two may differ: it is part of a method's name here. metrics: as in compare.
+    Raises UserError for a method or metric that the file lacks and for a seed that stands twice.
+    """
+    groups = _group(rows, "the results")
+    methods = list(dict.fromkeys(key.method for key in groups))
+    if baseline_method not in methods:
+        raise UserError(f"no method {baseline_method!r} in the results: choose from {', '.join(methods)}")
+    baseline = {key: runs for key, runs in groups.items() if key.method == baseline_method}
+    others = {key: runs for key, runs in groups.items() if key.method != baseline_method}
+    return _line_up(baseline, others, metrics, lambda key: key._replace(method="", fidelity=""))
+
+
+def _line_up(
+    groups_a: Groups, groups_b: Groups, metrics: Sequence[str] | None, shared: Callable[[Key], Key]
+) -> Comparison:
+    """Pair the keys of a and b whose shared part is equal, then their conditions."""
+    metrics = _chosen(metrics, [*groups_a, *groups_b])
+    groups_a, groups_b = _only_metrics(groups_a, metrics), _only_metrics(groups_b, metrics)
+    partners: dict[Key, list[Key]] = {}
+    for key in groups_a:
+        partners.setdefault(shared(key), []).append(key)
+    pairs = [(key_a, key_b) for key_b in groups_b for key_a in partners.get(shared(key_b), [])]
+    # in the order of a, so that the table follows the first file
+    order = {key: place for place, key in enumerate(groups_a)}
+    lines, mismatches = [], []
+    for key_a, key_b in sorted(pairs, key=lambda pair: order[pair[0]]):
+        runs_a, runs_b = groups_a[key_a], groups_b[key_b]
+        lines += [_line(key_a, key_b, both, runs_a[both], runs_b[both]) for both in runs_a if both in runs_b]
+        left, right = [c for c in runs_a if c not in runs_b], [c for c in runs_b if c not in runs_a]
+        mismatches += [Mismatch(key_a, key_b, *conditions) for conditions in product(left, right)]
+    listed_a = {(x.key_a, x.condition) for x in lines} | {(x.key_a, x.condition_a) for x in mismatches}
+    listed_b = {(x.key_b, x.condition) for x in lines} | {(x.key_b, x.condition_b) for x in mismatches}
+    return Comparison(lines, mismatches, _unlisted(groups_a, listed_a), _unlisted(groups_b, listed_b))
+
+
+def _chosen(metrics: Sequence[str] | None, keys: Iterable[Key]) -> list[str]:
+    present = list(dict.fromkeys(key.metric for key in keys))
+    if metrics is None:
+        return present
+    for metric in metrics:
+        if metric not in present:
+            raise UserError(f"no metric {metric!r} in the results: choose from {', '.join(present)}")
+    return list(dict.fromkeys(metrics))
+
+
+def _only_metrics(groups: Groups, metrics: Sequence[str]) -> Groups:
+    return {key: groups[key] for metric in metrics for key in groups if key.metric == metric}
+
+
+def _unlisted(groups: Groups, listed: set[tuple[Key, Condition]]) -> list[Unpaired]:
+    return [Unpaired(key, run) for key, runs in groups.items() for run in runs if (key, run) not in listed]
+
+
+def _line(key_a: Key, key_b: Key, condition: Condition, a: dict[str, float], b: dict[str, float]) -> Line:
+    a, b = summarise(a.values()), summarise(b.values())
+    low, high = welch_interval(a, b) or (None, None)
+    return Line(key_a, key_b, condition, a, b, b.mean - a.mean, low, high)
+
+
+def summarise(values: Iterable[float]) -> Sample:
+    """Count, mean and sample standard deviation (n - 1 in the denominator) of at least one value."""
+    values = list(values)
+    return Sample(
+        len(values), statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    )
+
+
+def welch_interval(a: Sample, b: Sample) -> tuple[float, float] | None:
+    """Two-sided interval of b.mean - a.mean at CONFIDENCE, with Welch-Satterthwaite degrees of freedom.
+
+    None where a sample has one value; the difference itself, twice, where neither sample varies.
+    """
+    if a.std is None or b.std is None:
+        return None
+    difference = b.mean - a.mean
+    part_a, part_b = a.std**2 / a.n, b.std**2 / b.n
+    variance = part_a + part_b
+    if variance == 0:
+        return difference, difference
+    freedom = 1 / ((part_a / variance) ** 2 / (a.n - 1) + (part_b / variance) ** 2 / (b.n - 1))
+    margin = float(student_t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance)
+    return difference - margin, difference + margin
+
+
+def format_table(comparison: Comparison, name_a: str, name_b: str) -> str:
+    """The comparison as text, without a last line break: a table, then what was not compared and why."""
+    labels = [_labels(line) for line in comparison.lines]
+    # the metric stays in every line and in every listed key, so that none is ever without a name
+    varying = {name for label in labels for name in label if label[name] != labels[0][name]} | {"metric"}
+    common = {name: text for name, text in (labels[0] if labels else {}).items() if name not in varying}
+    stated = ", ".join(f"{name} {text}" for name, text in common.items() if text)
+    text = [f"a: {name_a}", f"b: {name_b}"]
+    if stated:
+        text += textwrap.wrap(f"the same in every line: {stated}", LINE_LENGTH, subsequent_indent="  ")
+    text += ["", *(_table(comparison.lines, labels, varying) if labels else ["no line to compare"])]
+    text += _mismatch_text(comparison.mismatches, common)
+    unpaired = [(name_a, only) for only in comparison.only_a] + [(name_b, only) for only in comparison.only_b]
+    if unpaired:
+        text.append("")
+    text += [f"only in {name}: {_label(common, only.key, only.condition)}" for name, only in unpaired]
+    return "\n".join(text)
+
+
+def _labels(line: Line) -> dict[str, str]:
+    """The text columns of a line. The baseline columns are blank between two files."""
+    same = line.key_a == line.key_b
+    return {
+        **line.key_b._asdict(),
+        **line.condition._asdict(),
+        "baseline": "" if same else line.key_a.method,
+        "baseline_fidelity": "" if same else line.key_a.fidelity,
+    }
+
+
+def _label(common: dict[str, str], *parts: Key | Condition) -> str:
+    """A key in words, without the blanks and without what stands above the table already."""
+    fields = [field for part in parts for field in part._asdict().items()]
+    return ", ".join(f"{name} {text or '(blank)'}" for name, text in fields if text != common.get(name, ""))
+
+
+def _table(lines: Sequence[Line], labels: Sequence[dict[str, str]], varying: set[str]) -> list[str]:
+    names = [name for name in labels[0] if name in varying]
+    numbers = ["n a", "mean a", "std a", "n b", "mean b", "std b", "b - a", f"{CONFIDENCE:.0%} interval"]
+    cells = [
+        [label[name] for name in names] + _numbers(line) for line, label in zip(lines, labels, strict=True)
+    ]
+    columns = list(zip([*names, *numbers], *cells, strict=True))
+    padded = [_pad(column, str.ljust) for column in columns[: len(names)]]
+    padded += [_pad(column, str.rjust) for column in columns[len(names) :]]
+    return ["  ".join(row).rstrip() for row in zip(*padded, strict=True)]
+
+
+def _pad(column: Sequence[str], justify: Callable[[str, int], str]) -> list[str]:
+    width = max(map(len, column))
+    return [justify(text, width) for text in column]
+
+
+def _numbers(line: Line) -> list[str]:
+    interval = "" if line.low is None else f"[{line.low:+.2f}, {line.high:+.2f}]"
+    return [*_sample_text(line.a), *_sample_text(line.b), f"{line.difference:+.2f}", interval]
+
+
+def _sample_text(sample: Sample) -> list[str]:
+    return [str(sample.n), f"{sample.mean:.2f}", "" if sample.std is None else f"{sample.std:.2f}"]
+
+
+def _mismatch_text(mismatches: Sequence[Mismatch], common: dict[str, str]) -> list[str]:
+    """The keys under the reason they share."""
+    reasons: dict[str, list[str]] = {}
+    for mismatch in mismatches:
+        columns = zip(Condition._fields, mismatch.condition_a, mismatch.condition_b, strict=True)
+        reason = ", ".join(
+            f"{name} {a or '(blank)'} against {b or '(blank)'}" for name, a, b in columns if a != b
+        )
+        reasons.setdefault(reason, []).append(_label(common, mismatch.key_b))
+    text = []
+    for reason, keys in reasons.items():
+        text += ["", f"not compared: {reason}", *(f"  {key}" for key in dict.fromkeys(keys))]
+    return text
+
+
+def write_csv(comparison: Comparison, path: str | Path) -> None:
+    """The compared lines as a CSV, numbers unrounded; a file already there is replaced whole or not at all.
+
+    Raises UserError where the file cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"{path} cannot be written: give --csv the name of a file in an existing folder")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            _write_lines(comparison.lines, file)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): give --csv a writable folder"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_lines(lines: Sequence[Line], file) -> None:
+    numbers = ["n_a", "mean_a", "std_a", "n_b", "mean_b", "std_b", "difference", "low", "high"]
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([*Key._fields, *Condition._fields, "baseline", "baseline_fidelity", *numbers])
+    for line in lines:
+        writer.writerow([*_labels(line).values(), *line.a, *line.b, line.difference, line.low, line.high])
+
+
+def parse_args(argv: Sequence[str] | None):
+    """The command line. Raises UserError where the number of files does not fit --against."""
+    parser = Parser(prog="python -m benchmarks.compare", description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", metavar="FILE", help="two result CSVs; one with --against")
+    parser.add_argument(
+        "--metric", nargs="+", metavar="NAME", help="metrics to compare; all there are if not given"
+    )
+    parser.add_argument(
+        "--against", metavar="METHOD", help="compare the other methods of one file to this one"
+    )
+    parser.add_argument(
+        "--csv", metavar="OUT.csv", help="also write the compared lines to this file, unrounded"
+    )
+    args = parser.parse_args(argv)
+    expected = 2 if args.against is None else 1
+    if len(args.files) != expected:
+        given = f"{len(args.files)} result file(s) given ({', '.join(args.files)})"
+        raise UserError(f"{given}: give two to compare, or one with --against METHOD")
+    if args.csv is not None and any(Path(args.csv).resolve() == Path(file).resolve() for file in args.files):
+        raise UserError(f"--csv {args.csv} is one of the result files: give another name")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    results = [read_results(path) for path in args.files]
+    if args.against is None:
+        comparison, names = compare(*results, args.metric), args.files
+    else:
+        comparison, names = against(*results, args.against, args.metric), [args.against, "the other methods"]
+    if args.csv is not None:
+        write_csv(comparison, args.csv)
+    print(format_table(comparison, *names))
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

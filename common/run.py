@@ -1,0 +1,381 @@
+"""A run is a directory, and a killed run started again with the same command goes on as if nothing had happened.
+
+args.json               arguments, command and environment
+noisy_labels.npy        the observed labels, and train_index.npy: which training images they belong to
+noise.json              sha256 of noisy_labels.npy, realised noise rate and transition matrix
+log.csv                 a row per epoch; also as TensorBoard events in tensorboard/
+checkpoint.pt           everything needed to go on after the last finished epoch; its predecessor beside it
+result.json, result.csv written when the run is finished, and only then
+"""
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import re
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common import checkpoint, results
+from common.checkpoint import write_atomic
+from common.cli import UserError
+from common.gpu import Device
+from common.noise import realised
+
+ROOT = Path(__file__).resolve().parents[1]
+NOT_COMPARED = ("out", "resume")  # arguments that may differ when a run goes on
+
+
+class Run:
+    """One training run: its directory, log, checkpoints, progress and signals.
+
+    The shape of a script: `run.save_labels(...)`, `run.resume(state)`, `for epoch in run.epochs(n): ...; run.log(...)`,
+    `run.finish()`.
+    """
+
+    def __init__(self, args: Namespace, device: Device, *, paper: str, method: str, name: str, cell: dict):
+        """Open the run directory (args.out, else results/runs/<paper>/<name>) and take its lock.
+
+        cell: dataset, noise_type, noise_rate, imb_factor, ood_ratio and profile of the result rows. UserError: the
+        directory is in use, or holds a run with other arguments, or any run under --resume never.
+        """
+        self.args, self.device, self.paper, self.method, self.cell = args, device, paper, method, cell
+        self.folder = Path(args.out) if args.out else Path("results/runs") / paper / name
+        self.rows: list[dict] = []
+        self.images = 0  # training samples that went through `progress`
+        self.seconds = 0.0  # training time of the finished epochs
+        self._epoch_started = 0.0
+        self._signal: int | None = None
+        self._state: dict[str, Any] = {}
+        self._handlers: dict[int, Any] = {}
+        self._writer: SummaryWriter | None = None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{self.folder} is in use by another process: wait for it, or choose another --out"
+            ) from None
+        self._check_arguments()
+        print(f"run directory {self.folder}", flush=True)
+
+    # what the directory holds -----------------------------------------------------------------------------------------
+
+    def _check_arguments(self) -> None:
+        path = self.folder / "args.json"
+        arguments = {name: value for name, value in vars(self.args).items() if name not in NOT_COMPARED}
+        if not path.exists():
+            foreign = [
+                name
+                for name in ("log.csv", "result.json", checkpoint.CURRENT)
+                if (self.folder / name).exists()
+            ]
+            if foreign:
+                raise UserError(f"{self.folder} holds {foreign[0]} but no args.json: choose another --out")
+            content = {"paper": self.paper, "method": self.method, "command": command()}
+            content |= {"arguments": arguments, "environment": environment(self.device)}
+            write_atomic(path, _json(content))
+            return
+        if self.args.resume == "never":
+            raise UserError(
+                f"{self.folder} holds a run already: remove it, choose another --out, or use --resume auto"
+            )
+        old = json.loads(path.read_text())["arguments"]
+        differing = [
+            f"{n} was {old.get(n)}, now {arguments.get(n)}"
+            for n in {**old, **arguments}
+            if old.get(n) != arguments.get(n)
+        ]
+        if differing:
+            raise UserError(
+                f"{self.folder} holds a run with other arguments ({'; '.join(differing)}): choose another --out"
+            )
+
+    def save_labels(self, index: np.ndarray, clean: np.ndarray, noisy: np.ndarray, num_classes: int) -> None:
+        """Keep the observed labels [N], the training images they belong to, and print what the noise turned out to be.
+
+        UserError: the run began with other labels, so the data or the label file has changed since.
+        """
+        rate, matrix = realised(clean, noisy, num_classes)
+        content = _npy(noisy)
+        report = {
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "samples": len(noisy),
+            "realised_rate": rate,
+            "transition_matrix": [[round(share, 6) for share in row] for row in matrix.tolist()],
+            "observed_counts": np.bincount(noisy, minlength=num_classes).tolist(),
+        }
+        path = self.folder / "noise.json"
+        if path.exists() and json.loads(path.read_text())["sha256"] != report["sha256"]:
+            raise UserError(
+                f"{self.folder} began with other labels: the data or --noise_file changed; choose another --out"
+            )
+        write_atomic(self.folder / "noisy_labels.npy", content)
+        write_atomic(self.folder / "train_index.npy", _npy(index))
+        write_atomic(path, _json(report))
+        print(
+            f"{len(noisy)} training samples, realised noise rate {rate:.4f}, labels sha256 {report['sha256'][:12]}",
+            flush=True,
+        )
+
+    def save_arrays(self, name: str, **arrays: np.ndarray) -> None:
+        """Write arrays as <name>.npz into the run directory, whole or not at all."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        write_atomic(self.folder / f"{name}.npz", buffer.getvalue())
+
+    # going on ---------------------------------------------------------------------------------------------------------
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Take `state` (see common.checkpoint) into every checkpoint, and restore it from the last one if there is one.
+
+        From here on SIGTERM and Ctrl-C stop at the next step, with the last finished epoch's checkpoint in place.
+        """
+        self._state = state
+        saved = checkpoint.load(self.folder)
+        if saved is not None:
+            checkpoint.restore(self._state, saved["state"])
+            torch.set_rng_state(saved["torch_generator"])
+            if saved["cuda_generators"] and self.device.device.type == "cuda":
+                torch.cuda.set_rng_state_all(saved["cuda_generators"])
+            self.rows, self.images, self.seconds = saved["rows"], saved["images"], saved["seconds"]
+            print(f"going on after epoch {len(self.rows)}", flush=True)
+        else:
+            self._save()
+        if self.rows:  # rows written after the checkpoint belong to an epoch that will be done again
+            write_atomic(self.folder / "log.csv", results.to_csv(self.rows, self.rows[0]).encode())
+        else:
+            (self.folder / "log.csv").unlink(missing_ok=True)
+        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=len(self.rows) + 1)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._handlers[number] = signal.signal(number, self._stop_later)
+
+    def _save(self) -> None:
+        cuda = self.device.device.type == "cuda"
+        content = {
+            "state": checkpoint.collect(self._state),
+            "torch_generator": torch.get_rng_state(),
+            "cuda_generators": torch.cuda.get_rng_state_all() if cuda else [],
+            "rows": self.rows,
+            "images": self.images,
+            "seconds": self.seconds,
+        }
+        checkpoint.save(self.folder, content)
+
+    def _stop_later(self, number: int, _frame) -> None:
+        self._signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
+
+    def _stop_if_asked(self) -> None:
+        if self._signal is not None:
+            name = signal.Signals(self._signal).name
+            print(f"{name}: stopped; the same command goes on after epoch {len(self.rows)}", file=sys.stderr)
+            sys.exit(128 + self._signal)
+
+    # the epoch loop ---------------------------------------------------------------------------------------------------
+
+    def epochs(self, last: int) -> Iterator[int]:
+        """The epochs still to do, 1-based; each ends in a checkpoint. The loop body must call `log`."""
+        for epoch in range(len(self.rows) + 1, last + 1):
+            self._stop_if_asked()
+            self._epoch_started = time.perf_counter()
+            yield epoch
+            if len(self.rows) != epoch:
+                raise RuntimeError(f"epoch {epoch} was not logged")
+            self._save()
+
+    def progress(self, batches: Iterable, description: str, training: bool = True) -> Iterator:
+        """Go through batches (views, index) with a progress bar on a terminal, stopping where a signal asked to.
+
+        training: count the samples as trained on, for images_per_second.
+        """
+        for batch in tqdm(batches, description, leave=False, disable=not sys.stderr.isatty()):
+            self._stop_if_asked()
+            self.images += len(batch[1]) if training else 0
+            yield batch
+
+    def log(self, epoch: int, **values: float | int | None) -> None:
+        """Add the epoch's row to log.csv and the event file, and print it. NaN and None leave the cell empty.
+
+        Every row must have the same columns. UserError: a value whose name ends in "loss" is not finite.
+        """
+        seconds = time.perf_counter() - self._epoch_started
+        for name, value in values.items():
+            if name.endswith("loss") and value is not None and not np.isfinite(value):
+                raise UserError(f"{name} is {value} at epoch {epoch}: lower --lr, or try --precision fp32")
+        row = {
+            "epoch": epoch,
+            **{name: _plain(value) for name, value in values.items()},
+            "seconds": round(seconds, 3),
+        }
+        if self.rows and list(row) != list(self.rows[0]):
+            raise ValueError(
+                f"epoch {epoch} logs other columns than epoch 1: {sorted(set(row) ^ set(self.rows[0]))}"
+            )
+        self.rows.append(row)
+        self.seconds += seconds
+        text = results.to_csv([row], row)
+        with (self.folder / "log.csv").open("a") as file:
+            file.write(text if epoch == 1 else text.split("\n", 1)[1])
+        shown = {
+            name: value for name, value in row.items() if name != "epoch" and isinstance(value, (int, float))
+        }
+        for name, value in shown.items():
+            self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
+        print(
+            f"epoch {epoch}/{self.args.num_epochs}  "
+            + "  ".join(_short(n, v) for n, v in list(shown.items())[:8]),
+            flush=True,
+        )
+
+    def finish(self, metric: str = "test_accuracy", **more: float | None) -> None:
+        """Write result.json and result.csv: best, last and mean of the last 10 epochs of `metric`, and `more` metrics."""
+        if self._writer is not None:
+            self._writer.close()
+        path = self.folder / "result.json"
+        if not path.exists():
+            self._write_result(path, metric, more)
+        metrics = json.loads(path.read_text())["metrics"]
+        print(
+            f"finished: {metric} best {metrics['best']:.2f}, last {metrics['last']:.2f}, mean of the last 10 {metrics['last10']:.2f}"
+        )
+        print(f"results in {self.folder}", flush=True)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._lock.release()
+
+    def _write_result(self, path: Path, metric: str, more: dict[str, float | None]) -> None:
+        curve = [row[metric] for row in self.rows]
+        metrics = {"best": max(curve), "last": curve[-1], "last10": float(np.mean(curve[-10:]))}
+        metrics |= {name: _plain(value) for name, value in more.items()}
+        timing = {
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(self.images / self.seconds, 1) if self.seconds else None,
+            "peak_memory_mb": round(
+                self.device.peak_memory_mb() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1
+            ),
+        }
+        noise = json.loads((self.folder / "noise.json").read_text())
+        content = {"paper": self.paper, "method": self.method, **self._cell_columns(), "metric": metric}
+        content |= {"metrics": metrics, "best_epoch": int(np.argmax(curve)) + 1, "images": self.images}
+        content |= {"noise": {key: noise[key] for key in ("sha256", "samples", "realised_rate")}}
+        content |= {"environment": environment(self.device), "command": command(), "timing": timing}
+        common = {
+            "paper": self.paper,
+            "method": self.method,
+            **self._cell_columns(),
+            **timing,
+            "command": command(),
+        }
+        common |= {"device": content["environment"]["device"], "precision": self.device.precision}
+        common |= {"torch": torch.__version__, "git": content["environment"]["git"]}
+        rows = [
+            {**common, "metric": name, "value": value} for name, value in metrics.items() if value is not None
+        ]
+        results.write_results(self.folder / "result.csv", rows)
+        write_atomic(path, _json(content))
+
+    def _cell_columns(self) -> dict:
+        """The columns that say which cell of which table this is; a subset of the data is marked in the profile."""
+        table, _, cell = (getattr(self.args, "preset", None) or "").rpartition("/")
+        columns = {"table": table, "cell": cell or self.folder.name, **self.cell}
+        if getattr(self.args, "limit_train", None):
+            columns["profile"] += f"+limit_train={self.args.limit_train}"
+        columns |= {
+            "fidelity": getattr(self.args, "fidelity", ""),
+            "seed": self.args.seed,
+            "epochs": self.args.num_epochs,
+        }
+        return columns
+
+
+# what a run writes down about itself ----------------------------------------------------------------------------------
+
+
+def command() -> str:
+    """The command line of this process, with the script's path relative to the repository."""
+    script = Path(sys.argv[0]).resolve()
+    if script.is_relative_to(ROOT):
+        script = script.relative_to(ROOT)
+    return shlex.join(["python", str(script), *sys.argv[1:]])
+
+
+def environment(device: Device) -> dict:
+    """Versions, device and commit that a result depends on."""
+    on_cuda = device.device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        **{
+            name: importlib.metadata.version(name)
+            for name in ("torch", "torchvision", "numpy", "scikit-learn")
+        },
+        "platform": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device.device) if on_cuda else "cpu",
+        "cuda": torch.version.cuda if on_cuda else None,
+        "precision": device.precision,
+        "git": git_commit(),
+    }
+
+
+def git_commit() -> str:
+    """The short commit of this clone, with + for uncommitted changes; empty outside a git checkout."""
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"],
+            capture_output=True, text=True, check=False, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )  # fmt: skip
+    except FileNotFoundError:
+        return ""
+    return commit.stdout.strip() if commit.returncode == 0 else ""
+
+
+def run_name(args: Namespace, defaults: dict[str, Any], always: Iterable[str]) -> str:
+    """What the arguments say, as a directory name: the `always` flags first, then every flag not at its default."""
+    unsaid = {"out", "resume", "preset", "data_path", *always}
+    changed = [
+        flag for flag, value in vars(args).items() if flag not in unsaid and value != defaults.get(flag)
+    ]
+    words = [f"{flag}_{getattr(args, flag)}" for flag in [*always, *changed]]
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(words))
+    return name if len(name) <= 200 else f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+def _plain(value: Any) -> float | int | str | None:
+    """A number as Python's own; NaN as None."""
+    if value is None or isinstance(value, (str, int)):
+        return value
+    value = float(value)
+    return None if np.isnan(value) else value
+
+
+def _short(name: str, value: float) -> str:
+    return f"{name} {value:.4g}"
+
+
+def _json(content: dict) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()

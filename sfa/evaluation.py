@@ -1,0 +1,64 @@
+"""What the log says about a run: accuracy by class and by shot, and how good the selection of clean samples is (Sec. 6, 8)."""
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+SHOTS = ("many", "medium", "few")
+SELECTION_STATISTICS = (
+    "selected",
+    "auc",
+    *(f"{s}{q}" for s in ("", "many_", "medium_", "few_") for q in ("precision", "recall")),
+)
+
+
+def shots(observed_counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Which classes are many, medium and few shot, bool [K] each, as in the release's log.
+
+    10 classes: many = 0 and 1, few = 7 to 9. Otherwise by the observed labels: many above 100 samples, few below 20.
+    """
+    num_classes = len(observed_counts)
+    if num_classes == 10:
+        many, few = np.arange(10) <= 1, np.arange(10) >= 7
+    else:
+        many, few = observed_counts > 100, observed_counts < 20
+    return {"many": many, "medium": ~many & ~few, "few": few}
+
+
+def accuracies(predicted: np.ndarray, labels: np.ndarray, observed_counts: np.ndarray) -> dict[str, float]:
+    """Percent: test_accuracy, {many,medium,few}_accuracy (mean recall of the classes of the shot), class_0, class_1, ...
+
+    NaN where the test set has no sample of a class or a shot has no class.
+    """
+    correct = predicted == labels
+    sizes = np.bincount(labels, minlength=len(observed_counts))
+    recall = 100 * np.bincount(labels, weights=correct, minlength=len(sizes)) / np.where(sizes, sizes, np.nan)
+    report = {"test_accuracy": 100 * float(correct.mean())}
+    for name, classes in shots(observed_counts).items():
+        present = recall[classes & (sizes > 0)]
+        report[f"{name}_accuracy"] = float(present.mean()) if len(present) else float("nan")
+    return report | {f"class_{k}": float(value) for k, value in enumerate(recall)}
+
+
+def selection_statistics(
+    clean_probability: np.ndarray,
+    selected: np.ndarray,
+    observed: np.ndarray,
+    clean: np.ndarray,
+    num_classes: int,
+) -> dict[str, float]:
+    """Quality of a selection against the true labels: selected, auc, precision and recall overall and per shot.
+
+    All inputs [N]. precision: clean share of the selected, 0 if none is; recall: selected share of the clean, NaN if a
+    shot has no clean sample; auc: of clean_probability against (observed == clean), NaN if all or none is clean.
+    """
+    is_clean, counts = observed == clean, np.bincount(observed, minlength=num_classes)
+    both = 0 < is_clean.sum() < len(is_clean)
+    auc = float(roc_auc_score(is_clean, clean_probability)) if both else float("nan")
+    report = {"selected": int(selected.sum()), "auc": auc}
+    everyone = {"": np.ones(num_classes, dtype=bool)}
+    for name, classes in (everyone | shots(counts)).items():
+        prefix, members = f"{name}_" if name else "", classes[observed]
+        chosen, truly = members & selected, members & is_clean
+        report[f"{prefix}precision"] = float(is_clean[chosen].mean()) if chosen.any() else 0.0
+        report[f"{prefix}recall"] = float(selected[truly].mean()) if truly.any() else float("nan")
+    return report
