@@ -1,7 +1,9 @@
-"""Augmentations of image batches on their device, every parameter drawn per sample from the generator passed in.
+"""Augmentations of image batches on their device, every parameter drawn per sample from the generator passed
+in.
 
-Batches are [B, C, H, W] of any dtype. torchvision's own transforms draw one parameter per call, so that a whole batch would
-get the same crop; these follow the distribution of torchvision's transforms applied image by image.
+Batches are [B, C, H, W] of any dtype. torchvision's own transforms draw one parameter per call, so that a
+whole batch would get the same crop; these follow the distribution of torchvision's transforms applied image
+by image.
 """
 
 from collections.abc import Callable
@@ -15,8 +17,8 @@ from torch import Generator, Tensor
 def random_crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
     """Pad each side with `padding` zeros and cut the original size out of it, at a place of each image's own.
 
-    The (2 padding + 1)^2 places are equally likely, as in torchvision's RandomCrop(size, padding=padding). The result has
-    channels-last strides.
+    The (2 padding + 1)^2 places are equally likely, as in torchvision's RandomCrop(size, padding=padding).
+    The result has channels-last strides.
     """
     count, _, height, width = images.shape
     device = images.device
@@ -35,7 +37,8 @@ def random_flip(images: Tensor, generator: Generator, p: float = 0.5) -> Tensor:
 
 
 def crop_and_flip(images: Tensor, generator: Generator, padding: int = 4) -> Tensor:
-    """The CIFAR training transform of all five papers: random crop with zero padding, then horizontal flip."""
+    """The CIFAR training transform of all five papers: random crop with zero padding, then horizontal
+    flip."""
     return random_flip(random_crop(images, padding, generator), generator)
 
 
@@ -51,6 +54,7 @@ def training_augmentation(dataset: str, size: int) -> Callable[[Tensor, Generato
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 [B, C, H, W] to float32 (x / 255 - mean) / std, as ToTensor and Normalize; mean and std are [C]."""
+    """uint8 [B, C, H, W] to float32 (x / 255 - mean) / std, as ToTensor and Normalize; mean and std are
+    [C]."""
     scale = 1 / (255 * std)
     return images.float() * scale[:, None, None] - (mean / std)[:, None, None]

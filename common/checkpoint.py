@@ -1,7 +1,8 @@
 """Checkpoints: written whole or not at all, one predecessor kept, read as plain data only.
 
-A state is a dict of named objects: networks, optimisers and schedules (anything with state_dict and load_state_dict), torch
-and NumPy generators, dicts of tensors and numbers (restored in place), and lists of these.
+A state is a dict of named objects: networks, optimisers and schedules (anything with state_dict and
+load_state_dict), torch and NumPy generators, dicts of tensors and numbers (restored in place), and lists of
+these.
 """
 
 import json
@@ -19,7 +20,8 @@ CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that at every moment either the old content or the whole new one is there. OSError on failure."""
+    """Write a file so that at every moment either the old content or the whole new one is there. OSError on
+    failure."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(content)
@@ -30,7 +32,8 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def save(folder: Path, content: dict) -> None:
-    """Write content (tensors and plain data) as the folder's checkpoint; the one before stays as its predecessor."""
+    """Write content (tensors and plain data) as the folder's checkpoint; the one before stays as its
+    predecessor."""
     temporary = folder / (CURRENT + ".tmp")
     with temporary.open("wb") as file:
         torch.save(content, file)
@@ -45,8 +48,8 @@ def save(folder: Path, content: dict) -> None:
 def load(folder: Path) -> dict | None:
     """The folder's checkpoint on the CPU, or its predecessor with a warning; None where there never was one.
 
-    Read with weights_only: a file that holds more than tensors and plain data is refused, and runs nothing. UserError: a
-    checkpoint is there, but neither it nor its predecessor can be read.
+    Read with weights_only: a file that holds more than tensors and plain data is refused, and runs nothing.
+    UserError: a checkpoint is there, but neither it nor its predecessor can be read.
     """
     present = [folder / name for name in (CURRENT, PREVIOUS) if (folder / name).exists()]
     for path in present:

@@ -1,7 +1,8 @@
 """The command line all scripts share: one-line errors, number types, the flags of our own, presets.
 
-A preset is a named section of a paper's `presets.toml`, a set of flags. `--preset NAME` reads as if those flags stood
-first on the command line, so every value is checked like a typed one and whatever the user types after it wins.
+A preset is a named section of a paper's `presets.toml`, a set of flags. `--preset NAME` reads as if those
+flags stood first on the command line, so every value is checked like a typed one and whatever the user types
+after it wins.
 """
 
 import argparse

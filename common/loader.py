@@ -1,5 +1,6 @@
 """Mini-batches of data that stays on the device: gathered, augmented and normalised there, as many views as asked."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -65,7 +66,7 @@ class Batches:
         self.augmentation, self.shuffle, self.generator = augmentation, shuffle, generator
 
     def __len__(self) -> int:
-        return -(-len(self.subset) // self.batch_size)
+        return math.ceil(len(self.subset) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         order = self.subset

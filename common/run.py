@@ -254,9 +254,8 @@ class Run:
         if not path.exists():
             self._write_result(path, metric, more)
         metrics = json.loads(path.read_text())["metrics"]
-        print(
-            f"finished: {metric} best {metrics['best']:.2f}, last {metrics['last']:.2f}, mean of the last 10 {metrics['last10']:.2f}"
-        )
+        best, last, last10 = (metrics[name] for name in ("best", "last", "last10"))
+        print(f"finished: {metric} best {best:.2f}, last {last:.2f}, mean of the last 10 {last10:.2f}")
         print(f"results in {self.folder}", flush=True)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)

@@ -10,9 +10,11 @@ import random
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.optim import SGD
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
@@ -178,30 +180,77 @@ def make_network(data: Data) -> PreActResNet:
     return make(data.num_classes, channels)
 
 
+class Setting(NamedTuple):
+    """What every pass over the training set shares."""
+
+    args: Namespace
+    device: gpu.Device
+    run: Run
+    train: Images
+    labels: torch.Tensor  # observed, int [N]
+    loader: torch.Generator  # shuffles, crops, flips and mixing partners
+    draws: np.random.Generator  # centroids and mixture weights
+
+    def batches(self, size: int, **options) -> Batches:
+        """Shuffled, augmented batches of the training set."""
+        augmentation = training_augmentation(self.args.dataset, self.train.pixels.shape[2])
+        return Batches(
+            self.train, size, shuffle=True, augmentation=augmentation, generator=self.loader, **options
+        )
+
+
 def select(
-    network: PreActResNet,
-    batches,
-    labels: torch.Tensor,
-    moments: Moments | None,
-    normals: torch.Tensor,
-    epoch: int,
-    args: Namespace,
-    device: gpu.Device,
+    network: PreActResNet, moments: Moments | None, num_classes: int, epoch: int, s: Setting
 ) -> Selection:
-    """Clean samples in the eyes of one network [Sec. 6]."""
-    features, confidence = features_and_confidence(network, batches, labels, device)
+    """Clean samples in the eyes of one network [Sec. 6]: features of the plain images, then feature averaging."""
+    args = s.args
+    ordered = s.run.progress(
+        Batches(s.train, 4 * args.batch_size), f"epoch {epoch} selection", training=False
+    )
+    features, confidence = features_and_confidence(network, ordered, s.labels, s.device)
+    normals = s.draws.normal(size=(args.sample_rate, num_classes, features.shape[1]))
     return stochastic_feature_averaging(
         features,
-        labels,
+        s.labels,
         confidence,
         moments,
-        normals=normals,
-        threshold=confidence_threshold(normals.shape[1], args.phi, epoch),
+        normals=torch.from_numpy(normals).to(s.device.device),
+        threshold=confidence_threshold(num_classes, args.phi, epoch),
         beta=args.beta,
         min_draw_count=args.min_draw_count,
         p_threshold=args.p_threshold,
         posterior=POSTERIORS[args.mixture],
     )
+
+
+def co_divide(
+    network: PreActResNet, peer: PreActResNet, optimizer: SGD, split: Selection, epoch: int, s: Setting
+) -> torch.Tensor:
+    """One epoch of semi-supervised training of a network on the split its peer made [Sec. 4]: each step's total loss."""
+    args = s.args
+    if not split.selected.any():
+        print(f"warning: epoch {epoch}: no sample selected, one network is not trained", file=sys.stderr)
+        return torch.empty(0, device=s.device.device)
+    confident, doubtful = split.selected.nonzero()[:, 0], (~split.selected).nonzero()[:, 0]
+    labelled = s.batches(args.batch_size, subset=confident, views=2)
+    unlabelled = s.batches(args.batch_size, subset=doubtful, views=2).endless() if len(doubtful) else None
+    steps = len(confident) // args.batch_size + 1  # num_iter of the release's ramp
+    losses = train_semi(
+        network,
+        peer,
+        optimizer,
+        s.run.progress(labelled, f"epoch {epoch} training"),
+        unlabelled,
+        labels=s.labels,
+        clean=split.clean,
+        class_counts=split.counts,
+        weight=lambda step: ramp_up(args.lambda_u, epoch + step / steps, args.warm_up),
+        draw_mix_weight=lambda: s.draws.beta(args.alpha, args.alpha),
+        draw_permutation=lambda rows: torch.randperm(rows, generator=s.loader, device=s.device.device),
+        temperature=args.T,
+        device=s.device,
+    )
+    return losses[:, 0]
 
 
 def selection_columns(
@@ -235,91 +284,44 @@ def main(argv=None) -> None:
     observed_counts = torch.bincount(labels, minlength=data.num_classes)
 
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
-    networks = [device.prepare(make_network(data), args.compile) for _ in range(2)]
-    optimizers = [torch.optim.SGD(n.parameters(), args.lr, momentum=0.9, weight_decay=5e-4) for n in networks]
-    loader = device.generator(args.seed)  # shuffles, crops, flips and mixing partners
-    draws = np.random.default_rng(args.seed)  # centroids, then mixture weights: the release's order
+    nets = [device.prepare(make_network(data), args.compile) for _ in range(2)]
+    optimizers = [SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4) for net in nets]
+    loader, draws = device.generator(args.seed), np.random.default_rng(args.seed)
     memory = {"moments": [None, None], "clean": [None, None]}
-    run.resume(
-        {"networks": networks, "optimizers": optimizers, "loader": loader, "draws": draws, "memory": memory}
-    )
-
-    augmentation = training_augmentation(args.dataset, train.pixels.shape[2])
-    feature_size = networks[0].heads.standard.in_features
-
-    def batches(size: int, **options) -> Batches:
-        return Batches(train, size, shuffle=True, augmentation=augmentation, generator=loader, **options)
-
-    def selection_of(i: int, epoch: int) -> Selection:
-        """Steps of Sec. 6 for network i; its running moments and clean probabilities go into the checkpoints."""
-        normals = torch.from_numpy(draws.normal(size=(args.sample_rate, data.num_classes, feature_size)))
-        ordered = run.progress(
-            Batches(train, 4 * args.batch_size), f"epoch {epoch} selection {i + 1}", training=False
-        )
-        moments = incoming_moments(memory["moments"][i], args.ema_mode, device)
-        found = select(networks[i], ordered, labels, moments, normals.to(device.device), epoch, args, device)
-        memory["moments"][i], memory["clean"][i] = list(found.moments), found.clean
-        return found
-
-    def train_on(i: int, split: Selection, epoch: int) -> torch.Tensor:
-        """Network i learns from the split that its peer made (co-divide)."""
-        if not split.selected.any():
-            print(
-                f"warning: epoch {epoch}: no sample selected, network {i + 1} is not trained", file=sys.stderr
-            )
-            return torch.empty(0, 5, device=device.device)
-        confident, doubtful = split.selected.nonzero()[:, 0], (~split.selected).nonzero()[:, 0]
-        steps = len(confident) // args.batch_size + 1  # num_iter of the release's ramp
-        return train_semi(
-            networks[i],
-            networks[1 - i],
-            optimizers[i],
-            run.progress(
-                batches(args.batch_size, subset=confident, views=2), f"epoch {epoch} network {i + 1}"
-            ),
-            batches(args.batch_size, subset=doubtful, views=2).endless() if len(doubtful) else None,
-            labels=labels,
-            clean=split.clean,
-            class_counts=split.counts,
-            weight=lambda step: ramp_up(args.lambda_u, epoch + step / steps, args.warm_up),
-            draw_mix_weight=lambda: draws.beta(args.alpha, args.alpha),
-            draw_permutation=lambda rows: torch.randperm(rows, generator=loader, device=device.device),
-            temperature=args.T,
-            device=device,
-        )
+    run.resume({"nets": nets, "optimizers": optimizers, "loader": loader, "draws": draws, "memory": memory})
+    s = Setting(args, device, run, train, labels, loader, draws)
 
     for epoch in run.epochs(args.num_epochs):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = args.lr if epoch <= args.lr_drop else args.lr / 10
         if epoch <= args.warm_up:
-            selections = []
-            losses = [
-                warm_up(
-                    n,
-                    o,
-                    run.progress(batches(2 * args.batch_size), f"epoch {epoch} warm-up"),
-                    labels,
-                    observed_counts,
-                    device,
-                )
-                for n, o in zip(networks, optimizers, strict=True)
-            ]
+            selections, losses = [], []
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                batches = run.progress(s.batches(2 * args.batch_size), f"epoch {epoch} warm-up")
+                losses.append(warm_up(net, optimizer, batches, labels, observed_counts, device))
         else:
-            selections = [selection_of(0, epoch), selection_of(1, epoch)]  # both before any training
-            losses = [train_on(0, selections[1], epoch)[:, 0], train_on(1, selections[0], epoch)[:, 0]]
-        predicted = summed_logits(networks, test, device).argmax(dim=1).cpu().numpy()
+            moments = [incoming_moments(kept, args.ema_mode, device) for kept in memory["moments"]]
+            # both networks select before either is trained
+            selections = [select(nets[i], moments[i], data.num_classes, epoch, s) for i in (0, 1)]
+            losses = [
+                co_divide(nets[i], nets[1 - i], optimizers[i], selections[1 - i], epoch, s) for i in (0, 1)
+            ]
+            memory["moments"] = [list(found.moments) for found in selections]
+            memory["clean"] = [found.clean for found in selections]
+        predicted = summed_logits(nets, test, device).argmax(dim=1).cpu().numpy()
         report = accuracies(predicted, data.test.labels, observed_counts.cpu().numpy())
         classes = {name: report.pop(name) for name in list(report) if name.startswith("class_")}
-        total = torch.cat(losses)
-        loss = float(total.mean()) if len(total) else None
+        losses = torch.cat(losses)
+        loss = float(losses.mean()) if len(losses) else None
         run.log(epoch, loss=loss, **report, **selection_columns(selections, observed, clean), **classes)
 
     if memory["clean"][0] is not None:
-        first, second = (w.cpu().numpy() for w in memory["clean"])
+        first, second = (probability.cpu().numpy() for probability in memory["clean"])
         run.save_arrays("clean_probability", net1=first, net2=second, observed=observed, clean=clean)
-    shots = [f"{shot}_accuracy" for shot in SHOTS]
-    selection = [f"net1_{name}" for name in ("precision", "recall", "auc")]
-    run.finish(**{f"last_{name}": run.rows[-1][name] for name in shots + selection})
+    last = [f"{shot}_accuracy" for shot in SHOTS] + [
+        f"net1_{name}" for name in ("precision", "recall", "auc")
+    ]
+    run.finish(**{f"last_{name}": run.rows[-1][name] for name in last})
 
 
 def incoming_moments(kept: list[torch.Tensor] | None, ema_mode: str, device: gpu.Device) -> Moments | None:

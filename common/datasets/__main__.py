@@ -1,4 +1,5 @@
-"""`python -m common.datasets download cifar10 --data_path ./data`, or `check` in its place: is the copy there and whole?"""
+"""`python -m common.datasets download cifar10 --data_path ./data`, or `check` in its place: is the copy there
+and whole?"""
 
 from common import datasets
 from common.cli import Parser, exit_cleanly

@@ -1,18 +1,22 @@
 """Data sets that fit in memory: digits (embedded), MNIST, Fashion-MNIST, CIFAR-10/100, and any `<root>/<name>.npz`."""
 
+import hashlib
 import struct
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
-from torchvision.datasets.utils import calculate_md5
 
 from common.cli import UserError
 
 NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")
-TORCHVISION = {"mnist": MNIST, "fashion_mnist": FashionMNIST, "cifar10": CIFAR10, "cifar100": CIFAR100}
+TORCHVISION = {
+    "mnist": "MNIST",
+    "fashion_mnist": "FashionMNIST",
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+}
 NUM_CLASSES = {"digits": 10, "mnist": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
 
 # the constants that all five releases normalise with; they are not the data's own deviation (0.247 ... on CIFAR-10)
@@ -110,11 +114,18 @@ def _load_digits() -> Data:
 # torchvision's copies -------------------------------------------------------------------------------------------------
 
 
+def _class(name: str) -> type:
+    """torchvision's class of a data set; imported here because that takes seconds that digits and .npz need not wait."""
+    import torchvision.datasets  # noqa: PLC0415
+
+    return getattr(torchvision.datasets, TORCHVISION[name])
+
+
 def _download(name: str, root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     try:
         for train in (True, False):
-            TORCHVISION[name](root, train=train, download=True)
+            _class(name)(root, train=train, download=True)
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot download {name} into {root.resolve()}: {reason}") from None
@@ -126,13 +137,13 @@ def _load_torchvision(name: str, root: Path) -> tuple[Split, Split]:
         parts = [kind(place, train=train) for train in (True, False)]
         return tuple(Split(part.data, np.array(part.targets, dtype=np.int64)) for part in parts)
     _check_mnist(name, root)
-    parts = [TORCHVISION[name](root, train=train) for train in (True, False)]
+    parts = [_class(name)(root, train=train) for train in (True, False)]
     return tuple(Split(part.data.numpy()[..., None], part.targets.numpy()) for part in parts)
 
 
 def _cifar_folder(name: str, root: Path) -> tuple[type, Path]:
     """The torchvision class, and the root to give it, once all files are there and match their md5."""
-    kind = TORCHVISION[name]
+    kind = _class(name)
     files = {**dict(kind.train_list), **dict(kind.test_list), kind.meta["filename"]: kind.meta["md5"]}
     folder = root / kind.base_folder
     if not folder.is_dir() and (root / kind.train_list[0][0]).is_file():
@@ -140,20 +151,20 @@ def _cifar_folder(name: str, root: Path) -> tuple[type, Path]:
         kind = type(kind.__name__, (kind,), {"base_folder": folder.name})
     _check_present(name, root, folder, list(files))
     for file, md5 in files.items():
-        if calculate_md5(folder / file) != md5:
+        if _md5(folder / file) != md5:
             raise _damaged(name, root, folder / file, "its md5 is not the published one")
     return kind, folder.parent
 
 
 def _check_mnist(name: str, root: Path) -> None:
-    folder = root / TORCHVISION[name].__name__ / "raw"
+    folder = root / TORCHVISION[name] / "raw"
     _check_present(name, root, folder, list(MNIST_MD5))
-    archives = dict(TORCHVISION[name].resources)
+    archives = dict(_class(name).resources)
     for file, md5 in MNIST_MD5.items():
         archive = folder / f"{file}.gz"
-        if name == "mnist" and calculate_md5(folder / file) != md5:
+        if name == "mnist" and _md5(folder / file) != md5:
             raise _damaged(name, root, folder / file, "its md5 is not the published one")
-        if archive.is_file() and calculate_md5(archive) != archives[archive.name]:
+        if archive.is_file() and _md5(archive) != archives[archive.name]:
             raise _damaged(name, root, archive, "its md5 is not the published one")
         _check_idx_size(name, root, folder / file)
 
@@ -169,6 +180,11 @@ def _check_idx_size(name: str, root: Path, path: Path) -> None:
     expected = 4 + len(head) + int(np.prod(struct.unpack(f">{dimensions}I", head), dtype=np.int64))
     if path.stat().st_size != expected:
         raise _damaged(name, root, path, f"it has {path.stat().st_size} bytes, its head says {expected}")
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _check_present(name: str, root: Path, folder: Path, files: list[str]) -> None:
