@@ -13,18 +13,15 @@ def upper_posterior(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     """Probability that each value belongs to the component with the larger mean, of its own group's mixture.
 
     values [N], groups int [N] in 0..G-1. Returns float64 [N]. Each group is fitted by itself, as scikit-learn's
-    GaussianMixture(2, tol=1e-3, max_iter=100, reg_covar=1e-6) would, but in float64 and from the exact 2-means split in
-    place of a random k-means. A group whose values are all equal, one value included, gets 1. ValueError: NaN.
+    GaussianMixture(2, tol=1e-3, max_iter=100, reg_covar=1e-6, random_state=0) would, its k-means start included, but
+    in float64. A group whose values are all equal, one value included, gets 1. ValueError: NaN.
     """
     if values.numel() and not torch.isfinite(values).all():
         raise ValueError("the values of a mixture must be finite")
-    padded, mask, order, place = _by_group(values.double(), groups, num_groups)
+    padded, mask, place = _by_group(values.double(), groups, num_groups)
     spread = padded.masked_fill(~mask, -math.inf).amax(1) - padded.masked_fill(~mask, math.inf).amin(1)
-    posterior = _fit(padded, mask)
-    posterior = torch.where((spread > 0)[:, None], posterior, 1.0)
-    result = torch.empty_like(values, dtype=torch.float64)
-    result[order] = posterior[groups[order], place]
-    return result
+    posterior = torch.where((spread > 0)[:, None], _fit(padded, mask), 1.0)
+    return posterior[groups, place]
 
 
 def sklearn_upper_posterior(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
@@ -44,22 +41,24 @@ def sklearn_upper_posterior(values: Tensor, groups: Tensor, num_groups: int) -> 
     return result.to(values.device)
 
 
-def _by_group(values: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values as rows of groups, ascending: [G, M] padded with 0, its mask, and where each value went."""
-    order = torch.argsort(values, stable=True)
-    order = order[torch.argsort(groups[order], stable=True)]
+def _by_group(values: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values as rows of groups, in their order: [G, M] padded with 0, its mask, and each value's place in its row [N]."""
     counts = torch.bincount(groups, minlength=num_groups)
-    place = torch.arange(len(values), device=values.device) - (counts.cumsum(0) - counts)[groups[order]]
+    order = torch.argsort(groups, stable=True)
+    place = torch.empty_like(groups)
+    place[order] = (
+        torch.arange(len(values), device=values.device) - (counts.cumsum(0) - counts)[groups[order]]
+    )
     padded = values.new_zeros(num_groups, max(int(counts.max()), 1) if len(values) else 1)
-    padded[groups[order], place] = values[order]
+    padded[groups, place] = values
     mask = torch.arange(padded.shape[1], device=values.device) < counts[:, None]
-    return padded, mask, order, place
+    return padded, mask, place
 
 
 def _fit(x: Tensor, mask: Tensor) -> Tensor:
-    """EM on every row of x [G, M] (sorted where mask is True): the posterior of the larger-mean component, [G, M]."""
-    upper = _two_means(x, mask)
-    responsibility = torch.stack([~upper & mask, upper & mask], dim=2).double()  # [G, M, 2]
+    """EM on every row of x [G, M]: the posterior of the larger-mean component, [G, M]."""
+    second = _two_means(x, mask)
+    responsibility = torch.stack([~second & mask, second & mask], dim=2).double()  # [G, M, 2]
     parameters = _maximise(x, mask, responsibility)
     bound = x.new_full((len(x),), -math.inf)
     running = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -79,18 +78,47 @@ def _fit(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _two_means(x: Tensor, mask: Tensor) -> Tensor:
-    """The split of each sorted row that minimises the squared distance to the two halves' means: True in the upper half."""
-    size = mask.sum(dim=1, keepdim=True)
-    below = torch.arange(1, x.shape[1] + 1, device=x.device).expand_as(
-        x
-    )  # size of the lower half, if cut behind here
-    above = size - below
-    total = x.sum(dim=1, keepdim=True)
-    lower_sum = x.cumsum(dim=1)
-    # within-half squares = all squares - (sum of each half)^2 / its size: maximise the latter
-    explained = lower_sum**2 / below + (total - lower_sum) ** 2 / above.clamp_min(1)
-    cut = explained.masked_fill(above < 1, -math.inf).argmax(dim=1, keepdim=True)
-    return torch.arange(x.shape[1], device=x.device) > cut
+    """Two-means of each row of x [G, M] as scikit-learn starts and stops it: True for the members of the second cluster."""
+    centres = _seed_centres(x, mask)
+    size = mask.sum(dim=1).clamp_min(1)
+    deviation = (x - (x.sum(dim=1) / size)[:, None]) * mask
+    tolerance = 1e-4 * (deviation**2).sum(dim=1) / size
+    running = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    second = _nearer_second(x, centres) & mask
+    for _ in range(300):
+        members = torch.stack([~second & mask, second], dim=2).to(x.dtype)
+        moved = (members * x[:, :, None]).sum(dim=1) / members.sum(dim=1).clamp_min(1)
+        shift = ((moved - centres) ** 2).sum(dim=1)
+        centres = torch.where(running[:, None], moved, centres)
+        updated = torch.where(running[:, None], _nearer_second(x, centres) & mask, second)
+        running = running & (shift > tolerance) & (updated != second).any(dim=1)
+        second = updated
+        if not running.any():
+            break
+    return second
+
+
+def _seed_centres(x: Tensor, mask: Tensor) -> Tensor:
+    """k-means++ centres [G, 2] with the three uniforms that random_state 0 gives.
+
+    The first centre is a random value; the second the better of two, drawn by their squared distance from the first.
+    """
+    first_draw, *candidate_draws = np.random.RandomState(0).random_sample(3)
+    first = (first_draw * mask.sum(dim=1)).long()
+    first = x.gather(1, first[:, None])
+    squares = (x - first) ** 2 * mask
+    draws = torch.tensor(candidate_draws, dtype=x.dtype, device=x.device) * squares.sum(dim=1, keepdim=True)
+    places = torch.searchsorted(squares.cumsum(dim=1), draws).clamp_max(x.shape[1] - 1)
+    candidates = x.gather(1, places)  # [G, 2]
+    remaining = (
+        torch.minimum((x[:, :, None] - candidates[:, None]) ** 2, squares[:, :, None]) * mask[:, :, None]
+    )
+    better = remaining.sum(dim=1).argmin(dim=1, keepdim=True)
+    return torch.cat([first, candidates.gather(1, better)], dim=1)
+
+
+def _nearer_second(x: Tensor, centres: Tensor) -> Tensor:
+    return (x - centres[:, 1:]).abs() < (x - centres[:, :1]).abs()
 
 
 def _maximise(x: Tensor, mask: Tensor, responsibility: Tensor) -> tuple[Tensor, Tensor, Tensor]:

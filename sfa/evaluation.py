@@ -2,6 +2,7 @@
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
+from torch import Tensor
 
 SHOTS = ("many", "medium", "few")
 SELECTION_STATISTICS = (
@@ -62,3 +63,9 @@ def selection_statistics(
         report[f"{prefix}precision"] = float(is_clean[chosen].mean()) if chosen.any() else 0.0
         report[f"{prefix}recall"] = float(selected[truly].mean()) if truly.any() else float("nan")
     return report
+
+
+def top_k_accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
+    """Percent of rows of logits [N, K] whose label int [N] is among the k largest."""
+    largest = logits.topk(k, dim=1).indices
+    return 100 * float((largest == labels[:, None]).any(dim=1).float().mean())
