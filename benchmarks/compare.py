@@ -9,7 +9,6 @@ Only runs of the same profile and the same number of epochs are compared; what i
 
 import csv
 import math
-import os
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -19,13 +18,10 @@ from typing import NamedTuple
 
 from scipy.stats import t as student_t
 
+from common.checkpoint import write_atomic
 from common.cli import Parser, UserError, exit_cleanly
+from common.results import COLUMNS, to_csv
 
-COLUMNS = (
-    *("paper", "table", "cell", "method", "dataset", "noise_type", "noise_rate", "imb_factor", "ood_ratio"),
-    *("profile", "fidelity", "seed", "epochs", "metric", "value", "reported", "delta", "seconds"),
-    *("images_per_second", "peak_memory_mb", "device", "precision", "torch", "git", "command"),
-)
 NUMERIC = {"noise_rate", "imb_factor", "ood_ratio", "epochs", "seed"}
 CONFIDENCE = 0.95
 LINE_LENGTH = 110
@@ -92,6 +88,10 @@ class Unpaired(NamedTuple):
 
     key: Key
     condition: Condition
+
+
+CSV_NUMBERS = ("n_a", "mean_a", "std_a", "n_b", "mean_b", "std_b", "difference", "low", "high")
+CSV_COLUMNS = (*Key._fields, *Condition._fields, "baseline", "baseline_fidelity", *CSV_NUMBERS)
 
 
 class Comparison(NamedTuple):
@@ -372,25 +372,17 @@ def write_csv(comparison: Comparison, path: str | Path) -> None:
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"{path} cannot be written: give --csv the name of a file in an existing folder")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            _write_lines(comparison.lines, file)
-        os.replace(temporary, path)
+        write_atomic(path, to_csv(map(_csv_row, comparison.lines), CSV_COLUMNS).encode())
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}): give --csv a writable folder"
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _write_lines(lines: Sequence[Line], file) -> None:
-    numbers = ["n_a", "mean_a", "std_a", "n_b", "mean_b", "std_b", "difference", "low", "high"]
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*Key._fields, *Condition._fields, "baseline", "baseline_fidelity", *numbers])
-    for line in lines:
-        writer.writerow([*_labels(line).values(), *line.a, *line.b, line.difference, line.low, line.high])
+def _csv_row(line: Line) -> dict:
+    numbers = (*line.a, *line.b, line.difference, line.low, line.high)
+    return _labels(line) | dict(zip(CSV_NUMBERS, numbers, strict=True))
 
 
 def parse_args(argv: Sequence[str] | None):
@@ -417,6 +409,7 @@ def parse_args(argv: Sequence[str] | None):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Print the comparison of two result files, or of one file's methods with a baseline."""
     args = parse_args(argv)
     results = [read_results(path) for path in args.files]
     if args.against is None:

@@ -39,7 +39,11 @@ from common.gpu import Device
 from common.noise import realised
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_COMPARED = ("out", "resume")  # arguments that may differ when a run goes on
+NOT_COMPARED = (
+    "out",
+    "resume",
+    "data_path",
+)  # may differ when a run goes on; the labels are checked by sha256
 
 
 class Run:
@@ -52,8 +56,9 @@ class Run:
     def __init__(self, args: Namespace, device: Device, *, paper: str, method: str, name: str, cell: dict):
         """Open the run directory (args.out, else results/runs/<paper>/<name>) and take its lock.
 
-        cell: dataset, noise_type, noise_rate, imb_factor, ood_ratio and profile of the result rows. UserError: the
-        directory is in use, or holds a run with other arguments, or any run under --resume never.
+        cell: dataset, noise_type, noise_rate, imb_factor, ood_ratio and profile of the result rows; table and cell too
+        where no preset names them. UserError: the directory is in use, or holds a run with other arguments, or any run
+        under --resume never.
         """
         self.args, self.device, self.paper, self.method, self.cell = args, device, paper, method, cell
         self.folder = Path(args.out) if args.out else Path("results/runs") / paper / name
@@ -90,6 +95,7 @@ class Run:
             if foreign:
                 raise UserError(f"{self.folder} holds {foreign[0]} but no args.json: choose another --out")
             content = {"paper": self.paper, "method": self.method, "command": command()}
+            content |= {"cell": self._cell_columns()}
             content |= {"arguments": arguments, "environment": environment(self.device)}
             write_atomic(path, _json(content))
             return

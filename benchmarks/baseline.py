@@ -1,0 +1,158 @@
+"""Plain cross-entropy on the very images and observed labels of another run: the row every table needs.
+
+    python -m benchmarks.baseline --like results/runs/sfa/embedded/digits-if0.1-imb0.5/seed1
+
+The other run's directory says which data set, which training images and which observed labels; nothing is drawn anew. One
+pre-activation ResNet-18 (a narrow one below 16 pixels), SGD with momentum 0.9 and weight decay 5e-4, the learning rate a
+tenth for the last quarter, crop and flip.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from common import cli, datasets, gpu
+from common.augment import training_augmentation
+from common.cli import UserError
+from common.loader import Batches, Images
+from common.run import Run
+
+
+class Block(nn.Module):
+    """Basic pre-activation block."""
+
+    def __init__(self, width_in: int, width: int, stride: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(width_in), nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.skip = nn.Conv2d(width_in, width, 1, stride, bias=False) if width_in != width else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, width_in, H, W] -> [B, width, H / stride, W / stride]."""
+        x = F.relu(self.norm1(x))
+        return self.conv2(F.relu(self.norm2(self.conv1(x)))) + self.skip(x)
+
+
+class Network(nn.Sequential):
+    """Pre-activation ResNet: a stem, stages that halve the resolution, mean over the map, a linear classifier."""
+
+    def __init__(self, num_classes: int, in_channels: int, size: int):
+        widths, repeats = ((64, 128, 256, 512), 2) if size >= 16 else ((16, 32, 64), 1)
+        layers = [
+            nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(),
+        ]
+        before = widths[0]
+        for width in widths:
+            for _ in range(repeats):
+                layers.append(Block(before, width, stride=2 if width != before else 1))
+                before = width
+        pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, num_classes)]
+        super().__init__(*layers, *pool)
+
+
+def make_parser() -> cli.Parser:
+    """The baseline's flags."""
+    parser = cli.Parser(prog="baseline.py", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--like", required=True, metavar="RUN", help="run directory to take data and labels from"
+    )
+    parser.add_argument(
+        "--data_path", metavar="DIR", help="where the data sets are; by default as in that run"
+    )
+    parser.add_argument("--num_epochs", type=cli.count, help="epochs; by default as in that run")
+    parser.add_argument("--batch_size", type=cli.count, default=128, help="batch size")
+    parser.add_argument("--lr", type=cli.positive, default=0.02, help="initial learning rate")
+    parser.add_argument("--out", metavar="DIR", help="run directory; by default baseline/ beside that run")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
+    parser.add_argument(
+        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="as in the scripts"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
+    parser.add_argument("-r", "--resume", choices=["auto", "never"], default="auto", help="as in the scripts")
+    return parser
+
+
+def read_run(folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
+    """args.json, training positions [N] and observed labels [N] of a run directory. UserError: it is none."""
+    missing = [n for n in ("args.json", "train_index.npy", "noisy_labels.npy") if not (folder / n).is_file()]
+    if missing:
+        raise UserError(
+            f"--like {folder}: no {', '.join(missing)} in it; name the directory of a run that has begun"
+        )
+    description = json.loads((folder / "args.json").read_text())
+    index, observed = (
+        np.load(folder / f"{n}.npy", allow_pickle=False) for n in ("train_index", "noisy_labels")
+    )
+    return description, index, observed
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, test: Batches, labels: np.ndarray, device: gpu.Device) -> float:
+    """Top-1 accuracy in percent."""
+    network.eval()
+    predicted = []
+    for (images,), _ in test:
+        with device.autocast():
+            predicted.append(network(images).argmax(dim=1))
+    return 100 * float((torch.cat(predicted).cpu().numpy() == labels).mean())
+
+
+def train_epoch(network, optimizer: SGD, batches, labels: Tensor, device: gpu.Device) -> float:
+    """One epoch of cross-entropy on the observed labels: the mean loss."""
+    network.train()
+    losses = []
+    for (images,), index in batches:
+        with device.autocast():
+            loss = F.cross_entropy(network(images).float(), labels[index])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return float(torch.stack(losses).mean())
+
+
+def main(argv=None) -> None:
+    """Train the baseline and write its run directory."""
+    args = make_parser().parse_args(argv)
+    like = Path(args.like)
+    description, index, observed = read_run(like)
+    arguments, cell = description["arguments"], description["cell"]
+    args.seed = arguments["seed"]
+    args.num_epochs = args.num_epochs or arguments["num_epochs"]
+    args.out = args.out or str(like / "baseline")
+    device = gpu.pick(args.device, args.precision)
+    data = datasets.load(arguments["dataset"], args.data_path or arguments.get("data_path", "./data"))
+    columns = ("table", "cell", "dataset", "noise_type", "noise_rate", "imb_factor", "ood_ratio", "profile")
+    run = Run(
+        args, device, paper=description["paper"], method="CE", name="", cell={c: cell[c] for c in columns}
+    )
+    run.save_labels(index, data.train.labels[index], observed, data.num_classes)
+
+    train = Images(data.train.images[index], data.mean, data.std, device.device)
+    test = Batches(Images(data.test.images, data.mean, data.std, device.device), 256)
+    labels = torch.from_numpy(observed).to(device.device)
+    size, channels = data.train.images.shape[2:]
+    torch.manual_seed(args.seed)
+    network = device.prepare(Network(data.num_classes, channels, size), args.compile)
+    optimizer = SGD(network.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
+    loader = device.generator(args.seed)
+    run.resume({"network": network, "optimizer": optimizer, "loader": loader})
+    augmentation = training_augmentation(data.name, size)
+    batches = Batches(train, args.batch_size, augmentation=augmentation, shuffle=True, generator=loader)
+    for epoch in run.epochs(args.num_epochs):
+        optimizer.param_groups[0]["lr"] = args.lr if epoch <= 0.75 * args.num_epochs else args.lr / 10
+        loss = train_epoch(network, optimizer, run.progress(batches, f"epoch {epoch}"), labels, device)
+        run.log(epoch, loss=loss, test_accuracy=accuracy(network, test, data.test.labels, device))
+    run.finish()
+
+
+if __name__ == "__main__":
+    cli.exit_cleanly(main)

@@ -1,0 +1,220 @@
+"""Run the cells of a paper, each method and the cross-entropy baseline, with several seeds; write one CSV and one figure.
+
+    python -m benchmarks.run sfa                                     # the embedded profile: digits, minutes on a laptop
+    python -m benchmarks.run sfa --profile paper --seeds 123 --data_path ./data --fidelity released
+
+Every run is a process of its own, started through its command line as a user would; flags that are not listed here are
+handed to the paper's script. Finished runs are not done again, interrupted ones go on. If any run fails, so does this command.
+"""
+
+import csv
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from benchmarks.cells import PAPERS, PROFILES, ROOT, Cell, cells
+from benchmarks.compare import against, compare, format_table, read_results
+from common import cli
+from common.results import write_results
+
+METRICS = ("best", "last", "last10")
+
+
+class Task(NamedTuple):
+    """One cell with one seed: the method's run, then the baseline on its labels."""
+
+    name: str
+    folder: Path
+    commands: tuple[tuple[Path, list[str]], ...]  # run directory and command line of each, in order
+
+
+class Outcome(NamedTuple):
+    """How a task ended: the run directories that are finished, and what went wrong, if something did."""
+
+    finished: list[Path]
+    failure: str | None
+
+
+class Runner:
+    """Starts the runs of tasks side by side, shows how far they are, and ends them all when it is ended itself."""
+
+    def __init__(self, total: int, environment: dict[str, str]):
+        self.environment = environment
+        self.bar = tqdm(total=total, unit="run", disable=not sys.stderr.isatty())
+        self.children: set[subprocess.Popen] = set()
+        self.lock = threading.Lock()
+        self.stopping = False
+
+    def run(self, task: Task) -> Outcome:
+        """Run the method and its baseline; the baseline needs the labels of the method's run."""
+        finished = []
+        for folder, command in task.commands:
+            failure = self._process(command, folder, f"{task.name} {folder.name}")
+            if failure is not None:
+                return Outcome(finished, f"{task.name}: {failure}")
+            finished.append(folder)
+        return Outcome(finished, None)
+
+    def _process(self, command: list[str], folder: Path, name: str) -> str | None:
+        """Run one process, its output kept in <folder>/console.txt: None, or the last line it wrote before it failed."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.lock:
+            if self.stopping:
+                return "not started"
+            child = subprocess.Popen(
+                command, cwd=ROOT, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )  # fmt: skip
+            self.children.add(child)
+        last = ""
+        with (folder / "console.txt").open("a") as console:
+            for line in child.stdout:
+                console.write(line)
+                last = line.strip() or last
+                if line.startswith("epoch "):
+                    self.bar.set_postfix_str(f"{name} {' '.join(line.split()[:6])}")
+        code = child.wait()
+        with self.lock:
+            self.children.discard(child)
+        self.bar.update()
+        tqdm.write(f"{name}: {last if code else _headline(folder)}")
+        return f"exit status {code}: {last} (see {folder / 'console.txt'})" if code else None
+
+    def stop(self) -> None:
+        """End the runs under way; they leave their checkpoints."""
+        with self.lock:
+            self.stopping = True
+            for child in self.children:
+                child.terminate()
+
+
+def make_task(cell: Cell, seed: int, runs: Path, data_path: Path, extra: list[str]) -> Task:
+    """The run directories and command lines of a cell with a seed; extra flags are part of the directories' names."""
+    suffix = re.sub(r"[^A-Za-z0-9_.-]+", "_", "".join(f"-{word.lstrip('-')}" for word in extra))
+    folder = runs / Path(cell.preset).name / f"seed{seed}{suffix}"
+    data = ["--data_path", _from_root(data_path)]
+    method = cell.command(seed, _from_root(folder), [*data, *extra])
+    # whatever chooses the device must choose it for the baseline too
+    shared = [*data, *_only(extra, ("--device", "--precision"))]
+    baseline = [sys.executable, "-m", "benchmarks.baseline", "--like", _from_root(folder), *shared]
+    return Task(f"{cell.preset} seed {seed}", folder, ((folder, method), (folder / "baseline", baseline)))
+
+
+def _from_root(path: Path) -> str:
+    """A path as the runs are told it: relative to the repository where it lies in it, so that commands can be shared."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def _only(words: list[str], flags: tuple[str, ...]) -> list[str]:
+    """The given flags and their values, out of a list of command-line words."""
+    return [w for i, w in enumerate(words) if w in flags or (i > 0 and words[i - 1] in flags)]
+
+
+def _headline(folder: Path) -> str:
+    rows = {row["metric"]: row for row in collect([folder])}
+    best, last = (float(rows[metric]["value"]) for metric in ("best", "last"))
+    return f"{rows['last']['method']} best {best:.2f}, last {last:.2f} in {rows['last']['seconds']} s"
+
+
+def make_parser() -> cli.Parser:
+    """The command line."""
+    parser = cli.Parser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    parser.add_argument("paper", choices=list(PAPERS), help="whose cells")
+    parser.add_argument(
+        "--profile",
+        choices=PROFILES,
+        default="embedded",
+        help="digits; the paper's data on a shortened schedule; the published protocol",
+    )
+    parser.add_argument(
+        "--cells", nargs="+", metavar="PRESET", help="these cells only; by default all of the profile"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=cli.seed, default=[1, 2, 3], metavar="N", help="one run each"
+    )
+    parser.add_argument(
+        "--jobs", type=cli.count, help="runs at a time; by default one per core on digits, else one"
+    )
+    parser.add_argument("--data_path", default="./data", metavar="DIR", help="where the data sets are")
+    parser.add_argument(
+        "--out", default="results", metavar="DIR", help="where the CSV, the figure and runs/ go"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")
+    return parser
+
+
+def report(paper: str, rows: list[dict], out: Path) -> None:
+    """Print the methods against the baseline, and this file against the reference CSV where there is one."""
+    write_results(out / f"{paper}.csv", rows)
+    rows = read_results(out / f"{paper}.csv")
+    print(f"\n{out / paper}.csv: every method against cross-entropy (CE), accuracy in percent\n")
+    print(format_table(against(rows, "CE", METRICS), "CE", "the method"))
+    reference = ROOT / "benchmarks" / "reference" / f"{paper}.csv"
+    if reference.is_file():
+        print(f"\nthis run against {reference.relative_to(ROOT)}, measured by this project\n")
+        print(format_table(compare(read_results(reference), rows, METRICS), reference.name, f"{paper}.csv"))
+
+
+def run_all(tasks: list[Task], jobs: int, one_thread: bool) -> list[Path]:
+    """Run the tasks, `jobs` at a time: the finished run directories. Exits with status 1 where any run failed."""
+    environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if one_thread else {})}
+    runner = Runner(sum(len(task.commands) for task in tasks), environment)
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                outcomes = list(pool.map(runner.run, tasks))
+            except BaseException:
+                runner.stop()
+                raise
+    finally:
+        runner.bar.close()
+    failures = [outcome.failure for outcome in outcomes if outcome.failure]
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    if failures:
+        sys.exit(1)
+    return [folder for outcome in outcomes for folder in outcome.finished]
+
+
+def main(argv=None) -> None:
+    """Run, collect, compare, draw."""
+    args, extra = make_parser().parse_known_args(argv)
+    out, data_path = Path(args.out).resolve(), Path(args.data_path).resolve()
+    chosen = cells(args.paper, args.profile, args.cells)
+    runs = out / "runs" / args.paper / args.profile
+    tasks = [make_task(cell, seed, runs, data_path, extra) for cell in chosen for seed in args.seeds]
+    if args.dry_run:
+        for task in tasks:
+            for _, command in task.commands:
+                print(shlex.join(["python", *command[1:]]))
+        return
+    # small networks gain nothing from threads, and with one thread each the figures do not depend on the number of cores
+    embedded = args.profile == "embedded"
+    jobs = args.jobs or (os.cpu_count() or 1 if embedded else 1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    folders = run_all(tasks, jobs, one_thread=embedded)
+    report(args.paper, collect(folders), out)
+    figure = [sys.executable, "-m", f"{args.paper}.visualize", *map(str, folders)]
+    subprocess.run([*figure, "--out", str(out / f"{args.paper}.png")], cwd=ROOT, check=True)
+
+
+def collect(folders: list[Path]) -> list[dict]:
+    """The result rows of finished run directories."""
+    rows = []
+    for folder in folders:
+        with (folder / "result.csv").open(newline="") as file:
+            rows += csv.DictReader(file)
+    return rows
+
+
+if __name__ == "__main__":
+    cli.exit_cleanly(main)

@@ -1,0 +1,305 @@
+"""Data sets: the embedded digits, a user's own .npz, torchvision's copies; what is missing, wrong or damaged."""
+
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import datasets
+from common.cli import UserError
+from common.datasets.in_memory import MNIST_MD5
+
+ROOT = Path(__file__).resolve().parents[2]
+UNPACK = ROOT.parent / "shared" / "data" / "unpack.py"
+CIFAR10_FILES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]
+
+
+def message(name: str, root: Path) -> str:
+    """The one line that loading this data set ends in."""
+    with pytest.raises(UserError) as error:
+        datasets.load(name, root)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# digits -----------------------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_1437_and_360_grey_images_of_10_classes():
+    data = datasets.load("digits")
+    assert data.train.images.shape == (1437, 8, 8, 1)
+    assert data.test.images.shape == (360, 8, 8, 1)
+    assert data.num_classes == 10
+    assert data.noisy_labels is None
+    for images, labels in (data.train, data.test):
+        assert images.dtype == np.uint8
+        assert (images.min(), images.max()) == (0, 255)
+        assert labels.dtype == np.int64
+        assert labels.shape == images.shape[:1]
+        assert np.unique(labels).tolist() == list(range(10))
+    pixels = data.train.images / 255
+    assert data.mean == pytest.approx((pixels.mean(),))
+    assert data.std == pytest.approx((pixels.std(),))
+
+
+def test_digits_are_the_same_at_every_load():
+    first, second = datasets.load("digits"), datasets.load("digits")
+    for part in ("train", "test"):
+        for a, b in zip(getattr(first, part), getattr(second, part), strict=True):
+            assert np.array_equal(a, b)
+
+
+# .npz -------------------------------------------------------------------------------------------------------------------
+
+RNG = np.random.RandomState(0)
+GOOD = {
+    "train_images": RNG.randint(0, 256, size=(20, 6, 5, 3), dtype=np.uint8),
+    "train_labels": np.arange(20) % 4,
+    "test_images": RNG.randint(0, 256, size=(8, 6, 5, 3), dtype=np.uint8),
+    "test_labels": np.arange(8) % 4,
+}
+
+
+def write(folder: Path, name: str = "own", **changes) -> Path:
+    """The good arrays with some changed; None leaves one out."""
+    path = folder / f"{name}.npz"
+    np.savez(path, **{key: array for key, array in {**GOOD, **changes}.items() if array is not None})
+    return path
+
+
+def test_an_npz_brings_its_arrays_class_count_and_pixel_statistics(tmp_path):
+    write(tmp_path)
+    data = datasets.load("own", tmp_path)
+    assert data.name == "own"
+    assert data.num_classes == 4
+    for part in ("train", "test"):
+        images, labels = getattr(data, part)
+        assert np.array_equal(images, GOOD[f"{part}_images"])
+        assert np.array_equal(labels, GOOD[f"{part}_labels"])
+        assert labels.dtype == np.int64
+    pixels = GOOD["train_images"] / 255
+    assert data.mean == pytest.approx(tuple(pixels.mean(axis=(0, 1, 2))))
+    assert data.std == pytest.approx(tuple(pixels.std(axis=(0, 1, 2))))
+    assert data.noisy_labels is None
+
+
+def test_an_npz_may_be_grey_with_small_label_types_and_noisy_labels(tmp_path):
+    noisy = (np.arange(20) % 3).astype(np.uint8)
+    write(
+        tmp_path,
+        train_images=GOOD["train_images"][..., 0],
+        test_images=GOOD["test_images"][..., 0],
+        train_labels=GOOD["train_labels"].astype(np.uint8),
+        noisy_labels=noisy,
+    )
+    data = datasets.load("own", tmp_path)
+    assert data.train.images.shape == (20, 6, 5, 1)
+    assert data.test.images.shape == (8, 6, 5, 1)
+    assert data.train.labels.dtype == data.noisy_labels.dtype == np.int64
+    assert np.array_equal(data.noisy_labels, noisy)
+    assert len(data.mean) == len(data.std) == 1
+
+
+def test_an_npz_of_a_known_name_has_that_data_sets_classes_and_constants(tmp_path):
+    write(tmp_path, "cifar100")
+    data = datasets.load("cifar100", tmp_path)
+    assert data.num_classes == 100
+    assert data.mean == (0.507, 0.487, 0.441)
+    assert data.std == (0.267, 0.256, 0.276)
+
+
+def test_constant_pixels_have_a_deviation_to_divide_by(tmp_path):
+    write(tmp_path, train_images=np.full((20, 6, 5, 3), 7, np.uint8))
+    assert min(datasets.load("own", tmp_path).std) > 0
+
+
+OBJECTS = np.array([0, None] * 10, dtype=object)
+
+
+@pytest.mark.parametrize(
+    ("changes", "offending"),
+    [
+        ({"test_labels": None}, "no array test_labels"),
+        ({"train_images": None, "test_images": None}, "no array train_images, test_images"),
+        ({"train_images": GOOD["train_images"] / 255}, "train_images is float64"),
+        ({"test_images": GOOD["test_images"].astype(np.int64)}, "test_images is int64"),
+        ({"train_images": GOOD["train_images"].reshape(20, -1)}, r"train_images is uint8 \[20, 90\]"),
+        ({"train_images": GOOD["train_images"].transpose(0, 3, 1, 2)}, r"train_images is uint8 \[20, 3, 6, 5\]"),
+        ({"test_images": GOOD["test_images"][:, :4]}, r"differ in shape: .*test_images is uint8 \[8, 4, 5, 3\]"),
+        ({"train_labels": GOOD["train_labels"][1:]}, r"train_labels is int64 \[19\]"),
+        ({"train_labels": GOOD["train_labels"][:, None]}, r"train_labels is int64 \[20, 1\]"),
+        ({"test_labels": GOOD["test_labels"] / 1}, "test_labels is float64"),
+        ({"test_labels": np.array([0, 1, 2, 3, 0, 4, 1, 9])}, r"test_labels\[5\] is 4, outside 0\.\.3"),
+        ({"train_labels": GOOD["train_labels"] - 1}, r"train_labels\[0\] is -1, outside 0\.\.2"),
+        ({"train_images": np.zeros((0, 6, 5, 3), np.uint8), "train_labels": np.zeros(0, int)}, "train_labels .* one"),
+        ({"test_images": np.zeros((0, 6, 5, 3), np.uint8), "test_labels": np.zeros(0, int)}, "test_labels .* one"),
+        ({"train_labels": OBJECTS}, "Object arrays cannot be loaded"),
+        ({"noisy_labels": OBJECTS}, "Object arrays cannot be loaded"),
+        ({"noisy_labels": np.zeros(19, int)}, r"noisy_labels must be 20 integers: .*noisy_labels is int64 \[19\]"),
+        ({"noisy_labels": np.zeros(20)}, "noisy_labels must be 20 integers: .*noisy_labels is float64"),
+        ({"noisy_labels": np.full(20, 4)}, r"noisy_labels\[0\] is 4, outside 0\.\.3"),
+    ],
+    ids=[
+        *("missing array", "two missing", "float images", "int64 images", "2-D images", "channels first"),
+        *("other test size", "length mismatch", "2-D labels", "float labels", "label out of range", "negative label"),
+        *("empty train", "empty test", "object labels", "object noisy labels"),
+        *("noisy labels too short", "float noisy labels", "noisy label out of range"),
+    ],
+)  # fmt: skip
+def test_a_wrong_npz_is_refused_with_its_path_and_what_is_wrong(tmp_path, changes, offending):
+    path = write(tmp_path, **changes)
+    text = message("own", tmp_path)
+    assert str(path) in text
+    assert re.search(offending, text), text
+
+
+@pytest.mark.parametrize("name", ["cifar10", "mnist", "fashion_mnist"])
+def test_a_label_outside_a_known_data_set_is_refused(tmp_path, name):
+    path = write(tmp_path, name, train_labels=np.arange(20) % 12)
+    text = message(name, tmp_path)
+    assert str(path) in text
+    assert "train_labels[10] is 10, outside 0..9" in text
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda whole: whole[:300], lambda whole: whole[:-30], lambda _: b"", lambda _: b"no zip at all"],
+    ids=["head only", "end cut off", "no byte", "another kind of file"],
+)  # fmt: skip
+def test_a_damaged_npz_is_refused_with_its_path(tmp_path, damage):
+    path = write(tmp_path)
+    path.write_bytes(damage(path.read_bytes()))
+    text = message("own", tmp_path)
+    assert str(path) in text
+    assert "damaged" in text
+
+
+# missing and damaged ----------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_name_lists_the_known_ones_and_where_to_put_ones_own(tmp_path):
+    text = message("imagenet", tmp_path)
+    assert "imagenet" in text
+    assert all(name in text for name in datasets.NAMES)
+    assert str(tmp_path / "imagenet.npz") in text
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "files"),
+    [
+        ("cifar10", "cifar-10-batches-py", CIFAR10_FILES),
+        ("cifar100", "cifar-100-python", ["train", "test", "meta"]),
+        ("mnist", "MNIST/raw", list(MNIST_MD5)),
+        ("fashion_mnist", "FashionMNIST/raw", list(MNIST_MD5)),
+    ],
+)
+def test_missing_data_names_the_folder_the_files_and_the_command(tmp_path, name, folder, files):
+    text = message(name, tmp_path)
+    assert f"{tmp_path / folder} " in text
+    assert ", ".join(files) in text
+    assert f"{name}.npz" in text
+    assert f"python -m common.datasets download {name} --data_path {tmp_path}" in text
+
+
+def test_only_the_missing_files_are_named(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for file in CIFAR10_FILES[:-2]:
+        (folder / file).touch()
+    text = message("cifar10", tmp_path)
+    assert "for test_batch, batches.meta and" in text
+    assert "data_batch_1" not in text
+
+
+@pytest.mark.parametrize(
+    "root", [".", "cifar-10-batches-py"], ids=["torchvision's root", "the release's root"]
+)
+def test_wrong_cifar_files_are_damaged(tmp_path, root):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for file in CIFAR10_FILES:
+        (folder / file).write_bytes(b"not what it should be")
+    text = message("cifar10", tmp_path / root)
+    assert f"{folder / 'data_batch_1'} is damaged (its md5" in text
+    assert "python -m common.datasets download cifar10" in text
+
+
+def idx(*shape: int) -> bytes:
+    """An idx file of zeros, as MNIST's."""
+    return struct.pack(f">{1 + len(shape)}I", 0x800 + len(shape), *shape) + bytes(int(np.prod(shape)))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (idx(12, 28, 28)[:-1], "it has 9423 bytes, its head says 9424"),
+        (idx(12, 28, 28) + b"\0", "it has 9425 bytes, its head says 9424"),
+        (idx(12, 28, 28)[:9], "its head is cut off"),
+        (b"", "its head is cut off"),
+    ],
+    ids=["a byte short", "a byte long", "head cut", "empty"],
+)
+def test_an_idx_file_of_another_length_than_its_head_says_is_damaged(tmp_path, content, reason):
+    folder = tmp_path / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for file in MNIST_MD5:
+        (folder / file).write_bytes(idx(12, 28, 28) if "images" in file else idx(12))
+    (folder / "t10k-images-idx3-ubyte").write_bytes(content)
+    assert f"{folder / 't10k-images-idx3-ubyte'} is damaged ({reason})" in message("fashion_mnist", tmp_path)
+
+
+def test_digits_need_no_download_and_other_names_have_no_source(tmp_path):
+    datasets.download("digits", tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="no source to download own from: choose from mnist"):
+        datasets.download("own", tmp_path)
+
+
+@pytest.mark.skipif(not UNPACK.is_file(), reason="the real data is not there: no ../shared/data/unpack.py")
+def test_the_real_mnist_is_read_from_torchvisions_files_and_a_flipped_byte_is_found(tmp_path):
+    unpack = [sys.executable, str(UNPACK), "mnist", str(tmp_path), "--official"]
+    subprocess.run(unpack, check=True, capture_output=True)
+    data = datasets.load("mnist", tmp_path)
+    assert data.train.images.shape == (60000, 28, 28, 1)
+    assert data.test.images.shape == (10000, 28, 28, 1)
+    assert data.num_classes == 10
+    assert data.train.images.dtype == np.uint8
+    assert data.train.labels.dtype == np.int64
+    assert data.train.labels[:5].tolist() == [5, 0, 4, 1, 9]
+    assert np.bincount(data.test.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    path = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    with path.open("r+b") as file:
+        file.seek(5000)
+        byte = file.read(1)[0]
+        file.seek(5000)
+        file.write(bytes([byte ^ 1]))
+    assert f"{path} is damaged" in message("mnist", tmp_path)
+
+
+# the command ------------------------------------------------------------------------------------------------------------
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "common.datasets", *words]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_check_prints_what_a_data_set_holds():
+    done = command("check", "digits")
+    assert done.returncode == 0, done.stderr
+    assert "digits train: images [1437, 8, 8, 1], 1437 labels of 10 classes" in done.stdout
+    assert "digits test: images [360, 8, 8, 1], 360 labels of 10 classes" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenet"])
+def test_check_of_missing_data_ends_in_one_line_and_status_2(tmp_path, name):
+    done = command("check", name, "--data_path", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert name in done.stderr
+    assert str(tmp_path) in done.stderr

@@ -1,0 +1,66 @@
+"""Device and precision on a machine without a card (a card that is there is hidden)."""
+
+import pytest
+import torch
+from torch import nn
+
+from common.cli import UserError
+from common.gpu import Device, pick
+
+
+@pytest.fixture
+def no_card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize(("device", "reason"), [("cpu", "asked for"), ("auto", "no CUDA device 0 found")])
+@pytest.mark.parametrize(
+    ("precision", "chosen", "why"),
+    [
+        ("auto", "fp32", "the default on CPU"),
+        ("fp32", "fp32", "asked for"),
+        ("bf16", "bf16", "asked for"),
+    ],
+)
+def test_without_a_card_cpu_is_picked_and_the_reason_printed(
+    no_card, capsys, device, reason, precision, chosen, why
+):
+    picked = pick(device, precision)
+    assert picked.device == torch.device("cpu")
+    assert picked.precision == chosen
+    assert capsys.readouterr().out == f"device cpu ({reason}), precision {chosen} ({why})\n"
+    assert picked.peak_memory_mb() is None
+
+
+@pytest.mark.parametrize("index", [0, 3])
+def test_asking_for_a_card_that_is_not_there_is_an_error(no_card, capsys, index):
+    with pytest.raises(UserError, match=rf"--device cuda: there is no CUDA device {index} \(found 0\)"):
+        pick("cuda", index=index)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_autocast_multiplies_in_the_picked_precision(precision, dtype):
+    picked, a = pick("cpu", precision), torch.eye(3)
+    with picked.autocast():
+        assert (a @ a).dtype == dtype
+    assert (a @ a).dtype == torch.float32
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_prepare_keeps_the_names_and_values_of_the_state(compiled):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    prepared = Device(torch.device("cpu"), "fp32", "test").prepare(network, compiled)
+    state = prepared.state_dict()
+    assert list(state) == list(before)
+    assert all(torch.equal(state[name], value) for name, value in before.items())
+    assert state["0.weight"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_generator_is_seeded_and_leaves_the_global_one_alone():
+    picked, before = pick("cpu"), torch.get_rng_state()
+    draws = [torch.rand(5, generator=picked.generator(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert torch.equal(torch.get_rng_state(), before)

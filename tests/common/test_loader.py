@@ -1,0 +1,145 @@
+"""Mini-batches from images on the device: what a pass goes through, in which order, and what a view is."""
+
+from functools import partial
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from common import augment
+from common.loader import Batches, Images
+
+N, MEAN, STD = 10, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+PIXELS = np.random.RandomState(0).randint(0, 256, size=(N, 8, 6, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def images() -> Images:
+    return Images(PIXELS, MEAN, STD, torch.device("cpu"))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def order(batches) -> list[int]:
+    """The positions that some batches go through."""
+    return [i for _, index in batches for i in index.tolist()]
+
+
+CROP_AND_FLIP = partial(augment.crop_and_flip, padding=2)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"), [(1, [1] * N), (4, [4, 4, 2]), (5, [5, 5]), (9, [9, 1]), (10, [10]), (64, [10])]
+)
+def test_a_pass_has_every_sample_once_and_keeps_the_last_smaller_batch(images, batch_size, sizes, shuffle):
+    batches = Batches(images, batch_size, shuffle=shuffle, generator=generator())
+    assert len(batches) == len(sizes)
+    assert [len(index) for _, index in batches] == sizes
+    assert sorted(order(batches)) == list(range(N))
+
+
+def test_a_subset_is_gone_through_in_its_order_or_shuffled(images):
+    subset = torch.tensor([7, 2, 9, 4, 0])
+    assert order(Batches(images, 2, subset=subset)) == subset.tolist()
+    shuffled = Batches(images, 2, subset=subset, shuffle=True, generator=generator())
+    assert sorted(order(shuffled)) == sorted(subset.tolist())
+    assert len(shuffled) == 3
+
+
+def test_an_unaugmented_view_is_the_normalised_image(images):
+    views = torch.cat([view for (view,), _ in Batches(images, 4)])
+    expected = (PIXELS / 255 - MEAN) / STD
+    assert views.dtype == torch.float32
+    assert torch.equal(views, augment.normalise(images.pixels, images.mean, images.std))
+    torch.testing.assert_close(
+        views, torch.from_numpy(expected).permute(0, 3, 1, 2).float(), rtol=0, atol=2e-6
+    )
+
+
+def test_views_belong_to_their_index_when_shuffled(images):
+    for (view,), index in Batches(images, 3, shuffle=True, generator=generator()):
+        assert torch.equal(view, images.view(index))
+
+
+@pytest.mark.parametrize("views", [1, 2, 4])
+def test_each_view_has_draws_of_its_own(images, views):
+    for batch, index in Batches(images, 5, views=views, augmentation=CROP_AND_FLIP, generator=generator()):
+        assert len(batch) == views
+        assert all(view.shape == (len(index), 3, 8, 6) for view in batch)
+        assert len({view.numpy().tobytes() for view in batch}) == views
+
+
+def test_every_view_shows_the_image_of_its_index(images):
+    for batch, index in Batches(images, 5, views=3, augmentation=augment.random_flip, generator=generator()):
+        plain = images.view(index)
+        for view in batch:
+            same, mirrored = ((view == v).flatten(1).all(1) for v in (plain, plain.flip(3)))
+            assert (same | mirrored).all()
+
+
+def test_augmented_passes_differ_and_leave_the_images_alone(images):
+    batches = Batches(images, N, augmentation=CROP_AND_FLIP, generator=generator())
+    first, second = (next(iter(batches))[0][0] for _ in range(2))
+    assert not torch.equal(first, second)
+    assert np.array_equal(images.pixels.permute(0, 2, 3, 1).numpy(), PIXELS)
+
+
+def test_the_order_is_new_at_every_pass_and_follows_from_the_generator(images):
+    def passes(seed):
+        batches = Batches(images, 4, shuffle=True, generator=generator(seed))
+        return [order(batches) for _ in range(3)]
+
+    first = passes(0)
+    assert first[0] != first[1] != first[2] != first[0]
+    assert first == passes(0)
+    assert first != passes(1)
+
+
+def test_the_global_generator_is_left_alone(images):
+    before = torch.get_rng_state()
+    order(Batches(images, 4, views=2, augmentation=CROP_AND_FLIP, shuffle=True, generator=generator()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_endless_starts_again_in_a_new_order(images):
+    batches = Batches(images, 4, shuffle=True, generator=generator())
+    taken = list(islice(batches.endless(), 3 * len(batches)))
+    assert [len(index) for _, index in taken] == [4, 4, 2] * 3
+    passes = [order(taken[i : i + 3]) for i in (0, 3, 6)]
+    assert all(sorted(p) == list(range(N)) for p in passes)
+    assert passes[0] != passes[1] != passes[2] != passes[0]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_an_empty_subset_gives_no_batch_and_cannot_be_endless(images, shuffle):
+    batches = Batches(
+        images, 4, subset=torch.tensor([], dtype=torch.long), shuffle=shuffle, generator=generator()
+    )
+    assert len(batches) == 0
+    assert list(batches) == []
+    with pytest.raises(ValueError, match="no sample"):
+        next(batches.endless())
+
+
+@pytest.mark.parametrize("need", [{"shuffle": True}, {"augmentation": CROP_AND_FLIP}])
+def test_shuffling_and_augmenting_need_a_generator(images, need):
+    with pytest.raises(ValueError, match="need a generator"):
+        Batches(images, 4, **need)
+
+
+def test_images_are_uint8_channels_last(images):
+    assert len(images) == N
+    assert images.pixels.dtype == torch.uint8
+    assert images.pixels.shape == (N, 3, 8, 6)
+    assert images.pixels.is_contiguous(memory_format=torch.channels_last)
+    assert images.device == torch.device("cpu")
+
+
+def test_grey_images_keep_their_one_channel():
+    grey = Images(PIXELS[..., :1], MEAN[:1], STD[:1], torch.device("cpu"))
+    ((view,), _), *_ = Batches(grey, 4, augmentation=CROP_AND_FLIP, generator=generator())
+    assert view.shape == (4, 1, 8, 6)

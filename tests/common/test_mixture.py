@@ -1,0 +1,124 @@
+"""The batched two-component mixtures against scikit-learn's, one group at a time, and the cases without a mixture."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from common.mixture import sklearn_upper_posterior, upper_posterior
+
+
+def two_normals(rng, low: tuple[float, float, int], high: tuple[float, float, int]) -> np.ndarray:
+    """Values of a lower and an upper normal component, each (mean, deviation, size)."""
+    return np.concatenate([rng.normal(*low), rng.normal(*high)])
+
+
+CLEAR = {
+    "bimodal": lambda rng: two_normals(rng, (0.2, 0.05, 150), (0.8, 0.08, 90)),
+    "small": lambda rng: two_normals(rng, (-0.5, 0.05, 6), (0.9, 0.05, 9)),
+    "unequal": lambda rng: two_normals(rng, (0.0, 0.02, 190), (1.0, 0.1, 10)),
+    "two samples": lambda rng: np.array([0.1, 0.9]),
+}
+BLURRED = {
+    "overlapping": lambda rng: two_normals(rng, (0.0, 1.0, 200), (2.0, 1.0, 150)),
+    "heavy-tailed": lambda rng: rng.standard_t(2, size=250),
+    "skewed": lambda rng: rng.lognormal(size=180),
+    "one normal": lambda rng: rng.normal(size=120),
+    "cosines": lambda rng: 1 - rng.beta(5, 1, size=300),
+}
+
+
+def grouped(kinds: dict, seed: int) -> tuple[Tensor, Tensor, int]:
+    """A group of each kind, of different sizes, the samples of all groups mixed: values, groups, number of groups."""
+    rng = np.random.RandomState(seed)
+    columns = [make(rng) for make in kinds.values()]
+    groups = np.repeat(np.arange(len(columns)), [len(c) for c in columns])
+    order = rng.permutation(len(groups))
+    return (
+        torch.from_numpy(np.concatenate(columns)[order]).float(),
+        torch.from_numpy(groups[order]),
+        len(columns),
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_selections_agree_with_scikit_learn(seed):
+    values, groups, count = grouped({**CLEAR, **BLURRED}, seed)
+    ours, theirs = (fit(values, groups, count) for fit in (upper_posterior, sklearn_upper_posterior))
+    assert ours.dtype == theirs.dtype == torch.float64
+    for group, kind in enumerate([*CLEAR, *BLURRED]):
+        sure = (groups == group) & ((ours - 0.5).abs() >= 0.05) & ((theirs - 0.5).abs() >= 0.05)
+        assert sure.sum() >= 0.8 * (groups == group).sum(), kind
+        assert ((ours > 0.5) == (theirs > 0.5))[sure].double().mean() >= 0.99, kind
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_clearly_bimodal_groups_have_scikit_learns_probabilities(seed):
+    values, groups, count = grouped(CLEAR, seed)
+    ours, theirs = (fit(values, groups, count) for fit in (upper_posterior, sklearn_upper_posterior))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02)
+    assert torch.equal(ours > 0.5, values > 0.5)  # the components lie on both sides of 0.5
+
+
+def test_probabilities_are_probabilities():
+    probability = upper_posterior(*grouped({**CLEAR, **BLURRED}, seed=4))
+    assert ((probability >= 0) & (probability <= 1)).all()
+
+
+@pytest.mark.parametrize("value", [0.0, -3.25, 7.1])
+@pytest.mark.parametrize("size", [1, 2, 50])
+def test_a_group_of_equal_values_gets_1(size, value):
+    clear, _, _ = grouped({"bimodal": CLEAR["bimodal"]}, seed=0)
+    values = torch.cat([clear, torch.full((size,), value)])
+    groups = (torch.arange(len(values)) >= len(clear)).long()
+    probability = upper_posterior(values, groups, 2)
+    assert torch.equal(probability[groups == 1], torch.ones(size, dtype=torch.float64))
+    assert torch.equal(
+        probability, sklearn_upper_posterior(values, groups, 2).where(groups == 1, probability)
+    )
+    assert probability[groups == 0].min() < 0.01
+
+
+def test_groups_without_members_change_nothing():
+    values, groups, count = grouped(CLEAR, seed=0)
+    gaps = upper_posterior(values, 2 * groups + 1, 2 * count + 3)
+    torch.testing.assert_close(gaps, upper_posterior(values, groups, count), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("num_groups", [0, 1, 3])
+def test_no_values_give_no_probabilities(num_groups):
+    probability = upper_posterior(torch.empty(0), torch.empty(0, dtype=torch.long), num_groups)
+    assert probability.shape == (0,)
+    assert probability.dtype == torch.float64
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_are_refused(wrong):
+    values, groups, count = grouped(CLEAR, seed=0)
+    values[17] = wrong
+    with pytest.raises(ValueError, match="finite"):
+        upper_posterior(values, groups, count)
+
+
+@pytest.mark.parametrize("group", range(len(CLEAR) + len(BLURRED)), ids=[*CLEAR, *BLURRED])
+def test_a_group_fitted_alone_gets_the_same(group):
+    values, groups, count = grouped({**CLEAR, **BLURRED}, seed=1)
+    members = groups == group
+    alone = upper_posterior(values[members], torch.zeros(int(members.sum()), dtype=torch.long), 1)
+    torch.testing.assert_close(upper_posterior(values, groups, count)[members], alone, rtol=0, atol=1e-9)
+
+
+def test_the_order_of_the_samples_does_not_matter():
+    values, groups, count = grouped({**CLEAR, **BLURRED}, seed=2)
+    values[groups == 0] = (values[groups == 0] * 20).round() / 20  # with ties
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
+    permuted = upper_posterior(values[order], groups[order], count)
+    torch.testing.assert_close(permuted, upper_posterior(values, groups, count)[order], rtol=0, atol=1e-12)
+
+
+def test_the_values_are_not_changed():
+    values, groups, count = grouped(CLEAR, seed=3)
+    before = values.clone(), groups.clone()
+    upper_posterior(values, groups, count)
+    assert torch.equal(values, before[0])
+    assert torch.equal(groups, before[1])

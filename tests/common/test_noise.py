@@ -1,0 +1,302 @@
+"""What label noise and long tails promise, whatever the seed; test_noise_golden.py has the releases' own vectors."""
+
+import random
+
+import numpy as np
+import pytest
+from numpy.random import RandomState
+from scipy.stats import chisquare, truncnorm
+
+from common import noise
+
+K, N = 10, 2000
+IMAGES = RandomState(0).randint(0, 256, size=(N, 4, 4, 3), dtype=np.uint8)
+LABELS = RandomState(1).permutation(np.arange(N) % K)  # balanced
+GENERATORS = (*noise.NOISE_TYPES, "imb", "sym")
+
+
+def corrupt(name: str, labels: np.ndarray, rate: float, seed: int = 0) -> np.ndarray:
+    """Labels [N] of K classes under any generator's noise."""
+    if name in ("imb", "sym"):
+        return noise.long_tailed_noise(name, labels, K, rate, random.Random(seed), RandomState(seed))
+    return noise.add_noise(name, labels, rate, K, seed, images=IMAGES[: len(labels)])
+
+
+# every generator --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_rate_0_returns_an_equal_copy(name):
+    noisy = corrupt(name, LABELS, 0)
+    assert np.array_equal(noisy, LABELS)
+    assert not np.shares_memory(noisy, LABELS)
+
+
+@pytest.mark.parametrize("rate", [float("nan"), -0.1, 1.1])
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_rate_outside_0_to_1_is_refused(name, rate):
+    with pytest.raises(ValueError, match=f"rate.* {rate}$"):
+        corrupt(name, LABELS, rate)
+
+
+@pytest.mark.parametrize(
+    ("labels", "offending"),
+    [
+        (np.arange(10).reshape(2, 5), r"\(2, 5\)"),
+        (np.array(3), r"\(\)"),
+        (np.arange(10.0), "float64"),
+        (np.array([True, False]), "bool"),
+        (np.array(["0", "1"]), "<U1"),
+        (np.array([0, 3, 10]), r"\b10$"),
+        (np.array([-1, 3, 9]), r"got -1\b"),
+    ],
+    ids=["2-D", "scalar", "float", "bool", "text", "too large", "negative"],
+)
+@pytest.mark.parametrize("name", GENERATORS)
+def test_unfit_labels_are_refused(name, labels, offending):
+    with pytest.raises(ValueError, match=f"labels must be .*{offending}"):
+        corrupt(name, labels, 0.5)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_the_seed_decides_the_labels(name):
+    noisy = corrupt(name, LABELS, 0.4, seed=1)
+    assert np.array_equal(noisy, corrupt(name, LABELS, 0.4, seed=1))
+    assert not np.array_equal(noisy, corrupt(name, LABELS, 0.4, seed=2))
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_the_input_is_left_alone_and_the_global_generators_too(name):
+    labels, images = LABELS.copy(), IMAGES.copy()
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002
+    noisy = corrupt(name, labels, 0.4)
+    after = random.getstate(), np.random.get_state()  # noqa: NPY002
+    assert not np.array_equal(noisy, LABELS)
+    assert np.array_equal(labels, LABELS)
+    assert np.array_equal(images, IMAGES)
+    assert before[0] == after[0]
+    assert all(np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
+@pytest.mark.parametrize("name", GENERATORS)
+def test_small_integer_types_give_the_same_int64_labels(name, dtype):
+    noisy = corrupt(name, LABELS.astype(dtype), 0.4)
+    assert noisy.dtype == np.int64
+    assert np.array_equal(noisy, corrupt(name, LABELS, 0.4))
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("symmetric", 1),
+        ("pairflip", 1),
+        ("oneflip", 1 / K),
+        ("symmetric_inclusive", (K - 1) / K),
+        ("asymmetric", 1 / 2),
+        ("imb", 1),
+        ("sym", 1),
+    ],
+)
+def test_the_realised_rate_is_the_share_that_the_kind_of_noise_implies(name, share, rate):
+    expected = share * rate
+    deviation = np.sqrt(expected * (1 - expected) / N)
+    assert noise.realised(LABELS, corrupt(name, LABELS, rate), K).rate == pytest.approx(
+        expected, abs=4 * deviation
+    )
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: noise.add_noise("uniform", LABELS, 0.5, K, 0),
+        lambda: noise.class_conditional("uniform", LABELS, 0.5, K, 0),
+        lambda: noise.transition_matrix("uniform", 0.5, K),
+        lambda: noise.long_tailed_noise("uniform", LABELS, K, 0.5, random.Random(0), RandomState(0)),
+        lambda: noise.class_counts(N, K, "uniform", 0.5),
+    ],
+    ids=["add_noise", "class_conditional", "transition_matrix", "long_tailed_noise", "class_counts"],
+)
+def test_an_unknown_name_is_refused(use):
+    with pytest.raises(ValueError, match=r"unknown .*'uniform': choose from"):
+        use()
+
+
+# class-conditional ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise_type", noise.CLASS_CONDITIONAL)
+def test_realised_transitions_follow_the_transition_matrix(noise_type):
+    labels = np.arange(20000) % K
+    noisy = noise.class_conditional(noise_type, labels, 0.45, K, seed=0)
+    expected = noise.transition_matrix(noise_type, 0.45, K)
+    assert np.allclose(expected.sum(axis=1), 1)
+    matrix = noise.realised(labels, noisy, K).matrix
+    assert np.allclose(matrix, expected, atol=0.05)  # 2000 per class: more than 4 standard deviations
+    assert (matrix[expected == 0] == 0).all()
+
+
+@pytest.mark.parametrize(("noise_type", "kept"), [("symmetric", 0), ("symmetric_inclusive", 1 / K)])
+def test_only_inclusive_symmetric_noise_may_draw_the_true_class(noise_type, kept):
+    share = np.mean(corrupt(noise_type, LABELS, 1.0) == LABELS)
+    assert share == pytest.approx(kept, abs=0.03 * (kept > 0))
+
+
+@pytest.mark.parametrize("noise_type", ["symmetric", "oneflip"])
+def test_too_few_classes_are_refused(noise_type):
+    with pytest.raises(ValueError, match=f"{noise_type} .*got 1$"):
+        noise.transition_matrix(noise_type, 0.5, 1)
+
+
+@pytest.mark.parametrize("rate", [0.4, 1.0])
+def test_asymmetric_noise_moves_labels_along_the_map_only(rate):
+    noisy = corrupt("asymmetric", LABELS, rate)
+    changed = noisy != LABELS
+    assert all(
+        noise.CIFAR10_LOOK_ALIKES[a] == b for a, b in zip(LABELS[changed], noisy[changed], strict=True)
+    )
+    for c in noise.CIFAR10_LOOK_ALIKES:
+        assert np.mean(changed[LABELS == c]) == pytest.approx(rate, abs=0.15)  # 200 per class
+
+
+def test_asymmetric_noise_refuses_more_than_10_classes_unless_given_their_map():
+    labels = np.array([3, 11, 3, 11])
+    with pytest.raises(ValueError, match=r"0\.\.9, got 11$"):
+        noise.asymmetric(labels, 1.0, seed=0)
+    assert noise.asymmetric(labels, 1.0, seed=0, look_alikes={11: 12}).tolist() == [3, 12, 3, 12]
+
+
+# instance-dependent -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.2, 0.5, 0.97])
+def test_instance_noise_flips_as_often_as_the_truncated_normal_says(rate):
+    # near 0 and 1 the truncation moves the mean: 0.10 at rate 0.05
+    expected = truncnorm.mean((0 - rate) / 0.1, (1 - rate) / 0.1, loc=rate, scale=0.1)
+    deviation = np.sqrt(expected * (1 - expected) / N)
+    noisy = corrupt("instance", LABELS, rate)
+    assert noise.realised(LABELS, noisy, K).rate == pytest.approx(expected, abs=4 * deviation)
+
+
+def test_instance_noise_mistakes_equal_images_for_the_same_class():
+    labels = np.full(N, 3)
+    same = noise.instance_dependent(np.repeat(IMAGES[:1], N, axis=0), labels, 0.5, K, seed=0)
+    various = noise.instance_dependent(IMAGES, labels, 0.5, K, seed=0)
+    largest = [
+        np.bincount(noisy[noisy != 3], minlength=K).max() / (noisy != 3).sum() for noisy in (same, various)
+    ]
+    assert largest[0] > 0.95
+    assert largest[1] < 0.6
+
+
+def test_instance_noise_needs_an_image_per_label():
+    with pytest.raises(ValueError, match="needs the images"):
+        noise.add_noise("instance", LABELS, 0.5, K, 0)
+    with pytest.raises(ValueError, match="7 and 2000"):
+        noise.add_noise("instance", LABELS, 0.5, K, 0, images=IMAGES[:7])
+
+
+# realised ---------------------------------------------------------------------------------------------------------------
+
+
+def test_realised_rate_and_matrix_of_a_hand_made_example():
+    clean, noisy = np.array([0, 0, 0, 0, 1, 3, 3, 3]), np.array([0, 0, 1, 3, 1, 3, 0, 0])
+    rate, matrix = noise.realised(clean, noisy, 4)
+    assert rate == 0.5
+    expected = [
+        [1 / 2, 1 / 4, 0, 1 / 4],
+        [0, 1, 0, 0],
+        [0, 0, 0, 0],
+        [2 / 3, 0, 0, 1 / 3],
+    ]  # class 2 is absent
+    assert np.allclose(matrix, expected)
+    assert matrix.dtype == np.float64
+
+
+def test_realised_of_no_labels_is_rate_0():
+    rate, matrix = noise.realised(np.array([], int), np.array([], int), 3)
+    assert rate == 0
+    assert np.array_equal(matrix, np.zeros((3, 3)))
+
+
+def test_realised_refuses_vectors_of_different_length():
+    with pytest.raises(ValueError, match="2000 and 1999"):
+        noise.realised(LABELS, LABELS[1:], K)
+
+
+# long tails -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "imb_factor", "total"),
+    [
+        *((10, 0.1, 20431), (10, 0.05, 17023), (10, 0.02, 13996), (10, 0.01, 12406)),
+        *((100, 0.1, 19573), (100, 0.05, 15907), (100, 0.02, 12608), (100, 0.01, 10847)),
+    ],
+)
+def test_exponential_class_counts_of_cifar(num_classes, imb_factor, total):
+    counts = noise.class_counts(50000, num_classes, "exp", imb_factor)
+    assert counts.sum() == total
+    assert (np.diff(counts) < 0).all()
+    assert counts[0] == 50000 // num_classes
+    assert counts[-1] == pytest.approx(counts[0] * imb_factor, abs=1)
+
+
+def test_step_and_none_class_counts():
+    assert noise.class_counts(60, 6, "step", 0.2).tolist() == [10, 10, 10, 2, 2, 2]
+    assert noise.class_counts(60, 6, "none", 0.2).tolist() == [10] * 6
+
+
+@pytest.mark.parametrize("imb_factor", [0, -0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("imb_type", ["exp", "step", "none"])
+def test_an_imbalance_outside_0_to_1_is_refused(imb_type, imb_factor):
+    with pytest.raises(ValueError, match=f"imb_factor .*{imb_factor}$"):
+        noise.class_counts(N, K, imb_type, imb_factor)
+
+
+def test_web_class_budget_follows_the_rank_of_a_class_and_never_exceeds_what_it_has():
+    # the curve is 10, 5, 2; the ranks are class 1, 0, 2
+    assert noise.web_class_budget(np.array([4, 10, 3]), "exp", 0.25).tolist() == [4, 10, 2]
+
+
+def test_long_tailed_keeps_the_counts_in_blocks_of_one_class():
+    counts = noise.class_counts(N, K, "exp", 0.1)
+    kept = noise.long_tailed(LABELS, counts, RandomState(0))
+    assert np.array_equal(LABELS[kept], np.repeat(np.arange(K), counts))
+    assert len(np.unique(kept)) == len(kept)
+    assert np.array_equal(kept, noise.long_tailed(LABELS, counts, RandomState(0)))
+    assert not np.array_equal(kept, noise.long_tailed(LABELS, counts, RandomState(1)))
+
+
+def test_long_tailed_keeps_all_of_a_class_that_has_too_few():
+    labels = np.array([2, 0, 0, 2, 2, 0])
+    kept = noise.long_tailed(labels, np.array([2, 4, 9]), RandomState(0))
+    assert labels[kept].tolist() == [0, 0, 2, 2, 2]
+    assert sorted(kept[2:]) == [0, 3, 4]
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.333, 0.5, 1.0])
+@pytest.mark.parametrize("mode", ["imb", "sym"])
+def test_long_tailed_noise_changes_exactly_int_rate_n_labels(mode, rate):
+    labels = np.repeat(np.arange(K), noise.class_counts(N, K, "exp", 0.1))
+    assert (corrupt(mode, labels, rate) != labels).sum() == int(rate * len(labels))
+
+
+@pytest.mark.parametrize("mode", ["imb", "sym"])
+def test_long_tailed_noise_draws_the_other_classes_by_size_or_evenly(mode):
+    counts = noise.class_counts(50000, K, "exp", 0.1)
+    labels = np.repeat(np.arange(K), counts)
+    noisy = corrupt(mode, labels, 0.5)
+    weights = counts if mode == "imb" else np.ones(K)
+    for c in range(K):
+        drawn = np.delete(np.bincount(noisy[labels == c], minlength=K), c)
+        expected = np.delete(weights, c) / np.delete(weights, c).sum() * drawn.sum()
+        assert chisquare(drawn, expected).pvalue > 1e-4, f"class {c}"
+
+
+@pytest.mark.parametrize("mode", ["imb", "sym"])
+def test_long_tailed_noise_needs_a_second_class_to_flip_to(mode):
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        corrupt(mode, np.full(20, 4), 0.5)
+    assert corrupt(mode, np.full(20, 4), 0).tolist() == [4] * 20
