@@ -295,7 +295,7 @@ def test_check_prints_what_a_data_set_holds():
     assert "digits test: images [360, 8, 8, 1], 360 labels of 10 classes" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["cifar10", "imagenet"])
+@pytest.mark.parametrize("name", ["mnist", "imagenet"])
 def test_check_of_missing_data_ends_in_one_line_and_status_2(tmp_path, name):
     done = command("check", name, "--data_path", str(tmp_path))
     assert done.returncode == 2

@@ -42,22 +42,23 @@ def grouped(kinds: dict, seed: int) -> tuple[Tensor, Tensor, int]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_selections_agree_with_scikit_learn(seed):
+def test_probabilities_and_selections_are_those_of_scikit_learn(seed):
     values, groups, count = grouped({**CLEAR, **BLURRED}, seed)
     ours, theirs = (fit(values, groups, count) for fit in (upper_posterior, sklearn_upper_posterior))
     assert ours.dtype == theirs.dtype == torch.float64
-    for group, kind in enumerate([*CLEAR, *BLURRED]):
-        sure = (groups == group) & ((ours - 0.5).abs() >= 0.05) & ((theirs - 0.5).abs() >= 0.05)
-        assert sure.sum() >= 0.8 * (groups == group).sum(), kind
-        assert ((ours > 0.5) == (theirs > 0.5))[sure].double().mean() >= 0.99, kind
+    torch.testing.assert_close(
+        ours, theirs, rtol=0, atol=1e-3
+    )  # theirs is float32; another optimum differs by tenths
+    sure = (theirs - 0.5).abs() >= 0.05
+    assert torch.equal((ours > 0.5)[sure], (theirs > 0.5)[sure])
+    assert sure.double().mean() > 0.9
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_clearly_bimodal_groups_have_scikit_learns_probabilities(seed):
+def test_clearly_separate_components_are_told_apart(seed):
     values, groups, count = grouped(CLEAR, seed)
-    ours, theirs = (fit(values, groups, count) for fit in (upper_posterior, sklearn_upper_posterior))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02)
-    assert torch.equal(ours > 0.5, values > 0.5)  # the components lie on both sides of 0.5
+    upper = upper_posterior(values, groups, count) > 0.5
+    assert torch.equal(upper, values > 0.5)  # the components lie on both sides of 0.5
 
 
 def test_probabilities_are_probabilities():
@@ -108,9 +109,9 @@ def test_a_group_fitted_alone_gets_the_same(group):
     torch.testing.assert_close(upper_posterior(values, groups, count)[members], alone, rtol=0, atol=1e-9)
 
 
-def test_the_order_of_the_samples_does_not_matter():
-    values, groups, count = grouped({**CLEAR, **BLURRED}, seed=2)
-    values[groups == 0] = (values[groups == 0] * 20).round() / 20  # with ties
+def test_the_order_of_the_samples_does_not_matter_where_the_components_are_clear():
+    # the k-means start draws samples by position, as scikit-learn's does: groups with several optima may change
+    values, groups, count = grouped(CLEAR, seed=2)
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
     permuted = upper_posterior(values[order], groups[order], count)
     torch.testing.assert_close(permuted, upper_posterior(values, groups, count)[order], rtol=0, atol=1e-12)

