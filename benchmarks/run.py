@@ -58,7 +58,9 @@ class Runner:
         """Run the method and its baseline; the baseline needs the labels of the method's run."""
         finished = []
         for folder, command in task.commands:
-            failure = self._process(command, folder, f"{task.name}{' baseline' if folder != task.folder else ''}")
+            failure = self._process(
+                command, folder, f"{task.name}{' baseline' if folder != task.folder else ''}"
+            )
             if failure is not None:
                 return Outcome(finished, f"{task.name}: {failure}")
             finished.append(folder)

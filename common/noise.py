@@ -66,7 +66,7 @@ def add_noise(
     if noise_type == "symmetric_inclusive":
         return symmetric_inclusive(labels, rate, num_classes, seed)
     if noise_type == "asymmetric":
-        return asymmetric(labels, rate, seed)
+        return asymmetric(labels, rate, num_classes, seed)
     if noise_type == "instance":
         if images is None:
             raise ValueError("instance-dependent noise needs the images")
@@ -129,7 +129,9 @@ def instance_dependent(
     labels = _checked_labels(labels, num_classes)
     if len(images) != len(labels):
         raise ValueError(f"images and labels differ in length: {len(images)} and {len(labels)}")
-    if rate == 0:
+    if not np.isfinite(images).all():
+        raise ValueError("the images hold NaN or infinite pixels")
+    if rate == 0 or len(labels) == 0:
         return labels.copy()
     rng = RandomState(seed)
     flip_rate = truncnorm((0 - rate) / std, (1 - rate) / std, loc=rate, scale=std).rvs(
@@ -172,12 +174,16 @@ def symmetric_inclusive(labels: np.ndarray, rate: float, num_classes: int, seed:
 
 
 def asymmetric(
-    labels: np.ndarray, rate: float, seed: int, look_alikes: dict[int, int] = CIFAR10_LOOK_ALIKES
+    labels: np.ndarray,
+    rate: float,
+    num_classes: int,
+    seed: int,
+    look_alikes: dict[int, int] = CIFAR10_LOOK_ALIKES,
 ) -> np.ndarray:
     """int(rate N) random samples take the look-alike of their class, if it has one (DivideMix, SANM on CIFAR-10)."""
-    labels = _checked_labels(labels)
-    if len(labels) and labels.max() > 9 and look_alikes is CIFAR10_LOOK_ALIKES:
-        raise ValueError(f"the asymmetric map is CIFAR-10's: labels must be 0..9, got {labels.max()}")
+    labels = _checked_labels(labels, num_classes)
+    if max([*look_alikes, *look_alikes.values()]) >= num_classes:
+        raise ValueError(f"the asymmetric map needs {max(look_alikes) + 1} classes, got {num_classes}")
     noisy = labels.copy()
     for i in _corrupted(len(labels), rate, random.Random(seed)):
         noisy[i] = look_alikes.get(int(labels[i]), labels[i])
@@ -201,6 +207,8 @@ def class_counts(total: int, num_classes: int, imb_type: str, imb_factor: float)
     exp: m rho^(c/(K-1)); step: m for the first half of the classes, m rho for the second; none: m. m = total / K,
     rho = imb_factor = smallest / largest, in (0, 1]. Truncated, not rounded.
     """
+    if num_classes < 1 or total < 0:
+        raise ValueError(f"total must be >= 0 and num_classes >= 1, got {total} and {num_classes}")
     if not 0 < imb_factor <= 1:
         raise ValueError(f"imb_factor must be in (0, 1], got {imb_factor}")
     largest, half = total / num_classes, num_classes // 2
@@ -283,11 +291,10 @@ def _check_rate(rate: float) -> None:
         raise ValueError(f"noise rate must be in [0, 1], got {rate}")
 
 
-def _checked_labels(labels: np.ndarray, num_classes: int | None = None) -> np.ndarray:
+def _checked_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
     labels = np.asarray(labels)
-    if labels.ndim != 1 or not (np.issubdtype(labels.dtype, np.integer) or labels.size == 0):
+    if labels.ndim != 1 or (labels.dtype.kind not in "iu" and labels.size):
         raise ValueError(f"labels must be a vector of integers, got {labels.dtype} of shape {labels.shape}")
-    top = np.inf if num_classes is None else num_classes
-    if labels.size and (labels.min() < 0 or labels.max() >= top):
-        raise ValueError(f"labels must be in 0..{top - 1}, got {labels.min()}..{labels.max()}")
+    if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
+        raise ValueError(f"labels must be in 0..{num_classes - 1}, got {labels.min()}..{labels.max()}")
     return labels.astype(np.int64)

@@ -3,12 +3,12 @@ your own."""
 
 import csv
 import json
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from common.cli import UserError
+from common.datasets.arrays import is_integer, read_npy, read_npz
 
 COLUMN_NAMES = ("noisy_labels", "noisy_label", "labels", "label")
 
@@ -22,21 +22,21 @@ def read_labels(path: str | Path, lengths: tuple[int, ...], num_classes: int) ->
     range.
     """
     path = Path(path)
-    readers = {".npy": _read_npy, ".npz": _read_npz, ".json": _read_json, ".csv": _read_csv}
+    readers = {".npy": read_npy, ".npz": _read_npz, ".json": _read_json, ".csv": _read_csv}
     if path.suffix not in readers:
         raise UserError(f"--noise_file {path}: unknown kind of file, give one of {', '.join(readers)}")
     if not path.is_file():
         raise UserError(f"--noise_file {path}: no such file")
     try:
         labels = readers[path.suffix](path)
-    except (ValueError, EOFError, OSError, csv.Error, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, OverflowError, RecursionError, csv.Error) as error:
         raise UserError(f"--noise_file {path}: cannot be read as {path.suffix} labels: {error}") from None
     return _checked(labels, path, lengths, num_classes)
 
 
 def _checked(labels: np.ndarray, path: Path, lengths: tuple[int, ...], num_classes: int) -> np.ndarray:
     where = f"--noise_file {path}"
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+    if labels.ndim != 1 or not is_integer(labels):
         raise UserError(
             f"{where}: needs a vector of integers, holds {labels.dtype} of shape {list(labels.shape)}"
         )
@@ -49,16 +49,12 @@ def _checked(labels: np.ndarray, path: Path, lengths: tuple[int, ...], num_class
     return labels.astype(np.int64)
 
 
-def _read_npy(path: Path) -> np.ndarray:
-    return np.load(path, allow_pickle=False)
-
-
 def _read_npz(path: Path) -> np.ndarray:
-    with np.load(path, allow_pickle=False) as file:
-        names = list(file.files) if len(file.files) == 1 else [n for n in COLUMN_NAMES if n in file.files]
-        if not names:
-            raise ValueError(f"several arrays and none called {' or '.join(COLUMN_NAMES)}")
-        return file[names[0]]
+    arrays = read_npz(path)
+    names = list(arrays) if len(arrays) == 1 else [name for name in COLUMN_NAMES if name in arrays]
+    if not names:
+        raise ValueError(f"holds {len(arrays)} arrays and none called {' or '.join(COLUMN_NAMES)}")
+    return arrays[names[0]]
 
 
 def _read_json(path: Path) -> np.ndarray:
@@ -69,17 +65,14 @@ def _read_json(path: Path) -> np.ndarray:
 
 
 def _read_csv(path: Path) -> np.ndarray:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.reader(file) if row]
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = [[field.strip() for field in row] for row in csv.reader(file) if row]
     column = 0
-    if rows and not rows[0][0].strip().lstrip("-").isdigit():
-        header = [name.strip() for name in rows.pop(0)]
-        known = [name for name in COLUMN_NAMES if name in header]
-        if len(header) > 1 and not known:
-            raise ValueError(f"several columns and none called {' or '.join(COLUMN_NAMES)}")
-        column = header.index(known[0]) if known else 0
+    known = [name for name in COLUMN_NAMES if rows and name in rows[0]]
+    if known:
+        column = rows.pop(0).index(known[0])
     elif rows and len(rows[0]) > 1:
         raise ValueError(f"several columns and no heading that names one {' or '.join(COLUMN_NAMES)}")
-    if any(len(row) <= column for row in rows):
-        raise ValueError("a line is too short")
+    if any(len(row) != len(rows[0]) for row in rows):
+        raise ValueError("its lines differ in length")
     return np.array([int(row[column]) for row in rows], dtype=np.int64)

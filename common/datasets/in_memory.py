@@ -1,14 +1,15 @@
 """Data sets that fit in memory: digits (embedded), MNIST, Fashion-MNIST, CIFAR-10/100, and any `<root>/<name>.npz`."""
 
 import hashlib
+import shlex
 import struct
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from common.cli import UserError
+from common.datasets.arrays import is_integer, read_npz
 
 NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")
 TORCHVISION = {
@@ -33,6 +34,7 @@ MNIST_MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+MNIST_FILES = tuple((f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte") for part in ("train", "t10k"))
 
 
 class Split(NamedTuple):
@@ -55,7 +57,7 @@ class Data(NamedTuple):
 
 
 def load(name: str, root: str | Path = "./data", download: bool = False) -> Data:
-    """The data set `name`: <root>/<name>.npz where there is one, else digits or torchvision's copy under root.
+    """The data set `name`: digits, or <root>/<name>.npz where there is one, else torchvision's copy under root.
 
     root may also be the very folder of the CIFAR batches, as the releases have it. download fetches torchvision's copy
     first. UserError: unknown name, missing or damaged files, an .npz of wrong shapes, types or ranges.
@@ -86,7 +88,9 @@ def download(name: str, root: str | Path = "./data") -> None:
 
 def _data(name: str, train: Split, test: Split, noisy_labels: np.ndarray | None = None) -> Data:
     num_classes = NUM_CLASSES.get(name, int(train.labels.max()) + 1)
-    mean, std = NORMALISATION.get(name) or _pixel_statistics(train.images)
+    mean, std = NORMALISATION.get(name, ((), ()))
+    if len(mean) != train.images.shape[-1]:  # no constants, or an .npz of that name with other channels
+        mean, std = _pixel_statistics(train.images)
     return Data(name, train, test, num_classes, mean, std, noisy_labels)
 
 
@@ -122,8 +126,8 @@ def _class(name: str) -> type:
 
 
 def _download(name: str, root: Path) -> None:
-    root.mkdir(parents=True, exist_ok=True)
     try:
+        root.mkdir(parents=True, exist_ok=True)
         for train in (True, False):
             _class(name)(root, train=train, download=True)
     except (RuntimeError, OSError) as error:
@@ -136,9 +140,19 @@ def _load_torchvision(name: str, root: Path) -> tuple[Split, Split]:
         kind, place = _cifar_folder(name, root)
         parts = [kind(place, train=train) for train in (True, False)]
         return tuple(Split(part.data, np.array(part.targets, dtype=np.int64)) for part in parts)
-    _check_mnist(name, root)
-    parts = [_class(name)(root, train=train) for train in (True, False)]
-    return tuple(Split(part.data.numpy()[..., None], part.targets.numpy()) for part in parts)
+    folder = _checked_mnist_folder(name, root)
+    # read file by file: torchvision's class would prefer old pickles in a folder `processed`, and run what is in them
+    from torchvision.datasets.mnist import read_image_file, read_label_file  # noqa: PLC0415
+
+    splits = []
+    for images, labels in MNIST_FILES:
+        split = Split(
+            read_image_file(folder / images).numpy()[..., None], read_label_file(folder / labels).numpy()
+        )
+        if len(split.images) != len(split.labels) or not len(split.labels) or split.labels.max() > 9:
+            raise _damaged(name, root, folder / labels, "its labels are not one of 0..9 per image")
+        splits.append(split)
+    return tuple(splits)
 
 
 def _cifar_folder(name: str, root: Path) -> tuple[type, Path]:
@@ -156,7 +170,8 @@ def _cifar_folder(name: str, root: Path) -> tuple[type, Path]:
     return kind, folder.parent
 
 
-def _check_mnist(name: str, root: Path) -> None:
+def _checked_mnist_folder(name: str, root: Path) -> Path:
+    """The folder of the idx files, once all are there and whole: MNIST by md5, both by their archives where these are."""
     folder = root / TORCHVISION[name] / "raw"
     _check_present(name, root, folder, list(MNIST_MD5))
     archives = dict(_class(name).resources)
@@ -166,17 +181,19 @@ def _check_mnist(name: str, root: Path) -> None:
             raise _damaged(name, root, folder / file, "its md5 is not the published one")
         if archive.is_file() and _md5(archive) != archives[archive.name]:
             raise _damaged(name, root, archive, "its md5 is not the published one")
-        _check_idx_size(name, root, folder / file)
+        _check_idx(name, root, folder / file)
+    return folder
 
 
-def _check_idx_size(name: str, root: Path, path: Path) -> None:
-    """An idx file says its dimensions in its head (big-endian); its length must agree."""
+def _check_idx(name: str, root: Path, path: Path) -> None:
+    """An idx file says its type (8: bytes) and its dimensions in its head; they and its length must agree."""
+    dimensions = 3 if "images" in path.name else 1
     with path.open("rb") as file:
-        magic = file.read(4)
-        dimensions = magic[3] if len(magic) == 4 else 0
-        head = file.read(4 * dimensions)
-    if not dimensions or len(head) < 4 * dimensions:
-        raise _damaged(name, root, path, "its head is cut off")
+        magic, head = file.read(4), file.read(4 * dimensions)
+    if magic != bytes([0, 0, 8, dimensions]) or len(head) < 4 * dimensions:
+        raise _damaged(
+            name, root, path, f"its head is not that of an idx file of bytes in {dimensions} dimension(s)"
+        )
     expected = 4 + len(head) + int(np.prod(struct.unpack(f">{dimensions}I", head), dtype=np.int64))
     if path.stat().st_size != expected:
         raise _damaged(name, root, path, f"it has {path.stat().st_size} bytes, its head says {expected}")
@@ -201,23 +218,24 @@ def _damaged(name: str, root: Path, path: Path, reason: str) -> UserError:
 
 
 def _fetch(name: str, root: Path) -> str:
-    return f"python -m common.datasets download {name} --data_path {root}"
+    return f"python -m common.datasets download {name} --data_path {shlex.quote(str(root))}"
 
 
 # .npz -----------------------------------------------------------------------------------------------------------------
 
 
 def _load_npz(name: str, path: Path) -> Data:
-    arrays = _read_npz(path)
+    arrays = _read_arrays(path)
     splits = [_checked_split(path, part, arrays) for part in ("train", "test")]
-    num_classes = NUM_CLASSES.get(name, int(splits[0].labels.max()) + 1)
+    # a data set of your own has as many classes as its labels say, but hardly more than training images
+    num_classes = NUM_CLASSES.get(name, min(max(int(splits[0].labels.max()) + 1, 1), len(splits[0].labels)))
     for part, split in zip(("train", "test"), splits, strict=True):
         _check_range(path, f"{part}_labels", split.labels, num_classes)
     if splits[0].images.shape[1:] != splits[1].images.shape[1:]:
         raise UserError(f"{path}: train and test images differ in shape: {_shapes(arrays)}")
     noisy = arrays.get("noisy_labels")
     if noisy is not None:
-        if noisy.shape != splits[0].labels.shape or not np.issubdtype(noisy.dtype, np.integer):
+        if noisy.shape != splits[0].labels.shape or not is_integer(noisy):
             raise UserError(
                 f"{path}: noisy_labels must be {len(splits[0].labels)} integers: {_shapes(arrays)}"
             )
@@ -226,27 +244,27 @@ def _load_npz(name: str, path: Path) -> Data:
     return _data(name, *splits, noisy)
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     wanted = [f"{part}_{what}" for part in ("train", "test") for what in ("images", "labels")]
     try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in wanted if key not in file.files]
-            if missing:
-                raise UserError(f"{path}: has no array {', '.join(missing)}; it needs {', '.join(wanted)}")
-            return {key: file[key] for key in [*wanted, "noisy_labels"] if key in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged or no plain .npz: {error}") from None
+        arrays = read_npz(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    missing = [key for key in wanted if key not in arrays]
+    if missing:
+        raise UserError(f"{path}: has no array {', '.join(missing)}; it needs {', '.join(wanted)}")
+    return {key: arrays[key] for key in [*wanted, "noisy_labels"] if key in arrays}
 
 
 def _checked_split(path: Path, part: str, arrays: dict[str, np.ndarray]) -> Split:
     images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
     if images.ndim == 3:
         images = images[..., None]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape[1:]:
         raise UserError(
             f"{path}: {part}_images must be uint8 [N, H, W] or [N, H, W, 1 or 3]: {_shapes(arrays)}"
         )
-    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1] or not len(labels):
+    if not is_integer(labels) or labels.shape != images.shape[:1] or not len(labels):
         raise UserError(
             f"{path}: {part}_labels must be one integer per image, at least one: {_shapes(arrays)}"
         )

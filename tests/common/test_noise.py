@@ -160,11 +160,23 @@ def test_asymmetric_noise_moves_labels_along_the_map_only(rate):
     assert moved / (N // K) == pytest.approx(rate, abs=0.15)
 
 
-def test_asymmetric_noise_refuses_more_than_10_classes_unless_given_their_map():
+def test_asymmetric_noise_needs_the_classes_of_its_map():
+    with pytest.raises(ValueError, match=r"needs 10 classes, got 5"):
+        noise.asymmetric(np.arange(5), 1.0, num_classes=5, seed=0)
     labels = np.array([3, 11, 3, 11])
-    with pytest.raises(ValueError, match=r"0\.\.9, got 11$"):
-        noise.asymmetric(labels, 1.0, seed=0)
-    assert noise.asymmetric(labels, 1.0, seed=0, look_alikes={11: 12}).tolist() == [3, 12, 3, 12]
+    found = noise.asymmetric(labels, 1.0, num_classes=13, seed=0, look_alikes={11: 12})
+    assert found.tolist() == [3, 12, 3, 12]
+
+
+def test_instance_noise_refuses_pixels_that_are_no_numbers():
+    with pytest.raises(ValueError, match="NaN"):
+        noise.instance_dependent(np.full((4, 3), np.nan), np.arange(4), 0.2, 4, seed=0)
+
+
+@pytest.mark.parametrize(("total", "num_classes"), [(50, 0), (-1, 10)])
+def test_class_counts_refuses_no_classes_and_a_negative_total(total, num_classes):
+    with pytest.raises(ValueError, match=f"got {total} and {num_classes}"):
+        noise.class_counts(total, num_classes, "exp", 0.1)
 
 
 # instance-dependent -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from shlex import split
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_cifar_from_npz_with_given_labels_in_the_released_networks_and_fidelity(
     clean = small_cifar(tmp_path)
     noisy = (clean + (np.arange(30) % 3 == 0)) % 10
     (tmp_path / "labels.json").write_text(json.dumps(noisy.tolist()))
-    settings = "--imb_type none --num_epochs 2 --warm_up 1 --batch_size 16 --fidelity released".split()
+    settings = split("--imb_type none --num_epochs 2 --warm_up 1 --batch_size 16 --fidelity released")
     files = ["--data_path", tmp_path, "--noise_file", tmp_path / "labels.json", "--out", tmp_path / "run"]
     process = start(SCRIPT, *settings, *files, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
@@ -70,8 +71,10 @@ def test_missing_data_ends_in_one_line_and_leaves_nothing(tmp_path):
 
 
 def test_as_a_module_on_digits_with_a_subset_and_every_draw_of_a_class(tmp_path):
-    data = "--dataset digits --imb_factor 0.1 --noise_mode sym --limit_train 120 --num_epochs 3 --warm_up 1".split()
-    selection = "--min_draw_count 0 --sample_rate 3 --mixture sklearn".split()
+    data = split(
+        "--dataset digits --imb_factor 0.1 --noise_mode sym --limit_train 120 --num_epochs 3 --warm_up 1"
+    )
+    selection = split("--min_draw_count 0 --sample_rate 3 --mixture sklearn")
     process = start("-m", "sfa.Train_cifar", *data, *selection, "--out", tmp_path / "run", cwd=ROOT)
     assert process.returncode == 0, process.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
