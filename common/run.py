@@ -39,11 +39,8 @@ from common.gpu import Device
 from common.noise import realised
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_COMPARED = (
-    "out",
-    "resume",
-    "data_path",
-)  # may differ when a run goes on; the labels are checked by sha256
+# what may differ when a run goes on; that the data are the same is seen by the sha256 of the labels
+NOT_COMPARED = ("out", "resume", "data_path")
 
 
 class Run:
@@ -70,13 +67,17 @@ class Run:
         self._state: dict[str, Any] = {}
         self._handlers: dict[int, Any] = {}
         self._writer: SummaryWriter | None = None
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / ".lock")
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"{self.folder} is in use by another process: wait for it, or choose another --out"
+                f"{self.folder} is in use by another process: wait, or choose another --out"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be written ({error.strerror}): choose another --out"
             ) from None
         self._check_arguments()
         print(f"run directory {self.folder}", flush=True)

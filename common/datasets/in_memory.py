@@ -260,7 +260,12 @@ def _checked_split(path: Path, part: str, arrays: dict[str, np.ndarray]) -> Spli
     images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
     if images.ndim == 3:
         images = images[..., None]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape[1:]:
+    if (
+        images.dtype != np.uint8
+        or images.ndim != 4
+        or images.shape[-1] not in (1, 3)
+        or 0 in images.shape[1:]
+    ):
         raise UserError(
             f"{path}: {part}_images must be uint8 [N, H, W] or [N, H, W, 1 or 3]: {_shapes(arrays)}"
         )
