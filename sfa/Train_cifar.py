@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch.optim import SGD
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # run by path, the script uses the clone it stands in
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, datasets, gpu, noise
 from common.augment import training_augmentation
@@ -149,19 +148,15 @@ def long_tailed_noisy(data: Data, args: Namespace) -> tuple[np.ndarray, np.ndarr
     python_rng, rng = random.Random(args.seed), np.random.RandomState(args.seed)
     counts = noise.class_counts(len(labels), num_classes, args.imb_type, args.imb_factor)
     if args.imb_type == "none":
-        counts = np.bincount(
-            labels, minlength=num_classes
-        )  # the same on balanced data; all there is on other data
+        # the same on balanced data; all there is on other data
+        counts = np.bincount(labels, minlength=num_classes)
     index = noise.long_tailed(labels, counts, rng)
     clean = labels[index]
     if args.noise_file:
-        given = datasets.read_labels(args.noise_file, (len(labels), len(index)), num_classes)
-        observed = given[index] if len(given) == len(labels) else given
+        observed = datasets.labels_of(args.noise_file, index, len(labels), num_classes)
     elif args.noise_mode == "given":
         if data.noisy_labels is None:
-            raise UserError(
-                f"--noise_mode given: {data.name} brings no noisy_labels; name them with --noise_file"
-            )
+            raise UserError(f"--noise_mode given: {data.name} brings no noisy_labels; use --noise_file")
         observed = data.noisy_labels[index]
     else:
         observed = noise.long_tailed_noise(

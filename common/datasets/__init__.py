@@ -6,7 +6,7 @@ LeCun, Cortes and Burges, usually quoted as CC BY-SA 3.0. Fashion-MNIST: Zalando
 Krizhevsky 2009, no licence stated, cite the report. None of the latter four is part of this repository.
 """
 
-from common.datasets.given_labels import read_labels
+from common.datasets.given_labels import labels_of, read_labels
 from common.datasets.in_memory import NAMES, Data, Split, download, load
 
-__all__ = ["NAMES", "Data", "Split", "download", "load", "read_labels"]
+__all__ = ["NAMES", "Data", "Split", "download", "labels_of", "load", "read_labels"]

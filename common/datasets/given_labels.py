@@ -34,6 +34,34 @@ def read_labels(path: str | Path, lengths: tuple[int, ...], num_classes: int) ->
     return _checked(labels, path, lengths, num_classes)
 
 
+def labels_of(path: str | Path, index: np.ndarray, total: int, num_classes: int) -> np.ndarray:
+    """The file's labels of the training images at `index` [N], out of `total`: int64 [N].
+
+    The file holds one label per training image of the data set, in its order; or one per image of `index`, in that order
+    (as a release's label file of a long-tailed set). A run's noisy_labels.npy is read with the train_index.npy beside it,
+    which says whose labels they are. UserError: as read_labels, or labels of other images than these.
+    """
+    beside = Path(path).with_name("train_index.npy")
+    if Path(path).name == "noisy_labels.npy" and beside.is_file():
+        return _matched(Path(path), beside, index, num_classes)
+    labels = read_labels(path, (total, len(index)), num_classes)
+    return labels[index] if len(labels) == total else labels
+
+
+def _matched(path: Path, beside: Path, index: np.ndarray, num_classes: int) -> np.ndarray:
+    try:
+        owners = read_npy(beside).tolist()
+    except (ValueError, OSError) as error:
+        raise UserError(f"--noise_file {path}: {beside.name} beside it cannot be read: {error}") from None
+    label_of = dict(zip(owners, read_labels(path, (len(owners),), num_classes).tolist(), strict=True))
+    missing = [image for image in index.tolist() if image not in label_of]
+    if missing:
+        raise UserError(
+            f"--noise_file {path}: by {beside.name} beside it, it has no label of training image {missing[0]}"
+        )
+    return np.array([label_of[image] for image in index.tolist()], dtype=np.int64)
+
+
 def _checked(labels: np.ndarray, path: Path, lengths: tuple[int, ...], num_classes: int) -> np.ndarray:
     where = f"--noise_file {path}"
     if labels.ndim != 1 or not is_integer(labels):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.cli import UserError
-from common.datasets import read_labels
+from common.datasets import labels_of, read_labels
 
 K = 10
 LABELS = np.random.RandomState(0).randint(0, K, size=50)
@@ -175,3 +175,34 @@ def test_a_file_that_is_not_there_is_refused(tmp_path, suffix):
     assert message(tmp_path / f"nowhere{suffix}").endswith("no such file")
     (tmp_path / f"folder{suffix}").mkdir()
     assert message(tmp_path / f"folder{suffix}").endswith("no such file")
+
+
+# whose labels they are --------------------------------------------------------------------------------------------------
+
+INDEX = np.array([4, 0, 7])
+
+
+def test_labels_of_the_whole_data_set_are_picked_by_image_and_labels_of_the_subset_taken_as_they_are(
+    tmp_path,
+):
+    np.save(tmp_path / "all.npy", np.arange(8))
+    np.save(tmp_path / "subset.npy", np.array([1, 2, 3]))
+    assert labels_of(tmp_path / "all.npy", INDEX, 8, 10).tolist() == [4, 0, 7]
+    assert labels_of(tmp_path / "subset.npy", INDEX, 8, 10).tolist() == [1, 2, 3]
+    with pytest.raises(UserError, match="holds 3 labels, the training set needs 9 or 2"):
+        labels_of(tmp_path / "subset.npy", INDEX[:2], 9, 10)
+
+
+def test_a_runs_labels_are_matched_by_the_images_they_belong_to(tmp_path):
+    """Also where a run kept every image in another order: by length alone its labels would be taken for the data set's."""
+    order = np.array([3, 1, 4, 0, 7, 5, 2, 6])
+    np.save(tmp_path / "train_index.npy", order)
+    np.save(tmp_path / "noisy_labels.npy", order + 1)
+    assert labels_of(tmp_path / "noisy_labels.npy", INDEX, 8, 10).tolist() == [5, 1, 8]
+
+
+def test_a_runs_labels_of_other_images_are_refused(tmp_path):
+    np.save(tmp_path / "train_index.npy", np.array([0, 4, 99]))
+    np.save(tmp_path / "noisy_labels.npy", np.zeros(3, dtype=np.int64))
+    with pytest.raises(UserError, match="no label of training image 7"):
+        labels_of(tmp_path / "noisy_labels.npy", INDEX, 8, 10)

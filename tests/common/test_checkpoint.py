@@ -1,0 +1,315 @@
+"""Checkpoints: what is saved comes back, damaged files fall back to their predecessor, nothing in them is run."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common import checkpoint
+from common.cli import UserError
+
+
+def training_state(seed: int) -> dict:
+    """A small training in the middle: every kind of object a state may hold."""
+    torch.manual_seed(seed)
+    nets = [nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)) for _ in range(2)]
+    optimizers = [torch.optim.SGD(net.parameters(), 0.1 + seed, momentum=0.9) for net in nets]
+    state = {
+        "nets": nets,
+        "optimizers": optimizers,
+        "loader": torch.Generator().manual_seed(seed),
+        "draws": np.random.default_rng(seed),
+        "memory": {"moments": [None, None], "nested": {"mean": torch.full((2,), float(seed)), "epoch": seed}},
+        "nothing": {},
+    }
+    step(state)
+    return state
+
+
+def step(state: dict) -> list[torch.Tensor]:
+    """One step of both networks on drawn inputs. Returns their parameters and buffers after it."""
+    for net, optimizer in zip(state["nets"], state["optimizers"], strict=True):
+        inputs = torch.randn(8, 4, generator=state["loader"]) * float(state["draws"].random())
+        optimizer.zero_grad()
+        net(inputs).square().mean().backward()
+        optimizer.step()
+    return [value.clone() for net in state["nets"] for value in net.state_dict().values()]
+
+
+def equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the checkpoints of epoch 1 and, before it, epoch 0."""
+    for epoch in (0, 1):
+        checkpoint.save(tmp_path, {"epoch": epoch, "weights": torch.arange(1000.0) + epoch})
+    return tmp_path
+
+
+# there and back ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_restored_training_goes_on_exactly_as_the_saved_one(tmp_path):
+    saved = training_state(seed=1)
+    saved["memory"]["moments"] = [[torch.eye(2), torch.ones(3)], None]
+    checkpoint.save(tmp_path, checkpoint.collect(saved))
+    expected = [step(saved) for _ in range(3)]
+
+    state = training_state(seed=2)
+    before = [value.clone() for net in state["nets"] for value in net.state_dict().values()]
+    checkpoint.restore(state, checkpoint.load(tmp_path))
+    assert not equal(before, expected[0])
+    assert all(equal(step(state), after) for after in expected)  # needs the momentum and both generators too
+    assert state["optimizers"][0].param_groups[0]["lr"] == 1.1
+    assert torch.equal(state["memory"]["moments"][0][0], torch.eye(2))
+    assert state["memory"]["moments"][1] is None
+    assert torch.equal(state["memory"]["nested"]["mean"], torch.ones(2))
+    assert state["memory"]["nested"]["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "draw"),
+    [
+        (lambda seed: torch.Generator().manual_seed(seed), lambda g: torch.randn(5, generator=g).tolist()),
+        (np.random.default_rng, lambda g: [*g.normal(size=3), *g.integers(7, size=4, dtype=np.int32)]),
+    ],
+    ids=["torch", "numpy"],
+)
+def test_a_restored_generator_continues_the_very_same_stream(make, draw, tmp_path):
+    generator = make(3)
+    draw(generator)
+    checkpoint.save(tmp_path, checkpoint.collect({"generator": generator}))
+    expected = [draw(generator) for _ in range(3)]
+    other = make(4)
+    assert draw(other) != expected[0]
+    checkpoint.restore({"generator": other}, checkpoint.load(tmp_path))
+    assert [draw(other) for _ in range(3)] == expected
+
+
+def test_dictionaries_are_restored_in_place_with_exactly_the_saved_entries(tmp_path):
+    checkpoint.save(tmp_path, checkpoint.collect({"memory": {"kept": 1, "added": [2.5, None, "text"]}}))
+    memory = {"kept": 0, "surplus": torch.ones(1)}
+    checkpoint.restore({"memory": memory}, checkpoint.load(tmp_path))
+    assert memory == {"kept": 1, "added": [2.5, None, "text"]}
+
+
+def test_without_a_checkpoint_there_is_nothing_to_load(tmp_path, capsys):
+    assert checkpoint.load(tmp_path) is None
+    assert capsys.readouterr().err == ""
+
+
+def test_an_intact_checkpoint_loads_without_a_warning(folder, capsys):
+    assert checkpoint.load(folder)["epoch"] == 1
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("other", [1, 3])
+def test_a_list_of_another_length_is_refused(other):
+    saved = checkpoint.collect([nn.Linear(2, 2), nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match=rf"\b2\b.*\b{other}\b"):
+        checkpoint.restore([nn.Linear(2, 2) for _ in range(other)], saved)
+
+
+def test_a_network_of_another_shape_is_refused():
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        checkpoint.restore({"net": nn.Linear(3, 2)}, checkpoint.collect({"net": nn.Linear(2, 2)}))
+
+
+def test_a_missing_object_is_refused_by_name():
+    with pytest.raises(ValueError, match="peer"):
+        checkpoint.restore({"peer": nn.Linear(2, 2)}, {})
+
+
+def test_what_cannot_be_restored_in_place_is_refused():
+    with pytest.raises(TypeError, match="int"):
+        checkpoint.restore([3], [4])
+
+
+# damaged files ----------------------------------------------------------------------------------------------------------
+
+
+def damage(path, how: str) -> None:
+    content = path.read_bytes()
+    kept = {
+        "empty": 0,
+        "one byte": 1,
+        "head": 64,
+        "half": len(content) // 2,
+        "all but one byte": len(content) - 1,
+    }
+    path.write_bytes(bytes(len(content)) if how == "zeros" else content[: kept[how]])  # fmt: skip
+
+
+DAMAGES = ["empty", "one byte", "head", "half", "all but one byte", "zeros"]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_checkpoint_falls_back_to_its_predecessor_with_a_warning(how, folder, capsys):
+    damage(folder / "checkpoint.pt", how)
+    found = checkpoint.load(folder)
+    assert found["epoch"] == 0
+    assert torch.equal(found["weights"], torch.arange(1000.0))
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {folder / 'checkpoint.pt'} ") and warning.count("\n") == 1
+
+
+def test_a_missing_checkpoint_falls_back_to_its_predecessor(folder):
+    (folder / "checkpoint.pt").unlink()
+    assert checkpoint.load(folder)["epoch"] == 0
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("predecessor", ["damaged", "missing"])
+def test_without_a_readable_checkpoint_the_folder_is_named(predecessor, how, folder):
+    damage(folder / "checkpoint.pt", how)
+    if predecessor == "damaged":
+        damage(folder / "checkpoint.previous.pt", how)
+    else:
+        (folder / "checkpoint.previous.pt").unlink()
+    with pytest.raises(UserError, match="no readable checkpoint") as refusal:
+        checkpoint.load(folder)
+    assert str(folder) in str(refusal.value)
+
+
+# nothing is run ---------------------------------------------------------------------------------------------------------
+
+
+class Payload:
+    """Unpickled, it calls function(*arguments)."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def as_archive(payload, path):
+    torch.save({"state": payload}, path)
+
+
+def as_old_archive(payload, path):
+    torch.save({"state": payload}, path, _use_new_zipfile_serialization=False)
+
+
+def as_pickle(payload, path):
+    path.write_bytes(pickle.dumps(payload, protocol=2))
+
+
+@pytest.mark.parametrize("write", [as_archive, as_old_archive, as_pickle])
+@pytest.mark.parametrize("kind", ["system", "open"])
+def test_a_checkpoint_with_code_in_it_is_reported_and_not_run(kind, write, tmp_path, capsys):
+    marker = tmp_path / "created by the payload"
+    payload = Payload(os.system, f"touch '{marker}'") if kind == "system" else Payload(open, str(marker), "w")
+    pickle.loads(pickle.dumps(payload))  # the payload works ...
+    assert marker.exists()
+    marker.unlink()
+    write(payload, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="no readable checkpoint"):
+        checkpoint.load(tmp_path)
+    assert not marker.exists()  # ... and was not run
+    assert str(tmp_path / "checkpoint.pt") in capsys.readouterr().err
+
+
+def test_a_checkpoint_with_code_in_it_falls_back_to_its_predecessor(folder):
+    marker = folder / "created by the payload"
+    as_archive(Payload(open, str(marker), "w"), folder / "checkpoint.pt")
+    assert checkpoint.load(folder)["epoch"] == 0
+    assert not marker.exists()
+
+
+# writing ----------------------------------------------------------------------------------------------------------------
+
+
+def failing(function, on_call: int = 1):
+    """`function`, but its nth call raises OSError."""
+    calls = []
+
+    def call(*arguments):
+        calls.append(arguments)
+        if len(calls) == on_call:
+            raise OSError("no space left on device")
+        return function(*arguments)
+
+    return call
+
+
+def test_write_atomic_replaces_the_content_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "file.json"
+    checkpoint.write_atomic(path, b"old")
+    checkpoint.write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_write_atomic_leaves_the_old_content_where_writing_fails(step, tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    checkpoint.write_atomic(path, b"old")
+    monkeypatch.setattr(os, step, failing(getattr(os, step)))
+    with pytest.raises(OSError, match="no space left"):
+        checkpoint.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def half_saved(content, file):
+    file.write(b"half a checkpoint")
+    raise OSError("no space left on device")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "broken"),
+    [
+        (torch, "save", lambda: half_saved),
+        (os, "fsync", lambda: failing(os.fsync)),
+        (os, "replace", lambda: failing(os.replace)),
+        (os, "replace", lambda: failing(os.replace, on_call=2)),
+    ],
+    ids=["writing", "fsync", "first replace", "second replace"],
+)
+def test_a_save_that_fails_midway_leaves_the_old_checkpoint(module, name, broken, folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, broken())
+        with pytest.raises(OSError, match="no space left"):
+            checkpoint.save(folder, {"epoch": 2})
+    assert checkpoint.load(folder)["epoch"] == 1
+    checkpoint.save(folder, {"epoch": 2})
+    assert checkpoint.load(folder)["epoch"] == 2
+
+
+def test_the_predecessor_is_the_checkpoint_before(folder):
+    checkpoint.save(folder, {"epoch": 2})
+    (folder / "checkpoint.pt").unlink()
+    assert checkpoint.load(folder)["epoch"] == 1
+
+
+WRITERS = [
+    lambda folder: checkpoint.save(folder, {"epoch": 0}),
+    lambda folder: checkpoint.write_atomic(folder / "file.json", b"{}"),
+]
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=["save", "write_atomic"])
+@pytest.mark.parametrize("kind", ["missing", "a file"])
+def test_a_folder_that_is_none_raises(kind, write, tmp_path):
+    folder = tmp_path / "folder"
+    if kind == "a file":
+        folder.write_text("")
+    with pytest.raises(OSError, match="folder"):
+        write(folder)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write into read-only folders")
+@pytest.mark.parametrize("write", WRITERS, ids=["save", "write_atomic"])
+def test_a_read_only_folder_raises(write, tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(PermissionError):
+            write(tmp_path)
+    finally:
+        tmp_path.chmod(0o700)

@@ -1,0 +1,213 @@
+"""The command line that all scripts share: number types, one-line errors, presets."""
+
+import argparse
+import sys
+
+import pytest
+
+from common import cli
+
+PRESETS = """
+["table/cell"]
+lr = 0.5
+name = "from the preset"
+verbose = true
+
+["table/other"]
+epochs = 3
+"""
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(prog="script.py")
+    parser.add_argument("--lr", type=cli.positive, default=0.1, help="learning rate")
+    parser.add_argument("--epochs", type=cli.count, default=10, help="epochs")
+    parser.add_argument("--name", help="any text")
+    parser.add_argument("--verbose", action="store_true", help="a switch")
+    parser.add_argument("--preset", help="a section of the presets")
+    return parser
+
+
+@pytest.fixture
+def presets(tmp_path):
+    path = tmp_path / "presets.toml"
+    path.write_text(PRESETS)
+    return path
+
+
+def one_line(text: str) -> str:
+    """The single line that text is; fails where it is none or several."""
+    assert text.endswith("\n") and text.count("\n") == 1, text
+    return text[:-1]
+
+
+# number types -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "text", "value"),
+    [
+        (cli.fraction, "0", 0.0),
+        (cli.fraction, "1", 1.0),
+        (cli.fraction, "5e-1", 0.5),
+        (cli.positive, "1e-300", 1e-300),
+        (cli.positive, "25", 25.0),
+        (cli.non_negative, "0", 0.0),
+        (cli.non_negative, "2.5", 2.5),
+        (cli.count, "1", 1),
+        (cli.count_or_zero, "0", 0),
+        (cli.count_or_zero, "7", 7),
+        (cli.seed, "0", 0),
+        (cli.seed, "4294967295", 2**32 - 1),
+    ],
+)
+def test_numbers_within_the_range_are_accepted_at_their_type(number, text, value):
+    found = number(text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("number", "text", "rule"),
+    [
+        *((cli.fraction, text, "between 0 and 1") for text in ("-0.1", "1.0001", "2")),
+        *((cli.positive, text, "> 0") for text in ("0", "-0.0", "-1")),
+        *((cli.non_negative, text, ">= 0") for text in ("-1e-9", "-3")),
+        *((cli.count, text, "at least 1") for text in ("0",)),
+        *((t, "-1", ">= 0") for t in (cli.count, cli.count_or_zero, cli.seed)),
+        *((t, "1.5", "whole number") for t in (cli.count, cli.count_or_zero, cli.seed)),
+        (cli.seed, "4294967296", r"below 2\^32"),
+        *((t, text, "finite") for t in (cli.fraction, cli.positive, cli.non_negative) for text in ("nan", "inf")),
+        *((t, text, "whole number") for t in (cli.count, cli.count_or_zero, cli.seed) for text in ("nan", "inf")),
+        *((t, text, "a number") for t in (cli.fraction, cli.positive, cli.non_negative) for text in ("", "ten")),
+        *((t, text, "whole number") for t in (cli.count, cli.count_or_zero, cli.seed) for text in ("", "ten")),
+    ],
+    ids=lambda value: getattr(value, "__name__", value) or "empty",
+)  # fmt: skip
+def test_other_numbers_are_refused_with_the_rule_and_the_value(number, text, rule):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"^must be .*{rule}.*, got {text}$"):
+        number(text)
+
+
+# errors -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--lr", "nan"], "argument --lr: must be a finite number, got nan"),
+        (["--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
+        (["--nosuch", "3"], "--nosuch 3"),
+        (["--epoch", "3"], "--epoch 3"),  # no abbreviated flags
+        (["--lr"], "argument --lr: expected one argument"),
+    ],
+)
+def test_a_bad_command_line_ends_in_one_line_and_status_2(argv, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        make_parser().parse_args(argv)
+    assert stop.value.code == 2
+    streams = capsys.readouterr()
+    line = one_line(streams.err)
+    assert line.startswith("script.py: error: ") and named in line
+    assert streams.out == ""
+
+
+def test_a_user_error_becomes_one_line_and_status_2(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["some/folder/script.py"])
+
+    def main(argv):
+        raise cli.UserError(f"{argv[0]} is no file")
+
+    with pytest.raises(SystemExit) as stop:
+        cli.exit_cleanly(main, ["x.npy"])
+    assert stop.value.code == 2
+    assert one_line(capsys.readouterr().err) == "script.py: error: x.npy is no file"
+
+
+def test_a_keyboard_interrupt_ends_in_status_130_without_traceback(capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        cli.exit_cleanly(main, [])
+    assert stop.value.code == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_other_errors_keep_their_traceback():
+    def main(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cli.exit_cleanly(main, [])
+
+
+def test_the_help_shows_the_defaults_where_there_is_one(capsys):
+    with pytest.raises(SystemExit) as stop:
+        make_parser().parse_args(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "learning rate (default: 0.1)" in text
+    assert "None" not in text and "False" not in text
+
+
+# presets ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [["--preset", "table/cell"], ["--preset=table/cell"]])
+def test_a_preset_sets_its_flags_and_true_is_a_switch(form, presets):
+    args = cli.parse_args(make_parser(), form, presets)
+    assert vars(args) == {
+        "lr": 0.5,
+        "epochs": 10,
+        "name": "from the preset",
+        "verbose": True,
+        "preset": "table/cell",
+    }
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--preset", "table/cell", "--lr", "0.25"], ["--lr", "0.25", "--preset", "table/cell"]],
+    ids=["after", "before"],
+)
+def test_a_typed_flag_wins_over_the_preset(argv, presets):
+    args = cli.parse_args(make_parser(), argv, presets)
+    assert args.lr == 0.25
+    assert args.name == "from the preset"
+
+
+def test_without_a_preset_the_file_is_not_needed(tmp_path):
+    assert cli.parse_args(make_parser(), ["--lr", "3"], tmp_path / "nosuch.toml").lr == 3
+
+
+def test_without_words_the_command_line_of_the_process_is_read(presets, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py", "--preset", "table/other"])
+    assert cli.parse_args(make_parser(), None, presets).epochs == 3
+
+
+def test_an_unknown_preset_is_refused_with_the_choices(presets, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse_args(make_parser(), ["--preset", "table/nosuch"], presets)
+    assert stop.value.code == 2
+    line = one_line(capsys.readouterr().err)
+    assert line.startswith("script.py: error: ")
+    assert all(name in line for name in ("table/nosuch", "table/cell", "table/other"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [
+        ("lr = nan", "argument --lr: must be a finite number, got nan"),
+        ("lr = -1", "argument --lr: must be > 0, got -1"),
+        ('lr = "fast"', "argument --lr: must be a number, got fast"),
+        ("epochs = 1.5", "argument --epochs: must be a whole number, got 1.5"),
+        ("nosuch = 3", "--nosuch 3"),
+    ],
+)
+def test_a_bad_value_in_a_preset_is_refused_like_a_typed_one(entry, named, presets, capsys):
+    presets.write_text(f'["table/cell"]\n{entry}\n')
+    with pytest.raises(SystemExit) as stop:
+        cli.parse_args(make_parser(), ["--preset", "table/cell"], presets)
+    assert stop.value.code == 2
+    assert named in one_line(capsys.readouterr().err)

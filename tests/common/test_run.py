@@ -1,0 +1,482 @@
+"""A run's directory: what is written, what is refused, and going on after a stop; with a loop that only counts."""
+
+import csv
+import hashlib
+import json
+import math
+import os
+import signal
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common import results
+from common.cli import UserError
+from common.gpu import Device
+from common.run import Run, run_name
+
+CPU = Device(torch.device("cpu"), "fp32", "for the test")
+CELL = {"dataset": "digits", "noise_type": "imb", "noise_rate": 0.5, "imb_factor": 0.1, "ood_ratio": None}
+CLEAN = np.array([0, 0, 0, 0, 1, 1, 2, 2])
+NOISY = np.array([0, 1, 0, 2, 1, 1, 2, 0])
+INDEX = np.array([3, 5, 8, 9, 11, 20, 21, 30])
+
+
+def arguments(folder: Path, **changed) -> Namespace:
+    """The arguments of a run of three epochs in `folder`."""
+    usual = {
+        "out": str(folder),
+        "resume": "auto",
+        "data_path": "./data",
+        "num_epochs": 3,
+        "seed": 1,
+        "lr": 0.1,
+    }
+    usual |= {"fidelity": "paper", "preset": None, "limit_train": None}  # fmt: skip
+    return Namespace(**(usual | changed))
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """start(folder, flag=value, ...) opens a run; a run left unfinished has to be given to `end` before another may start."""
+    monkeypatch.setattr("sys.argv", ["sfa/Train_cifar.py", "--dataset", "digits"])
+    runs, handlers = [], {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def open_run(folder: Path, **changed) -> Run:
+        cell = {**CELL, "profile": "short"}
+        run = Run(arguments(folder, **changed), CPU, paper="sfa", method="SFA", name="name", cell=cell)
+        runs.append(run)
+        return run
+
+    yield open_run
+    for run in runs:
+        end(run)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def end(run: Run) -> None:
+    """What the end of its process does to a run."""
+    if run._writer is not None:
+        run._writer.close()
+    run._lock.release()
+
+
+def begin(run: Run, state: dict | None = None) -> dict:
+    """The part of a script before its epochs. Returns the state the run keeps."""
+    state = {"memory": {"total": 0}} if state is None else state
+    run.save_labels(INDEX, CLEAN, NOISY, num_classes=3)
+    run.resume(state)
+    return state
+
+
+def do_epoch(run: Run, epoch: int, state: dict) -> None:
+    """An epoch that counts, and logs numbers made from the count."""
+    state["memory"]["total"] += epoch
+    total = state["memory"]["total"]
+    run.log(
+        epoch, loss=1 / total, test_accuracy=10.0 * total, auc=math.nan if epoch == 1 else 0.5, count=total
+    )
+
+
+def train(run: Run, stop_after: int | None = None) -> dict:
+    """A script's loop; stop_after=k ends it in the middle of epoch k: logged, but without its checkpoint."""
+    state = begin(run)
+    for epoch in run.epochs(run.args.num_epochs):
+        do_epoch(run, epoch, state)
+        if epoch == stop_after:
+            end(run)
+            return state
+    run.finish(last_auc=run.rows[-1]["auc"], nothing=None)
+    return state
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_seconds(path: Path) -> list[str]:
+    """The lines of a log.csv without the last column."""
+    return [line.rpartition(",")[0] for line in path.read_text().splitlines()]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# log.csv ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_has_a_row_per_epoch_and_empty_cells_for_nan_and_none(start, tmp_path):
+    run = start(tmp_path)
+    begin(run)
+    for epoch in run.epochs(2):
+        run.log(epoch, loss=None, test_accuracy=np.float32(50), auc=math.nan, selected=np.int64(7), split="a")
+    lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert lines[0] == "epoch,loss,test_accuracy,auc,selected,split,seconds"
+    assert [row.pop("seconds") != "" for row in table(tmp_path / "log.csv")] == [True, True]
+    first, second = table(tmp_path / "log.csv")
+    assert [first["epoch"], second["epoch"]] == ["1", "2"]
+    for row in (first, second):
+        assert (row["loss"], row["auc"], row["split"]) == ("", "", "a")
+        assert (float(row["test_accuracy"]), float(row["selected"])) == (50, 7)
+
+
+def test_a_row_with_other_columns_is_refused(start, tmp_path):
+    run = start(tmp_path)
+    begin(run)
+    epochs = run.epochs(3)
+    run.log(next(epochs), loss=1.0, test_accuracy=1.0)
+    before = (tmp_path / "log.csv").read_bytes()
+    with pytest.raises(ValueError, match=r"epoch 2 .*auc"):
+        run.log(next(epochs), loss=1.0, test_accuracy=1.0, auc=0.5)
+    assert (tmp_path / "log.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan")])
+@pytest.mark.parametrize("name", ["loss", "train_loss"])
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_logged(name, value, start, tmp_path):
+    run = start(tmp_path)
+    begin(run)
+    for epoch in run.epochs(1):
+        with pytest.raises(UserError, match=rf"^{name} is {value} at epoch 1: "):
+            run.log(epoch, **{name: value}, test_accuracy=1.0)
+        break
+    assert not (tmp_path / "log.csv").exists()
+
+
+def test_an_epoch_that_was_not_logged_is_an_error(start, tmp_path):
+    run = start(tmp_path)
+    begin(run)
+    epochs = run.epochs(2)
+    assert next(epochs) == 1
+    with pytest.raises(RuntimeError, match="epoch 1 was not logged"):
+        next(epochs)
+
+
+# results ----------------------------------------------------------------------------------------------------------------
+
+
+def test_result_json_has_best_last_and_the_mean_of_the_last_ten(start, tmp_path):
+    run = start(tmp_path / "run", num_epochs=12)
+    begin(run)
+    curve = [5.0, 90.0, 20.0, *range(30, 75, 5)]
+    for epoch in run.epochs(12):
+        batches = [(torch.zeros(4, 1), torch.arange(4)), (torch.zeros(3, 1), torch.arange(3))]
+        assert len(list(run.progress(batches, "training"))) == 2
+        list(run.progress(batches, "evaluation", training=False))
+        run.log(epoch, test_accuracy=curve[epoch - 1], auc=0.25)
+    run.finish(last_auc=run.rows[-1]["auc"], undefined=math.nan)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    expected = {"best": 90, "last": 70, "last10": np.mean(curve[2:]), "last_auc": 0.25, "undefined": None}
+    assert result["metrics"] == pytest.approx(expected)
+    assert (result["metric"], result["best_epoch"], result["images"]) == ("test_accuracy", 2, 12 * 7)
+    assert {key: result[key] for key in CELL} == CELL
+    assert (result["paper"], result["method"], result["table"], result["cell"]) == ("sfa", "SFA", "", "run")
+    assert (result["profile"], result["fidelity"]) == ("short", "paper")
+    assert (result["seed"], result["epochs"]) == (1, 12)
+    assert result["command"] == "python sfa/Train_cifar.py --dataset digits"
+    assert result["environment"]["device"] == "cpu" and result["environment"]["precision"] == "fp32"
+    assert result["timing"]["seconds"] > 0 and result["timing"]["peak_memory_mb"] > 0
+    assert result["timing"]["images_per_second"] > 0
+    noise = json.loads((tmp_path / "run" / "noise.json").read_text())
+    assert result["noise"] == {key: noise[key] for key in ("sha256", "samples", "realised_rate")}
+
+
+def test_result_csv_has_a_row_per_metric_in_the_common_schema(start, tmp_path):
+    train(start(tmp_path, preset="longtail/if10"))
+    rows = table(tmp_path / "result.csv")
+    assert list(rows[0]) == list(results.COLUMNS)
+    # totals 1, 3, 6; a metric without a value has no row
+    values = {"best": 60, "last": 60, "last10": 100 / 3, "last_auc": 0.5}
+    assert {row["metric"]: float(row["value"]) for row in rows} == pytest.approx(values)
+    for row in rows:
+        assert (row["paper"], row["method"], row["table"], row["cell"]) == ("sfa", "SFA", "longtail", "if10")
+        assert (row["dataset"], row["noise_type"], float(row["noise_rate"])) == ("digits", "imb", 0.5)
+        assert (row["ood_ratio"], row["seed"], row["epochs"], row["profile"]) == ("", "1", "3", "short")
+        assert (row["device"], row["precision"], row["fidelity"]) == ("cpu", "fp32", "paper")
+        assert (row["reported"], row["delta"]) == ("", "")
+        assert row["command"] == "python sfa/Train_cifar.py --dataset digits"
+
+
+def test_there_is_no_result_before_the_run_is_finished(start, tmp_path):
+    train(start(tmp_path), stop_after=3)
+    assert not (tmp_path / "result.json").exists() and not (tmp_path / "result.csv").exists()
+
+
+def test_a_subset_of_the_training_data_shows_in_the_profile_of_every_result(start, tmp_path):
+    train(start(tmp_path, limit_train=8))
+    assert json.loads((tmp_path / "result.json").read_text())["profile"] == "short+limit_train=8"
+    assert {row["profile"] for row in table(tmp_path / "result.csv")} == {"short+limit_train=8"}
+
+
+def test_a_finished_run_is_left_as_it_is(start, tmp_path):
+    train(start(tmp_path))
+    before = {name: (tmp_path / name).read_bytes() for name in ("log.csv", "result.json", "result.csv")}
+    run = start(tmp_path)
+    state = begin(run)
+    assert list(run.epochs(3)) == []
+    run.finish(last_auc=run.rows[-1]["auc"])
+    assert state["memory"]["total"] == 6
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+# the directory and its arguments ----------------------------------------------------------------------------------------
+
+
+def test_args_json_has_arguments_command_and_environment(start, tmp_path):
+    start(tmp_path, lr=0.25)
+    kept = json.loads((tmp_path / "args.json").read_text())
+    assert kept["arguments"]["lr"] == 0.25 and kept["arguments"]["seed"] == 1
+    assert kept["command"] == "python sfa/Train_cifar.py --dataset digits"
+    assert kept["environment"]["device"] == "cpu" and kept["environment"]["precision"] == "fp32"
+    assert kept["cell"]["dataset"] == "digits"
+
+
+def test_without_out_the_directory_is_named_by_paper_and_name(start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start(tmp_path, out=None)
+    assert (tmp_path / "results" / "runs" / "sfa" / "name" / "args.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"lr": 0.2}, "lr was 0.1, now 0.2"),
+        ({"num_epochs": 4}, "num_epochs was 3, now 4"),
+        ({"preset": "a/b"}, "preset was None, now a/b"),
+        ({"new_flag": 7}, "new_flag was None, now 7"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_other_arguments_are_refused_and_change_nothing(changed, named, start, tmp_path):
+    train(start(tmp_path), stop_after=2)
+    before = content(tmp_path)
+    with pytest.raises(UserError) as refusal:
+        start(tmp_path, **changed)
+    assert named in str(refusal.value) and str(tmp_path) in str(refusal.value)
+    assert content(tmp_path) == before
+
+
+def test_a_missing_argument_counts_as_another(start, tmp_path):
+    end(start(tmp_path, extra=5))
+    with pytest.raises(UserError, match="extra was 5, now None"):
+        start(tmp_path)
+
+
+def test_where_the_data_are_may_change(start, tmp_path):
+    train(start(tmp_path), stop_after=2)
+    train(start(tmp_path, data_path="/elsewhere"))
+    assert (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize("stop_after", [1, None], ids=["unfinished", "finished"])
+def test_resume_never_refuses_a_directory_with_a_run(stop_after, start, tmp_path):
+    train(start(tmp_path, resume="never"), stop_after=stop_after)  # an empty directory is fine
+    before = content(tmp_path)
+    with pytest.raises(UserError, match=r"holds a run already.*--resume auto") as refusal:
+        start(tmp_path, resume="never")
+    assert str(tmp_path) in str(refusal.value)
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["log.csv", "result.json", "checkpoint.pt"])
+def test_a_directory_with_files_of_something_else_is_refused(name, start, tmp_path):
+    (tmp_path / name).write_text("of another program")
+    with pytest.raises(UserError, match=name):
+        start(tmp_path)
+    assert (tmp_path / name).read_text() == "of another program"
+    assert not (tmp_path / "args.json").exists()
+
+
+def test_a_directory_in_use_is_refused(start, tmp_path):
+    first = start(tmp_path)
+    before = content(tmp_path)
+    with pytest.raises(UserError, match="in use") as refusal:
+        start(tmp_path)
+    assert str(tmp_path) in str(refusal.value)
+    assert content(tmp_path) == before
+    end(first)
+    start(tmp_path)
+
+
+def test_a_finished_run_gives_its_directory_free(start, tmp_path):
+    train(start(tmp_path))
+    start(tmp_path)
+
+
+# labels -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_labels_are_kept_with_their_checksum_and_noise(start, tmp_path):
+    start(tmp_path).save_labels(INDEX, CLEAN, NOISY, num_classes=3)
+    assert np.array_equal(np.load(tmp_path / "noisy_labels.npy", allow_pickle=False), NOISY)
+    assert np.array_equal(np.load(tmp_path / "train_index.npy", allow_pickle=False), INDEX)
+    noise = json.loads((tmp_path / "noise.json").read_text())
+    assert noise["sha256"] == hashlib.sha256((tmp_path / "noisy_labels.npy").read_bytes()).hexdigest()
+    assert (noise["samples"], noise["realised_rate"]) == (8, 3 / 8)
+    assert noise["transition_matrix"] == [[0.5, 0.25, 0.25], [0, 1, 0], [0.5, 0, 0.5]]
+    assert noise["observed_counts"] == [3, 3, 2]
+
+
+def test_other_labels_are_refused_when_a_run_goes_on(start, tmp_path):
+    train(start(tmp_path), stop_after=2)
+    run = start(tmp_path)
+    before = content(tmp_path)
+    with pytest.raises(UserError, match="other labels") as refusal:
+        run.save_labels(INDEX, CLEAN, np.roll(NOISY, 1), num_classes=3)
+    assert str(tmp_path) in str(refusal.value)
+    assert content(tmp_path) == before
+
+
+# going on ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_a_run_stopped_in_an_epoch_goes_on_as_if_nothing_had_happened(stop_after, start, tmp_path):
+    uninterrupted = train(start(tmp_path / "reference" / "run"))
+    train(start(tmp_path / "run"), stop_after=stop_after)
+    assert train(start(tmp_path / "run")) == uninterrupted
+    folders = tmp_path / "reference" / "run", tmp_path / "run"
+    logs = [without_seconds(folder / "log.csv") for folder in folders]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+    found = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    for result in found:
+        del result["timing"], result["environment"]["git"]  # a commit may come between the two runs
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("stop_after", "kept"), [(1, 0), (2, 1), (3, 2)])
+def test_rows_logged_after_the_last_checkpoint_are_dropped(stop_after, kept, start, tmp_path):
+    train(start(tmp_path), stop_after=stop_after)
+    logged = (tmp_path / "log.csv").read_text().splitlines()
+    assert len(logged) == 1 + stop_after
+    run = start(tmp_path)
+    begin(run)
+    assert len(run.rows) == kept
+    if kept:
+        assert (tmp_path / "log.csv").read_text().splitlines() == logged[: 1 + kept]
+    else:
+        assert not (tmp_path / "log.csv").exists()
+    assert next(run.epochs(3)) == kept + 1
+
+
+def test_half_a_row_in_the_log_does_no_harm(start, tmp_path):
+    train(start(tmp_path), stop_after=3)
+    log = tmp_path / "log.csv"
+    log.write_bytes(log.read_bytes()[:-9])
+    train(start(tmp_path))
+    assert [row["count"] for row in table(log)] == ["1", "3", "6"]
+
+
+def test_the_global_generator_goes_on_where_the_checkpoint_was_made(start, tmp_path):
+    torch.manual_seed(5)
+    run = start(tmp_path)
+    state = begin(run)
+    epochs = run.epochs(3)
+    do_epoch(run, next(epochs), state)
+    torch.rand(3)
+    next(epochs)  # makes the checkpoint of epoch 1
+    expected = torch.rand(3)
+    end(run)
+    torch.manual_seed(6)
+    begin(start(tmp_path))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_images_and_time_count_over_all_the_parts_of_a_run(start, tmp_path):
+    batches = [(torch.zeros(5, 1), torch.arange(5))]
+    run = start(tmp_path)
+    begin(run)
+    epochs = run.epochs(2)
+    list(run.progress(batches, f"epoch {next(epochs)}"))
+    run.log(1, test_accuracy=1.0)
+    list(run.progress(batches, f"epoch {next(epochs)}"))  # of an epoch that will be done again
+    end(run)
+    seconds = run.seconds
+    run = start(tmp_path)
+    begin(run)
+    assert run.images == 5 and run.seconds == seconds > 0
+
+
+def test_the_shape_of_a_bad_state_is_refused(start, tmp_path):
+    run = start(tmp_path)
+    begin(run, {"nets": [torch.nn.Linear(2, 2)]})
+    end(run)
+    with pytest.raises(ValueError, match=r"\b1\b.*\b2\b"):
+        start(tmp_path).resume({"nets": [torch.nn.Linear(2, 2) for _ in range(2)]})
+
+
+# signals ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("moment", ["batch", "epoch"])
+def test_a_signal_stops_at_the_next_step_and_the_run_goes_on_later(
+    moment, number, status, start, tmp_path, capsys
+):
+    run = start(tmp_path)
+    state = begin(run)
+    with pytest.raises(SystemExit) as stop:
+        for epoch in run.epochs(3):
+            if epoch == 2:
+                os.kill(os.getpid(), number)
+            if moment == "batch":
+                list(run.progress([(torch.zeros(1, 1), torch.arange(1))], "training"))
+            do_epoch(run, epoch, state)
+    assert stop.value.code == status
+    done = 1 if moment == "batch" else 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"{number.name}: stopped; the same command goes on after epoch {done}"
+    ]
+    assert signal.getsignal(number) == signal.SIG_DFL  # a second signal would end the process at once
+    end(run)
+    run = start(tmp_path)
+    assert begin(run)["memory"]["total"] == (1 if moment == "batch" else 3)
+    assert next(run.epochs(3)) == done + 1
+
+
+def test_a_finished_run_gives_the_signals_back(start, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    train(start(tmp_path))
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+# names ------------------------------------------------------------------------------------------------------------------
+
+DEFAULTS = {"dataset": "cifar10", "lr": 0.02, "T": 0.5, "noise_file": None, "compile": False}
+
+
+def named(always=("dataset",), **changed) -> str:
+    unsaid = {"out": "somewhere", "resume": "never", "preset": "a/b", "data_path": "/data"}
+    return run_name(Namespace(**{**DEFAULTS, **unsaid, **changed}), DEFAULTS, always)
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({}, "dataset_cifar10"),
+        ({"lr": 0.1}, "dataset_cifar10-lr_0.1"),
+        ({"T": 1.0, "lr": 0.1}, "dataset_cifar10-lr_0.1-T_1.0"),
+        ({"compile": True, "dataset": "digits"}, "dataset_digits-compile_True"),
+        ({"lr": 0.02, "always": ("dataset", "lr")}, "dataset_cifar10-lr_0.02"),
+    ],
+)
+def test_a_run_is_named_by_what_differs_from_the_defaults(changed, name):
+    assert named(**changed) == name
+
+
+def test_a_name_is_one_folder_whatever_the_values_are():
+    name = named(noise_file="/some where/ä:labels.npy")
+    assert Path(name).name == name and name.isascii() and " " not in name and ":" not in name
+
+
+def test_long_names_are_shortened_and_still_distinct():
+    names = [named(noise_file="x" * 300 + end) for end in "ab"]
+    assert names[0] != names[1]
+    assert all(len(name) <= 200 and name.startswith("dataset_cifar10-noise_file_xxx") for name in names)
+    assert named(noise_file="x" * 300 + "a") == names[0]
