@@ -17,6 +17,7 @@ Rate 0 returns a copy of the labels. ValueError: a rate outside [0, 1] or NaN, a
 type or range.
 """
 
+import math
 import random
 from typing import NamedTuple
 
@@ -106,14 +107,44 @@ def class_conditional(
 ) -> np.ndarray:
     """Noise by a transition matrix: one legacy multinomial draw per label, in order (Me-Momentum's release).
 
-    The legacy draw uses up a varying number of uniforms, so it cannot be replaced by one uniform per label.
+    The draw walks the classes, one uniform of RandomState(seed) each, and stops at the first that is hit.
     """
     labels = _checked_labels(labels, num_classes)
-    rows = list(transition_matrix(noise_type, rate, num_classes))
+    matrix = transition_matrix(noise_type, rate, num_classes)
     if rate == 0:
         return labels.copy()
     rng = RandomState(seed)
-    return np.array([rng.multinomial(1, rows[label]).argmax() for label in labels], dtype=np.int64)
+    walks = [_legacy_walk(row) for row in matrix]
+    uniforms, position = rng.random_sample(2 * len(labels) + num_classes), 0
+    noisy = np.empty_like(labels)
+    for i, label in enumerate(labels):
+        classes, thresholds, hit_above = walks[label]
+        if position + num_classes > len(uniforms):
+            more = rng.random_sample(len(labels) + num_classes)
+            uniforms, position = np.append(uniforms[position:], more), 0
+        hits = (uniforms[position : position + len(thresholds)] > thresholds) == hit_above
+        found = (
+            int(hits.argmax()) if hits.any() else len(thresholds)
+        )  # the last class takes what no other took
+        noisy[i] = classes[found]
+        position += min(found + 1, len(thresholds))
+    return noisy
+
+
+def _legacy_walk(row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How the legacy multinomial(1, row) turns uniforms into a class: classes, thresholds, whether above them is a hit.
+
+    It draws a binomial(1, row[j] / what is left) by inversion for each class but the last; a class of probability 0 costs
+    no draw. So it is up to NumPy 2.4; from NumPy 2.5 on such a class costs one, and the same seed gives other labels.
+    """
+    thresholds, hit_above, left = [], [], 1.0
+    classes = np.append(np.flatnonzero(row[:-1]), len(row) - 1)
+    for probability in row[classes[:-1]].tolist():
+        p = probability / left if left > 0 else 1.0  # a walk never comes past a certain hit
+        thresholds.append(math.exp(math.log(1.0 - p if p <= 0.5 else 1.0 - (1.0 - p))))
+        hit_above.append(p <= 0.5)
+        left -= probability
+    return classes, np.array(thresholds), np.array(hit_above)
 
 
 def instance_dependent(

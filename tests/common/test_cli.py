@@ -14,7 +14,7 @@ name = "from the preset"
 verbose = true
 
 ["table/other"]
-epochs = 3
+epochs = 1
 """
 
 
@@ -183,7 +183,7 @@ def test_without_a_preset_the_file_is_not_needed(tmp_path):
 
 def test_without_words_the_command_line_of_the_process_is_read(presets, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script.py", "--preset", "table/other"])
-    assert cli.parse_args(make_parser(), None, presets).epochs == 3
+    assert cli.parse_args(make_parser(), None, presets).epochs == 1
 
 
 def test_an_unknown_preset_is_refused_with_the_choices(presets, capsys):

@@ -312,3 +312,17 @@ def test_long_tailed_noise_needs_a_second_class_to_flip_to(mode):
     with pytest.raises(ValueError, match="at least 2 classes"):
         corrupt(mode, np.full(20, 4), 0.5)
     assert corrupt(mode, np.full(20, 4), 0).tolist() == [4] * 20
+
+
+@pytest.mark.skipif(
+    np.lib.NumpyVersion(np.__version__) >= "2.5.0",
+    reason="NumPy 2.5 draws otherwise where a probability is 0",
+)
+@pytest.mark.parametrize("noise_type", noise.CLASS_CONDITIONAL)
+@pytest.mark.parametrize("rate", [0.05, 0.2, 0.5, 0.55, 1.0])
+@pytest.mark.parametrize("num_classes", [3, 10, 100])
+def test_class_conditional_noise_equals_numpys_own_multinomial_label_by_label(noise_type, rate, num_classes):
+    labels = np.random.RandomState(100).randint(0, num_classes, 1000)
+    matrix, rng = noise.transition_matrix(noise_type, rate, num_classes), np.random.RandomState(3)
+    plain = [rng.multinomial(1, matrix[label]).argmax() for label in labels]
+    assert noise.class_conditional(noise_type, labels, rate, num_classes, seed=3).tolist() == plain
