@@ -8,8 +8,9 @@ these.
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -20,45 +21,53 @@ CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that at every moment either the old content or the whole new one is there. OSError on
-    failure."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
+    """Write a file so that at every moment either the old content or the whole new one is there. OSError on failure."""
+    _write_whole(path, lambda file: file.write(content))
 
 
 def save(folder: Path, content: dict) -> None:
-    """Write content (tensors and plain data) as the folder's checkpoint; the one before stays as its
-    predecessor."""
-    temporary = folder / (CURRENT + ".tmp")
-    with temporary.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if (folder / CURRENT).exists():
-        os.replace(folder / CURRENT, folder / PREVIOUS)
-    os.replace(temporary, folder / CURRENT)
-    _sync_folder(folder)
+    """Write content (tensors and plain data) as the folder's checkpoint; the one before stays as its predecessor."""
+    _write_whole(folder / CURRENT, lambda file: torch.save(content, file), keep_as=folder / PREVIOUS)
+
+
+def _write_whole(path: Path, write: Callable[[BinaryIO], Any], keep_as: Path | None = None) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_as is not None and path.exists():
+            os.replace(path, keep_as)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
 
 
 def load(folder: Path) -> dict | None:
     """The folder's checkpoint on the CPU, or its predecessor with a warning; None where there never was one.
 
-    Read with weights_only: a file that holds more than tensors and plain data is refused, and runs nothing.
-    UserError: a checkpoint is there, but neither it nor its predecessor can be read.
+    Read with weights_only: a file that holds more than tensors and plain data is refused, and runs nothing. A predecessor
+    that had to step in takes the place of the checkpoint. UserError: a checkpoint is there, but none can be read.
     """
-    present = [folder / name for name in (CURRENT, PREVIOUS) if (folder / name).exists()]
-    for path in present:
+    current, previous = folder / CURRENT, folder / PREVIOUS
+    for path in (current, previous):
+        if not path.exists():
+            continue
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises a dozen kinds for damaged files; each is reported here
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            print(f"warning: {path} cannot be read ({reason}); trying its predecessor", file=sys.stderr)
-    if present:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (
+            Exception
+        ) as error:  # torch raises a dozen kinds for damaged files, with advice not to be passed on
+            reason = f"damaged, or holds more than tensors and plain data ({type(error).__name__})"
+            print(f"warning: {path} is {reason}; it is not used", file=sys.stderr)
+            continue
+        if path == previous:
+            os.replace(previous, current)
+        return content
+    if current.exists() or previous.exists():
         raise UserError(
             f"no readable checkpoint in {folder}: remove the folder to start again, or choose another --out"
         )
@@ -66,7 +75,7 @@ def load(folder: Path) -> dict | None:
 
 
 def collect(state: Any) -> Any:
-    """The state of an object, or of a dict or list of objects, as tensors and plain data."""
+    """The state of an object, or of a dict or list of objects, as tensors and plain data. TypeError: anything else."""
     if isinstance(state, torch.Generator):
         return state.get_state()
     if isinstance(state, np.random.Generator):
@@ -77,7 +86,11 @@ def collect(state: Any) -> Any:
         return [collect(item) for item in state]
     if isinstance(state, dict):
         return {name: collect(item) for name, item in state.items()}
-    return state
+    if isinstance(state, torch.Tensor) or type(state) in (int, float, bool, str, type(None)):
+        return state
+    raise TypeError(
+        f"a {type(state).__name__} cannot be kept in a checkpoint: only tensors and plain data can"
+    )
 
 
 def restore(state: Any, saved: Any) -> None:

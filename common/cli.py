@@ -159,10 +159,11 @@ def read_presets(path: Path) -> dict[str, dict]:
 
 
 def preset_arguments(section: dict) -> list[str]:
-    """A preset's section as command-line words; true stands for a switch."""
+    """A preset's section as command-line words; true stands for a switch, false for its absence."""
     words = []
     for flag, value in section.items():
-        words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+        if value is not False:
+            words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
     return words
 
 

@@ -79,7 +79,11 @@ class Run:
             raise UserError(
                 f"{self.folder} cannot be written ({error.strerror}): choose another --out"
             ) from None
-        self._check_arguments()
+        try:
+            self._check_arguments()
+        except UserError:
+            self._lock.release()
+            raise
         print(f"run directory {self.folder}", flush=True)
 
     # what the directory holds -----------------------------------------------------------------------------------------
@@ -104,7 +108,12 @@ class Run:
             raise UserError(
                 f"{self.folder} holds a run already: remove it, choose another --out, or use --resume auto"
             )
-        old = json.loads(path.read_text())["arguments"]
+        try:
+            old = json.loads(path.read_text())["arguments"]
+        except (ValueError, KeyError):
+            raise UserError(
+                f"{path} is damaged: remove {self.folder} to start again, or choose another --out"
+            ) from None
         differing = [
             f"{n} was {old.get(n)}, now {arguments.get(n)}"
             for n in {**old, **arguments}
@@ -165,6 +174,12 @@ class Run:
             self.rows, self.images, self.seconds = saved["rows"], saved["images"], saved["seconds"]
             print(f"going on after epoch {len(self.rows)}", flush=True)
         else:
+            remains = [name for name in ("log.csv", "result.json") if (self.folder / name).exists()]
+            if remains:
+                raise UserError(
+                    f"{self.folder} holds {remains[0]} but no checkpoint to go on from: "
+                    "remove it to start again, or choose another --out"
+                )
             self._save()
         if self.rows:  # rows written after the checkpoint belong to an epoch that will be done again
             write_atomic(self.folder / "log.csv", results.to_csv(self.rows, self.rows[0]).encode())
@@ -219,14 +234,16 @@ class Run:
             yield batch
 
     def log(self, epoch: int, **values: float | int | None) -> None:
-        """Add the epoch's row to log.csv and the event file, and print it. NaN and None leave the cell empty.
+        """Add the epoch's row to log.csv and the event file, and print it. None, NaN and inf leave the cell empty.
 
         Every row must have the same columns. UserError: a value whose name ends in "loss" is not finite.
         """
         seconds = time.perf_counter() - self._epoch_started
         for name, value in values.items():
             if name.endswith("loss") and value is not None and not np.isfinite(value):
-                raise UserError(f"{name} is {value} at epoch {epoch}: lower --lr, or try --precision fp32")
+                raise UserError(
+                    f"{name} is {value} at epoch {epoch}: lower --lr or try --precision fp32, with another --out"
+                )
         row = {
             "epoch": epoch,
             **{name: _plain(value) for name, value in values.items()},
@@ -366,11 +383,11 @@ def run_name(args: Namespace, defaults: dict[str, Any], always: Iterable[str]) -
 
 
 def _plain(value: Any) -> float | int | str | None:
-    """A number as Python's own; NaN as None."""
+    """A number as Python's own; None for NaN and infinity."""
     if value is None or isinstance(value, (str, int)):
         return value
     value = float(value)
-    return None if np.isnan(value) else value
+    return value if np.isfinite(value) else None
 
 
 def _short(name: str, value: float) -> str:

@@ -313,3 +313,29 @@ def test_a_read_only_folder_raises(write, tmp_path):
             write(tmp_path)
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_a_predecessor_that_stepped_in_survives_a_save_that_is_cut_short(folder, monkeypatch, capsys):
+    (folder / checkpoint.CURRENT).write_bytes(b"")
+    assert checkpoint.load(folder)["epoch"] == 0
+    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("cut short")))
+    with pytest.raises(OSError, match="cut short"):
+        checkpoint.save(folder, {"epoch": 2})
+    monkeypatch.undo()
+    assert checkpoint.load(folder)["epoch"] == 0
+    assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "item", [np.float64(1), np.arange(2), np.random.RandomState(0), (1, 2), object()], ids=type
+)
+def test_what_could_not_be_read_back_is_refused_when_it_is_saved(item):
+    with pytest.raises(TypeError, match=type(item).__name__):
+        checkpoint.collect({"state": [item]})
+
+
+def test_the_warning_gives_a_reason_and_no_advice_to_load_unsafely(folder, capsys):
+    torch.save({"x": object}, folder / checkpoint.CURRENT)
+    checkpoint.load(folder)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "more than tensors and plain data" in line and "weights_only" not in line

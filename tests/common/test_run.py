@@ -306,7 +306,7 @@ def test_a_directory_in_use_is_refused(start, tmp_path):
 
 def test_a_finished_run_gives_its_directory_free(start, tmp_path):
     train(start(tmp_path))
-    start(tmp_path)
+    assert start(tmp_path).folder == tmp_path
 
 
 # labels -----------------------------------------------------------------------------------------------------------------
@@ -480,3 +480,21 @@ def test_long_names_are_shortened_and_still_distinct():
     assert names[0] != names[1]
     assert all(len(name) <= 200 and name.startswith("dataset_cifar10-noise_file_xxx") for name in names)
     assert named(noise_file="x" * 300 + "a") == names[0]
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["unfinished", "finished"])
+def test_a_run_that_lost_its_checkpoints_is_refused_and_left_as_it_is(finished, start, tmp_path):
+    train(start(tmp_path), **({} if finished else {"stop_after": 2}))
+    for file in tmp_path.glob("checkpoint*"):
+        file.unlink()
+    before = {file.name: file.read_bytes() for file in tmp_path.glob("*.*s*")}
+    with pytest.raises(UserError, match=r"holds log\.csv but no checkpoint"):
+        begin(start(tmp_path))
+    assert {file.name: file.read_bytes() for file in tmp_path.glob("*.*s*")} == before
+
+
+def test_a_damaged_args_json_is_named(start, tmp_path):
+    train(start(tmp_path))
+    (tmp_path / "args.json").write_text("{")
+    with pytest.raises(UserError, match=r"args\.json is damaged"):
+        start(tmp_path)
