@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from scipy.stats import t as student_t
 
-from common.checkpoint import write_atomic
 from common.cli import Parser, UserError, exit_cleanly
+from common.files import write_atomic
 from common.results import COLUMNS, to_csv
 
 NUMERIC = {"noise_rate", "imb_factor", "ood_ratio", "epochs", "seed"}

@@ -8,42 +8,21 @@ these.
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 
 from common.cli import UserError
+from common.files import write_whole
 
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that at every moment either the old content or the whole new one is there. OSError on failure."""
-    _write_whole(path, lambda file: file.write(content))
-
-
 def save(folder: Path, content: dict) -> None:
     """Write content (tensors and plain data) as the folder's checkpoint; the one before stays as its predecessor."""
-    _write_whole(folder / CURRENT, lambda file: torch.save(content, file), keep_as=folder / PREVIOUS)
-
-
-def _write_whole(path: Path, write: Callable[[BinaryIO], Any], keep_as: Path | None = None) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_as is not None and path.exists():
-            os.replace(path, keep_as)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    write_whole(folder / CURRENT, lambda file: torch.save(content, file), keep_as=folder / PREVIOUS)
 
 
 def load(folder: Path) -> dict | None:
@@ -130,11 +109,3 @@ def _is_live(item: Any) -> bool:
     if isinstance(item, list):
         return bool(item) and all(_is_live(entry) for entry in item)
     return isinstance(item, (torch.Generator, np.random.Generator, dict)) or hasattr(item, "load_state_dict")
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

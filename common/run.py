@@ -33,8 +33,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import checkpoint, results
-from common.checkpoint import write_atomic
 from common.cli import UserError
+from common.files import write_atomic
 from common.gpu import Device
 from common.noise import realised
 

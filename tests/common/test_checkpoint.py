@@ -10,6 +10,7 @@ from torch import nn
 
 from common import checkpoint
 from common.cli import UserError
+from common.files import write_atomic
 
 
 def training_state(seed: int) -> dict:
@@ -241,8 +242,8 @@ def failing(function, on_call: int = 1):
 
 def test_write_atomic_replaces_the_content_and_leaves_nothing_beside_it(tmp_path):
     path = tmp_path / "file.json"
-    checkpoint.write_atomic(path, b"old")
-    checkpoint.write_atomic(path, b"new")
+    write_atomic(path, b"old")
+    write_atomic(path, b"new")
     assert path.read_bytes() == b"new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
 
@@ -250,10 +251,10 @@ def test_write_atomic_replaces_the_content_and_leaves_nothing_beside_it(tmp_path
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_write_atomic_leaves_the_old_content_where_writing_fails(step, tmp_path, monkeypatch):
     path = tmp_path / "file.json"
-    checkpoint.write_atomic(path, b"old")
+    write_atomic(path, b"old")
     monkeypatch.setattr(os, step, failing(getattr(os, step)))
     with pytest.raises(OSError, match="no space left"):
-        checkpoint.write_atomic(path, b"new")
+        write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
 
 
@@ -290,7 +291,7 @@ def test_the_predecessor_is_the_checkpoint_before(folder):
 
 WRITERS = [
     lambda folder: checkpoint.save(folder, {"epoch": 0}),
-    lambda folder: checkpoint.write_atomic(folder / "file.json", b"{}"),
+    lambda folder: write_atomic(folder / "file.json", b"{}"),
 ]
 
 
