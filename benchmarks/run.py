@@ -163,7 +163,7 @@ def report(paper: str, rows: list[dict], out: Path) -> None:
     reference = ROOT / "benchmarks" / "reference" / f"{paper}.csv"
     if reference.is_file():
         print(f"\nthis run against {reference.relative_to(ROOT)}, measured by this project\n")
-        print(format_table(compare(read_results(reference), rows, METRICS), reference.name, f"{paper}.csv"))
+        print(format_table(compare(read_results(reference), rows, METRICS), "the reference", "this run"))
 
 
 def run_all(tasks: list[Task], jobs: int, one_thread: bool) -> list[Path]:
