@@ -11,7 +11,7 @@ RUN     := $(VENV)/bin/python
 .PHONY: help setup test lint format lock reproduce-sfa reproduce-all data-cifar10 data-cifar100 data-mnist data-fashion_mnist
 
 help:  ## list the targets
-	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 24
+	@awk -F':[^#]*## ' '/^[a-z0-9_ -]+:.*## /{n = split($$1, names, " "); for (i = 1; i <= n; i++) printf "%-22s %s\n", names[i], $$2}' Makefile
 	@echo
 	@echo "variables: PROFILE=$(PROFILE) (embedded, short or paper)  DATA=$(DATA)  SEEDS=\"$(SEEDS)\"  ARGS=\"more flags\""
 
