@@ -142,6 +142,16 @@ def parse_args(argv=None) -> Namespace:
     return args
 
 
+def note_schedule(args: Namespace) -> None:
+    """Say so where a schedule made for 200 epochs does not fit the number asked for."""
+    if args.warm_up >= args.num_epochs:
+        print(f"note: warm-up only, --warm_up {args.warm_up} is not below --num_epochs {args.num_epochs}")
+    if args.lr_drop >= args.num_epochs:
+        print(
+            f"note: the learning rate never drops, --lr_drop {args.lr_drop}, --num_epochs {args.num_epochs}"
+        )
+
+
 def long_tailed_noisy(data: Data, args: Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The long-tailed noisy training set [Sec. 2]: positions in data.train [N], clean labels [N], observed labels [N]."""
     labels, num_classes = data.train.labels, data.num_classes
@@ -267,6 +277,7 @@ def selection_columns(
 def main(argv=None) -> None:
     """Train SFA and write its run directory."""
     args = parse_args(argv)
+    note_schedule(args)
     device = gpu.pick(args.device, args.precision, args.gpuid)
     data = datasets.load(args.dataset, args.data_path)
     index, clean, observed = long_tailed_noisy(data, args)
