@@ -36,9 +36,7 @@ class Realised(NamedTuple):
     """What a noisy label vector turned out to be."""
 
     rate: float  # fraction of labels that differ from the clean ones
-    matrix: (
-        np.ndarray
-    )  # [K, K] float64: share of class i's samples that carry label j; rows of absent classes are 0
+    matrix: np.ndarray  # [K, K] float64: share of class i that carries label j; rows of absent classes are 0
 
 
 def realised(clean: np.ndarray, noisy: np.ndarray, num_classes: int) -> Realised:
@@ -123,9 +121,8 @@ def class_conditional(
             more = rng.random_sample(len(labels) + num_classes)
             uniforms, position = np.append(uniforms[position:], more), 0
         hits = (uniforms[position : position + len(thresholds)] > thresholds) == hit_above
-        found = (
-            int(hits.argmax()) if hits.any() else len(thresholds)
-        )  # the last class takes what no other took
+        # the last class takes what no other took
+        found = int(hits.argmax()) if hits.any() else len(thresholds)
         noisy[i] = classes[found]
         position += min(found + 1, len(thresholds))
     return noisy

@@ -334,7 +334,10 @@ class Run:
 
 
 def command() -> str:
-    """The command line of this process, with the script's path relative to the repository."""
+    """The command line of this process as it is given in the repository's root: a script's path, or -m and a module."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is not None:
+        return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
     script = Path(sys.argv[0]).resolve()
     if script.is_relative_to(ROOT):
         script = script.relative_to(ROOT)
@@ -346,10 +349,8 @@ def environment(device: Device) -> dict:
     on_cuda = device.device.type == "cuda"
     return {
         "python": platform.python_version(),
-        **{
-            name: importlib.metadata.version(name)
-            for name in ("torch", "torchvision", "numpy", "scikit-learn")
-        },
+        "torch": torch.__version__,
+        **{name: importlib.metadata.version(name) for name in ("torchvision", "numpy", "scikit-learn")},
         "platform": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device.device) if on_cuda else "cpu",

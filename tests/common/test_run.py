@@ -2,10 +2,12 @@
 
 import csv
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import signal
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch
 from common import results
 from common.cli import UserError
 from common.gpu import Device
-from common.run import Run, run_name
+from common.run import Run, command, run_name
 
 CPU = Device(torch.device("cpu"), "fp32", "for the test")
 CELL = {"dataset": "digits", "noise_type": "imb", "noise_rate": 0.5, "imb_factor": 0.1, "ood_ratio": None}
@@ -43,6 +45,7 @@ def arguments(folder: Path, **changed) -> Namespace:
 def start(monkeypatch):
     """start(folder, flag=value, ...) opens a run; a run left unfinished has to be given to `end` before another may start."""
     monkeypatch.setattr("sys.argv", ["sfa/Train_cifar.py", "--dataset", "digits"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # as of a script run by its path
     runs, handlers = [], {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def open_run(folder: Path, **changed) -> Run:
@@ -498,3 +501,9 @@ def test_a_damaged_args_json_is_named(start, tmp_path):
     (tmp_path / "args.json").write_text("{")
     with pytest.raises(UserError, match=r"args\.json is damaged"):
         start(tmp_path)
+
+
+def test_the_command_of_a_module_is_one_that_runs_it(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["benchmarks/baseline.py", "--like", "a run"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", importlib.util.find_spec("benchmarks.baseline"))
+    assert command() == "python -m benchmarks.baseline --like 'a run'"
