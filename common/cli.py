@@ -7,6 +7,7 @@ after it wins.
 
 import argparse
 import math
+import os
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
@@ -37,7 +38,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_cleanly(main: Callable, argv: Sequence[str] | None = None) -> None:
-    """Call main(argv); a UserError becomes its one line on standard error and exit status 2."""
+    """Call main(argv); a UserError becomes its one line on standard error and exit status 2.
+
+    Ctrl-C exits 130, and a reader of the output that is gone (as with `| head`) 141, both in silence.
+    """
     try:
         main(argv)
     except UserError as error:
@@ -47,6 +51,9 @@ def exit_cleanly(main: Callable, argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails again
+        sys.exit(141)
 
 
 def fraction(text: str) -> float:
