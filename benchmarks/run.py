@@ -118,7 +118,7 @@ def _from_root(path: Path) -> str:
 
 def _only(words: list[str], flags: tuple[str, ...]) -> list[str]:
     """The given flags and their values, out of a list of command-line words."""
-    return [w for i, w in enumerate(words) if w in flags or (i > 0 and words[i - 1] in flags)]
+    return [w for i, w in enumerate(words) if w.split("=")[0] in flags or (i > 0 and words[i - 1] in flags)]
 
 
 def _headline(folder: Path) -> str:

@@ -1,5 +1,4 @@
-"""Augmentations of image batches on their device, every parameter drawn per sample from the generator passed
-in.
+"""Augmentations of image batches on their device, each parameter drawn per sample from the generator passed in.
 
 Batches are [B, C, H, W] of any dtype. torchvision's own transforms draw one parameter per call, so that a
 whole batch would get the same crop; these follow the distribution of torchvision's transforms applied image
@@ -37,8 +36,7 @@ def random_flip(images: Tensor, generator: Generator, p: float = 0.5) -> Tensor:
 
 
 def crop_and_flip(images: Tensor, generator: Generator, padding: int = 4) -> Tensor:
-    """The CIFAR training transform of all five papers: random crop with zero padding, then horizontal
-    flip."""
+    """The CIFAR training transform of SFA and Me-Momentum: random crop with zero padding, then horizontal flip."""
     return random_flip(random_crop(images, padding, generator), generator)
 
 
@@ -54,7 +52,6 @@ def training_augmentation(dataset: str, size: int) -> Callable[[Tensor, Generato
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 [B, C, H, W] to float32 (x / 255 - mean) / std, as ToTensor and Normalize; mean and std are
-    [C]."""
+    """uint8 [B, C, H, W] to float32 (x / 255 - mean) / std, as ToTensor and Normalize; mean and std are [C]."""
     scale = 1 / (255 * std)
     return images.float() * scale[:, None, None] - (mean / std)[:, None, None]

@@ -1,5 +1,4 @@
-"""Data sets: `load(name, root)` gives train and test splits with clean labels; `read_labels(file)` gives
-observed ones.
+"""Data sets: `load(name, root)` gives train and test splits with clean labels, `labels_of(file, ...)` observed ones.
 
 Terms. digits: scikit-learn's copy of the UCI optical digits, CC BY 4.0, shipped with scikit-learn. MNIST:
 LeCun, Cortes and Burges, usually quoted as CC BY-SA 3.0. Fashion-MNIST: Zalando, MIT. CIFAR-10/100:

@@ -1,5 +1,4 @@
-"""`python -m common.datasets download cifar10 --data_path ./data`, or `check` in its place: is the copy there
-and whole?"""
+"""`python -m common.datasets download cifar10 --data_path ./data` fetches; `check` in its place only looks."""
 
 from common import datasets
 from common.cli import Parser, exit_cleanly

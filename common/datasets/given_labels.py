@@ -14,8 +14,7 @@ COLUMN_NAMES = ("noisy_labels", "noisy_label", "labels", "label")
 
 
 def read_labels(path: str | Path, lengths: tuple[int, ...], num_classes: int) -> np.ndarray:
-    """One integer label per sample from .npy, .npz, .json or .csv: int64 [N], N one of `lengths`, values in
-    0..K-1.
+    """One integer label per sample from .npy, .npz, .json or .csv: int64 [N], N one of `lengths`, values in 0..K-1.
 
     .npz: its only array, or the one called noisy_labels, noisy_label, labels or label. .csv: one column, or
     the column under one of these names. UserError: no such file, an unknown suffix, a wrong length, type or

@@ -20,7 +20,7 @@ TORCHVISION = {
 }
 NUM_CLASSES = {"digits": 10, "mnist": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
 
-# the constants that all five releases normalise with; they are not the data's own deviation (0.247 ... on CIFAR-10)
+# the constants of the releases of SFA, Me-Momentum and SANM; CIFAR-10's std is not the data's own (0.247, 0.243, 0.262)
 NORMALISATION = {
     "mnist": ((0.1307,), (0.3081,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),

@@ -35,6 +35,8 @@ def test_commands_name_paths_relative_to_the_repository_where_they_lie_in_it(tmp
     assert words[words.index("--out") + 1] == "results/runs/digits-if0.1-imb0.5/seed1-device-cpu-lr-0.1"
     assert words[-4:] == ["--device", "cpu", "--lr", "0.1"]
     assert inside.commands[1][1][-2:] == ["--device", "cpu"], "the baseline runs where the method runs"
+    joined = run.make_task(cell, 1, ROOT / "results", ROOT, ["--device=cpu", "--lr=0.1"])
+    assert joined.commands[1][1][-1] == "--device=cpu"
     outside = run.make_task(cell, 1, tmp_path, tmp_path, [])
     assert outside.commands[0][1][-1] == str(tmp_path)
 
