@@ -167,11 +167,12 @@ def read_presets(path: Path) -> dict[str, dict]:
 
 
 def preset_arguments(section: dict) -> list[str]:
-    """A preset's section as command-line words; true stands for a switch, false for its absence."""
+    """A preset's section as command-line words; true stands for a switch, false for its absence, a list for several words."""
     words = []
     for flag, value in section.items():
         if value is not False:
-            words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{flag}", *map(str, values)]
     return words
 
 

@@ -1,11 +1,13 @@
 """Device and precision: chosen once, printed with the reason, and used by every script in the same way."""
 
+import os
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from common import processes
 from common.cli import UserError
 
 
@@ -36,12 +38,17 @@ class Device(NamedTuple):
         return torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else None
 
 
-def pick(device: str = "auto", precision: str = "auto", index: int = 0) -> Device:
+def pick(device: str = "auto", precision: str = "auto", index: int = 0, *, several: bool = False) -> Device:
     """Choose device (auto, cpu, cuda; index: which card) and precision (auto, fp32, bf16), and print both with the reason.
 
     auto: the card if there is one; bfloat16 autocast on CUDA, with TF32 for what stays float32; float32 on CPU. fp32 on
-    CUDA switches TF32 off. UserError: a card that is not there.
+    CUDA switches TF32 off. several: the script can run as several processes under torchrun; each takes the card of its
+    local rank, or a CPU, and joins the others. UserError: a card that is not there; torchrun where one process is meant.
     """
+    if processes.launched():
+        if not several:
+            raise UserError("this script runs as one process: start it with python, not with torchrun")
+        index = int(os.environ["LOCAL_RANK"])
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and index >= count:
         raise UserError(
@@ -61,5 +68,8 @@ def pick(device: str = "auto", precision: str = "auto", index: int = 0) -> Devic
         torch.backends.cudnn.allow_tf32 = chosen == "bf16"
     picked = torch.device("cuda", index) if on_cuda else torch.device("cpu")
     reason = f"device {picked} ({reason}), precision {chosen} ({why})"
-    print(reason, flush=True)
+    if processes.launched():
+        processes.start(picked)
+        reason += f", {processes.world()} processes"
+    processes.say(reason)
     return Device(picked, chosen, reason)

@@ -6,6 +6,8 @@ noise.json              sha256 of noisy_labels.npy, realised noise rate and tran
 log.csv                 a row per epoch; also as TensorBoard events in tensorboard/
 checkpoint.pt           everything needed to go on after the last finished epoch; its predecessor beside it
 result.json, result.csv written when the run is finished, and only then
+
+Of several processes (common.processes) the first alone writes; the others read the checkpoint it goes on from.
 """
 
 import hashlib
@@ -32,7 +34,7 @@ from filelock import FileLock, Timeout
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import checkpoint, results
+from common import checkpoint, processes, results
 from common.cli import UserError
 from common.files import write_atomic
 from common.gpu import Device
@@ -68,6 +70,9 @@ class Run:
         self._handlers: dict[int, Any] = {}
         self._writer: SummaryWriter | None = None
         self._lock = FileLock(self.folder / ".lock")
+        processes.from_first(self._open)
+
+    def _open(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
@@ -124,20 +129,29 @@ class Run:
                 f"{self.folder} holds a run with other arguments ({'; '.join(differing)}): choose another --out"
             )
 
-    def save_labels(self, index: np.ndarray, clean: np.ndarray, noisy: np.ndarray, num_classes: int) -> None:
+    def save_labels(
+        self, index: np.ndarray, clean: np.ndarray | None, noisy: np.ndarray, num_classes: int
+    ) -> None:
         """Keep the observed labels [N], the training images they belong to, and print what the noise turned out to be.
 
-        UserError: the run began with other labels, so the data or the label file has changed since.
+        clean: the true labels [N]; None for data from the web, where nobody knows them. UserError: the run began with
+        other labels, so the data or the label file has changed since.
         """
-        rate, matrix = realised(clean, noisy, num_classes)
         content = _npy(noisy)
         report = {
             "sha256": hashlib.sha256(content).hexdigest(),
             "samples": len(noisy),
-            "realised_rate": rate,
-            "transition_matrix": [[round(share, 6) for share in row] for row in matrix.tolist()],
+            "realised_rate": None,
+            "transition_matrix": None,
             "observed_counts": np.bincount(noisy, minlength=num_classes).tolist(),
         }
+        if clean is not None:
+            rate, matrix = realised(clean, noisy, num_classes)
+            report["realised_rate"] = rate
+            report["transition_matrix"] = [[round(share, 6) for share in row] for row in matrix.tolist()]
+        processes.from_first(lambda: self._keep_labels(index, content, report))
+
+    def _keep_labels(self, index: np.ndarray, content: bytes, report: dict) -> None:
         path = self.folder / "noise.json"
         if path.exists() and json.loads(path.read_text())["sha256"] != report["sha256"]:
             raise UserError(
@@ -146,8 +160,10 @@ class Run:
         write_atomic(self.folder / "noisy_labels.npy", content)
         write_atomic(self.folder / "train_index.npy", _npy(index))
         write_atomic(path, _json(report))
+        rate = report["realised_rate"]
+        noise = "true labels unknown" if rate is None else f"realised noise rate {rate:.4f}"
         print(
-            f"{len(noisy)} training samples, realised noise rate {rate:.4f}, labels sha256 {report['sha256'][:12]}",
+            f"{report['samples']} training samples, {noise}, labels sha256 {report['sha256'][:12]}",
             flush=True,
         )
 
@@ -155,7 +171,12 @@ class Run:
         """Write arrays as <name>.npz into the run directory, whole or not at all."""
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
-        write_atomic(self.folder / f"{name}.npz", buffer.getvalue())
+        self.save_file(f"{name}.npz", buffer.getvalue())
+
+    def save_file(self, name: str, content: bytes) -> None:
+        """Write a file into the run directory, whole or not at all."""
+        if processes.rank() == 0:
+            write_atomic(self.folder / name, content)
 
     # going on ---------------------------------------------------------------------------------------------------------
 
@@ -165,14 +186,19 @@ class Run:
         From here on SIGTERM and Ctrl-C stop at the next step, with the last finished epoch's checkpoint in place.
         """
         self._state = state
-        saved = checkpoint.load(self.folder)
+        if processes.rank() == 0:
+            saved = checkpoint.load(self.folder)  # may put a predecessor in place, so before the others look
+        processes.wait()
+        if processes.rank() > 0:
+            saved = checkpoint.load(self.folder)
+        processes.wait()
         if saved is not None:
             checkpoint.restore(self._state, saved["state"])
             torch.set_rng_state(saved["torch_generator"])
             if saved["cuda_generators"] and self.device.device.type == "cuda":
                 torch.cuda.set_rng_state_all(saved["cuda_generators"])
             self.rows, self.images, self.seconds = saved["rows"], saved["images"], saved["seconds"]
-            print(f"going on after epoch {len(self.rows)}", flush=True)
+            processes.say(f"going on after epoch {len(self.rows)}")
         else:
             remains = [name for name in ("log.csv", "result.json") if (self.folder / name).exists()]
             if remains:
@@ -181,15 +207,19 @@ class Run:
                     "remove it to start again, or choose another --out"
                 )
             self._save()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._handlers[number] = signal.signal(number, self._stop_later)
+        if processes.rank() > 0:
+            return
         if self.rows:  # rows written after the checkpoint belong to an epoch that will be done again
             write_atomic(self.folder / "log.csv", results.to_csv(self.rows, self.rows[0]).encode())
         else:
             (self.folder / "log.csv").unlink(missing_ok=True)
         self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=len(self.rows) + 1)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._handlers[number] = signal.signal(number, self._stop_later)
 
     def _save(self) -> None:
+        if processes.rank() > 0:
+            return
         cuda = self.device.device.type == "cuda"
         content = {
             "state": checkpoint.collect(self._state),
@@ -208,7 +238,10 @@ class Run:
     def _stop_if_asked(self) -> None:
         if self._signal is not None:
             name = signal.Signals(self._signal).name
-            print(f"{name}: stopped; the same command goes on after epoch {len(self.rows)}", file=sys.stderr)
+            if processes.rank() == 0:
+                print(
+                    f"{name}: stopped; the same command goes on after epoch {len(self.rows)}", file=sys.stderr
+                )
             sys.exit(128 + self._signal)
 
     # the epoch loop ---------------------------------------------------------------------------------------------------
@@ -228,9 +261,10 @@ class Run:
 
         training: count the samples as trained on, for images_per_second.
         """
-        for batch in tqdm(batches, description, leave=False, disable=not sys.stderr.isatty()):
+        quiet = not sys.stderr.isatty() or processes.rank() > 0
+        for batch in tqdm(batches, description, leave=False, disable=quiet):
             self._stop_if_asked()
-            self.images += len(batch[1]) if training else 0
+            self.images += len(batch[1]) * processes.world() if training else 0
             yield batch
 
     def log(self, epoch: int, **values: float | int | None) -> None:
@@ -255,6 +289,8 @@ class Run:
             )
         self.rows.append(row)
         self.seconds += seconds
+        if processes.rank() > 0:
+            return
         text = results.to_csv([row], row)
         with (self.folder / "log.csv").open("a") as file:
             file.write(text if epoch == 1 else text.split("\n", 1)[1])
@@ -270,17 +306,22 @@ class Run:
             flush=True,
         )
 
+    def is_finished(self) -> bool:
+        """Whether an earlier start of the same command has come to its end: `finish` will change nothing."""
+        return (self.folder / "result.json").exists()
+
     def finish(self, metric: str = "test_accuracy", **more: float | None) -> None:
         """Write result.json and result.csv: best, last and mean of the last 10 epochs of `metric`, and `more` metrics."""
-        if self._writer is not None:
+        if processes.rank() == 0:
             self._writer.close()
-        path = self.folder / "result.json"
-        if not path.exists():
-            self._write_result(path, metric, more)
-        metrics = json.loads(path.read_text())["metrics"]
-        best, last, last10 = (metrics[name] for name in ("best", "last", "last10"))
-        print(f"finished: {metric} best {best:.2f}, last {last:.2f}, mean of the last 10 {last10:.2f}")
-        print(f"results in {self.folder}", flush=True)
+            path = self.folder / "result.json"
+            if not self.is_finished():
+                self._write_result(path, metric, more)
+            metrics = json.loads(path.read_text())["metrics"]
+            best, last, last10 = (metrics[name] for name in ("best", "last", "last10"))
+            print(f"finished: {metric} best {best:.2f}, last {last:.2f}, mean of the last 10 {last10:.2f}")
+            print(f"results in {self.folder}", flush=True)
+        processes.stop()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._lock.release()
@@ -318,7 +359,7 @@ class Run:
 
     def _cell_columns(self) -> dict:
         """The columns that say which cell of which table this is; a subset of the data is marked in the profile."""
-        table, _, cell = (getattr(self.args, "preset", None) or "").rpartition("/")
+        table, cell, *_ = [*(getattr(self.args, "preset", None) or "").split("/"), ""]
         columns = {"table": table, "cell": cell or self.folder.name, **self.cell}
         if getattr(self.args, "limit_train", None):
             columns["profile"] += f"+limit_train={self.args.limit_train}"
@@ -341,7 +382,12 @@ def command() -> str:
     script = Path(sys.argv[0]).resolve()
     if script.is_relative_to(ROOT):
         script = script.relative_to(ROOT)
-    return shlex.join(["python", str(script), *sys.argv[1:]])
+    starter = ["python"]
+    if processes.world() > 1:
+        nodes = processes.world() // int(os.environ["LOCAL_WORLD_SIZE"])
+        starter = ["torchrun", *([f"--nnodes={nodes}"] if nodes > 1 else [])]
+        starter += [f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+    return shlex.join([*starter, str(script), *sys.argv[1:]])
 
 
 def environment(device: Device) -> dict:
@@ -356,6 +402,7 @@ def environment(device: Device) -> dict:
         "device": torch.cuda.get_device_name(device.device) if on_cuda else "cpu",
         "cuda": torch.version.cuda if on_cuda else None,
         "precision": device.precision,
+        "processes": processes.world(),
         "git": git_commit(),
     }
 

@@ -1,0 +1,209 @@
+"""Training with several processes under torchrun: one process per device, the same result as one process has.
+
+Every process goes through its piece of each global batch. What a method does across a batch (groups, pairs, selections) it
+does on the gathered rows, so that each process computes the same loss of the whole batch; DistributedDataParallel then
+averages gradients, and batch normalisation takes its statistics from the whole batch. In a single process every
+function here hands back what it was given.
+"""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.cli import UserError
+
+PATIENCE = timedelta(hours=2)  # a process may have to wait while another looks through a million images
+
+
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return planned() > 1
+
+
+def planned() -> int:
+    """The number of processes that torchrun started, joined or not yet; 1 without torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+
+
+def start(device: torch.device) -> None:
+    """Join the other processes: NCCL between cards, gloo between CPUs."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+
+
+def stop() -> None:
+    """Leave the other processes, once all are here."""
+    if world() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def world() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number; number 0 writes and prints."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+def say(text: str) -> None:
+    """Print, from the first process only."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def wait() -> None:
+    """Go on when every process is here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """make() as the first process made it, in every process. A UserError ends them all; the first one tells it."""
+    if world() == 1:
+        return make()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = make()
+        except UserError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1] if rank() == 0 else SystemExit(2)
+    return outcome[0]
+
+
+def first_alone(make: Callable[[], Any]) -> Any:
+    """make(), in the first process before it is called in the others: for what fetches or writes a file once."""
+    if world() == 1:
+        return make()
+    made = make() if rank() == 0 else None
+    wait()
+    return made if rank() == 0 else make()
+
+
+# rows of a batch ------------------------------------------------------------------------------------------------------
+
+
+def own_piece(rows: Tensor) -> Tensor:
+    """This process's consecutive piece of the rows of a global batch [N, ...]: [N / world, ...].
+
+    ValueError: N is not a multiple of the number of processes.
+    """
+    if len(rows) % world():
+        raise ValueError(f"a batch of {len(rows)} cannot be cut into {world()} equal pieces")
+    return rows if world() == 1 else rows.chunk(world())[rank()]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The pieces [B, ...] of all processes as one global batch [world B, ...], with the gradient of this process's piece.
+
+    For a loss that every process computes on all rows. DistributedDataParallel divides by the number of processes what
+    only one of them contributes, hence the factor on the piece's gradient; what every process has alike it leaves alone.
+    """
+    if world() == 1:
+        return rows
+    pieces = [torch.empty_like(rows) for _ in range(world())]
+    dist.all_gather(pieces, rows.detach().contiguous())
+    if rows.requires_grad:
+        own = rows.view_as(rows)
+        own.register_hook(lambda gradient: gradient * world())
+        pieces[rank()] = own
+    return torch.cat(pieces)
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over processes of a tensor that each has of the same shape; without gradient."""
+    if world() == 1:
+        return values
+    values = values.detach().clone()
+    dist.all_reduce(values)
+    return values
+
+
+# networks -------------------------------------------------------------------------------------------------------------
+
+
+def parallel(network: nn.Module, device: torch.device, unused_parameters: bool = False) -> nn.Module:
+    """The network for training steps: itself in one process, else DistributedDataParallel around it.
+
+    unused_parameters: some steps leave some parameters without gradient. State is saved and evaluated from `network`.
+    """
+    if world() == 1:
+        return network
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(network, device_ids=ids, find_unused_parameters=unused_parameters)
+
+
+@torch.no_grad()
+def share_buffers(network: nn.Module) -> None:
+    """Give every process the buffers (running statistics) of the first."""
+    if world() > 1:
+        for buffer in network.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def synchronised(network: nn.Module) -> nn.Module:
+    """The network with batch statistics taken over all processes: torch's SyncBatchNorm on cards, ours on CPUs."""
+    if world() == 1:
+        return network
+    if dist.get_backend() == "nccl":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    for name, child in list(network.named_children()):
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(network, name, _CPUSyncBatchNorm.of(child))
+        else:
+            synchronised(child)
+    return network
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over processes, forward and backward."""
+
+    @staticmethod
+    def forward(_, values: Tensor) -> Tensor:
+        return total(values)
+
+    @staticmethod
+    def backward(_, gradient: Tensor) -> Tensor:
+        return total(gradient)
+
+
+class _CPUSyncBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation over the batches of all processes. torch's own SyncBatchNorm refuses tensors on the CPU."""
+
+    @classmethod
+    def of(cls, layer: nn.BatchNorm2d) -> "_CPUSyncBatchNorm":
+        """The same layer, sharing parameters and buffers."""
+        made = cls(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+        made.weight, made.bias = layer.weight, layer.bias
+        for name, buffer in layer.named_buffers():
+            made.register_buffer(name, buffer)
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W], normalised per channel by the statistics of the global batch; in eval mode by the running ones."""
+        if not self.training:
+            return super().forward(x)
+        count = x.numel() // x.shape[1] * world()
+        mean = _Sum.apply(x.sum(dim=(0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        variance = _Sum.apply(centred.square().sum(dim=(0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return centred * scale[:, None, None] + self.bias[:, None, None]
