@@ -55,3 +55,20 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 [B, C, H, W] to float32 (x / 255 - mean) / std, as ToTensor and Normalize; mean and std are [C]."""
     scale = 1 / (255 * std)
     return images.float() * scale[:, None, None] - (mean / std)[:, None, None]
+
+
+def random_resized_crop_and_flip(size: int = 224) -> Callable[[Tensor], Tensor]:
+    """AFM's training transform of one uint8 image [3, H, W]: a random part of it as [3, size, size], mirrored or not.
+
+    torchvision's defaults: area 0.08 to 1, aspect 3/4 to 4/3, bilinear; it draws from torch's global CPU generator.
+    """
+    from torchvision.transforms import v2  # noqa: PLC0415 (seconds to import, of use only for image files)
+
+    return v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
+
+
+def resize_and_center_crop(resize: int = 256, size: int = 224) -> Callable[[Tensor], Tensor]:
+    """AFM's test transform of one uint8 image [3, H, W]: shorter side to `resize`, the middle [3, size, size] of it."""
+    from torchvision.transforms import v2  # noqa: PLC0415
+
+    return v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(size)])

@@ -1,13 +1,18 @@
-"""Mini-batches of data that stays on the device: gathered, augmented and normalised there, as many views as asked."""
+"""Mini-batches, as many views as asked: of images that stay on the device (Batches), of image files (FileBatches)."""
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from common import augment
+from common.cli import UserError
+from common.datasets.file_lists import FileSplit
+from common.datasets.image_cache import ImageCache
+from common.datasets.images import in_workers
 
 
 class Images:
@@ -44,7 +49,10 @@ class Batches:
     """One pass over some images at every iteration: yields (views, index), views a tuple of k [B, C, H, W] tensors.
 
     subset: the positions to go through, [n] on the images' device (all by default). shuffle: a new order at every pass,
-    drawn from generator. The last batch may be smaller; none is dropped. Each view is augmented by its own draws.
+    drawn from generator. Each view is augmented by its own draws. The last batch may be smaller, or is dropped.
+
+    rank, world: of several processes that share the work. Where batches are shuffled each process yields its consecutive
+    piece of every batch, drawn as if it were alone; else whole batches are dealt out in turn.
     """
 
     def __init__(
@@ -56,27 +64,43 @@ class Batches:
         views: int = 1,
         augmentation: Callable | None = None,
         shuffle: bool = False,
+        drop_last: bool = False,
         generator: Generator | None = None,
+        rank: int = 0,
+        world: int = 1,
     ):
-        """generator is needed to shuffle or augment, and lives on the device of the images."""
+        """generator is needed to shuffle or augment, and lives on the device of the images.
+
+        ValueError: batches to be cut into pieces that are not equal.
+        """
         if (shuffle or augmentation is not None) and generator is None:
             raise ValueError("shuffling and augmenting need a generator")
+        if shuffle and world > 1 and (batch_size % world or not drop_last):
+            raise ValueError(f"batches of {batch_size} and a rest cannot be cut into {world} equal pieces")
         self.images, self.batch_size, self.views = images, batch_size, views
         self.subset = torch.arange(len(images), device=images.device) if subset is None else subset
         self.augmentation, self.shuffle, self.generator = augmentation, shuffle, generator
+        self.drop_last, self.rank, self.world = drop_last, rank, world
 
     def __len__(self) -> int:
+        if self.drop_last:
+            return len(self.subset) // self.batch_size
         return math.ceil(len(self.subset) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         order = self.subset
         if self.shuffle:
             order = order[torch.randperm(len(order), generator=self.generator, device=order.device)]
-        for index in order.split(self.batch_size) if len(order) else ():
-            yield (
-                tuple(self.images.view(index, self.augmentation, self.generator) for _ in range(self.views)),
-                index,
-            )
+        if self.drop_last:
+            order = order[: len(self) * self.batch_size]
+        for number, index in enumerate(order.split(self.batch_size) if len(order) else ()):
+            if not self.shuffle and number % self.world != self.rank:
+                continue
+            views = [self.images.view(index, self.augmentation, self.generator) for _ in range(self.views)]
+            if self.shuffle and self.world > 1:
+                views = [view.chunk(self.world)[self.rank] for view in views]
+                index = index.chunk(self.world)[self.rank]  # noqa: PLW2901
+            yield tuple(views), index
 
     def endless(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         """Pass after pass, without end. ValueError where there is nothing to go through."""
@@ -84,3 +108,143 @@ class Batches:
             raise ValueError("no sample to go through again and again")
         while True:
             yield from self
+
+
+class FileBatches:
+    """One pass over image files at every iteration: yields (views, index), views a tuple of k [B, 3, H, W] tensors.
+
+    Worker processes read and transform the images; they are normalised on the device. index [B], on the device, are positions
+    within the split. Training goes through pieces of a global batch, evaluation through batches dealt out in turn, where
+    several processes (`world`, this one `rank`) share the work. A view depends on the generator, its position and its number
+    alone: not on workers, rank or world. One pass at a time; a pass may be left before its end.
+    """
+
+    def __init__(
+        self,
+        split: FileSplit,
+        batch_size: int,
+        transform: Callable[[Tensor], Tensor],
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: torch.device,
+        workers: int = 4,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        generator: Generator | None = None,
+        views: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        cache: ImageCache | None = None,
+    ):
+        """transform: uint8 [3, h, w] to uint8 [3, H, W], drawing from torch's global CPU generator if at all.
+
+        batch_size: of all processes together. drop_last: leave out a last batch that is smaller. generator: on the CPU and in
+        the same state in all processes; gives each pass its order and its draws; without one every pass draws the same.
+        cache: read the images from it. UserError: batches that cannot be shared out, or none.
+        """
+        if shuffle and generator is None:
+            raise ValueError("shuffling needs a generator")
+        if cache is not None and len(cache) != len(split.paths):
+            raise ValueError(f"a cache of {len(cache)} images for a split of {len(split.paths)}")
+        self.count, self.batch_size, self.views = len(split.paths), batch_size, views
+        self.shuffle, self.drop_last, self.generator = shuffle, drop_last, generator
+        self.rank, self.world, self.device = rank, world, device
+        self.mean, self.std = (torch.tensor(values, device=device) for values in (mean, std))
+        self._pass = 0
+        self._plan: list[
+            tuple[int, np.ndarray]
+        ] = []  # seed of the pass and positions, by batch; the workers' work
+        self._check_sizes()
+        view = partial(_views, split, cache, transform, views)
+        self._new_loader = partial(in_workers, view, self._plan, workers, pin_memory=device.type == "cuda")
+        self._loader, self._pixels = self._new_loader(), iter(())
+
+    def _check_sizes(self) -> None:
+        if self.drop_last and self.count < self.batch_size:
+            raise UserError(
+                f"a batch of {self.batch_size} is more than all {self.count} images: choose a smaller one"
+            )
+        last = 0 if self.drop_last else self.count % self.batch_size
+        for size in (self.batch_size, last) if self._trains else ():
+            if size % self.world:
+                raise UserError(
+                    f"a batch of {size} images cannot be cut into {self.world} equal pieces: choose another size"
+                )
+
+    @property
+    def _trains(self) -> bool:
+        return self.shuffle or self.drop_last
+
+    def __len__(self) -> int:
+        """The batches of a pass that this process goes through."""
+        return len(self._own(np.zeros(self.count)))
+
+    def _own(self, order: np.ndarray) -> list[np.ndarray]:
+        """This process's part of a pass over the positions `order` [N], by batch."""
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        if self.drop_last and len(batches[-1]) < self.batch_size:
+            batches.pop()
+        if self._trains:
+            return [np.split(batch, self.world)[self.rank] for batch in batches]
+        return batches[self.rank :: self.world]
+
+    def __iter__(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        self._pass += 1
+        own_pass, seed, order = self._pass, 0, np.arange(self.count)
+        if self.generator is not None:
+            seed = int(torch.randint(2**63 - 1, (), generator=self.generator))
+        if self.shuffle:
+            order = torch.randperm(self.count, generator=self.generator).numpy()
+        self._plan[:] = [(seed, batch) for batch in self._own(order)]
+        self._pixels = iter(self._loader)
+        for _, batch in list(self._plan):
+            yield self._on_device(self._next(), batch)
+            if self._pass != own_pass:
+                raise RuntimeError("another pass over the same FileBatches has begun")
+
+    def _next(self) -> Tensor:
+        try:
+            found = next(self._pixels)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = str(error).splitlines()[0].strip(" .")
+            found = UserError(
+                f"{reason}: out of memory? use fewer workers, or give a container more shared memory"
+            )
+        if isinstance(found, UserError):
+            self._loader, self._pixels = self._new_loader(), iter(())  # ends the workers now: see in_workers
+            raise found
+        return found
+
+    def _on_device(self, pixels: Tensor, batch: np.ndarray) -> tuple[tuple[Tensor, ...], Tensor]:
+        """pixels: uint8 [k, B, H, W, 3]."""
+        pixels = pixels.to(self.device, non_blocking=True).permute(0, 1, 4, 2, 3)  # channels-last in memory
+        views = tuple(augment.normalise(view, self.mean, self.std) for view in pixels)
+        return views, torch.from_numpy(batch).to(self.device, non_blocking=True)
+
+
+def _views(
+    split: FileSplit, cache: ImageCache | None, transform: Callable, views: int, batch: tuple[int, np.ndarray]
+) -> Tensor | UserError:
+    """What a worker does: all views of the images at some positions, uint8 [k, B, H, W, 3]."""
+    seed, positions = batch
+    rows = []
+    # of the generators only the CPU's: the workers of a process that uses a card must not touch it
+    with torch.random.fork_rng(devices=[]):
+        for i in positions.tolist():
+            try:
+                image = split.read(i) if cache is None else cache[i]
+            except UserError as error:
+                return error
+            for view in range(views):
+                torch.default_generator.manual_seed(_mixed(seed, i, view))
+                rows.append(transform(image).permute(1, 2, 0))
+    pixels = torch.stack(rows)
+    return pixels.view(len(positions), views, *pixels.shape[1:]).transpose(0, 1).contiguous()
+
+
+def _mixed(seed: int, position: int, view: int) -> int:
+    """A seed of 64 bits for one view of one image in one pass."""
+    return int(np.random.SeedSequence((seed, position, view)).generate_state(1, np.uint64)[0])

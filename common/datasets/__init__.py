@@ -1,11 +1,37 @@
 """Data sets: `load(name, root)` gives train and test splits with clean labels, `labels_of(file, ...)` observed ones.
 
+`load_food101n` and `load_clothing1m` give lists of image files with the labels they came with; `image_cache` makes small copies.
+
 Terms. digits: scikit-learn's copy of the UCI optical digits, CC BY 4.0, shipped with scikit-learn. MNIST:
 LeCun, Cortes and Burges, usually quoted as CC BY-SA 3.0. Fashion-MNIST: Zalando, MIT. CIFAR-10/100:
-Krizhevsky 2009, no licence stated, cite the report. None of the latter four is part of this repository.
+Krizhevsky 2009, no licence stated, cite the report. Food-101 (Bossard et al. 2014): its images come from Foodspotting and are
+not owned by its authors; for research, as scientific fair use. Food-101N (Lee et al. 2018, CleanNet): for research, from its
+project page. Clothing1M (Xiao et al. 2015): given out by its authors on request, for non-commercial research. Only the digits
+are part of what is installed; of the others nothing is part of this repository.
 """
 
+from common.datasets.clothing1m import load_clothing1m
+from common.datasets.file_check import ALIASES, FILE_NAMES, check, load_files, source
+from common.datasets.file_lists import FileData, FileSplit
+from common.datasets.food101n import load_food101n
 from common.datasets.given_labels import labels_of, read_labels
 from common.datasets.in_memory import NAMES, Data, Split, download, load
 
-__all__ = ["NAMES", "Data", "Split", "download", "labels_of", "load", "read_labels"]
+__all__ = [
+    "ALIASES",
+    "FILE_NAMES",
+    "NAMES",
+    "Data",
+    "FileData",
+    "FileSplit",
+    "Split",
+    "check",
+    "download",
+    "labels_of",
+    "load",
+    "load_clothing1m",
+    "load_files",
+    "load_food101n",
+    "read_labels",
+    "source",
+]

@@ -1,24 +1,77 @@
-"""`python -m common.datasets download cifar10 --data_path ./data` fetches; `check` in its place only looks."""
+"""`python -m common.datasets download cifar10 --data_path ./data` fetches; `check` in its place only looks.
+
+`cache food101n --data_path DIR --out CACHE` makes small copies of the images of a data set of image files.
+"""
 
 from common import datasets
-from common.cli import Parser, exit_cleanly
+from common.cli import Parser, UserError, count_or_zero, exit_cleanly
+from common.datasets import clothing1m, image_cache
+
+
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="python -m common.datasets", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "action",
+        choices=["download", "check", "cache"],
+        help="fetch it, only look at it, or make small copies of its images",
+    )
+    parser.add_argument(
+        "name",
+        help=f"one of {', '.join(datasets.NAMES + datasets.FILE_NAMES)}, or NAME for DATA_PATH/NAME.npz",
+    )
+    parser.add_argument("--data_path", default="./data", metavar="DIR", help="the folder of the data sets")
+    group = parser.add_argument_group(f"for {' and '.join(datasets.FILE_NAMES)}")
+    group.add_argument("--images", action="store_true", help="check: decode every image")
+    group.add_argument(
+        "--workers", type=count_or_zero, default=4, metavar="N", help="processes that decode images"
+    )
+    group.add_argument("--out", metavar="DIR", help="cache: the folder to write to")
+    group.add_argument(
+        "--on_bad_image",
+        choices=["error", "skip"],
+        default="error",
+        help="cache: end at a missing or damaged image, or leave it out",
+    )
+    group.add_argument(
+        "--train_on",
+        choices=clothing1m.TRAIN_ON,
+        default="noisy",
+        help="cache: the training images of clothing1m",
+    )
+    return parser
 
 
 def main(argv=None):
-    """Fetch a data set, or look at one, and print what it holds."""
-    parser = Parser(prog="python -m common.datasets", description=__doc__)
-    parser.add_argument("action", choices=["download", "check"], help="fetch it, or only look at it")
-    parser.add_argument("name", help=f"one of {', '.join(datasets.NAMES)}, or NAME for DATA_PATH/NAME.npz")
-    parser.add_argument("--data_path", default="./data", metavar="DIR", help="the folder of the data sets")
-    args = parser.parse_args(argv)
+    """Fetch a data set, look at one and print what it holds, or make a cache of its images."""
+    args = make_parser().parse_args(argv)
+    name = datasets.ALIASES.get(args.name, args.name)
+    if name in datasets.FILE_NAMES:
+        image_files(name, args)
+        return
+    if args.action == "cache":
+        raise UserError(f"{name} needs no cache: only {' and '.join(datasets.FILE_NAMES)} are image files")
     if args.action == "download":
-        datasets.download(args.name, args.data_path)
-    data = datasets.load(args.name, args.data_path)
+        datasets.download(name, args.data_path)
+    data = datasets.load(name, args.data_path)
     for split in ("train", "test"):
         images, labels = getattr(data, split)
         print(
             f"{data.name} {split}: images {list(images.shape)}, {len(labels)} labels of {data.num_classes} classes"
         )
+
+
+def image_files(name: str, args) -> None:
+    """The same for a data set of image files."""
+    if args.action == "download":
+        raise UserError(f"{name} cannot be fetched by a script: get it from {datasets.source(name)}")
+    if args.action == "check":
+        datasets.check(name, args.data_path, args.images, args.workers)
+        return
+    if args.out is None:
+        raise UserError("cache needs --out DIR, the folder to write to")
+    data = datasets.load_files(name, args.data_path, args.train_on, args.on_bad_image, args.workers)
+    image_cache.build_caches(args.out, data, args.workers)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,162 @@
+"""Clothing1M (Xiao et al. 2015): a million images with noisy labels, and three clean lists."""
+
+import os
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from common.cli import UserError
+from common.datasets.file_lists import (
+    FileData,
+    FileSplit,
+    make_split,
+    missing_files,
+    numbered,
+    read_list,
+    remember,
+    report,
+    require,
+    without_bad_images,
+)
+
+NAME = "clothing1m"
+CLASSES = (
+    *("T-shirt", "Shirt", "Knitwear", "Chiffon", "Sweater", "Hoodie", "Windbreaker", "Jacket", "Down Coat", "Suit"),
+    *("Shawl", "Dress", "Vest", "Underwear"),
+)  # fmt: skip
+TRAIN_ON = ("noisy", "noisy+verified", "noisy+clean")
+NOISY_LABELS, CLEAN_LABELS = "noisy_label_kv.txt", "clean_label_kv.txt"
+NOISY_TRAIN, CLEAN_TRAIN = "noisy_train_key_list.txt", "clean_train_key_list.txt"
+TEST, VALIDATION = "clean_test_key_list.txt", "clean_val_key_list.txt"
+FILES = (NOISY_LABELS, CLEAN_LABELS, NOISY_TRAIN, CLEAN_TRAIN, VALIDATION, TEST)
+OFFICIAL = {"train": 1_000_000, "test": 10_526, "validation": 14_313, "clean_train": 47_570}
+SOURCE = "its authors, who give it out on request for non-commercial research"
+
+
+def load_clothing1m(
+    root: str | Path, train_on: str = "noisy", on_bad_image: str = "error", workers: int = 0
+) -> FileData:
+    """Clothing1M with its lists in root or root/annotations, and its images below root/images or root.
+
+    train_on: "noisy" trains on the million of noisy_train_key_list.txt; "noisy+clean" also gives the 47,570 of
+    clean_train_key_list.txt as `clean_train`, to fine-tune on; "noisy+verified" adds to the million those images of the
+    clean list whose noisy label is the clean one. The last is our reading of the "25k verified" of the literature:
+    verification says of a noisy label only whether it is right, so the images verified wrong are left out. Their
+    positions go on after the noisy list: its length + the place in the clean list.
+    test and validation are the clean ones. on_bad_image, workers: as for Food-101N. UserError: what is missing, and where
+    to get it; a list that cannot be understood, by its line.
+    """
+    data = read_clothing1m(Path(root), train_on)
+    added = int((data.verified == 1).sum())
+    report(data, OFFICIAL, added)
+    if added:
+        print(f"{NAME} train: {added} of them from the clean list, their noisy labels verified right")
+    return without_bad_images(data, Path(root), on_bad_image, workers)
+
+
+def read_clothing1m(root: Path, train_on: str = "noisy+clean") -> FileData:
+    """What the lists name, whether it is there or not."""
+    if train_on not in TRAIN_ON:
+        raise ValueError(f"train_on must be one of {', '.join(TRAIN_ON)}, got {train_on}")
+    needed = [file for file in FILES if file != CLEAN_TRAIN or train_on != "noisy"]
+    lists = folder_of_lists(root, needed)
+    require(NAME, root, lists, needed, SOURCE)
+    noisy, clean = (
+        read_list(lists / file, label_lines, len(CLASSES)) for file in (NOISY_LABELS, CLEAN_LABELS)
+    )
+    keys = {file: read_list(lists / file, key_lines) for file in needed if file.endswith("key_list.txt")}
+
+    def split(file: str, part: str) -> FileSplit:
+        labels, labels_file = (noisy, NOISY_LABELS) if file == NOISY_TRAIN else (clean, CLEAN_LABELS)
+        return make_split(
+            root, located(root, keys[file]), _labels_of(keys[file], labels, lists / file, labels_file), part
+        )
+
+    train, right = split(NOISY_TRAIN, "train"), np.array([], dtype=np.int64)
+    if train_on == "noisy+verified":
+        right = verified_right(keys[NOISY_TRAIN], keys[CLEAN_TRAIN], noisy, clean)
+        train = _joined(train, split(CLEAN_TRAIN, "train").only(right))
+    count = len(keys[NOISY_TRAIN])
+    return FileData(
+        NAME,
+        train,
+        split(TEST, "test"),
+        len(CLASSES),
+        CLASSES,
+        positions=np.concatenate([np.arange(count), count + right]),
+        listed=count + (len(keys[CLEAN_TRAIN]) if train_on == "noisy+verified" else 0),
+        verified=np.repeat(np.array([-1, 1], dtype=np.int8), [count, len(right)]),
+        validation=split(VALIDATION, "validation"),
+        clean_train=split(CLEAN_TRAIN, "clean_train") if train_on == "noisy+clean" else None,
+    )
+
+
+def folder_of_lists(root: Path, files: Iterable[str] = FILES) -> Path:
+    """root, or root/annotations where more of the lists are there."""
+    files = list(files)
+    return min(root, root / "annotations", key=lambda folder: len(missing_files(folder, files)))
+
+
+def _labels_of(keys: dict[str, int], labels: dict[str, int], file: Path, labels_file: str) -> list[int]:
+    for key, number in keys.items():
+        if key not in labels:
+            raise UserError(f"{file}: line {number}: {key} has no label in {labels_file}")
+    return [labels[key] for key in keys]
+
+
+def verified_right(
+    noisy_train: Iterable[str], clean_train: Iterable[str], noisy: dict[str, int], clean: dict[str, int]
+) -> np.ndarray:
+    """The places in clean_train of the images whose noisy label is the clean one, but for those in noisy_train anyway."""
+    known = set(noisy_train)
+    agrees = [key not in known and noisy.get(key, -1) == clean.get(key) for key in clean_train]
+    return np.flatnonzero(agrees)
+
+
+def _joined(first: FileSplit, second: FileSplit) -> FileSplit:
+    paths, labels = (np.concatenate([getattr(s, of) for s in (first, second)]) for of in ("paths", "labels"))
+    return first._replace(paths=paths, labels=labels)
+
+
+def key_lines(lines: Iterable[str]) -> dict[str, int]:
+    """The keys of a key list in their order, with their line numbers. ValueError: a key that is there twice, or none at all."""
+    seen: dict[str, int] = {}
+    for number, key in numbered(lines):
+        remember(seen, key, number)
+    if not seen:
+        raise ValueError("no image in it")
+    return seen
+
+
+def label_lines(lines: Iterable[str], num_classes: int) -> dict[str, int]:
+    """Labels by key, from lines of a key, a blank and a label. ValueError: anything else, or a key that is there twice."""
+    seen: dict[str, int] = {}
+    labels = {}
+    for number, line in numbered(lines):
+        key, _, label = line.rpartition(" ")
+        if not key or not label.isdecimal() or int(label) >= num_classes:
+            raise ValueError(
+                f"line {number}: {line!r} is not a key, a blank and a label 0..{num_classes - 1}"
+            )
+        remember(seen, key.strip(), number)
+        labels[key.strip()] = int(label)
+    return labels
+
+
+def located(root: Path, keys: Iterable[str]) -> list[str]:
+    """The keys as paths below root: as they stand, or without `images/` where it was unpacked so.
+
+    Decided for each of the folders images/0 to images/9, and not by a million looks.
+    """
+
+    @cache
+    def cut(top: str) -> bool:
+        return not os.path.isdir(root / "images" / top) and os.path.isdir(root / top)
+
+    paths = []
+    for key in keys:
+        head, _, rest = key.partition("/")
+        paths.append(rest if head == "images" and cut(rest.partition("/")[0]) else key)
+    return paths

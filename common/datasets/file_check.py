@@ -1,0 +1,91 @@
+"""Looking at a data set of image files: what is there, and exactly what is missing or damaged."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from common.cli import UserError
+from common.datasets import clothing1m, food101n
+from common.datasets.file_lists import (
+    FileData,
+    FileSplit,
+    are_there,
+    find_damaged,
+    missing_files,
+    report,
+)
+
+FILE_NAMES = (food101n.NAME, clothing1m.NAME)
+ALIASES = {"food": food101n.NAME}  # the value of AFM's released flag
+
+
+def source(name: str) -> str:
+    """Where a data set of image files comes from."""
+    return {food101n.NAME: food101n.SOURCE, clothing1m.NAME: clothing1m.SOURCE}[name]
+
+
+def load_files(
+    name: str, root: str | Path, train_on: str = "noisy", on_bad_image: str = "error", workers: int = 0
+) -> FileData:
+    """The data set of image files of that name, as its own function loads it; train_on is for Clothing1M."""
+    if name == clothing1m.NAME:
+        return clothing1m.load_clothing1m(root, train_on, on_bad_image, workers)
+    return food101n.load_food101n(root, on_bad_image, workers)
+
+
+def check(name: str, root: str | Path, images: bool = False, workers: int = 0) -> None:
+    """Print what a data set holds, and each thing missing from it: list files, whole folders, single images.
+
+    images: decode every image too, by `workers` processes, and print each damaged one. UserError, at the end: anything is
+    missing or damaged.
+    """
+    root = Path(root)
+    data = _read(name, root)
+    listings: dict[bytes, set[bytes]] = {}
+    missing = damaged = 0
+    for split in data.splits():
+        there = are_there(split, listings)
+        missing += int((~there).sum())
+        for line in missing_lines(split, there):
+            print(line)
+        if images:
+            found = find_damaged(split, np.flatnonzero(there), workers)
+            damaged += len(found)
+            for i in sorted(found):
+                print(f"damaged: {split.path(i)} ({found[i]})")
+    if missing or damaged:
+        raise UserError(
+            f"{name} in {root.resolve()}: {missing} images missing, {damaged} damaged; get them from {source(name)}"
+        )
+    print(f"{name} in {root.resolve()}: every image is there{' and whole' if images else ''}")
+
+
+def _read(name: str, root: Path) -> FileData:
+    """What the lists name; where lists are missing, a line for each and UserError."""
+    module = clothing1m if name == clothing1m.NAME else food101n
+    folder = clothing1m.folder_of_lists(root) if module is clothing1m else root
+    missing = missing_files(folder, module.FILES)
+    for file in missing:
+        print(f"missing: {folder / file}")
+    if missing:
+        raise UserError(
+            f"{name} in {root.resolve()}: {len(missing)} of {len(module.FILES)} list files missing; get them from {module.SOURCE}"
+        )
+    data = module.read_food101n(root) if module is food101n else module.read_clothing1m(root)
+    report(data, module.OFFICIAL)
+    return data
+
+
+def missing_lines(split: FileSplit, there: np.ndarray) -> list[str]:
+    """A line for each folder of which no listed image is there, and for each other image that is not; there: bool [N]."""
+    folders = [os.path.dirname(path) for path in split.paths.tolist()]
+    listed = Counter(folders)
+    missing = Counter(folders[i] for i in np.flatnonzero(~there))
+    whole = [folder for folder in missing if missing[folder] == listed[folder] > 1]
+    lines = [
+        f"missing: {split.folder / os.fsdecode(folder)} ({listed[folder]} {split.part} images)"
+        for folder in whole
+    ]
+    return lines + [f"missing: {split.path(i)}" for i in np.flatnonzero(~there) if folders[i] not in whole]

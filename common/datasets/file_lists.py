@@ -1,0 +1,284 @@
+"""Data sets whose images stay in their files: what the lists name, what is there, and what is left out of it."""
+
+import hashlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from common.cli import UserError
+from common.datasets.images import DamagedImage, in_workers, read_image
+from common.files import write_atomic
+
+# the usual constants of networks trained on ImageNet; AFM's release has them for Food-101N
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class FileSplit(NamedTuple):
+    """Image files and their labels."""
+
+    folder: Path
+    # relative to folder, UTF-8 as bytes 'S' [N]: a million strings would be copied into each worker process
+    paths: np.ndarray
+    labels: np.ndarray  # int64 [N]
+    part: str = "train"  # train, test, validation or clean_train
+
+    def path(self, i: int) -> Path:
+        """Where image i is."""
+        return self.folder / os.fsdecode(self.paths[i])
+
+    def only(self, keep: np.ndarray) -> "FileSplit":
+        """The images at `keep`, a mask [N] or positions."""
+        return self._replace(paths=self.paths[keep], labels=self.labels[keep])
+
+    def read(self, i: int) -> Tensor:
+        """Image i as uint8 [3, H, W]. UserError, which names it and its position: damaged, or not to be read."""
+        try:
+            return read_image(self.path(i))
+        except DamagedImage as error:
+            reason = f"is damaged ({error.reason}): use --on_bad_image skip"
+        except OSError as error:
+            reason = f"cannot be read ({error.strerror}): mend or remove it"
+        raise UserError(f"image {i} of the {self.part} list, {self.path(i)}, {reason}")
+
+    def sha256(self) -> str:
+        """Of the paths, in their order."""
+        return hashlib.sha256(b"\n".join(self.paths.tolist())).hexdigest()
+
+
+class FileData(NamedTuple):
+    """A data set of image files with given labels."""
+
+    name: str
+    train: FileSplit
+    test: FileSplit
+    num_classes: int
+    classes: tuple[str, ...]  # names, by class id
+    positions: np.ndarray  # int64 [N]: where the kept training images stand in the official training list
+    listed: int  # how many images that list names: positions are below it
+    verified: np.ndarray  # int8 [N]: 1 the label was verified right, 0 verified wrong, -1 not verified
+    validation: FileSplit | None = None
+    clean_train: FileSplit | None = None  # verified images to fine-tune on
+    skipped: tuple[
+        tuple[str, int, str], ...
+    ] = ()  # images left out: path, position in the official list, reason
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def splits(self) -> tuple[FileSplit, ...]:
+        """Those it has."""
+        found = (self.train, self.test, self.validation, self.clean_train)
+        return tuple(split for split in found if split is not None)
+
+
+def make_split(
+    folder: Path, paths: Iterable[str | bytes], labels: Iterable[int], part: str = "train"
+) -> FileSplit:
+    """A split from paths relative to the folder and their labels."""
+    return FileSplit(
+        folder, np.array([os.fsencode(p) for p in paths], dtype="S"), np.array(labels, dtype=np.int64), part
+    )
+
+
+# list files -----------------------------------------------------------------------------------------------------------
+
+
+def require(name: str, root: Path, folder: Path, files: Iterable[str], source: str) -> None:
+    """UserError where list files are missing below `folder`: where they were looked for, and where the data come from."""
+    missing = missing_files(folder, files)
+    if missing:
+        raise UserError(
+            f"{name} not found: looked in {folder.resolve()} for {', '.join(missing)}; get it from {source}; "
+            f"see what is there with: python -m common.datasets check {name} --data_path {shlex.quote(str(root))}"
+        )
+
+
+def missing_files(root: Path, files: Iterable[str]) -> list[str]:
+    """Those of the files that are not below root."""
+    return [file for file in files if not (root / file).is_file()]
+
+
+def read_list(path: Path, reader: Callable[..., Any], *arguments: Any) -> Any:
+    """reader(lines of the file, *arguments); its ValueErrors, and an unreadable file, become UserErrors naming the file."""
+    try:
+        return reader(path.read_text(encoding="utf-8-sig").splitlines(), *arguments)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def numbered(lines: Iterable[str], header: str | None = None) -> Iterable[tuple[int, str]]:
+    """The lines that are not blank, with their numbers from 1; a first line that begins with the header is left out."""
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and not (number == 1 and header is not None and line.startswith(header)):
+            yield number, line.strip()
+
+
+def remember(seen: dict[str, int], key: str, number: int) -> None:
+    """Note in which line a key stands. ValueError: it stood in another before."""
+    if key in seen:
+        raise ValueError(f"line {number}: {key} is there already, in line {seen[key]}")
+    seen[key] = number
+
+
+def report(data: FileData, official: dict[str, int], added: int = 0) -> None:
+    """Print what the splits hold; a note where a list is not as long as the official one (by part).
+
+    added: images of the training split that are of another list.
+    """
+    for split in data.splits():
+        count, expected = len(split.paths), official[split.part]
+        print(f"{data.name} {split.part}: {count} images of {data.num_classes} classes")
+        listed = count - added if split.part == "train" else count
+        if listed != expected:
+            print(f"note: the {split.part} list names {listed} images, the official one {expected}")
+
+
+# missing and damaged images -------------------------------------------------------------------------------------------
+
+
+def are_there(split: FileSplit, listings: dict[bytes, set[bytes]]) -> np.ndarray:
+    """Which images are on the disk: bool [N]. Each folder is listed once and kept in `listings`."""
+    root = os.fsencode(split.folder)
+    found = np.zeros(len(split.paths), dtype=bool)
+    for i, path in enumerate(split.paths.tolist()):
+        folder, name = os.path.split(os.path.join(root, path))
+        if folder not in listings:
+            listings[folder] = _names_in(folder)
+        found[i] = name in listings[folder]
+    return found
+
+
+def _names_in(folder: bytes) -> set[bytes]:
+    try:
+        return set(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    except OSError as error:
+        raise UserError(f"{os.fsdecode(folder)} cannot be listed ({error.strerror})") from None
+
+
+def find_damaged(split: FileSplit, positions: np.ndarray, workers: int) -> dict[int, str]:
+    """Decode the images at `positions` in worker processes; what is wrong with each damaged one, by its position.
+
+    UserError: an image that cannot be read, which says nothing about what it holds.
+    """
+    chunks = np.array_split(positions, max(len(positions) // 32, 1))
+    damaged: dict[int, str] = {}
+    quiet = not sys.stderr.isatty()
+    with tqdm(total=len(positions), desc=f"reading {split.part}", unit="image", disable=quiet) as bar:
+        for found in in_workers(partial(_damaged_of, split), chunks, workers):
+            if isinstance(found, UserError):
+                break
+            read, bad = found
+            damaged |= bad
+            bar.update(read)
+    if isinstance(found, UserError):
+        raise found
+    return damaged
+
+
+def _damaged_of(split: FileSplit, positions: np.ndarray) -> tuple[int, dict[int, str]] | UserError:
+    damaged = {}
+    for i in positions.tolist():
+        try:
+            read_image(split.path(i))
+        except DamagedImage as error:
+            damaged[i] = error.reason
+        except OSError as error:
+            return UserError(f"{split.path(i)} cannot be read ({error.strerror}): mend or remove it")
+    return len(positions), damaged
+
+
+def without_bad_images(data: FileData, root: Path, on_bad_image: str, workers: int) -> FileData:
+    """The data set as it can be trained on; `data` is what the lists name.
+
+    on_bad_image: "error" looks which images are there and raises UserError where one is missing; "skip" leaves missing and
+    damaged ones out of every split. For that all images are decoded once, and the outcome is kept in root.
+    """
+    if on_bad_image not in ("error", "skip"):
+        raise ValueError(f"on_bad_image must be error or skip, got {on_bad_image}")
+    listings: dict[bytes, set[bytes]] = {}
+    keep, skipped = {}, []
+    for split in data.splits():
+        there = are_there(split, listings)
+        if on_bad_image == "error":
+            _require_all(data.name, root, split, there)
+            continue
+        bad = {int(i): "missing" for i in np.flatnonzero(~there)}
+        bad |= _damaged_images(data.name, root, split, there, workers)
+        keep[split.part] = np.array([i not in bad for i in range(len(split.paths))], dtype=bool)
+        positions = data.positions if split.part == "train" else np.arange(len(split.paths))
+        skipped += [(str(split.path(i)), int(positions[i]), bad[i]) for i in sorted(bad)]
+        print(
+            f"{data.name} {split.part}: {(~there).sum()} missing and {len(bad) - (~there).sum()} damaged images "
+            f"left out, {keep[split.part].sum()} kept"
+        )
+        if not keep[split.part].any():
+            raise UserError(f"{data.name} {split.part}: no image left below {split.folder}")
+    if on_bad_image == "error":
+        return data
+    kept = {split.part: split.only(keep[split.part]) for split in data.splits()}
+    of_train = {name: getattr(data, name)[keep["train"]] for name in ("positions", "verified")}
+    return data._replace(**kept, **of_train, skipped=tuple(skipped))
+
+
+def _require_all(name: str, root: Path, split: FileSplit, there: np.ndarray) -> None:
+    missing = np.flatnonzero(~there)
+    if len(missing):
+        raise UserError(
+            f"image {missing[0]} of the {split.part} list, {split.path(missing[0])}, is missing ({len(missing)} of "
+            f"{len(split.paths)} are): see which with python -m common.datasets check {name} --data_path "
+            f"{shlex.quote(str(root))}, or use --on_bad_image skip"
+        )
+
+
+def _damaged_images(
+    name: str, root: Path, split: FileSplit, there: np.ndarray, workers: int
+) -> dict[int, str]:
+    """The damaged ones among those that are there, by position; images that an earlier run looked at are not read again."""
+    sha = split.sha256()
+    record = root / f"damaged_images.{name}_{split.part}_{sha[:8]}.json"
+    damaged, unseen = _read_record(record, sha, len(split.paths))
+    look = np.flatnonzero(unseen & there)
+    if len(look):
+        damaged |= find_damaged(split, look, workers)
+        unseen[look] = False
+        content = {
+            "list_sha256": sha,
+            "damaged": {str(i): damaged[i] for i in sorted(damaged)},
+            "not_looked_at": np.flatnonzero(unseen).tolist(),
+        }
+        try:
+            write_atomic(record, (json.dumps(content, indent=1) + "\n").encode())
+        except OSError as error:
+            print(
+                f"note: {record} cannot be written ({error.strerror}): the next run will read every image again"
+            )
+    elif damaged:
+        print(f"{name} {split.part}: damaged images as in {record}; delete it to read every image again")
+    return {i: reason for i, reason in damaged.items() if there[i]}
+
+
+def _read_record(record: Path, sha: str, count: int) -> tuple[dict[int, str], np.ndarray]:
+    """What an earlier run found: the damaged images by position, and which were not looked at, bool [N]."""
+    unseen = np.zeros(count, dtype=bool)
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+        if content["list_sha256"] == sha:
+            unseen[content["not_looked_at"]] = True
+            return {int(i): reason for i, reason in content["damaged"].items()}, unseen
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        pass  # none, or a damaged one: as if there were none
+    return {}, np.ones(count, dtype=bool)
