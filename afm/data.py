@@ -1,0 +1,201 @@
+"""The batches of a run: small data sets from memory, Food-101N and Clothing1M from files (Sec. 2 and 10)."""
+
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from common import datasets, noise, processes
+from common.augment import random_resized_crop_and_flip, resize_and_center_crop, training_augmentation
+from common.cli import UserError
+from common.datasets import FileData, FileSplit
+from common.datasets.image_cache import open_caches
+from common.gpu import Device
+from common.loader import Batches, FileBatches, Images
+
+ON_DISK = ("food", "clothing1m")
+FOLDERS = {"food": "./data/food", "clothing1m": "./data/clothing1m"}
+IMAGE_SIZE = 224  # of crops of image files
+SAMPLED = (
+    20_000  # so many training images at most are gone through again for their attention at the end of a run
+)
+
+
+class Labelled(NamedTuple):
+    """Batches of a split, and its labels by the positions that come with the batches."""
+
+    batches: Iterable
+    labels: Tensor  # int64 [N], on the device
+
+
+class Data(NamedTuple):
+    """What a run trains and tests on."""
+
+    name: str
+    num_classes: int
+    image_size: int
+    channels: int
+    index: np.ndarray  # int64 [N]: positions of the training images in the data set
+    clean: np.ndarray | None  # int64 [N]: true labels; None where nobody knows them
+    observed: np.ndarray  # int64 [N]
+    known: np.ndarray  # int8 [N]: 1 for a right label, 0 for a wrong one, -1 for not known
+    train: Labelled  # shuffled, augmented, the last partial batch dropped
+    test: Labelled
+    validation: Labelled | None = None
+    clean_train: Labelled | None = None  # Clothing1M's clean training images, as `train`
+    sampled: np.ndarray | None = (
+        None  # int64 [S]: positions in the run's training images, whose attention is measured
+    )
+    sampled_batches: Iterable = ()  # those images in order, without augmentation, numbered 0 .. S - 1
+    skipped: tuple[tuple[str, int, str], ...] = ()  # images left out: path, position in its list, reason
+
+
+def load(args: Namespace, device: Device, loader: Generator) -> Data:
+    """The data that the flags ask for; loader draws the order and the augmentation. UserError: data or flags do not fit."""
+    data = from_files(args, device, loader) if args.dataset in ON_DISK else from_memory(args, device, loader)
+    if len(data.observed) < args.train_batch:
+        raise UserError(
+            f"--train-batch {args.train_batch}: there are only {len(data.observed)} training images, and a partial "
+            "batch is dropped; use a smaller batch"
+        )
+    return data
+
+
+def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
+    """Digits, MNIST, CIFAR or an .npz, with label noise drawn before any image is touched."""
+    data = datasets.load(args.dataset, args.data_root or "./data")
+    if isinstance(data, FileData):
+        raise UserError(f"--dataset {args.dataset}: AFM calls it one of {', '.join(ON_DISK)}")
+    index = np.arange(len(data.train.labels))
+    if args.noise_file:
+        observed = datasets.labels_of(args.noise_file, index, len(index), data.num_classes)
+    elif args.noise_type == "none":
+        observed = data.train.labels
+    elif args.noise_type == "given":
+        if data.noisy_labels is None:
+            raise UserError(f"--noise-type given: {data.name} brings no noisy_labels; use --noise_file")
+        observed = data.noisy_labels
+    else:
+        observed = noise.add_noise(
+            args.noise_type,
+            data.train.labels,
+            args.noise_rate,
+            data.num_classes,
+            args.seed,
+            data.train.images,
+        )
+    index = limited(index, args)
+    clean, observed = data.train.labels[index], observed[index]
+
+    size, channels = data.train.images.shape[2:]
+    shared = {"rank": processes.rank(), "world": processes.world()}
+    images = Images(data.train.images[index], data.mean, data.std, device.device)
+    training = {"shuffle": True, "drop_last": True, "generator": loader, **shared}
+    train = Batches(images, args.train_batch, augmentation=training_augmentation(data.name, size), **training)
+    test = Batches(Images(data.test.images, data.mean, data.std, device.device), args.test_batch, **shared)
+    return Data(
+        data.name,
+        data.num_classes,
+        size,
+        channels,
+        index,
+        clean,
+        observed,
+        (clean == observed).astype(np.int8),
+        Labelled(train, _on(device, observed)),
+        Labelled(test, _on(device, data.test.labels)),
+        sampled=np.arange(len(index)),
+        sampled_batches=Batches(images, args.test_batch, **shared),
+    )
+
+
+def from_files(args: Namespace, device: Device, loader: Generator) -> Data:
+    """Food-101N with Food-101's test images, or Clothing1M in one of its settings; the labels are as they come."""
+    data = processes.from_first(lambda: _load_files(args))
+    if args.noise_file:
+        labels = datasets.labels_of(args.noise_file, data.positions, data.listed, data.num_classes)
+        verified = np.where(labels == data.train.labels, data.verified, -1).astype(np.int8)
+        data = data._replace(train=data.train._replace(labels=labels), verified=verified)
+    kept = limited(np.arange(len(data.positions)), args)
+    sampled = sampled_positions(data.verified[kept], args.seed)
+    caches = open_caches(args.image_cache, data) if args.image_cache else {}
+    loading = {"mean": data.mean, "std": data.std, "device": device.device, "workers": args.workers}
+    loading |= {"rank": processes.rank(), "world": processes.world()}
+    training = {"shuffle": True, "drop_last": True, "generator": loader, **loading}
+
+    crop, whole = random_resized_crop_and_flip(IMAGE_SIZE), resize_and_center_crop(size=IMAGE_SIZE)
+
+    def for_training(split: FileSplit, keep: np.ndarray) -> Labelled:
+        cache, split = caches[split.part].only(keep) if caches else None, split.only(keep)
+        batches = FileBatches(split, args.train_batch, crop, cache=cache, **training)
+        return Labelled(batches, _on(device, split.labels))
+
+    def in_order(split: FileSplit, keep: np.ndarray | slice = slice(None)) -> Labelled:
+        cache, split = caches[split.part].only(keep) if caches else None, split.only(keep)
+        return Labelled(
+            FileBatches(split, args.test_batch, whole, cache=cache, **loading), _on(device, split.labels)
+        )
+
+    clean_train = None
+    if data.clean_train is not None:
+        clean_train = for_training(data.clean_train, limited(np.arange(len(data.clean_train.labels)), args))
+    return Data(
+        data.name,
+        data.num_classes,
+        IMAGE_SIZE,
+        3,
+        data.positions[kept],
+        None,
+        data.train.labels[kept],
+        data.verified[kept],
+        for_training(data.train, kept),
+        in_order(data.test),
+        in_order(data.validation) if data.validation is not None else None,
+        clean_train,
+        sampled,
+        in_order(data.train, kept[sampled]).batches,
+        data.skipped,
+    )
+
+
+def _load_files(args: Namespace) -> FileData:
+    root = Path(args.data_root or FOLDERS[args.dataset])
+    if (root / args.dataset).is_dir():
+        root = root / args.dataset  # ./data serves as well as ./data/food
+    checking = {"on_bad_image": args.on_bad_image, "workers": args.workers}
+    if args.dataset == "food":
+        return datasets.load_food101n(root, **checking)
+    return datasets.load_clothing1m(root, train_on=args.train_on, **checking)
+
+
+def images_at(args: Namespace, positions: np.ndarray) -> list[np.ndarray]:
+    """The training images at these positions of the data set, to be shown: uint8 [H, W, 1 or 3] each."""
+    if args.dataset not in ON_DISK:
+        return list(datasets.load(args.dataset, args.data_root or "./data").train.images[positions])
+    data = _load_files(args)
+    place = {position: i for i, position in enumerate(data.positions.tolist())}
+    whole = resize_and_center_crop(size=IMAGE_SIZE)
+    return [
+        whole(data.train.read(place[position])).permute(1, 2, 0).numpy() for position in positions.tolist()
+    ]
+
+
+def limited(positions: np.ndarray, args: Namespace) -> np.ndarray:
+    """The positions, or the seeded subset of them that --limit_train asks for, in order."""
+    if not args.limit_train or args.limit_train >= len(positions):
+        return positions
+    return np.sort(np.random.RandomState(args.seed).permutation(positions)[: args.limit_train])
+
+
+def sampled_positions(known: np.ndarray, seed: int) -> np.ndarray:
+    """At most SAMPLED positions whose attention is measured: those of known truth first, then any; in order."""
+    order = np.random.RandomState(seed).permutation(len(known))
+    return np.sort(order[np.argsort(known[order] < 0, kind="stable")][:SAMPLED])
+
+
+def _on(device: Device, labels: np.ndarray) -> Tensor:
+    return torch.from_numpy(labels).to(device.device)

@@ -1,0 +1,188 @@
+"""ResNets (Sec. 3.1) and the network around the attention: pooled features, mixtures, classifiers (Sec. 3.2, 3.3)."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from afm.attention import GroupAttention, mix
+from common import processes
+from common.cli import UserError
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+# the parts of the release's checkpoints by their names here
+RELEASED_NAMES = {
+    "fc_a.": "attention.projections.0.",
+    "fc_b.": "attention.projections.1.",
+    "fc_weight.": "attention.score.0.",
+    "fc_classifier.": "classifier.",
+}
+
+
+class Outputs(NamedTuple):
+    """What a training step needs of the global batch of N rows, M groups of K and C classes; float32."""
+
+    mixed: Tensor  # [M, C] logits of the mixtures
+    plain: Tensor  # [N, C] logits of the unmixed features
+    weights: Tensor  # [M, K] mixing weights
+
+
+class AttentiveFeatureMixup(nn.Module):
+    """Backbone, attention and classifier; at test time the backbone and the classifier are all there is."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        width: int,
+        num_classes: int,
+        attention: GroupAttention | None,
+        shared_classifier: bool = True,
+    ):
+        """backbone: images -> pooled features [B, width]. attention: None where mixing weights are drawn, not learnt.
+
+        shared_classifier: one classifier for mixed and plain features (release), else one for each (Fig. 2).
+        """
+        super().__init__()
+        self.backbone, self.attention = backbone, attention
+        self.classifier = nn.Linear(width, num_classes)
+        self.mixed_classifier = self.classifier if shared_classifier else nn.Linear(width, num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled features [B, D], float32 whatever the autocast."""
+        return self.backbone(images).float()
+
+    def forward(
+        self,
+        images: Tensor,
+        groups: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor | Outputs:
+        """Evaluation: images -> plain logits [B, C]. Training, with groups (Sec. 4): `Outputs`.
+
+        images: [B, C, H, W], under torchrun this process's piece of a global batch of N. groups: int [M, K] rows of the
+        global batch. weights: [M, K] drawn mixing weights; without them the attention gives them. Attention, mixtures and
+        classifiers are computed in float32.
+        """
+        features = self.features(images)
+        with torch.autocast(features.device.type, enabled=False):
+            if groups is None:
+                return self.classifier(features)
+            features = processes.gather_rows(features)
+            members = features[groups]  # [M, K, D]
+            if weights is None:
+                weights = self.attention(members)
+            mixed = self.mixed_classifier(mix(members, weights))
+            return Outputs(mixed, self.classifier(features), weights)
+
+
+def make_network(
+    args: Namespace, num_classes: int, image_size: int, channels: int = 3
+) -> AttentiveFeatureMixup:
+    """Backbone, attention and classifiers as the flags ask for (Sec. 3), with their initial weights."""
+    backbone, width = make_backbone(args.network, image_size, channels, args.pretrained)
+    attention = None
+    if args.weights == "attentive" and args.weight_mixed > 0:
+        attention = GroupAttention(
+            width,
+            args.group_size,
+            interaction=args.interaction,
+            attention=args.attention,
+            attn_hidden=args.attn_hidden,
+        )
+    return AttentiveFeatureMixup(backbone, width, num_classes, attention, args.shared_classifier)
+
+
+def make_backbone(
+    name: str, image_size: int, channels: int = 3, pretrained: str = "none"
+) -> tuple[nn.Module, int]:
+    """A ResNet that ends in its pooled features, and their width D.
+
+    name: resnet18 to resnet152, torchvision's for images of 64 pixels and more; below that with a 3x3 stem of stride 1
+    and no max-pooling, as is usual on CIFAR; below 16 pixels a narrow one whatever the name. pretrained: imagenet
+    (torchvision's download) or none; a path is for `load_weights`. UserError: the weights cannot be fetched.
+    """
+    if image_size < 16:
+        return narrow_resnet(channels), 64
+    from torchvision import models  # noqa: PLC0415  (seconds of import that --help need not wait for)
+
+    network = imagenet_resnet(name) if pretrained == "imagenet" else models.get_model(name)
+    width, network.fc = network.fc.in_features, nn.Identity()
+    if image_size < 64:
+        network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.maxpool = nn.Identity()
+    return network, width
+
+
+def imagenet_resnet(name: str) -> nn.Module:
+    """torchvision's ResNet with its first ImageNet weights, fetched once by the first process. UserError: it cannot be."""
+    from torchvision import models  # noqa: PLC0415
+
+    weights = models.get_model_weights(name).IMAGENET1K_V1
+
+    def load() -> nn.Module:
+        try:
+            return models.get_model(name, weights=weights)
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            place = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
+            raise UserError(
+                f"--pretrained imagenet: cannot fetch {weights.url} ({reason}): put the file at {place}, "
+                "or use --pretrained PATH or none"
+            ) from None
+
+    return processes.first_alone(load)
+
+
+def narrow_resnet(channels: int) -> nn.Sequential:
+    """Three stages of one basic block each, 16, 32 and 64 wide, for images of 8 pixels: pooled features [B, 64]."""
+    from torchvision.models.resnet import BasicBlock  # noqa: PLC0415
+
+    layers = [nn.Conv2d(channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+    before = 16
+    for width in (16, 32, 64):
+        stride, skip = 1, None
+        if width != before:
+            stride = 2
+            skip = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+        layers.append(BasicBlock(before, width, stride, skip))
+        before = width
+    for layer in nn.Sequential(*layers).modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def load_weights(network: AttentiveFeatureMixup, path: Path) -> list[str]:
+    """Copy into the network what a file of weights has of the same name and shape; the names of what it left as it was.
+
+    The file: a model_best.pt of an earlier run, the release's model_best.pkl, or a torchvision ResNet. Read as tensors
+    only. UserError: no such file, no state dict, or nothing in it that fits.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"--pretrained {path}: no such file; name a file, imagenet or none") from None
+    except Exception as error:  # torch raises a dozen kinds for damaged files
+        raise UserError(
+            f"--pretrained {path}: damaged, or holds more than tensors ({type(error).__name__})"
+        ) from None
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise UserError(f"--pretrained {path}: not a state dict of tensors")
+    own = network.state_dict()
+    found = {_own_name(name, own): value for name, value in loaded.items()}
+    fitting = {name: value for name, value in found.items() if name in own and value.shape == own[name].shape}
+    if not fitting:
+        raise UserError(f"--pretrained {path}: none of its {len(loaded)} tensors fits the network")
+    network.load_state_dict(fitting, strict=False)
+    return [name for name in own if name not in fitting]
+
+
+def _own_name(name: str, own: dict[str, Tensor]) -> str:
+    name = name.removeprefix("module.")
+    for theirs, ours in RELEASED_NAMES.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name if name in own else f"backbone.{name}"

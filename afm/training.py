@@ -1,0 +1,194 @@
+"""One epoch of attentive feature mixup, the test, and the attention that every sample gets (Sec. 4 to 8).
+
+Batches are (views, index): a tuple of one [B, C, H, W] tensor, and the samples' positions in their split, int [B]. Under
+torchrun they are this process's piece of the global batch; groups and losses are those of the global batch everywhere.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from afm.attention import mix
+from afm.grouping import random_groups
+from afm.losses import mixed_loss, total_loss
+from afm.networks import AttentiveFeatureMixup
+from common import processes
+from common.gpu import Device
+
+# groups [M, K] of a global batch of N rows, and their mixing weights [M, K]; None: the attention gives the weights
+Draw = Callable[[int], tuple[Tensor, Tensor | None]]
+
+
+class Epoch(NamedTuple):
+    """What an epoch of training leaves: means over its steps, and the mixing weight of every group member."""
+
+    loss: float | None  # of the total loss
+    mixed_loss: float | None
+    plain_loss: float | None
+    accuracy: float | None  # percent of plain predictions equal to the observed label
+    members: Tensor  # int [M, K]: positions in the training set of the members of all groups
+    weights: Tensor  # [M, K]
+
+
+class Evaluation(NamedTuple):
+    """Top-1 accuracy in percent and mean cross-entropy of a split."""
+
+    accuracy: float
+    loss: float  # mean over samples
+    loss_batchmean: float  # mean over batches of the batch mean, as the release prints it
+    mixed_accuracy: float  # of the classifier of mixtures; the same where it is shared
+
+
+def train_epoch(
+    network: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterable,
+    labels: Tensor,
+    draw: Draw,
+    *,
+    loss_weights: tuple[float, float],
+    target: str = "soft",
+    detach_target: bool = False,
+    device: Device,
+) -> Epoch:
+    """One pass over the training batches (Sec. 4). labels: observed, int [N] on the device.
+
+    loss_weights: of the mixed and of the plain term. The plain logits alone count for the training accuracy.
+    """
+    network.train()
+    losses, hits, members, weights = [], [], [], []
+    for (images,), piece in batches:
+        index = processes.gather_rows(piece)
+        given = labels[index]
+        groups, drawn = draw(len(index))
+        with device.autocast():
+            outputs = network(images, groups, drawn)
+        mixed = mixed_loss(outputs.mixed, given[groups], outputs.weights, target, detach_target)
+        plain = F.cross_entropy(outputs.plain, given)
+        loss = total_loss(mixed, plain, *loss_weights)
+        _step(optimizer, loss)
+        losses.append(torch.stack([loss, mixed, plain]).detach())
+        hits.append((outputs.plain.argmax(dim=1) == given).float().mean())
+        members.append(index[groups])
+        weights.append(outputs.weights.detach())
+    means = torch.stack(losses).mean(dim=0).tolist()
+    return Epoch(*means, 100 * float(torch.stack(hits).mean()), torch.cat(members), torch.cat(weights))
+
+
+def train_epoch_mixing_inputs(
+    network: nn.Module, optimizer: Optimizer, batches: Iterable, labels: Tensor, draw: Draw, device: Device
+) -> Epoch:
+    """One pass of mixup (Zhang et al. 2018), the comparison that mixes images instead of features; one process.
+
+    Only mixtures are classified, so there is neither a plain loss nor a training accuracy.
+    """
+    network.train()
+    losses = []
+    for (images,), index in batches:
+        groups, drawn = draw(len(index))
+        with device.autocast():
+            logits = network(mix(images[groups], drawn))
+        loss = mixed_loss(logits, labels[index][groups], drawn)
+        _step(optimizer, loss)
+        losses.append(loss.detach())
+    mean = float(torch.stack(losses).mean())
+    return Epoch(mean, mean, None, None, labels.new_empty(0, 2), logits.new_empty(0, 2).float())
+
+
+def _step(optimizer: Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def evaluate(network: AttentiveFeatureMixup, batches: Iterable, labels: Tensor, device: Device) -> Evaluation:
+    """The test protocol (Sec. 8): one forward in eval mode, plain features through the plain classifier."""
+    network.eval()
+    sums = torch.zeros(6, dtype=torch.float64, device=labels.device)
+    for (images,), index in batches:
+        with device.autocast():
+            features = network.features(images)
+        logits, given = network.classifier(features), labels[index]
+        mixed_hits = (network.mixed_classifier(features).argmax(dim=1) == given).sum()
+        loss = F.cross_entropy(logits, given).double()
+        found = [len(index), (logits.argmax(dim=1) == given).sum(), loss * len(index), 1, loss, mixed_hits]
+        sums += torch.stack([torch.as_tensor(value, device=sums.device).double() for value in found])
+    samples, hits, loss, steps, batch_means, mixed_hits = processes.total(sums).tolist()
+    return Evaluation(100 * hits / samples, loss / samples, batch_means / steps, 100 * mixed_hits / samples)
+
+
+# who gets how much attention ------------------------------------------------------------------------------------------
+
+
+def mean_weights(members: Tensor, weights: Tensor, size: int) -> Tensor:
+    """The mean mixing weight of each of `size` samples over the groups [M, K] it is in: [size]; NaN where it is in none."""
+    members, weights = members.flatten(), weights.flatten()
+    sums = torch.zeros(size, device=weights.device).index_add_(0, members, weights)
+    counts = torch.zeros(size, device=weights.device).index_add_(0, members, torch.ones_like(weights))
+    return sums / counts
+
+
+def mean_peak(weights: Tensor) -> float | None:
+    """The mean over groups of the largest weight: 1 / K where all members are alike, 1 where one member takes all."""
+    return float(weights.amax(dim=1).mean()) if len(weights) else None
+
+
+def attention_statistics(weights: Tensor, known: Tensor) -> dict[str, float | None]:
+    """Mean weight of right and of wrong labels, and the AUC of the weight as a detector of right ones (Sec. 7).
+
+    weights: [N] of samples, NaN where there is none. known: int [N], 1 for a right label, 0 for a wrong one, -1 for not
+    known. None where there is nothing to say.
+    """
+    weighted = ~weights.isnan()
+    right, wrong = (weights[weighted & (known == truth)] for truth in (1, 0))
+    statistics = dict.fromkeys(("attention_auc", "attention_right", "attention_wrong"))
+    if len(right):
+        statistics["attention_right"] = float(right.mean())
+    if len(wrong):
+        statistics["attention_wrong"] = float(wrong.mean())
+    if len(right) and len(wrong):
+        truth = torch.cat([torch.ones_like(right), torch.zeros_like(wrong)])
+        statistics["attention_auc"] = float(
+            roc_auc_score(truth.cpu().numpy(), torch.cat([right, wrong]).cpu().numpy())
+        )
+    return statistics
+
+
+@torch.no_grad()
+def pooled_features(network: AttentiveFeatureMixup, batches: Iterable, size: int, device: Device) -> Tensor:
+    """Pooled features [size, D] of batches that hold each position 0 .. size - 1 once, in eval mode, in every process."""
+    network.eval()
+    features = torch.zeros(size, network.classifier.in_features, device=device.device)
+    for (images,), index in batches:
+        with device.autocast():
+            features[index] = network.features(images)
+    return processes.total(features)
+
+
+@torch.no_grad()
+def attention_of_samples(
+    network: AttentiveFeatureMixup, features: Tensor, rounds: int, generator: torch.Generator
+) -> Tensor:
+    """Each sample's mixing weight [N], the mean over `rounds` random groups, and so over partners and positions (Sec. 7)."""
+    members, weights = [], []
+    group_size = len(network.attention.projections)
+    for _ in range(rounds):
+        groups = random_groups(len(features), group_size, generator).to(features.device)
+        members.append(groups)
+        weights.append(torch.cat([network.attention(features[part]) for part in groups.split(1024)]))
+    return mean_weights(torch.cat(members), torch.cat(weights), len(features))
+
+
+@torch.no_grad()
+def pair_weights(network: AttentiveFeatureMixup, features: Tensor) -> Tensor:
+    """Both members' weights for every ordered pair of T samples: [T, D] -> [T, T, 2] (Sec. 9.2, the release's vis.py)."""
+    count = len(features)
+    pairs = torch.cartesian_prod(*[torch.arange(count, device=features.device)] * 2)
+    weights = [network.attention(features[part]) for part in pairs.split(4096)]
+    return torch.cat(weights).view(count, count, 2)

@@ -1,0 +1,212 @@
+"""Who gets how much attention: `python -m afm.visualize RUN [RUN ...] [--out FIGURE.png]`.
+
+Above, test accuracy by epoch: the mean of each method over the runs given, with the range over seeds. Below, for each
+kind of run that learnt an attention, the mean weights of its samples, right labels against wrong ones with their AUC; and the
+images of the first one with the highest and the lowest weights. With `--list FILE --images-root DIR` the attention weights of
+all ordered pairs of some images of your own are written too, as the release's vis.py does.
+"""
+
+import csv
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from afm.data import IMAGE_SIZE, ON_DISK, images_at
+from afm.networks import AttentiveFeatureMixup, make_network
+from afm.training import attention_statistics, pair_weights
+from common.augment import normalise, resize_and_center_crop
+from common.cli import Parser, UserError, exit_cleanly
+from common.datasets.file_lists import IMAGENET_MEAN, IMAGENET_STD
+from common.datasets.images import DamagedImage, read_image
+
+SHOWN = 8  # images at each end
+
+
+class RunResult(NamedTuple):
+    """What is read of a run directory."""
+
+    folder: Path
+    method: str
+    arguments: dict
+    accuracy: np.ndarray  # test accuracy by epoch
+    attention: dict[str, np.ndarray] | None  # the arrays of attention.npz
+
+
+def read_run(folder: Path) -> RunResult:
+    """Method, arguments, accuracy curve and attention of a run directory. UserError: it is none."""
+    try:
+        description = json.loads((folder / "args.json").read_text())
+        with (folder / "log.csv").open(newline="") as file:
+            accuracy = np.array([float(row["test_accuracy"]) for row in csv.DictReader(file)])
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is no run directory: {Path(error.filename).name} is missing") from None
+    arguments = description["arguments"]
+    method = description["method"] + (" (released)" if arguments.get("fidelity") == "released" else "")
+    attention = None
+    if (folder / "attention.npz").is_file():
+        with np.load(folder / "attention.npz", allow_pickle=False) as file:
+            attention = dict(file)
+    return RunResult(folder, method, arguments, accuracy, attention)
+
+
+def draw_curves(axes, runs: list[RunResult]) -> None:
+    """Mean test accuracy by epoch of each method, shaded from the worst to the best run."""
+    for method in dict.fromkeys(run.method for run in runs):
+        curves = [run.accuracy for run in runs if run.method == method]
+        length = min(map(len, curves))
+        stacked = np.stack([curve[:length] for curve in curves])
+        epochs = np.arange(1, length + 1)
+        (line,) = axes.plot(epochs, stacked.mean(axis=0), label=f"{method}, {len(stacked)} run(s)")
+        axes.fill_between(epochs, stacked.min(axis=0), stacked.max(axis=0), alpha=0.2, color=line.get_color())
+    axes.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 100))
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
+
+
+def draw_weights(axes, run: RunResult) -> None:
+    """Histogram of the samples' mean attention weights: right against wrong labels where the truth is known."""
+    weight, known = run.attention["weight"], run.attention["known"]
+    bins = np.linspace(np.nanmin(weight), np.nanmax(weight) + 1e-9, 31)
+    for truth, label, color in (
+        (1, "right", "tab:blue"),
+        (0, "wrong", "tab:orange"),
+        (-1, "not known", "tab:gray"),
+    ):
+        if (known == truth).any():
+            axes.hist(
+                weight[known == truth], bins, alpha=0.6, color=color, label=f"{label} labels", density=True
+            )
+    auc = attention_statistics(torch.from_numpy(weight), torch.from_numpy(known))["attention_auc"]
+    text = "truth not known" if auc is None else f"AUC {auc:.3f}"
+    axes.set_title(f"{run.method}, {run.folder.name}: {text}", fontsize=9)
+    axes.set_xlabel("mean attention weight of a sample", fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.legend(fontsize=7)
+
+
+def draw_images(figure, run: RunResult) -> None:
+    """The images with the highest weights above, with the lowest below, with observed label and what is known of it."""
+    weight = run.attention["weight"]
+    order = np.argsort(np.where(np.isnan(weight), np.nanmedian(weight), weight), kind="stable")
+    rows = order[::-1][:SHOWN], order[:SHOWN]
+    shown = np.concatenate(rows)
+    # attention.npz counts the run's training images, whose places in the data set are in train_index.npy
+    index = np.load(run.folder / "train_index.npy", allow_pickle=False)
+    images = images_at(Namespace(**run.arguments), index[run.attention["position"][shown]])
+    grid = figure.subplots(2, SHOWN, squeeze=False)
+    for axes, image, sample in zip(grid.ravel(), images, shown, strict=False):
+        known = {1: "right", 0: "wrong", -1: "?"}[int(run.attention["known"][sample])]
+        axes.imshow(image.squeeze(), cmap="gray" if image.shape[2] == 1 else None)
+        axes.set_title(
+            f"{weight[sample]:.3f}\nlabel {run.attention['observed'][sample]}, {known}", fontsize=7
+        )
+    for axes in grid.ravel():
+        axes.axis("off")
+    figure.suptitle(f"{run.method}, {run.folder.name}: highest weights above, lowest below", fontsize=9)
+
+
+def draw(runs: list[RunResult], out: Path) -> None:
+    """Write the figure of the given runs."""
+    attentive = {}
+    for run in runs:
+        if run.attention is not None:
+            attentive.setdefault(run.method, run)
+    figure = plt.figure(figsize=(11, 9 if attentive else 4), layout="constrained")
+    if attentive:
+        upper, middle, lower = figure.subfigures(3, 1, height_ratios=[1.1, 0.9, 1])
+        panels = middle.subplots(1, len(attentive), squeeze=False)[0]
+        for axes, run in zip(panels, attentive.values(), strict=True):
+            draw_weights(axes, run)
+        draw_images(lower, next(iter(attentive.values())))
+    draw_curves((upper if attentive else figure).subplots(), runs)
+    temporary = out.with_name(f".{out.name}.tmp")
+    figure.savefig(temporary, dpi=110, format=out.suffix.lstrip("."))
+    plt.close(figure)
+    temporary.replace(out)
+
+
+# the release's vis.py ---------------------------------------------------------------------------------------------------
+
+
+def write_pairs(run: RunResult, listing: Path, images_root: Path, out: Path) -> None:
+    """features.npy (float32 [T, D]) and weight.npy (float32 [T, T, 2]) of T images for all ordered pairs (Sec. 9.2).
+
+    listing: a line per image, whitespace between columns; the second column is its path below images_root, or the first
+    where there is only one. The weights of model_best.pt are used. UserError: no attention of pairs, or no such image.
+    """
+    network = best_network(run)
+    try:
+        lines = [line.split() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"--list {listing}: cannot be read ({error.strerror})") from None
+    if not lines:
+        raise UserError(f"--list {listing}: names no image")
+    transform = resize_and_center_crop()
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    features = []
+    for columns in lines:
+        path = images_root / columns[min(1, len(columns) - 1)]
+        try:
+            image = transform(read_image(path))
+        except (OSError, DamagedImage) as error:
+            raise UserError(f"--list {listing}: {path} cannot be read ({error})") from None
+        with torch.no_grad():
+            features.append(network.features(normalise(image[None], mean, std)))
+    features = torch.cat(features)
+    for name, array in (("features.npy", features), ("weight.npy", pair_weights(network, features))):
+        with (out / f".{name}.tmp").open("wb") as file:
+            np.save(file, array.numpy())
+        (out / f".{name}.tmp").replace(out / name)
+        print(f"{name} {list(array.shape)} in {out}")
+
+
+def best_network(run: RunResult) -> AttentiveFeatureMixup:
+    """The network of a run on image files with the weights of model_best.pt, in eval mode on the CPU."""
+    if run.attention is None or run.arguments["group_size"] != 2 or run.arguments["dataset"] not in ON_DISK:
+        raise UserError(
+            f"{run.folder}: --list needs a finished run of AFM on image files with --group-size 2"
+        )
+    weights = torch.load(run.folder / "model_best.pt", map_location="cpu", weights_only=True)
+    args = Namespace(**{**run.arguments, "pretrained": "none"})
+    network = make_network(args, len(weights["classifier.bias"]), IMAGE_SIZE)
+    network.load_state_dict(weights)
+    return network.eval()
+
+
+def main(argv=None) -> None:
+    """Parse the command line and draw."""
+    parser = Parser(prog="python -m afm.visualize", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument(
+        "--out", default="afm.png", metavar="FILE", help="the figure to write (.png, .pdf or .svg)"
+    )
+    parser.add_argument(
+        "--list", metavar="FILE", help="images whose pairs are weighed by the first run's network"
+    )
+    parser.add_argument(
+        "--images-root", default=".", metavar="DIR", help="the folder that --list's paths are below"
+    )
+    args = parser.parse_args(argv)
+    out = Path(args.out)
+    if out.suffix not in (".png", ".pdf", ".svg") or not out.parent.is_dir():
+        raise UserError(f"--out {out}: name a .png, .pdf or .svg file in a folder that is there")
+    runs = [read_run(Path(run)) for run in args.runs]
+    draw(runs, out)
+    print(f"figure in {out}")
+    if args.list:
+        write_pairs(runs[0], Path(args.list), Path(args.images_root), out.parent)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
