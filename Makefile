@@ -8,7 +8,8 @@ VENV    := .venv
 RUN     := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format lock reproduce-sfa reproduce-all data-cifar10 data-cifar100 data-mnist data-fashion_mnist
+DATASETS := cifar10 cifar100 mnist fashion_mnist
+.PHONY: help setup test lint format lock reproduce-afm reproduce-sfa reproduce-all speed check-data $(DATASETS:%=data-%)
 
 help:  ## list the targets
 	@awk -F':[^#]*## ' '/^[a-z0-9_ -]+:.*## /{n = split($$1, names, " "); for (i = 1; i <= n; i++) printf "%-22s %s\n", names[i], $$2}' Makefile
@@ -36,13 +37,22 @@ format: setup  ## apply style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+reproduce-afm: setup  ## Attentive Feature Mixup, mixup and cross-entropy: CSV, comparison, figure
+	$(RUN) -m benchmarks.run afm --profile $(PROFILE) --data_path $(DATA) --seeds $(SEEDS) $(ARGS)
+
 reproduce-sfa: setup  ## Stochastic Feature Averaging and cross-entropy: CSV, comparison, figure
 	$(RUN) -m benchmarks.run sfa --profile $(PROFILE) --data_path $(DATA) --seeds $(SEEDS) $(ARGS)
 
-reproduce-all: reproduce-sfa  ## every method there is
+reproduce-all: reproduce-afm reproduce-sfa  ## every method there is
 
 data-cifar10 data-cifar100 data-mnist data-fashion_mnist: setup  ## download a data set to DATA (torchvision's copy, md5 checked)
 	$(RUN) -m common.datasets download $(@:data-%=%) --data_path $(DATA)
+
+check-data: setup  ## look whether a data set is whole: make check-data ARGS="food101n --images" DATA=./data/food
+	$(RUN) -m common.datasets check $(firstword $(ARGS)) --data_path $(DATA) $(wordlist 2, $(words $(ARGS)), $(ARGS))
+
+speed: setup  ## measure how fast images are read, from their files and from a cache
+	$(RUN) -m benchmarks.speed images $(ARGS)
 
 lock: setup  ## resolve the dependencies of pyproject.toml anew
 	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra dev pyproject.toml -o requirements.lock

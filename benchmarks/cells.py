@@ -1,7 +1,9 @@
 """Which cells there are: the sections of the papers' presets.toml, by profile, with the command that runs each."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from common.cli import UserError, read_presets
@@ -15,9 +17,28 @@ class Paper(NamedTuple):
 
     script: str  # relative to the repository
     short: tuple[str, ...]  # flags that shorten the published schedule, for the profile short
+    data_flag: str = "--data_path"
+    baseline: bool = True  # whether cross-entropy is a run of its own; else some of the presets are
+    # by preset, the data set and setting of its published figures, as benchmarks/reported/<paper>.csv names them
+    published: Mapping[str, tuple[str, str]] = MappingProxyType({})
 
 
 PAPERS = {
+    "afm": Paper(
+        "afm/train.py",
+        ("--epochs", "10", "--schedule", "5", "8"),
+        data_flag="--data-root",
+        baseline=False,
+        published={
+            "food101n/food101n/afm": ("Food-101N", "real web noise"),
+            "food101n/food101n/ce": ("Food-101N", "real web noise"),
+            "clothing1m/noisy/afm": ("Clothing1M", "real: 1M noisy only"),
+            "clothing1m/noisy/ce": ("Clothing1M", "real: 1M noisy only"),
+            "clothing1m/noisy+verified/afm": ("Clothing1M", "real: 1M noisy + 25k verified"),
+            "clothing1m/noisy+clean/afm": ("Clothing1M", "real: 1M noisy + 50k clean"),
+            "clothing1m/noisy+clean/ce": ("Clothing1M", "real: 1M noisy + 50k clean"),
+        },
+    ),
     "sfa": Paper("sfa/Train_cifar.py", ("--num_epochs", "40", "--warm_up", "10", "--lr_drop", "30")),
 }
 
@@ -38,15 +59,21 @@ class Cell(NamedTuple):
 def cells(paper: str, profile: str, names: list[str] | None = None) -> list[Cell]:
     """The cells of a paper in a profile; names picks some by preset.
 
-    The presets under embedded/ are the embedded profile; all others are the published protocol, or with the paper's
-    shortening flags the profile short. UserError: a name that is no preset of the profile.
+    The presets under embedded/ are the embedded profile, those under short/ (data the paper has no protocol for) are in
+    short alone; all others are the published protocol, or with the paper's shortening flags the profile short. UserError: a
+    name that is no preset of the profile.
     """
     presets = read_presets(ROOT / paper / "presets.toml")
-    found = [name for name in presets if name.startswith("embedded/") == (profile == "embedded")]
+    folders = {name: name.split("/")[0] for name in presets}
+    found = [
+        name
+        for name, folder in folders.items()
+        if profile == folder or (folder not in PROFILES and profile != "embedded")
+    ]
     unknown = [name for name in names or [] if name not in found]
     if unknown:
         raise UserError(
             f"no cell {unknown[0]} in profile {profile} of {paper}: choose from {', '.join(found)}"
         )
-    flags = PAPERS[paper].short if profile == "short" else ()
-    return [Cell(paper, name, flags) for name in names or found]
+    shortened = PAPERS[paper].short if profile == "short" else ()
+    return [Cell(paper, name, () if folders[name] == profile else shortened) for name in names or found]

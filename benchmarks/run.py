@@ -1,6 +1,6 @@
 """Run the cells of a paper, each method and the cross-entropy baseline, with several seeds; write one CSV and one figure.
 
-    python -m benchmarks.run sfa                                     # the embedded profile: digits, minutes on a laptop
+    python -m benchmarks.run afm                                     # the embedded profile: digits, minutes on a laptop
     python -m benchmarks.run sfa --profile paper --seeds 123 --data_path ./data --fidelity released
 
 Every run is a process of its own, started through its command line as a user would; flags that are not listed here are
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.cells import PAPERS, PROFILES, ROOT, Cell, cells
 from benchmarks.compare import against, compare, format_table, read_results
+from benchmarks.published import beside
 from common import cli
 from common.results import write_results
 
@@ -30,7 +31,7 @@ METRICS = ("best", "last", "last10")
 
 
 class Task(NamedTuple):
-    """One cell with one seed: the method's run, then the baseline on its labels."""
+    """One cell with one seed: the method's run, then, where the paper has none among its presets, the baseline on its labels."""
 
     name: str
     folder: Path
@@ -55,7 +56,7 @@ class Runner:
         self.stopping = False
 
     def run(self, task: Task) -> Outcome:
-        """Run the method and its baseline; the baseline needs the labels of the method's run."""
+        """Run the method and then its baseline, which needs the labels of the method's run."""
         finished = []
         for folder, command in task.commands:
             failure = self._process(
@@ -101,13 +102,15 @@ class Runner:
 def make_task(cell: Cell, seed: int, runs: Path, data_path: Path, extra: list[str]) -> Task:
     """The run directories and command lines of a cell with a seed; extra flags are part of the directories' names."""
     suffix = re.sub(r"[^A-Za-z0-9_.-]+", "_", "".join(f"-{word.lstrip('-')}" for word in extra))
-    folder = runs / Path(cell.preset).name / f"seed{seed}{suffix}"
-    data = ["--data_path", _from_root(data_path)]
-    method = cell.command(seed, _from_root(folder), [*data, *extra])
-    # whatever chooses the device must choose it for the baseline too
-    shared = [*data, *_only(extra, ("--device", "--precision"))]
-    baseline = [sys.executable, "-m", "benchmarks.baseline", "--like", _from_root(folder), *shared]
-    return Task(f"{cell.preset} seed {seed}", folder, ((folder, method), (folder / "baseline", baseline)))
+    folder = runs / cell.preset.split("/", 1)[1] / f"seed{seed}{suffix}"
+    paper, data = PAPERS[cell.paper], _from_root(data_path)
+    commands = [(folder, cell.command(seed, _from_root(folder), [paper.data_flag, data, *extra]))]
+    if paper.baseline:
+        # whatever chooses the device must choose it for the baseline too
+        shared = ["--data_path", data, *_only(extra, ("--device", "--precision"))]
+        baseline = [sys.executable, "-m", "benchmarks.baseline", "--like", _from_root(folder), *shared]
+        commands.append((folder / "baseline", baseline))
+    return Task(f"{cell.preset} seed {seed}", folder, tuple(commands))
 
 
 def _from_root(path: Path) -> str:
@@ -154,8 +157,8 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-def report(paper: str, rows: list[dict], out: Path) -> None:
-    """Print the methods against the baseline, and this file against the reference CSV where there is one."""
+def report(paper: str, chosen: list[Cell], rows: list[dict], out: Path) -> None:
+    """Print the methods against the baseline, this file against the reference CSV, and the published figures, if any."""
     write_results(out / f"{paper}.csv", rows)
     rows = read_results(out / f"{paper}.csv")
     print(f"\n{out / paper}.csv: every method against cross-entropy (CE), accuracy in percent\n")
@@ -164,6 +167,8 @@ def report(paper: str, rows: list[dict], out: Path) -> None:
     if reference.is_file():
         print(f"\nthis run against {reference.relative_to(ROOT)}, measured by this project\n")
         print(format_table(compare(read_results(reference), rows, METRICS), "the reference", "this run"))
+    for line in beside(chosen, rows):
+        print(line)
 
 
 def run_all(tasks: list[Task], jobs: int, one_thread: bool) -> list[Path]:
@@ -198,13 +203,15 @@ def main(argv=None) -> None:
         for task in tasks:
             for _, command in task.commands:
                 print(shlex.join(["python", *command[1:]]))
+        for line in beside(chosen, []):
+            print(f"# {line}".strip())
         return
     # small networks gain nothing from threads, and with one thread each the figures do not depend on the number of cores
     embedded = args.profile == "embedded"
     jobs = args.jobs or (os.cpu_count() or 1 if embedded else 1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folders = run_all(tasks, jobs, one_thread=embedded)
-    report(args.paper, collect(folders), out)
+    report(args.paper, chosen, collect(folders), out)
     figure = [sys.executable, "-m", f"{args.paper}.visualize", *map(str, folders)]
     subprocess.run([*figure, "--out", str(out / f"{args.paper}.png")], cwd=ROOT, check=True)
 

@@ -1,0 +1,60 @@
+"""Published figures beside ours, each with what is known of its source; unconfirmed ones are shown as such, never compared.
+
+`reported/<paper>.csv` has a figure per line: paper, table, dataset, noise_type, noise_rate, imbalance, method, metric, value,
+std, status, source. status: `unconfirmed`, remembered by somebody and found in no source we could read; `secondary`, read in
+another publication's or project's table.
+"""
+
+import csv
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.cells import PAPERS, ROOT, Cell
+
+FOLDER = ROOT / "benchmarks" / "reported"
+METRICS = ("best", "at_best_validation", "last")
+
+
+def read_published(paper: str, folder: Path = FOLDER) -> list[dict[str, str]]:
+    """The published figures of a paper's tables; none where there is no file of them."""
+    path = folder / f"{paper}.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def beside(cells: Sequence[Cell], rows: Sequence[dict]) -> list[str]:
+    """Lines of text: for each published setting among the cells, our figures from result rows, then the published ones.
+
+    The whole of each source stands in the file.
+    """
+    published = PAPERS[cells[0].paper].published
+    settings = dict.fromkeys(published[cell.preset] for cell in cells if cell.preset in published)
+    figures = read_published(cells[0].paper) if settings else []
+    lines = []
+    for dataset, noise in settings:
+        presets = [cell.preset for cell in cells if published.get(cell.preset) == (dataset, noise)]
+        lines += ["", f"{dataset}, {noise}: accuracy in percent"]
+        lines += [f"  {text}" for text in _ours({tuple(p.split("/")[:2]) for p in presets}, rows)]
+        lines += [
+            f"  {row['value']:>6}  {row['method']}, published [{row['status']}: {row['source'].split(',')[0]}]"
+            for row in figures
+            if (row["dataset"], row["noise_type"]) == (dataset, noise)
+        ]
+    return lines
+
+
+def _ours(places: set[tuple[str, ...]], rows: Sequence[dict]) -> list[str]:
+    """Mean and standard deviation over seeds of each method's metrics, of the result rows of these (table, cell) places."""
+    found: dict[tuple, list[float]] = {}
+    for row in rows:
+        if (row["table"], row["cell"]) in places and row["metric"] in METRICS:
+            condition = f"profile {row['profile']}, {row['fidelity']}, {row['epochs']} epochs"
+            found.setdefault((row["method"], row["metric"], condition), []).append(float(row["value"]))
+    lines = []
+    for (method, metric, condition), values in found.items():
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        lines.append(f"{statistics.mean(values):6.2f}{spread}  {method}, ours, {metric} ({condition})")
+    return lines
