@@ -152,9 +152,8 @@ class FileBatches:
         self.rank, self.world, self.device = rank, world, device
         self.mean, self.std = (torch.tensor(values, device=device) for values in (mean, std))
         self._pass = 0
-        self._plan: list[
-            tuple[int, np.ndarray]
-        ] = []  # seed of the pass and positions, by batch; the workers' work
+        # what the workers go through: by batch the seed of the pass, and positions
+        self._plan: list[tuple[int, np.ndarray]] = []
         self._check_sizes()
         view = partial(_views, split, cache, transform, views)
         self._new_loader = partial(in_workers, view, self._plan, workers, pin_memory=device.type == "cuda")

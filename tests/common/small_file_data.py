@@ -1,0 +1,102 @@
+"""Small data sets of image files in the layouts of Food-101N with Food-101, and of Clothing1M, made on the spot."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from common.datasets.clothing1m import CLASSES as CLOTHES
+
+DISHES = ("apple_pie", "baby_back_ribs", "baklava", "beef_tartare", "beignets", "bibimbap", "waffles")
+SIZE = (48, 40)  # width and height
+
+
+def write_image(path: Path, label: int, rng: np.random.Generator, size: tuple[int, int] = SIZE) -> None:
+    """A JPEG in the colour of its class, with a smooth pattern of its own."""
+    angle = 2 * np.pi * label / 7 + np.array([0, 2, 4]) * np.pi / 3
+    colour = 128 + 70 * np.cos(angle)
+    pattern = rng.normal(0, 25, size=(5, 6, 3))
+    coarse = np.clip(colour + pattern, 0, 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
+
+
+def make_food101n(
+    root: Path, classes: int = 3, per_class: int = 4, test_per_class: int = 2, seed: int = 0, size=SIZE
+) -> None:
+    """Food-101N_release and food-101 below root. The first two images of each class are verified right and wrong."""
+    rng = np.random.default_rng(seed)
+    train, test = root / "Food-101N_release", root / "food-101"
+    keys: dict[str, list[str]] = {"train": [], "test": []}
+    for label, name in enumerate(DISHES[:classes]):
+        for _ in range(per_class):
+            keys["train"].append(f"{name}/{rng.bytes(16).hex()}.jpg")
+            write_image(train / "images" / keys["train"][-1], label, rng, size)
+        for number in range(test_per_class):
+            keys["test"].append(f"{name}/{1000 + number}")
+            write_image(test / "images" / f"{keys['test'][-1]}.jpg", label, rng, size)
+    right, wrong = keys["train"][::per_class], keys["train"][1::per_class]
+    head = "class_name/key\tverification_label"
+    write_lines(train / "meta/classes.txt", ["class_name", *DISHES[:classes]])
+    write_lines(train / "meta/imagelist.tsv", ["class_name/key", *keys["train"]])
+    write_lines(train / "meta/verified_train.tsv", [head, *(f"{key}\t1" for key in right)])
+    write_lines(train / "meta/verified_val.tsv", [head, *(f"{key}\t0" for key in wrong)])
+    write_lines(test / "meta/classes.txt", list(DISHES[:classes]))
+    write_lines(test / "meta/test.txt", keys["test"])
+
+
+def make_clothing1m(
+    root: Path, classes: int = 3, per_class: int = 4, clean_per_class: int = 2, seed: int = 0
+) -> None:
+    """Clothing1M below root: per_class noisy images, and clean_per_class ones in each of the three clean lists.
+
+    The first noisy image of each class has the label of the next class, and so has the noisy label of the first clean
+    training image; the second clean training image has its right label as noisy label too.
+    """
+    rng = np.random.default_rng(seed)
+    noisy, clean = [], []
+    lists: dict[str, list[str]] = {
+        part: [] for part in ("noisy_train", "clean_train", "clean_val", "clean_test")
+    }
+    for label in range(classes):
+        for part, keys in lists.items():
+            for number in range(per_class if part == "noisy_train" else clean_per_class):
+                name = f"{rng.integers(10**9)},{rng.integers(10**9)}.jpg"
+                key = f"images/{rng.integers(10)}/{rng.integers(100)}/{name}"
+                write_image(root / key, label, rng)
+                keys.append(key)
+                wrong_or_right = (label + (number == 0)) % classes
+                if part == "noisy_train" or (part == "clean_train" and number < 2):
+                    noisy.append(f"{key} {wrong_or_right}")
+                if part != "noisy_train":
+                    clean.append(f"{key} {label}")
+    for part, keys in lists.items():
+        write_lines(root / f"{part}_key_list.txt", keys)
+    write_lines(root / "noisy_label_kv.txt", noisy)
+    write_lines(root / "clean_label_kv.txt", clean)
+    write_lines(root / "category_names_eng.txt", list(CLOTHES))
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    """A text file of these lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All images below a folder, in order."""
+    return sorted(folder.rglob("*.jpg"))
+
+
+def plant(path: Path, kind: str) -> None:
+    """Make of an image a missing, empty, truncated or no image at all; or the same grey, CMYK, palette or 16-bit picture."""
+    content = path.read_bytes()
+    if kind == "missing":
+        path.unlink()
+    elif kind in ("empty", "truncated", "text"):
+        path.write_bytes(
+            {"empty": b"", "truncated": content[: len(content) // 2], "text": b"<html>gone</html>"}[kind]
+        )
+    else:
+        image = Image.open(path).convert({"grey": "L", "cmyk": "CMYK", "palette": "P"}[kind])
+        image.save(path, format="PNG" if kind == "palette" else "JPEG")

@@ -1,0 +1,476 @@
+"""Food-101N and Clothing1M: what the lists say, what is on the disk, and what becomes of missing and damaged images."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import datasets
+from common.cli import UserError
+from common.datasets.__main__ import main
+from common.datasets.clothing1m import label_lines
+from common.datasets.file_lists import read_list
+from common.datasets.food101n import class_lines, food101_test_lines, food101n_lines, verified_lines
+from common.datasets.images import DamagedImage, read_image
+from tests.common.small_file_data import (
+    DISHES,
+    image_files,
+    make_clothing1m,
+    make_food101n,
+    plant,
+    write_lines,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN, TEST = "Food-101N_release", "food-101"
+
+
+@pytest.fixture
+def food(tmp_path) -> Path:
+    """A small Food-101N and Food-101: 12 and 6 images of 3 classes."""
+    make_food101n(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def clothes(tmp_path) -> Path:
+    """A small Clothing1M: 12 noisy images of 3 classes, 6 in each clean list."""
+    make_clothing1m(tmp_path)
+    return tmp_path
+
+
+def message(function, *arguments) -> str:
+    """The one line of the UserError that a call ends in."""
+    with pytest.raises(UserError) as error:
+        function(*arguments)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+# lists ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["list_food101n", "list_food101_test"])
+def test_the_list_readers_agree_with_the_released_ones_where_lines_are_grouped(golden, kind):
+    reader = {"list_food101n": food101n_lines, "list_food101_test": food101_test_lines}[kind]
+    for case in golden("afm", kind):
+        lines = case["lines"].tolist()
+        classes = sorted({line.split("/")[0] for line in lines if not line.startswith("class_name")})
+        paths, labels = reader(lines, classes)
+        assert paths == case["rel_paths"].tolist(), case.name
+        assert labels.dtype == np.int64
+        if "QUIRK" in case.description["note"]:  # the release gives a class seen before the latest id
+            assert labels.tolist() == [1, 0, 1, 2, 0]
+        else:
+            assert np.array_equal(labels, case["labels"]), case.name
+
+
+@pytest.mark.parametrize(
+    ("reader", "lines", "offending"),
+    [
+        (food101n_lines, ["class_name/key", "a/1.jpg", "b/2.jpg", "a/1.jpg"], "line 4: a/1.jpg is there already, in line 2"),
+        (food101n_lines, ["a/1.jpg", "c/2.jpg"], r"line 2: class c is not among the 2 of classes\.txt"),
+        (food101n_lines, ["a/1.jpg", "", "just words"], "line 3: 'just words' is not CLASS/FILE"),
+        (food101n_lines, ["a/../1.jpg"], "line 1: 'a/../1.jpg' is not CLASS/FILE"),
+        (food101n_lines, ["class_name/key"], "no image in it"),
+        (food101_test_lines, ["a/"], "line 1: 'a/' is not CLASS/FILE"),
+    ],
+)  # fmt: skip
+def test_a_wrong_line_is_named_with_its_number(reader, lines, offending):
+    with pytest.raises(ValueError, match=offending):
+        reader(lines, ["a", "b"])
+
+
+@pytest.mark.parametrize("line", ["a/1.jpg", "a/1.jpg\t2", "a/1.jpg\t", "1.jpg\t1"])
+def test_a_wrong_verified_line_is_named(line):
+    with pytest.raises(ValueError, match="line 2: "):
+        verified_lines(["class_name/key\tverification_label", line])
+
+
+@pytest.mark.parametrize(
+    "line", ["images/1/a.jpg", "images/1/a.jpg x", "images/1/a.jpg 14", "images/1/a.jpg -1"]
+)
+def test_a_wrong_label_line_is_named(line):
+    with pytest.raises(ValueError, match="line 1: "):
+        label_lines([line], 14)
+
+
+def test_class_ids_are_alphabetical_whatever_the_order_and_a_header_is_no_class():
+    assert class_lines(["class_name", "waffles", "apple_pie"]) == ("apple_pie", "waffles")
+    with pytest.raises(ValueError, match="line 2: pie is there already"):
+        class_lines(["pie", "pie"])
+
+
+def test_a_list_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"\xff\xfe\xfa")
+    assert (
+        message(read_list, tmp_path / "list.txt", class_lines) == f"{tmp_path / 'list.txt'}: not UTF-8 text"
+    )
+
+
+# Food-101N ------------------------------------------------------------------------------------------------------------
+
+
+def test_food101n_has_the_images_labels_and_verification_of_its_lists(food, capsys):
+    data = datasets.load_food101n(food)
+    assert (data.name, data.num_classes, data.classes) == ("food101n", 3, DISHES[:3])
+    assert data.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert data.test.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert data.verified.tolist() == [1, 0, -1, -1] * 3
+    assert data.positions.tolist() == list(range(12))
+    assert data.validation is data.clean_train is None
+    assert data.skipped == ()
+    for split in (data.train, data.test):
+        assert split.paths.dtype.kind == "S"
+        assert split.labels.dtype == np.int64
+        assert all(split.path(i).is_file() for i in range(len(split.paths)))
+        assert [split.path(i).parent.name for i in range(len(split.paths))] == [
+            DISHES[k] for k in split.labels
+        ]
+    printed = capsys.readouterr().out
+    assert "food101n train: 12 images of 3 classes" in printed
+    assert "note: the train list names 12 images, the official one 310009" in printed
+    assert "6 training labels verified, 3 of them right; 0 verified rows of no listed image" in printed
+
+
+def test_the_order_of_classes_and_lines_changes_no_id(food):
+    before = datasets.load_food101n(food)
+    names = {before.train.path(i).name: k for i, k in enumerate(before.train.labels)}
+    for file in (food / TRAIN / "meta/imagelist.tsv", food / TEST / "meta/classes.txt"):
+        head = [line for line in lines_of(file) if line.startswith("class_name")]
+        write_lines(file, [*head, *reversed(lines_of(file)[len(head) :])])
+    after = datasets.load_food101n(food)
+    assert after.train.labels.tolist() == before.train.labels.tolist()[::-1]
+    assert {after.train.path(i).name: k for i, k in enumerate(after.train.labels)} == names
+
+
+def test_verified_rows_are_joined_by_class_and_file(food, capsys):
+    """One file of the release stands under another class in verified_train.tsv."""
+    path = food / TRAIN / "meta/verified_train.tsv"
+    head, first, *rest = lines_of(path)
+    write_lines(path, [head, f"waffles/{first.split('/')[1]}", *rest])
+    data = datasets.load_food101n(food)
+    assert data.verified.tolist() == [-1, 0, -1, -1] + [1, 0, -1, -1] * 2
+    assert "1 verified rows of no listed image" in capsys.readouterr().out
+
+
+def test_missing_lists_are_named_with_their_source_and_the_command(food):
+    (food / TRAIN / "meta/imagelist.tsv").unlink()
+    text = message(datasets.load_food101n, food)
+    assert (
+        f"looked in {food} for {TRAIN}/meta/imagelist.tsv; get it from http://data.vision.ee.ethz.ch" in text
+    )
+    assert f"python -m common.datasets check food101n --data_path {food}" in text
+
+
+def test_a_wrong_list_is_named_with_file_and_line(food):
+    path = food / TEST / "meta/test.txt"
+    write_lines(path, [*lines_of(path), "unheard_of/1"])
+    text = message(datasets.load_food101n, food)
+    assert f"{path}: line 7: class unheard_of is not among the 3" in text
+
+
+# Clothing1M -----------------------------------------------------------------------------------------------------------
+
+
+def test_clothing1m_trains_on_the_noisy_list_and_tests_on_the_clean_ones(clothes, capsys):
+    data = datasets.load_clothing1m(clothes)
+    assert (data.name, data.num_classes, data.classes[8]) == ("clothing1m", 14, "Down Coat")
+    assert data.train.labels.tolist() == [1, 0, 0, 0, 2, 1, 1, 1, 0, 2, 2, 2]
+    assert data.test.labels.tolist() == data.validation.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert set(data.verified.tolist()) == {-1}
+    assert data.clean_train is None
+    assert all(split.path(i).is_file() for split in data.splits() for i in range(len(split.paths)))
+    for split, file in (
+        (data.train, "noisy_train"),
+        (data.test, "clean_test"),
+        (data.validation, "clean_val"),
+    ):
+        assert [p.decode() for p in split.paths] == lines_of(clothes / f"{file}_key_list.txt")
+    assert "note: the validation list names 6 images, the official one 14313" in capsys.readouterr().out
+
+
+def test_verified_images_are_those_whose_two_labels_agree(clothes, capsys):
+    data = datasets.load_clothing1m(clothes, "noisy+verified")
+    keys = lines_of(clothes / "clean_train_key_list.txt")
+    assert [p.decode() for p in data.train.paths[12:]] == keys[1::2]
+    assert data.train.labels[12:].tolist() == [0, 1, 2]
+    assert data.positions.tolist() == [*range(12), 13, 15, 17]
+    assert data.verified.tolist() == [-1] * 12 + [1] * 3
+    printed = capsys.readouterr().out
+    assert "clothing1m train: 15 images" in printed
+    assert "note: the train list names 12 images, the official one 1000000" in printed
+
+
+def test_a_verified_image_of_the_noisy_list_is_there_once(clothes):
+    verified = lines_of(clothes / "clean_train_key_list.txt")[1]
+    path = clothes / "noisy_train_key_list.txt"
+    write_lines(path, [*lines_of(path), verified])
+    data = datasets.load_clothing1m(clothes, "noisy+verified")
+    assert data.train.paths.tolist().count(verified.encode()) == 1
+    assert data.positions.tolist() == [*range(13), 16, 18]
+
+
+def test_clean_training_images_come_apart(clothes):
+    data = datasets.load_clothing1m(clothes, "noisy+clean")
+    assert len(data.train.labels) == 12
+    assert data.clean_train.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(ValueError, match="train_on must be one of noisy, noisy"):
+        datasets.load_clothing1m(clothes, "all")
+
+
+def test_lists_may_be_in_annotations_and_images_without_their_folder(clothes):
+    before = datasets.load_clothing1m(clothes)
+    (clothes / "annotations").mkdir()
+    for file in clothes.glob("*_kv.txt"):
+        file.rename(clothes / "annotations" / file.name)
+    for file in clothes.glob("*_key_list.txt"):
+        file.rename(clothes / "annotations" / file.name)
+    for folder in sorted((clothes / "images").iterdir())[::2]:  # some of the ten folders only
+        folder.rename(clothes / folder.name)
+    after = datasets.load_clothing1m(clothes)
+    assert np.array_equal(after.train.labels, before.train.labels)
+    assert [p.removeprefix(b"images/") for p in before.train.paths] == [
+        p.removeprefix(b"images/") for p in after.train.paths
+    ]
+    assert len({p.startswith(b"images/") for p in after.train.paths}) == 2
+    assert all(after.train.path(i).is_file() for i in range(12))
+
+
+def test_a_key_without_label_is_named(clothes):
+    path = clothes / "noisy_train_key_list.txt"
+    write_lines(path, [*lines_of(path), "images/0/0/new.jpg"])
+    text = message(datasets.load_clothing1m, clothes)
+    assert text == f"{path}: line 13: images/0/0/new.jpg has no label in noisy_label_kv.txt"
+
+
+def test_missing_clothing1m_is_given_out_by_its_authors(clothes):
+    (clothes / "clean_train_key_list.txt").unlink()
+    datasets.load_clothing1m(clothes)  # the noisy list alone does not need it
+    text = message(datasets.load_clothing1m, clothes, "noisy+clean")
+    assert "clean_train_key_list.txt; get it from its authors" in text
+    assert f"check clothing1m --data_path {clothes}" in text
+
+
+# missing and damaged images -------------------------------------------------------------------------------------------
+
+
+def test_a_missing_image_is_an_error_that_names_the_first_and_counts_them(food):
+    paths = [datasets.load_food101n(food).train.path(i) for i in (5, 7)]
+    for path in paths:
+        plant(path, "missing")
+    text = message(datasets.load_food101n, food)
+    assert f"image 5 of the train list, {paths[0]}, is missing (2 of 12 are)" in text
+    assert "--on_bad_image skip" in text
+    assert f"python -m common.datasets check food101n --data_path {food}" in text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skip_leaves_out_missing_and_damaged_images_of_every_split(food, capsys, workers):
+    data = datasets.load_food101n(food)
+    for i, kind in (
+        (0, "empty"),
+        (5, "truncated"),
+        (6, "grey"),
+        (7, "cmyk"),
+        (8, "palette"),
+        (11, "missing"),
+    ):
+        plant(data.train.path(i), kind)
+    plant(data.test.path(3), "text")
+    found = datasets.load_food101n(food, "skip", workers)
+    kept = [1, 2, 3, 4, 6, 7, 8, 9, 10]
+    assert found.positions.tolist() == kept
+    assert np.array_equal(found.train.labels, data.train.labels[kept])
+    assert np.array_equal(found.train.paths, data.train.paths[kept])
+    assert np.array_equal(found.verified, data.verified[kept])
+    assert np.array_equal(found.test.paths, np.delete(data.test.paths, 3))
+    assert np.array_equal(found.test.labels, np.delete(data.test.labels, 3))
+    assert [(path, i) for path, i, _ in found.skipped] == [
+        *((str(data.train.path(i)), i) for i in (0, 5, 11)),
+        (str(data.test.path(3)), 3),
+    ]
+    assert [reason for *_, reason in found.skipped][::2] == ["empty file", "missing"]
+    printed = capsys.readouterr().out
+    assert "food101n train: 1 missing and 2 damaged images left out, 9 kept" in printed
+    assert "food101n test: 0 missing and 1 damaged images left out, 5 kept" in printed
+
+
+def test_the_search_for_damaged_images_is_done_once(food, monkeypatch):
+    data = datasets.load_food101n(food)
+    plant(data.train.path(3), "truncated")
+    plant(data.train.path(4), "missing")
+    content = data.train.path(5).read_bytes()
+    first = datasets.load_food101n(food, "skip")
+    records = sorted(food.glob("damaged_images.food101n_*.json"))
+    assert len(records) == 2
+    assert json.loads(records[1].read_text())["list_sha256"] == data.train.sha256()
+
+    def refuse(path):
+        raise AssertionError(f"{path} was read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("common.datasets.file_lists.read_image", refuse)
+        again = datasets.load_food101n(food, "skip")
+        assert again.skipped == first.skipped
+        assert np.array_equal(again.train.paths, first.train.paths)
+        plant(data.train.path(6), "missing")  # what is missing is seen anew every time
+        assert datasets.load_food101n(food, "skip").positions.tolist() == [0, 1, 2, 5, 7, 8, 9, 10, 11]
+    # an image that came back was never looked at
+    data.train.path(4).write_bytes(content[:100])
+    data.train.path(6).write_bytes(content)
+    assert datasets.load_food101n(food, "skip").positions.tolist() == [0, 1, 2, 5, 6, 7, 8, 9, 10, 11]
+    # one that was damaged and is now gone is missing, not both
+    plant(data.train.path(3), "missing")
+    assert datasets.load_food101n(food, "skip").skipped[0][1:] == (3, "missing")
+    # a record that is damaged itself, or of another list, is none
+    for spoilt in ("damaged itself", records[1].read_text().replace(data.train.sha256(), "0" * 64)):
+        data.train.path(4).write_bytes(content[:100])
+        datasets.load_food101n(food, "skip")
+        data.train.path(4).write_bytes(content)
+        records[1].write_text(spoilt)
+        assert datasets.load_food101n(food, "skip").positions.tolist() == [0, 1, 2, *range(4, 12)]
+
+
+def test_another_list_is_looked_through_anew(food):
+    data = datasets.load_food101n(food)
+    plant(data.train.path(3), "truncated")
+    datasets.load_food101n(food, "skip")
+    path = food / TRAIN / "meta/imagelist.tsv"
+    head, *rest = lines_of(path)
+    write_lines(path, [head, *reversed(rest)])
+    assert datasets.load_food101n(food, "skip").positions.tolist() == [*range(8), 9, 10, 11]
+
+
+def test_a_root_that_cannot_be_written_is_looked_through_at_every_run(food, monkeypatch, capsys):
+    def refuse(path, content):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("common.datasets.file_lists.write_atomic", refuse)
+    plant(datasets.load_food101n(food).train.path(3), "truncated")
+    assert len(datasets.load_food101n(food, "skip").train.labels) == 11
+    assert re.search(r"note: .* cannot be written \(Permission denied\)", capsys.readouterr().out)
+    assert not list(food.glob("damaged_images*"))
+
+
+def test_nothing_left_is_an_error(food):
+    for path in image_files(food / TEST):
+        plant(path, "missing")
+    assert "food101n test: no image left" in message(datasets.load_food101n, food, "skip")
+
+
+def test_an_unreadable_image_is_not_taken_for_a_damaged_one(food):
+    path = datasets.load_food101n(food).train.path(2)
+    path.unlink()
+    path.mkdir()
+    assert f"{path} cannot be read (Is a directory)" in message(datasets.load_food101n, food, "skip")
+
+
+# reading --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["torchvision", "Pillow"])
+def decoder(request, monkeypatch):
+    """Both ways of decoding: a torchvision without decoders leaves all to Pillow."""
+    if request.param == "Pillow":
+        monkeypatch.delattr("torchvision.io.decode_image")
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("kind", ["grey", "cmyk", "palette"])
+def test_any_kind_of_image_is_read_as_pillow_converts_it(food, kind):
+    path = image_files(food)[0]
+    plant(path, kind)
+    assert Image.open(path).mode == {"grey": "L", "cmyk": "CMYK", "palette": "P"}[kind]
+    image = read_image(path)
+    assert image.dtype == torch.uint8
+    assert np.array_equal(image.permute(1, 2, 0), np.array(Image.open(path).convert("RGB")))
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("suffix", ["bmp", "gif", "webp", "tiff"])
+def test_formats_beyond_jpeg_and_animations_are_read(food, tmp_path, suffix):
+    picture = Image.open(image_files(food)[0])
+    more = {} if suffix == "bmp" else {"save_all": True, "append_images": [picture.rotate(180)]}
+    picture.save(tmp_path / f"a.{suffix}", **more)
+    expected = np.array(Image.open(tmp_path / f"a.{suffix}").convert("RGB"))
+    assert np.array_equal(read_image(tmp_path / f"a.{suffix}").permute(1, 2, 0), expected)
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("factor", [257, 256])
+def test_sixteen_bits_become_eight(tmp_path, factor):
+    values = np.arange(240, dtype=np.uint16).reshape(12, 20)
+    Image.fromarray(values * factor).save(tmp_path / "a.png")
+    assert np.array_equal(read_image(tmp_path / "a.png"), np.stack([values] * 3))
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("kind", ["empty", "truncated", "text"])
+def test_damage_has_a_path_and_a_short_reason(food, kind):
+    path = image_files(food)[0]
+    plant(path, kind)
+    with pytest.raises(DamagedImage) as error:
+        read_image(path)
+    assert error.value.path == path
+    assert 0 < len(error.value.reason) < 80
+    assert "\n" not in error.value.reason
+
+
+# check ----------------------------------------------------------------------------------------------------------------
+
+
+def test_check_names_every_missing_and_damaged_file(food, capsys):
+    data = datasets.load_food101n(food)
+    for i in (0, 4, 5, 6, 7):
+        plant(data.train.path(i), "missing")
+    plant(data.test.path(1), "truncated")
+    capsys.readouterr()
+    text = message(datasets.check, "food101n", food, True)
+    assert "5 images missing, 1 damaged" in text
+    printed = capsys.readouterr().out.splitlines()
+    folder = food / TRAIN / "images" / DISHES[1]
+    assert [line for line in printed if line.startswith(("missing", "damaged"))] == [
+        f"missing: {folder} (4 train images)",
+        f"missing: {data.train.path(0)}",
+        next(line for line in printed if line.startswith(f"damaged: {data.test.path(1)} (")),
+    ]
+
+
+def test_check_of_a_whole_data_set_says_so(clothes, capsys):
+    datasets.check("clothing1m", clothes, images=True)
+    printed = capsys.readouterr().out
+    assert "clothing1m clean_train: 6 images" in printed
+    assert "every image is there and whole" in printed
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "common.datasets", *words]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_command_checks_by_the_released_name_too(food):
+    (food / TEST / "meta/test.txt").unlink()
+    done = command("check", "food", "--data_path", str(food))
+    assert done.returncode == 2
+    assert done.stdout.splitlines() == [f"missing: {food / TEST / 'meta/test.txt'}"]
+    assert len(done.stderr.splitlines()) == 1
+    assert "1 of 5 list files missing" in done.stderr
+
+
+def test_nothing_is_downloaded(tmp_path):
+    with pytest.raises(UserError, match="clothing1m cannot be fetched by a script: get it from its authors"):
+        main(["download", "clothing1m", "--data_path", str(tmp_path)])

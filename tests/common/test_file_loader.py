@@ -1,0 +1,277 @@
+"""Mini-batches of image files: the transforms, the order, the draws, workers and processes, damaged images."""
+
+import multiprocessing
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from common import augment, datasets
+from common.cli import UserError
+from common.datasets.image_cache import build_caches, open_caches
+from common.loader import FileBatches
+from tests.common.small_file_data import make_food101n, plant
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TRAIN = augment.random_resized_crop_and_flip(32)
+PLAIN = augment.resize_and_center_crop(36, 32)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """12 training and 6 test images."""
+    root = tmp_path_factory.mktemp("food")
+    make_food101n(root)
+    return datasets.load_food101n(root)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def batches(split, batch_size: int, transform=TRAIN, **options) -> FileBatches:
+    """FileBatches on the CPU; in this process unless told otherwise."""
+    options = {"workers": 0, "device": torch.device("cpu"), **options}
+    return FileBatches(split, batch_size, transform, mean=MEAN, std=STD, **options)
+
+
+def whole_pass(made) -> tuple[torch.Tensor, torch.Tensor]:
+    """All views [k, N, 3, H, W] and positions [N] of a pass."""
+    views, index = zip(*made, strict=True)
+    return torch.cat([torch.stack(v) for v in views], dim=1), torch.cat(index)
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# transforms -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_test_transform_agrees_with_the_released_composition(golden):
+    for case in golden("afm", "eval_transform"):
+        image = torch.from_numpy(case["image"]).permute(2, 0, 1)
+        cut = augment.resize_and_center_crop()(image)
+        assert cut.dtype == torch.uint8
+        output = augment.normalise(cut[None], torch.tensor(MEAN), torch.tensor(STD))[0].numpy()
+        assert output.shape == tuple(case["output_shape"])
+        np.testing.assert_allclose(output[:, ::8, ::8], case["output_every_8th"], rtol=0, atol=0.03)
+        np.testing.assert_allclose(output.mean(axis=(1, 2)), case["output_mean"], rtol=0, atol=0.01)
+        np.testing.assert_allclose(output.std(axis=(1, 2)), case["output_std"], rtol=0, atol=0.01)
+
+
+def test_the_training_transform_cuts_an_eighth_to_all_of_the_image_and_mirrors_half():
+    rows, columns = torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij")
+    image = torch.stack([rows, columns, torch.zeros(200, 200)]).to(torch.uint8)
+    transform = augment.random_resized_crop_and_flip(32)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        cuts = torch.stack([transform(image) for _ in range(400)]).int()
+    assert cuts.shape == (400, 3, 32, 32)
+    heights = (cuts[:, 0, -1, 0] - cuts[:, 0, 0, 0]) * 32 / 31
+    widths = (cuts[:, 1, 0, -1] - cuts[:, 1, 0, 0]) * 32 / 31
+    area, aspect = heights * widths.abs() / 200**2, widths.abs() / heights
+    assert 0.07 < area.min() < 0.12
+    assert 0.9 < area.max() <= 1.01
+    assert 0.7 < aspect.min() < 0.8
+    assert 1.28 < aspect.max() < 1.4
+    assert 0.4 < (widths < 0).float().mean() < 0.6
+
+
+# a pass ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_evaluation_pass_has_every_image_in_order_normalised(data, workers):
+    made = batches(data.train, 5, PLAIN, workers=workers)
+    assert len(made) == 3
+    for _ in range(2):  # the workers stay for the second pass
+        found = list(made)
+        assert [index.tolist() for _, index in found] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
+        for (view,), index in found:
+            assert view.dtype == torch.float32
+            assert index.dtype == torch.int64
+            assert view.is_contiguous(memory_format=torch.channels_last)
+            pixels = torch.stack([PLAIN(data.train.read(i)) for i in index.tolist()])
+            assert torch.equal(view, augment.normalise(pixels, torch.tensor(MEAN), torch.tensor(STD)))
+
+
+def test_a_shuffled_pass_has_every_image_once_in_an_order_of_its_own(data):
+    made = batches(data.train, 5, PLAIN, shuffle=True, generator=generator())
+    orders = [whole_pass(made)[1].tolist() for _ in range(3)]
+    assert all(sorted(order) == list(range(12)) for order in orders)
+    assert len(set(map(tuple, orders))) == 3
+    again = batches(data.train, 5, PLAIN, shuffle=True, generator=generator())
+    assert [whole_pass(again)[1].tolist() for _ in range(3)] == orders
+    for (view,), index in made:
+        pixels = torch.stack([PLAIN(data.train.read(i)) for i in index.tolist()])
+        assert torch.equal(view, augment.normalise(pixels, torch.tensor(MEAN), torch.tensor(STD)))
+
+
+def test_a_smaller_last_batch_can_be_dropped(data):
+    made = batches(data.train, 5, shuffle=True, drop_last=True, generator=generator())
+    assert len(made) == 2
+    assert [len(index) for _, index in made] == [5, 5]
+    assert len(batches(data.train, 6, drop_last=True, generator=generator())) == 2
+    with pytest.raises(UserError, match="a batch of 13 is more than all 12 images"):
+        batches(data.train, 13, drop_last=True)
+
+
+def noise(_: torch.Tensor) -> torch.Tensor:
+    """In place of a transform: draws and nothing else."""
+    return torch.randint(256, (3, 4, 4)).to(torch.uint8)
+
+
+def test_images_views_and_passes_have_draws_of_their_own(data):
+    made = batches(data.train, 4, noise, views=3, generator=generator())
+    (first, index), (second, _) = whole_pass(made), whole_pass(made)
+    assert index.tolist() == list(range(12))
+    assert (
+        len({view.numpy().tobytes() for rows in (first, second) for view in rows.flatten(0, 1)}) == 2 * 3 * 12
+    )
+
+
+def test_without_generator_every_pass_draws_the_same(data):
+    made = batches(data.train, 4)
+    assert same(whole_pass(made), whole_pass(made))
+    with pytest.raises(ValueError, match="shuffling needs a generator"):
+        batches(data.train, 4, shuffle=True)
+
+
+# what the draws depend on ---------------------------------------------------------------------------------------------
+
+
+def test_neither_workers_nor_batch_size_change_a_view(data):
+    expected = None
+    for workers, batch_size in ((0, 4), (1, 4), (2, 4), (2, 1), (0, 12)):
+        made = batches(data.train, batch_size, views=2, shuffle=True, generator=generator(3), workers=workers)
+        found = [whole_pass(made) for _ in range(2)]
+        expected = expected or found
+        assert all(same(a, b) for a, b in zip(expected, found, strict=True)), (workers, batch_size)
+
+
+def test_a_restored_generator_goes_on_bit_for_bit(data):
+    draws = generator(5)
+    made = batches(data.train, 5, shuffle=True, generator=draws, workers=1)
+    whole_pass(made)
+    state = draws.get_state()
+    expected = [whole_pass(made) for _ in range(2)]
+    other = generator(99)
+    resumed = batches(data.train, 5, shuffle=True, generator=other)
+    other.set_state(state)
+    assert all(same(a, whole_pass(resumed)) for a in expected)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_global_generators_are_left_alone(data, workers):
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    whole_pass(batches(data.train, 5, views=2, shuffle=True, generator=generator(), workers=workers))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+
+
+def test_a_pass_left_early_is_followed_by_a_whole_one(data):
+    made, alone = (batches(data.train, 2, shuffle=True, generator=generator(), workers=w) for w in (2, 0))
+    for each in (made, alone):
+        next(iter(each))
+    assert same(whole_pass(made), whole_pass(alone))
+    with pytest.raises(RuntimeError, match="another pass"):
+        for _ in alone:
+            next(iter(alone))
+
+
+# several processes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_train_on_the_pieces_of_the_batches_of_one(data, world):
+    options = {"shuffle": True, "drop_last": True, "views": 2}
+    alone = list(batches(data.train, 4, generator=generator(), **options))
+    ranks = [
+        list(batches(data.train, 4, generator=generator(), rank=r, world=world, **options))
+        for r in range(world)
+    ]
+    assert [len(rank) for rank in ranks] == [3] * world
+    for step, (views, index) in enumerate(alone):
+        pieces = [rank[step] for rank in ranks]
+        assert torch.equal(torch.cat([own for _, own in pieces]), index)
+        for k, view in enumerate(views):
+            assert torch.equal(torch.cat([own[k] for own, _ in pieces]), view)
+
+
+def test_processes_share_an_evaluation_batch_by_batch(data):
+    alone = list(batches(data.train, 5, PLAIN))
+    for rank in (0, 1):
+        made = batches(data.train, 5, PLAIN, rank=rank, world=2)
+        own = list(made)
+        assert len(own) == len(made) == 2 - rank
+        for ((view,), index), ((expected,), positions) in zip(own, alone[rank::2], strict=True):
+            assert torch.equal(index, positions)
+            assert torch.equal(view, expected)
+    idle = batches(data.train, 5, PLAIN, rank=3, world=4, workers=1)
+    assert (len(idle), list(idle), list(idle)) == (0, [], [])
+
+
+@pytest.mark.parametrize(("batch_size", "drop_last", "size"), [(9, True, 9), (9, False, 9), (10, False, 10)])
+def test_batches_that_cannot_be_cut_evenly_are_refused(data, batch_size, drop_last, size):
+    with pytest.raises(UserError, match=f"a batch of {size} images cannot be cut into 4 equal pieces"):
+        batches(data.train, batch_size, shuffle=True, drop_last=drop_last, generator=generator(), world=4)
+
+
+# what can go wrong ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("truncated", r"is damaged \(.+\): use --on_bad_image skip"),
+        ("missing", r"cannot be read \(No such file"),
+    ],
+)
+def test_a_bad_image_ends_in_one_line_with_its_position_and_path(tmp_path, workers, kind, reason):
+    make_food101n(tmp_path)
+    split = datasets.load_food101n(tmp_path).train
+    plant(split.path(7), kind)
+    made = batches(split, 2, workers=workers)
+    with pytest.raises(UserError, match=reason) as error:
+        whole_pass(made)
+    assert not multiprocessing.active_children()  # although the traceback is still there
+    assert str(error.value).startswith(f"image 7 of the train list, {split.path(7)}, ")
+    assert "\n" not in str(error.value)
+
+
+def kill(_: torch.Tensor) -> torch.Tensor:
+    """In place of a transform: the end of the process that calls it."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_is_a_users_error(data):
+    with pytest.raises(UserError, match=r"DataLoader worker .*: out of memory\? use fewer workers"):
+        whole_pass(batches(data.train, 5, kill, workers=1))
+
+
+def group(_: torch.Tensor) -> torch.Tensor:
+    """In place of a transform: 1 where it runs in its parent's process group, else 0."""
+    return torch.full((3, 1, 1), os.getpgid(0) == os.getpgid(os.getppid()), dtype=torch.uint8)
+
+
+def test_a_signal_to_the_process_group_does_not_reach_the_workers(data):
+    """Ctrl-C, and a job scheduler's SIGTERM: the run then ends in its own time."""
+    made = batches(data.train, 5, group, workers=1)
+    lowest = augment.normalise(torch.zeros(1, 3, 1, 1), made.mean, made.std)
+    assert torch.equal(whole_pass(made)[0][0], lowest.expand(12, 3, 1, 1))
+
+
+def test_a_cache_stands_in_for_the_files(data, tmp_path):
+    build_caches(tmp_path, data)
+    caches = open_caches(tmp_path, data)
+    transform = augment.resize_and_center_crop()
+    from_files = whole_pass(batches(data.test, 4, transform))
+    assert same(from_files, whole_pass(batches(data.test, 4, transform, cache=caches["test"], workers=2)))
+    with pytest.raises(ValueError, match="a cache of 6 images for a split of 12"):
+        batches(data.train, 4, cache=caches["test"])

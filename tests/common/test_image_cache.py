@@ -1,0 +1,171 @@
+"""The cache of small images: the pixels that the test transform makes, whole or not there, of the list it was made from."""
+
+import pickle
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from torchvision.transforms.v2.functional import resized_crop
+
+from common import augment, datasets
+from common.cli import UserError
+from common.datasets import image_cache
+from common.datasets.__main__ import main
+from common.datasets.image_cache import build, build_caches, open_cache, open_caches
+from tests.common.small_file_data import make_clothing1m, make_food101n, plant
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """12 training images of 480 x 400 pixels."""
+    root = tmp_path_factory.mktemp("food")
+    make_food101n(root, size=(480, 400))
+    return datasets.load_food101n(root).train
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_have_the_shorter_side_and_the_pixels_of_the_test_transform(split, tmp_path, workers):
+    build(split, tmp_path, workers=workers)
+    cache = open_cache(tmp_path, split)
+    assert len(cache) == 12
+    transform = augment.resize_and_center_crop()
+    for i in range(12):
+        assert cache[i].dtype == torch.uint8
+        assert cache[i].shape == (3, 256, 256 * 480 // 400)
+        assert torch.equal(transform(cache[i]), transform(split.read(i)))
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".lock") == [
+        "images.u8",
+        "index.npz",
+    ]
+    assert (tmp_path / "images.u8").stat().st_size == 12 * 3 * 256 * 307
+
+
+def test_small_images_and_upright_ones_are_made_as_large(tmp_path):
+    make_food101n(tmp_path / "food", classes=1, size=(30, 47))
+    split = datasets.load_food101n(tmp_path / "food").train
+    build(split, tmp_path / "cache", size=64)
+    cache = open_cache(tmp_path / "cache", split, size=64)
+    assert cache[0].shape == (3, 64 * 47 // 30, 64)
+    with pytest.raises(UserError, match="of another list or size"):
+        open_cache(tmp_path / "cache", split)
+
+
+def test_a_crop_from_the_cache_differs_by_the_resize_alone(split, tmp_path):
+    build(split, tmp_path)
+    cache = open_cache(tmp_path, split)
+    for i in range(12):
+        small = resized_crop(cache[i], top=64, left=32, height=128, width=160, size=[224, 224])
+        large = resized_crop(split.read(i), top=100, left=50, height=200, width=250, size=[224, 224])
+        assert 0 < (small.float() - large.float()).abs().mean() < 2
+
+
+def test_a_cache_travels_to_other_processes_without_its_pixels(split, tmp_path):
+    build(split, tmp_path)
+    cache = open_cache(tmp_path, split)
+    expected = cache[3]
+    sent = pickle.dumps(cache)
+    assert len(sent) < 2000
+    assert torch.equal(pickle.loads(sent)[3], expected)
+    expected.zero_()  # a copy: nothing reaches the file
+    assert cache[3].any()
+
+
+def test_a_cache_of_another_list_is_refused(split, tmp_path):
+    build(split, tmp_path)
+    fewer = split.only(np.arange(11))
+    for function in (lambda: open_cache(tmp_path, fewer), lambda: build(fewer, tmp_path)):
+        with pytest.raises(
+            UserError, match="holds 12 images of another list or size than the 11 of the train list"
+        ):
+            function()
+    with pytest.raises(UserError, match="another list"):
+        open_cache(tmp_path, split.only(np.arange(12)[::-1]))
+
+
+def test_a_finished_cache_is_not_made_again(split, tmp_path, monkeypatch):
+    build(split, tmp_path)
+    monkeypatch.setattr(image_cache, "_write", lambda *_: pytest.fail("made again"))
+    build(split, tmp_path)
+
+
+def test_an_interrupted_build_leaves_nothing_that_looks_finished(split, tmp_path, monkeypatch):
+    small_images, calls = image_cache._small_images, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) > 1:  # the first call estimates the space
+            raise KeyboardInterrupt
+        return small_images(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_cache, "_small_images", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build(split, tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == []
+    with pytest.raises(UserError, match="no image cache in"):
+        open_cache(tmp_path, split)
+    build(split, tmp_path)
+    assert len(open_cache(tmp_path, split)) == 12
+
+
+@pytest.mark.parametrize("file", ["images.u8", "index.npz"])
+def test_a_damaged_cache_is_refused(split, tmp_path, file):
+    build(split, tmp_path)
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"is damaged|cannot be read") as error:
+        open_cache(tmp_path, split)
+    assert "delete the folder and build it" in str(error.value)
+
+
+def test_too_little_space_is_said_before_anything_is_written(split, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2e6))
+    with pytest.raises(UserError, match=r"12 images needs about 0\.00283 GB, 0\.002 GB are free in"):
+        build(split, tmp_path)
+    assert not (tmp_path / "images.u8").exists()
+
+
+def test_a_damaged_image_and_a_second_builder_are_named(tmp_path):
+    make_food101n(tmp_path / "food")
+    split = datasets.load_food101n(tmp_path / "food").train
+    plant(split.path(4), "truncated")
+    with pytest.raises(UserError, match=r"image 4 of the train list, .* is damaged"):
+        build(split, tmp_path / "cache")
+    with FileLock(tmp_path / "cache" / ".lock"), pytest.raises(UserError, match="in use by another process"):
+        build(split, tmp_path / "cache")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        build(split, tmp_path / "file")
+
+
+def test_every_split_has_a_cache(tmp_path):
+    make_clothing1m(tmp_path / "clothes")
+    data = datasets.load_clothing1m(tmp_path / "clothes", "noisy+clean")
+    build_caches(tmp_path / "cache", data)
+    caches = open_caches(tmp_path / "cache", data)
+    assert {part: len(cache) for part, cache in caches.items()} == {
+        "train": 12,
+        "test": 6,
+        "validation": 6,
+        "clean_train": 6,
+    }
+
+
+def test_the_command_makes_the_cache_of_the_images_that_are_whole(tmp_path):
+    make_food101n(tmp_path / "food")
+    plant(datasets.load_food101n(tmp_path / "food").train.path(4), "truncated")
+    words = ["cache", "food", "--data_path", str(tmp_path / "food"), "--workers", "0"]
+    with pytest.raises(UserError, match="needs --out"):
+        main(words)
+    words += ["--out", str(tmp_path / "cache")]
+    with pytest.raises(UserError, match="image 4 of the train list"):
+        main(words)
+    main([*words, "--on_bad_image", "skip"])
+    data = datasets.load_food101n(tmp_path / "food", "skip")
+    assert len(open_caches(tmp_path / "cache", data)["train"]) == 11
+    with pytest.raises(UserError, match="digits needs no cache"):
+        main(["cache", "digits"])
