@@ -363,6 +363,11 @@ def main(argv=None) -> None:
     on_disk = args.dataset in ON_DISK
     loader = torch.Generator().manual_seed(args.seed) if on_disk else device.generator(args.seed)
     data = load(args, device, loader)
+    torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
+    network = make_network(args, data.num_classes, data.image_size, data.channels)
+    if args.pretrained not in ("imagenet", "none"):
+        left = load_weights(network, Path(args.pretrained))
+        processes.say(f"weights of {args.pretrained}; initialised at random: {', '.join(left) or 'nothing'}")
     run = Run(
         args, device, paper="afm", method=method(args), name=directory_name(args), cell=cell(args, data)
     )
@@ -371,11 +376,6 @@ def main(argv=None) -> None:
         rows = [dict(zip(("path", "position", "reason"), image, strict=True)) for image in data.skipped]
         run.save_file("skipped_images.csv", to_csv(rows, rows[0]).encode())
 
-    torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
-    network = make_network(args, data.num_classes, data.image_size, data.channels)
-    if args.pretrained not in ("imagenet", "none"):
-        left = load_weights(network, Path(args.pretrained))
-        processes.say(f"weights of {args.pretrained}; initialised at random: {', '.join(left) or 'nothing'}")
     network = device.prepare(network)
     if args.compile:
         network.backbone.compile()
