@@ -56,6 +56,10 @@ class Data(NamedTuple):
 
 def load(args: Namespace, device: Device, loader: Generator) -> Data:
     """The data that the flags ask for; loader draws the order and the augmentation. UserError: data or flags do not fit."""
+    if args.train_batch % processes.world():
+        raise UserError(
+            f"--train-batch {args.train_batch}: cannot be cut into equal pieces for {processes.world()} processes"
+        )
     data = from_files(args, device, loader) if args.dataset in ON_DISK else from_memory(args, device, loader)
     if len(data.observed) < args.train_batch:
         raise UserError(

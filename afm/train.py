@@ -459,7 +459,9 @@ def directory_name(args: Namespace) -> str:
     """The run directory's name: data, noise and seed, then whatever differs from the defaults."""
     always = ["dataset", *(["train_on"] if args.dataset == "clothing1m" else [])]
     always += [] if args.dataset in ON_DISK else ["noise_type", "noise_rate"]
-    return run_name(args, vars(parse_args(["--dataset", args.dataset])), [*always, "seed"])
+    always += ["fidelity"] if args.fidelity == "released" else []
+    defaults = parse_args(["--dataset", args.dataset, "--fidelity", args.fidelity])
+    return run_name(args, vars(defaults), [*always, "seed"])
 
 
 def cell(args: Namespace, data: Data) -> dict:

@@ -83,16 +83,17 @@ class Batches:
         self.drop_last, self.rank, self.world = drop_last, rank, world
 
     def __len__(self) -> int:
-        if self.drop_last:
-            return len(self.subset) // self.batch_size
-        return math.ceil(len(self.subset) / self.batch_size)
+        """The batches of a pass that this process goes through."""
+        batches = len(self.subset) / self.batch_size
+        batches = math.floor(batches) if self.drop_last else math.ceil(batches)
+        return batches if self.shuffle else len(range(self.rank, batches, self.world))
 
     def __iter__(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         order = self.subset
         if self.shuffle:
             order = order[torch.randperm(len(order), generator=self.generator, device=order.device)]
         if self.drop_last:
-            order = order[: len(self) * self.batch_size]
+            order = order[: len(order) // self.batch_size * self.batch_size]
         for number, index in enumerate(order.split(self.batch_size) if len(order) else ()):
             if not self.shuffle and number % self.world != self.rank:
                 continue
@@ -104,8 +105,8 @@ class Batches:
 
     def endless(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         """Pass after pass, without end. ValueError where there is nothing to go through."""
-        if not len(self.subset):
-            raise ValueError("no sample to go through again and again")
+        if not len(self):
+            raise ValueError("no batch to go through again and again")
         while True:
             yield from self
 

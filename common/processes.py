@@ -197,6 +197,7 @@ class _CPUSyncBatchNorm(nn.BatchNorm2d):
         """[B, C, H, W], normalised per channel by the statistics of the global batch; in eval mode by the running ones."""
         if not self.training:
             return super().forward(x)
+        dtype, x = x.dtype, x.double() if x.dtype == torch.float64 else x.float()  # sums in bfloat16 lose too much
         count = x.numel() // x.shape[1] * world()
         mean = _Sum.apply(x.sum(dim=(0, 2, 3))) / count
         centred = x - mean[:, None, None]
@@ -206,4 +207,4 @@ class _CPUSyncBatchNorm(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(dtype)

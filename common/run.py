@@ -42,7 +42,7 @@ from common.noise import realised
 
 ROOT = Path(__file__).resolve().parents[1]
 # what may differ when a run goes on; that the data are the same is seen by the sha256 of the labels
-NOT_COMPARED = ("out", "resume", "data_path")
+NOT_COMPARED = ("out", "resume", "data_path", "data_root", "workers", "device_ids")
 
 
 class Run:
@@ -376,17 +376,17 @@ class Run:
 
 def command() -> str:
     """The command line of this process as it is given in the repository's root: a script's path, or -m and a module."""
-    spec = sys.modules["__main__"].__spec__
-    if spec is not None:
-        return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
-    script = Path(sys.argv[0]).resolve()
-    if script.is_relative_to(ROOT):
-        script = script.relative_to(ROOT)
     starter = ["python"]
     if processes.world() > 1:
         nodes = processes.world() // int(os.environ["LOCAL_WORLD_SIZE"])
         starter = ["torchrun", *([f"--nnodes={nodes}"] if nodes > 1 else [])]
         starter += [f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+    spec = sys.modules["__main__"].__spec__
+    if spec is not None:
+        return shlex.join([*starter, "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
+    script = Path(sys.argv[0]).resolve()
+    if script.is_relative_to(ROOT):
+        script = script.relative_to(ROOT)
     return shlex.join([*starter, str(script), *sys.argv[1:]])
 
 
@@ -421,7 +421,7 @@ def git_commit() -> str:
 
 def run_name(args: Namespace, defaults: dict[str, Any], always: Iterable[str]) -> str:
     """What the arguments say, as a directory name: the `always` flags first, then every flag not at its default."""
-    unsaid = {"out", "resume", "preset", "data_path", *always}
+    unsaid = {*NOT_COMPARED, "preset", *always}
     changed = [
         flag for flag, value in vars(args).items() if flag not in unsaid and value != defaults.get(flag)
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from afm import train
 from benchmarks import run
 from benchmarks.cells import PAPERS, PROFILES, ROOT, cells
 from common.cli import UserError, read_presets
@@ -14,11 +15,79 @@ from common.results import COLUMNS
 
 
 @pytest.mark.parametrize("paper", PAPERS)
-def test_every_preset_is_a_cell_of_one_profile_and_of_its_shortened_form(paper):
+def test_every_preset_is_a_cell_of_one_profile_or_of_the_protocol_and_its_shortened_form(paper):
     names = {profile: [cell.preset for cell in cells(paper, profile)] for profile in PROFILES}
-    assert sorted(names["embedded"] + names["paper"]) == sorted(read_presets(ROOT / paper / "presets.toml"))
-    assert names["short"] == names["paper"]
+    own = [name for name in names["short"] if name.startswith("short/")]
+    every = [*names["embedded"], *own, *names["paper"]]
+    assert sorted(every) == sorted(read_presets(ROOT / paper / "presets.toml"))
+    assert sorted(names["short"]) == sorted([*own, *names["paper"]])
+    assert all(name.startswith("embedded/") for name in names["embedded"])
+    assert not any(name.startswith(("embedded/", "short/")) for name in names["paper"])
     assert names["embedded"] and names["paper"]
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_only_a_published_protocol_is_shortened(paper):
+    for profile in PROFILES:
+        for cell in cells(paper, profile):
+            shortened = profile == "short" and not cell.preset.startswith("short/")
+            assert cell.flags == (PAPERS[paper].short if shortened else ()), (profile, cell.preset)
+
+
+def test_afm_has_cells_of_its_own_in_the_profile_short():
+    assert "short/cifar10-sym0.5/afm-k2" in [cell.preset for cell in cells("afm", "short")]
+    assert "short/cifar10-sym0.5/afm-k2" not in [cell.preset for cell in cells("afm", "paper")]
+    (cell,) = cells("afm", "short", ["food101n/food101n/afm"])
+    assert cell.flags == ("--epochs", "10", "--schedule", "5", "8")
+    with pytest.raises(UserError, match=r"no cell short/cifar10-sym0\.5/afm-k2 in profile embedded of afm"):
+        cells("afm", "embedded", ["short/cifar10-sym0.5/afm-k2"])
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("paper", PAPERS)
+def test_every_task_has_folders_of_its_own(paper, profile, tmp_path):
+    folders = [
+        folder
+        for cell in cells(paper, profile)
+        for seed in (1, 12)
+        for extra in ([], ["--lr", "0.1"], ["--device", "cpu"])
+        for folder, _ in run.make_task(cell, seed, tmp_path, tmp_path, extra).commands
+    ]
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_afm_has_its_cross_entropy_among_the_presets_and_no_run_beside_them(profile, tmp_path):
+    methods = {}
+    for cell in cells("afm", profile):
+        ((folder, command),) = run.make_task(cell, 1, tmp_path / "runs", ROOT / "data", []).commands
+        assert command[command.index("--data-root") + 1] == "data" and "--data_path" not in command
+        assert command[1] == "afm/train.py" and folder.parts[-2] == cell.preset.split("/")[2]
+        args = train.parse_args(["--preset", cell.preset, *cell.flags])
+        methods.setdefault(cell.preset.rpartition("/")[0], []).append(train.method(args))
+    for name, found in methods.items():
+        assert len(set(found)) == len(found), "a cell runs a method once"
+        assert "AFM (K=2)" in found
+        if name.startswith(("embedded/", "short/")):
+            assert found == ["CE", "mixup", "AFM (K=2)", "AFM (K=3)"]
+
+
+@pytest.mark.parametrize("profile", ["embedded", "short"])
+def test_the_methods_of_a_cell_share_everything_but_the_method(profile):
+    """A comparison is of methods alone: data, network, batch, schedule and rates are the same for all of a cell."""
+    own = {"preset", "weight_mixed", "weight_plain", "mix_at", "weights", "group_size"}
+    settings = {}
+    for cell in cells("afm", profile):
+        args = vars(train.parse_args(["--preset", cell.preset, *cell.flags]))
+        shared = {name: value for name, value in args.items() if name not in own}
+        assert shared == settings.setdefault(cell.preset.rpartition("/")[0], shared)
+
+
+def test_sfa_has_its_cross_entropy_as_a_run_beside_it(tmp_path):
+    for cell in cells("sfa", "paper"):
+        method, baseline = run.make_task(cell, 1, tmp_path, ROOT / "data", []).commands
+        assert method[1][method[1].index("--data_path") + 1] == "data"
+        assert "benchmarks.baseline" in baseline[1] and baseline[0] == method[0] / "baseline"
 
 
 def test_an_unknown_cell_is_refused_with_the_choices():
@@ -41,8 +110,8 @@ def test_commands_name_paths_relative_to_the_repository_where_they_lie_in_it(tmp
     assert outside.commands[0][1][-1] == str(tmp_path)
 
 
-def start(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "benchmarks.run", "sfa", *words]
+def start(*words: str, paper: str = "sfa") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "benchmarks.run", paper, *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -81,3 +150,40 @@ def test_a_failed_run_makes_the_command_fail_and_is_named(tmp_path):
     assert line.startswith("failed: embedded/digits-if0.1-imb0.5 seed 7: exit status 2")
     assert "--p_threshold" in line and "between 0 and 1" in line
     assert not (tmp_path / "sfa.csv").exists()
+
+
+def test_afm_ends_in_a_table_a_comparison_with_its_own_cross_entropy_and_a_figure(tmp_path):
+    """All methods of the embedded cell, with flags of the script handed on."""
+    process = start("--seeds", "4", "--epochs", "2", "--schedule", "1", "--out", str(tmp_path), paper="afm")
+    assert process.returncode == 0, process.stderr
+    with (tmp_path / "afm.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS
+    assert {row["method"] for row in rows} == {"CE", "mixup", "AFM (K=2)", "AFM (K=3)"}
+    for row in rows:
+        assert (row["table"], row["cell"], row["dataset"]) == ("embedded", "digits-sym0.5", "digits")
+        assert (row["seed"], row["epochs"], row["profile"]) == ("4", "2", "embedded")
+        assert "--epochs 2 --schedule 1" in row["command"] and "--data-root data" in row["command"]
+    for metric in ("best", "last", "last10"):
+        assert sum(row["metric"] == metric for row in rows) == 4
+    assert (tmp_path / "afm.png").read_bytes().startswith(b"\x89PNG")
+    assert "every method against cross-entropy" in process.stdout
+    compared = process.stdout[process.stdout.index("every method against cross-entropy") :].splitlines()
+    for method in ("mixup", "AFM (K=2)", "AFM (K=3)"):
+        assert any(method in line for line in compared), method
+    labels = {path.read_bytes() for path in tmp_path.rglob("noisy_labels.npy")}
+    assert len(list(tmp_path.rglob("noisy_labels.npy"))) == 4 and len(labels) == 1, (
+        "all train on the same labels"
+    )
+
+
+def test_a_dry_run_of_afm_prints_each_command_and_the_published_figures_as_what_they_are():
+    process = start("--profile", "paper", "--seeds", "1", "--dry_run", paper="afm")
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    commands = [line for line in lines if line.startswith("python afm/train.py --preset ")]
+    assert len(commands) == len(cells("afm", "paper"))
+    assert all("--data-root data" in command for command in commands)
+    published = [line for line in lines if "published" in line]
+    assert published and all(line.startswith("# ") for line in lines if line not in commands and line != "#")
+    assert all("[unconfirmed: " in line or "[secondary: " in line for line in published)

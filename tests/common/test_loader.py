@@ -121,7 +121,7 @@ def test_an_empty_subset_gives_no_batch_and_cannot_be_endless(images, shuffle):
     )
     assert len(batches) == 0
     assert list(batches) == []
-    with pytest.raises(ValueError, match="no sample"):
+    with pytest.raises(ValueError, match="no batch"):
         next(batches.endless())
 
 
@@ -143,3 +143,87 @@ def test_grey_images_keep_their_one_channel():
     grey = Images(PIXELS[..., :1], MEAN[:1], STD[:1], torch.device("cpu"))
     ((view,), _), *_ = Batches(grey, 4, augmentation=CROP_AND_FLIP, generator=generator())
     assert view.shape == (4, 1, 8, 6)
+
+
+# a dropped rest, and several processes that share the work ---------------------------------------------------------------
+
+WORLD = 2
+TRAINING = {"shuffle": True, "drop_last": True, "views": 2, "augmentation": CROP_AND_FLIP}
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("batch_size", "count"), [(1, N), (4, 2), (5, 2), (9, 1), (10, 1), (11, 0)])
+def test_a_smaller_last_batch_is_dropped_where_asked(images, batch_size, count, shuffle):
+    batches = Batches(images, batch_size, shuffle=shuffle, drop_last=True, generator=generator())
+    assert len(batches) == count
+    assert [len(index) for _, index in batches] == [batch_size] * count
+    gone_through = order(batches)
+    assert len(set(gone_through)) == len(gone_through)
+    if not shuffle:
+        assert gone_through == list(range(count * batch_size))
+
+
+def test_other_samples_are_dropped_at_every_pass(images):
+    batches = Batches(images, 4, shuffle=True, drop_last=True, generator=generator())
+    dropped = [frozenset(range(N)) - set(order(batches)) for _ in range(8)]
+    assert all(len(rest) == 2 for rest in dropped) and len(set(dropped)) > 4
+
+
+def test_dropping_the_rest_leaves_the_other_batches_as_they_are(images):
+    """The draws of the batches before it do not depend on whether the rest is dropped."""
+    whole, dropped = (
+        list(Batches(images, 4, **(TRAINING | {"drop_last": drop}), generator=generator()))
+        for drop in (False, True)
+    )
+    assert len(whole) == 3 and len(dropped) == 2
+    for (views, index), (others, other) in zip(whole, dropped, strict=False):
+        assert torch.equal(index, other)
+        assert all(torch.equal(a, b) for a, b in zip(views, others, strict=True))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_shuffled_batches_are_cut_into_consecutive_pieces_drawn_as_if_by_one_process(images, world):
+    subset = torch.tensor([9, 1, 7, 3, 5, 0, 2, 8, 6])
+    draws = [generator(4) for _ in range(world + 1)]
+    alone = Batches(images, 4, subset=subset, generator=draws[world], **TRAINING)
+    pieces = [
+        Batches(images, 4, subset=subset, generator=draws[rank], rank=rank, world=world, **TRAINING)
+        for rank in range(world)
+    ]
+    for _ in range(2):  # the second pass goes on from the generators of the first
+        for whole, *parts in zip(alone, *pieces, strict=True):
+            assert [len(index) for _, index in parts] == [4 // world] * world
+            assert torch.equal(torch.cat([index for _, index in parts]), whole[1])
+            for number, view in enumerate(whole[0]):
+                assert torch.equal(torch.cat([views[number] for views, _ in parts]), view)
+        assert all(torch.equal(draw.get_state(), draws[world].get_state()) for draw in draws)
+    assert [len(batches) for batches in pieces] == [len(alone)] * world == [2] * world
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_ordered_batches_are_dealt_out_in_turn(images, world):
+    whole = list(Batches(images, 3))
+    dealt = [list(Batches(images, 3, rank=rank, world=world)) for rank in range(world)]
+    for rank in range(world):
+        assert [index.tolist() for _, index in dealt[rank]] == [
+            index.tolist() for _, index in whole[rank::world]
+        ]
+        for ((view,), _), ((expected,), _) in zip(dealt[rank], whole[rank::world], strict=True):
+            assert torch.equal(view, expected)
+    assert sum(map(len, dealt)) == len(whole) == 4
+
+
+@pytest.mark.parametrize("wrong", [{"drop_last": False}, {"batch_size": 5}, {"batch_size": 4, "world": 3}])
+def test_batches_that_cannot_be_cut_into_equal_pieces_are_refused(images, wrong):
+    options = {"batch_size": 4, "shuffle": True, "drop_last": True, "world": WORLD} | wrong
+    with pytest.raises(ValueError, match=f"{options['batch_size']}.*{options['world']} equal pieces"):
+        Batches(images, **options, generator=generator())
+    # one process may have any batches, and so may several that do not train
+    Batches(images, **(options | {"world": 1}), generator=generator())
+    Batches(images, **(options | {"shuffle": False}))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_more_than_all_samples_in_a_batch_give_none_to_any_process(images, rank):
+    batches = Batches(images, 12, shuffle=True, drop_last=True, rank=rank, world=WORLD, generator=generator())
+    assert len(batches) == 0 and list(batches) == []

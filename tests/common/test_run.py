@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from common import results
+from common import processes, results
 from common.cli import UserError
 from common.gpu import Device
-from common.run import Run, command, run_name
+from common.run import ROOT, Run, command, run_name
 
 CPU = Device(torch.device("cpu"), "fp32", "for the test")
 CELL = {"dataset": "digits", "noise_type": "imb", "noise_rate": 0.5, "imb_factor": 0.1, "ood_ratio": None}
@@ -206,6 +206,23 @@ def test_result_csv_has_a_row_per_metric_in_the_common_schema(start, tmp_path):
         assert row["command"] == "python sfa/Train_cifar.py --dataset digits"
 
 
+@pytest.mark.parametrize(
+    ("preset", "table_and_cell"),
+    [
+        ("clothing1m/noisy+clean/afm", ("clothing1m", "noisy+clean")),
+        ("embedded/digits", ("embedded", "digits")),
+        ("alone", ("alone", "run")),
+        (None, ("", "run")),
+    ],
+)
+def test_table_and_cell_are_the_first_two_parts_of_the_preset(preset, table_and_cell, start, tmp_path):
+    train(start(tmp_path / "run", preset=preset))
+    kept = json.loads((tmp_path / "run" / "args.json").read_text())["cell"]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    for row in (kept, result, *table(tmp_path / "run" / "result.csv")):
+        assert (row["table"], row["cell"]) == table_and_cell
+
+
 def test_there_is_no_result_before_the_run_is_finished(start, tmp_path):
     train(start(tmp_path), stop_after=3)
     assert not (tmp_path / "result.json").exists() and not (tmp_path / "result.csv").exists()
@@ -277,6 +294,14 @@ def test_where_the_data_are_may_change(start, tmp_path):
     assert (tmp_path / "result.json").exists()
 
 
+@pytest.mark.parametrize("flag", ["data_root", "workers"])
+def test_what_the_result_does_not_depend_on_may_change_and_is_not_in_the_name(flag, start, tmp_path):
+    train(start(tmp_path, **{flag: "one"}), stop_after=2)
+    train(start(tmp_path, **{flag: "other"}))
+    assert (tmp_path / "result.json").exists()
+    assert named(**{flag: "other"}) == named()
+
+
 @pytest.mark.parametrize("stop_after", [1, None], ids=["unfinished", "finished"])
 def test_resume_never_refuses_a_directory_with_a_run(stop_after, start, tmp_path):
     train(start(tmp_path, resume="never"), stop_after=stop_after)  # an empty directory is fine
@@ -326,6 +351,34 @@ def test_the_labels_are_kept_with_their_checksum_and_noise(start, tmp_path):
     assert noise["observed_counts"] == [3, 3, 2]
 
 
+def test_where_nobody_knows_the_true_labels_there_is_no_rate(start, tmp_path, capsys):
+    run = start(tmp_path)
+    run.save_labels(INDEX, None, NOISY, num_classes=4)
+    noise = json.loads((tmp_path / "noise.json").read_text())
+    assert noise["realised_rate"] is None and noise["transition_matrix"] is None
+    assert noise["samples"] == 8 and noise["observed_counts"] == [3, 3, 2, 0]
+    assert np.array_equal(np.load(tmp_path / "noisy_labels.npy", allow_pickle=False), NOISY)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "training samples" in line)
+    assert line == f"8 training samples, true labels unknown, labels sha256 {noise['sha256'][:12]}"
+    run.resume({"memory": {"total": 0}})
+    for epoch in run.epochs(1):
+        run.log(epoch, test_accuracy=1.0)
+    run.finish()
+    assert json.loads((tmp_path / "result.json").read_text())["noise"]["realised_rate"] is None
+
+
+def test_the_known_noise_is_printed(start, tmp_path, capsys):
+    start(tmp_path).save_labels(INDEX, CLEAN, NOISY, num_classes=3)
+    assert "8 training samples, realised noise rate 0.3750, labels" in capsys.readouterr().out
+
+
+def test_other_labels_are_refused_where_the_true_ones_are_unknown_too(start, tmp_path):
+    run = start(tmp_path)
+    run.save_labels(INDEX, None, NOISY, num_classes=3)
+    with pytest.raises(UserError, match="other labels"):
+        run.save_labels(INDEX, None, np.roll(NOISY, 1), num_classes=3)
+
+
 def test_other_labels_are_refused_when_a_run_goes_on(start, tmp_path):
     train(start(tmp_path), stop_after=2)
     run = start(tmp_path)
@@ -334,6 +387,25 @@ def test_other_labels_are_refused_when_a_run_goes_on(start, tmp_path):
         run.save_labels(INDEX, CLEAN, np.roll(NOISY, 1), num_classes=3)
     assert str(tmp_path) in str(refusal.value)
     assert content(tmp_path) == before
+
+
+# files of a script ------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_written_whole_over_the_one_before_by_the_first_process_alone(start, tmp_path, monkeypatch):
+    run = start(tmp_path)
+    before = set(content(tmp_path))
+    run.save_file("weights.pt", b"long content of an epoch")
+    run.save_file("weights.pt", b"short")
+    assert (tmp_path / "weights.pt").read_bytes() == b"short"
+    run.save_arrays("arrays", a=NOISY, b=CLEAN.astype(np.float32))
+    with np.load(tmp_path / "arrays.npz", allow_pickle=False) as arrays:
+        assert np.array_equal(arrays["a"], NOISY) and arrays["b"].dtype == np.float32
+    assert set(content(tmp_path)) - before == {"weights.pt", "arrays.npz"}, "nothing temporary is left"
+    monkeypatch.setattr(processes, "rank", lambda: 1)
+    run.save_file("weights.pt", b"of another process")
+    run.save_arrays("more", a=NOISY)
+    assert (tmp_path / "weights.pt").read_bytes() == b"short" and not (tmp_path / "more.npz").exists()
 
 
 # going on ---------------------------------------------------------------------------------------------------------------
@@ -507,3 +579,32 @@ def test_the_command_of_a_module_is_one_that_runs_it(monkeypatch):
     monkeypatch.setattr("sys.argv", ["benchmarks/baseline.py", "--like", "a run"])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", importlib.util.find_spec("benchmarks.baseline"))
     assert command() == "python -m benchmarks.baseline --like 'a run'"
+
+
+@pytest.mark.parametrize(
+    ("world", "local", "starter"),
+    [
+        (1, "1", "python"),
+        (4, "4", "torchrun --nproc_per_node=4"),
+        (8, "4", "torchrun --nnodes=2 --nproc_per_node=4"),
+    ],
+)
+@pytest.mark.parametrize("module", [False, True], ids=["path", "module"])
+def test_the_command_under_torchrun_is_one_that_starts_as_many_processes(
+    world, local, starter, module, monkeypatch
+):
+    monkeypatch.setattr(processes, "world", lambda: world)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    monkeypatch.setattr("sys.argv", [str(ROOT / "afm" / "train.py"), "--dataset", "a b"])
+    spec = importlib.util.find_spec("common.run") if module else None
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    assert command() == f"{starter} {'-m common.run' if module else 'afm/train.py'} --dataset 'a b'"
+
+
+@pytest.mark.parametrize(("dirs", "name"), [((), "afm/train.py"), (("elsewhere",), None)])
+def test_a_script_is_named_from_the_repository_where_it_lies_in_it(dirs, name, monkeypatch, tmp_path):
+    script = tmp_path.joinpath(*dirs, "own.py") if name is None else ROOT / name
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(script)])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    assert command() == f"python {name or script}"

@@ -1,0 +1,388 @@
+"""Several processes give what one gives: the functions alone, and in two processes that torchrun starts once for all tests.
+
+This file is also the script that the two processes run; each leaves what it saw in rank0.pt or rank1.pt.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import cli, processes
+from common.cli import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+ROWS, CLASSES, STEPS = 8, 3, 3
+
+
+class Block(nn.Module):
+    """Batch normalisation deep inside, without and with weights that were trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4, momentum=0.3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.relu(self.layers(x))
+
+
+class Mixing(nn.Module):
+    """Features of a piece, gathered; one head for rows and for mixtures of pairs, as in attentive feature mixup."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), Block(), nn.Flatten())
+        self.attention, self.head = nn.Linear(4 * 16, 1), nn.Linear(4 * 16, CLASSES)
+        self.unused = nn.Linear(2, 2)  # without gradient in every step
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features = processes.gather_rows(self.backbone(images))
+        partners = features.roll(ROWS // 2, dims=0)  # each row's partner is another process's
+        weight = torch.sigmoid(self.attention(features) - self.attention(partners))
+        return features, self.head(features), self.head(weight * features + (1 - weight) * partners)
+
+
+def make_network() -> Mixing:
+    torch.manual_seed(3)
+    network = Mixing().double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """A global batch, its two halves quite unlike each other."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(ROWS, 2, 6, 6, generator=generator, dtype=torch.float64)
+    images[ROWS // 2 :] = 3 * images[ROWS // 2 :] + 1
+    return images, torch.randint(CLASSES, (ROWS,), generator=generator)
+
+
+def train(network: nn.Module, whole: nn.Module) -> dict[str, Any]:
+    """Some steps of SGD on the loss of the whole batch: what one can see of them. whole: the network inside."""
+    optimizer = torch.optim.SGD(whole.parameters(), 0.1, momentum=0.9)
+    seen: dict[str, Any] = {"losses": [], "gradients": []}
+    for step in range(STEPS):
+        images, labels = batch(step)
+        features, plain, mixed = network(processes.own_piece(images))
+        loss = F.cross_entropy(plain, labels) + 1.5 * F.cross_entropy(mixed, labels.roll(1))
+        optimizer.zero_grad()
+        loss.backward()
+        seen["losses"].append(loss.detach())
+        seen["gradients"].append(
+            {n: p.grad.clone() for n, p in whole.named_parameters() if p.grad is not None}
+        )
+        seen.setdefault("features", features.detach().clone())
+        optimizer.step()
+    seen["state"] = {name: value.clone() for name, value in whole.state_dict().items()}
+    whole.eval()
+    seen["evaluated"] = whole.backbone(batch(99)[0]).detach()
+    return seen
+
+
+# what each of the two processes does ----------------------------------------------------------------------------------
+
+
+def work(folder: Path) -> None:
+    """Everything in turn; what was seen goes to rank<N>.pt below folder."""
+    seen: dict[str, Any] = {"before": numbers()}
+    processes.start(CPU)
+    seen["after"] = numbers()
+    rank = processes.rank()
+    processes.say(f"said by {rank}")
+    seen |= rows(rank) | networks() | alone(rank, folder)
+    try:
+        cli.exit_cleanly(lambda _: processes.from_first(refuse), [])
+    except SystemExit as end:
+        seen["status"] = end.code
+    processes.wait()
+    processes.stop()
+    seen["stopped"] = numbers()
+    torch.save(seen, folder / f"rank{rank}.pt")
+
+
+def numbers() -> tuple:
+    return processes.launched(), processes.planned(), processes.world(), processes.rank()
+
+
+def refuse() -> None:
+    raise UserError(f"refused by {processes.rank()}")
+
+
+def rows(rank: int) -> dict[str, Any]:
+    """Rows of a batch cut, gathered and summed."""
+    seen: dict[str, Any] = {}
+    whole = torch.arange(24).view(ROWS, 3)
+    seen["piece"] = processes.own_piece(whole)
+    seen["gathered"] = processes.gather_rows(seen["piece"])
+    turned = torch.arange(24.0).view(3, ROWS).t()  # rows that do not lie one after another in memory
+    seen["gathered_turned"] = processes.gather_rows(processes.own_piece(turned))
+    try:
+        processes.own_piece(torch.zeros(7, 2))
+    except ValueError as error:
+        seen["uneven"] = str(error)
+    leaf = torch.full((2, 3), float(rank), requires_grad=True)
+    gathered = processes.gather_rows(leaf)
+    (gathered * torch.arange(12.0).view(4, 3)).sum().backward()
+    seen["gathered_leaf"], seen["gradient"] = gathered.detach(), leaf.grad
+    own = torch.tensor([1.0, 10.0**rank], requires_grad=True)
+    seen["total"], seen["kept"] = processes.total(own), own.detach()
+    return seen
+
+
+def networks() -> dict[str, Any]:
+    """Networks trained by two processes."""
+    seen: dict[str, Any] = {}
+    network = make_network()
+    before = {name: value.data_ptr() for name, value in network.state_dict(keep_vars=True).items()}
+    synchronised = processes.synchronised(network)
+    after = {name: value.data_ptr() for name, value in network.state_dict(keep_vars=True).items()}
+    seen["same_tensors"] = synchronised is network and before == after
+    seen["plain_layers"] = sum(type(layer) is nn.BatchNorm2d for layer in network.modules())
+    parallel = processes.parallel(network, CPU, unused_parameters=True)
+    seen["wrapped"] = isinstance(parallel, DistributedDataParallel) and parallel.module is network
+    seen["synchronised"] = train(parallel, network)
+
+    layer = processes.synchronised(nn.Sequential(nn.BatchNorm2d(4)))
+    images = torch.randn(4, 4, 5, 5, generator=torch.Generator().manual_seed(5))
+    half = processes.own_piece(images.bfloat16())
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            seen["half"] = layer(half).detach()
+    except RuntimeError as error:
+        seen["half"] = str(error)
+
+    shared = nn.BatchNorm2d(2)
+    with torch.no_grad():
+        for tensor in (*shared.buffers(), *shared.parameters()):
+            tensor.fill_(processes.rank() + 5)
+    processes.share_buffers(shared)
+    seen["shared"] = {name: value.clone() for name, value in shared.state_dict().items()}
+    return seen
+
+
+def alone(rank: int, folder: Path) -> dict[str, Any]:
+    """What the first process does for all, or before all."""
+    calls = []
+
+    def make() -> dict[str, int]:
+        calls.append(rank)
+        return {"made_by": rank}
+
+    def fetch() -> str:
+        file = folder / "fetched"
+        if file.exists():
+            return f"{rank} found it"
+        time.sleep(0.5)  # the other process would be here by now
+        file.write_text("fetched")
+        return f"{rank} fetched it"
+
+    made = processes.from_first(make)
+    return {"from_first": made, "calls": calls, "first_alone": processes.first_alone(fetch)}
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory) -> tuple[list[dict], subprocess.CompletedProcess]:
+    """What each of two processes saw, and what they printed."""
+    folder = tmp_path_factory.mktemp("processes")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*command, str(folder)], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)], ended
+
+
+@pytest.fixture(scope="module")
+def both(launch) -> list[dict]:
+    return launch[0]
+
+
+# one process ----------------------------------------------------------------------------------------------------------
+
+
+def test_in_one_process_everything_hands_back_what_it_was_given(capsys):
+    assert numbers() == (False, 1, 1, 0)
+    tensor = torch.arange(7.0, requires_grad=True)
+    for function in (processes.own_piece, processes.gather_rows, processes.total):
+        assert function(tensor) is tensor
+    network = nn.Sequential(nn.BatchNorm2d(2))
+    assert processes.parallel(network, CPU) is network
+    assert processes.synchronised(network) is network and type(network[0]) is nn.BatchNorm2d
+    processes.share_buffers(network)
+    made = object()
+    assert processes.from_first(lambda: made) is made and processes.first_alone(lambda: made) is made
+    processes.wait()
+    processes.stop()
+    processes.say("a word")
+    assert capsys.readouterr().out == "a word\n"
+    with pytest.raises(UserError, match="refused by 0"):
+        processes.from_first(refuse)
+
+
+def test_only_torchrun_makes_a_process_one_of_several(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")  # as some schedulers set it for their own ends
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert numbers() == (False, 1, 1, 0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert numbers() == (True, 4, 1, 3)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert numbers() == (False, 1, 1, 0)
+
+
+# two processes --------------------------------------------------------------------------------------------------------
+
+
+def test_the_processes_know_their_number_before_and_after_they_join(both):
+    for rank, seen in enumerate(both):
+        assert seen["before"] == (True, 2, 1, rank)
+        assert seen["after"] == (True, 2, 2, rank)
+        assert seen["stopped"] == (True, 2, 1, rank)
+
+
+def test_only_the_first_speaks(launch):
+    assert launch[1].stdout == "said by 0\n"
+
+
+def test_pieces_of_a_batch_are_consecutive_and_gather_to_the_batch(both):
+    whole = torch.arange(24).view(ROWS, 3)
+    turned = torch.arange(24.0).view(3, ROWS).t()
+    for seen, piece in zip(both, whole.split(ROWS // 2), strict=True):
+        assert torch.equal(seen["piece"], piece)
+        assert torch.equal(seen["gathered"], whole)
+        assert torch.equal(seen["gathered_turned"], turned)
+        assert seen["uneven"] == "a batch of 7 cannot be cut into 2 equal pieces"
+
+
+def test_gathered_rows_have_the_gradient_of_the_own_piece_times_the_processes(both):
+    weights = torch.arange(12.0).view(4, 3)
+    for rank, seen in enumerate(both):
+        assert torch.equal(seen["gathered_leaf"], torch.tensor([0.0, 0, 1, 1])[:, None].expand(4, 3))
+        assert torch.equal(seen["gradient"], 2 * weights[2 * rank : 2 * rank + 2])
+
+
+def test_total_is_the_sum_and_leaves_what_it_was_given(both):
+    for rank, seen in enumerate(both):
+        assert seen["total"].tolist() == [2, 11] and not seen["total"].requires_grad
+        assert seen["kept"].tolist() == [1, 10**rank]
+
+
+def assert_close(found, expected) -> None:
+    """Equal but for rounding in double precision."""
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    """The same steps in this process, on whole batches, by torch's own batch normalisation."""
+    network = make_network()
+    return train(network, network)
+
+
+def test_two_processes_compute_the_losses_gradients_and_features_of_the_whole_batch(both, expected):
+    for found in (seen["synchronised"] for seen in both):
+        assert_close(found["features"], expected["features"])
+        assert_close(found["losses"], expected["losses"])
+        for step in range(STEPS):
+            gradients = found["gradients"][step]
+            # DistributedDataParallel may leave zeros where one process leaves nothing
+            assert all(
+                (gradients.pop(name, torch.zeros(1)) == 0).all() for name in ("unused.weight", "unused.bias")
+            )
+            assert_close(gradients, expected["gradients"][step])
+    assert len(expected["gradients"][0]) == 11, "every weight of the network but the unused ones"
+
+
+def test_running_statistics_are_those_of_whole_batches_and_are_used_in_evaluation(both, expected):
+    untrained = make_network().state_dict()
+    for found in (seen["synchronised"] for seen in both):
+        assert list(found["state"]) == list(untrained)
+        assert_close(found["state"], expected["state"])
+        assert_close(found["evaluated"], expected["evaluated"])
+    moved = [name for name in untrained if "running" in name or "tracked" in name]
+    assert len(moved) == 6
+    assert not any(torch.equal(untrained[name], expected["state"][name]) for name in moved)
+
+
+def test_without_synchronisation_the_statistics_would_be_others(expected):
+    """The halves of the batch differ enough for the tests above to notice."""
+    layers = make_network().backbone
+    halves = torch.cat([layers(half) for half in batch(0)[0].chunk(2)])
+    assert (halves - expected["features"]).abs().max() > 0.1
+
+
+def test_both_processes_hold_the_same_network(both):
+    first, second = (seen["synchronised"]["state"] for seen in both)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_synchronising_replaces_the_layers_and_keeps_their_tensors(both):
+    for seen in both:
+        assert seen["same_tensors"] and seen["plain_layers"] == 0 and seen["wrapped"]
+
+
+def test_batch_normalisation_under_autocast_is_that_of_one_process(both):
+    images = torch.randn(4, 4, 5, 5, generator=torch.Generator().manual_seed(5))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = nn.BatchNorm2d(4)(images.bfloat16()).detach().float()
+    for seen, piece in zip(both, expected.chunk(2), strict=True):
+        assert isinstance(seen["half"], Tensor), seen["half"]
+        torch.testing.assert_close(seen["half"].float(), piece, rtol=0.02, atol=0.02)
+
+
+def test_buffers_are_shared_and_weights_are_not(both):
+    for rank, seen in enumerate(both):
+        state = seen["shared"]
+        assert all(
+            (state[name] == 5).all() for name in ("running_mean", "running_var", "num_batches_tracked")
+        )
+        assert all((state[name] == rank + 5).all() for name in ("weight", "bias"))
+
+
+def test_from_first_is_made_once_and_known_to_all(both):
+    assert [seen["from_first"] for seen in both] == [{"made_by": 0}] * 2
+    assert [seen["calls"] for seen in both] == [[0], []]
+
+
+def test_first_alone_lets_the_others_in_afterwards(both):
+    assert [seen["first_alone"] for seen in both] == ["0 fetched it", "1 found it"]
+
+
+def test_a_user_error_of_the_first_ends_all_and_is_told_once(launch):
+    seen, ended = launch
+    assert [rank["status"] for rank in seen] == [2, 2]
+    assert ended.stderr.count("error: refused by 0") == 1 and "refused by 1" not in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_script_of_one_process_refuses_torchrun_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = ROOT / "sfa" / "Train_cifar.py"
+    ended = subprocess.run(
+        [*command, str(script), "--dataset", "digits", "--out", str(tmp_path / "run")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert ended.returncode != 0
+    line = "Train_cifar.py: error: this script runs as one process: start it with python, not with torchrun"
+    assert line in ended.stderr.splitlines()
+    assert f'File "{script}"' not in ended.stderr, "no traceback of ours; torchrun may print its own"
+    assert list(tmp_path.iterdir()) == []
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
