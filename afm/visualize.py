@@ -43,15 +43,18 @@ class RunResult(NamedTuple):
     attention: dict[str, np.ndarray] | None  # the arrays of attention.npz
 
 
-def read_run(folder: Path) -> RunResult:
-    """Method, arguments, accuracy curve and attention of a run directory. UserError: it is none."""
+def read_run(folder: Path, data_root: str | None = None) -> RunResult:
+    """Method, arguments, accuracy curve and attention of a run directory. UserError: it is none.
+
+    data_root: where the data set is now, if it is not where the run found it.
+    """
     try:
         description = json.loads((folder / "args.json").read_text())
         with (folder / "log.csv").open(newline="") as file:
             accuracy = np.array([float(row["test_accuracy"]) for row in csv.DictReader(file)])
     except FileNotFoundError as error:
         raise UserError(f"{folder} is no run directory: {Path(error.filename).name} is missing") from None
-    arguments = description["arguments"]
+    arguments = description["arguments"] | ({"data_root": data_root} if data_root else {})
     method = description["method"] + (" (released)" if arguments.get("fidelity") == "released" else "")
     attention = None
     if (folder / "attention.npz").is_file():
@@ -192,6 +195,9 @@ def main(argv=None) -> None:
         "--out", default="afm.png", metavar="FILE", help="the figure to write (.png, .pdf or .svg)"
     )
     parser.add_argument(
+        "--data-root", metavar="DIR", help="where the images are, if not where the runs found them"
+    )
+    parser.add_argument(
         "--list", metavar="FILE", help="images whose pairs are weighed by the first run's network"
     )
     parser.add_argument(
@@ -201,7 +207,7 @@ def main(argv=None) -> None:
     out = Path(args.out)
     if out.suffix not in (".png", ".pdf", ".svg") or not out.parent.is_dir():
         raise UserError(f"--out {out}: name a .png, .pdf or .svg file in a folder that is there")
-    runs = [read_run(Path(run)) for run in args.runs]
+    runs = [read_run(Path(run), args.data_root) for run in args.runs]
     draw(runs, out)
     print(f"figure in {out}")
     if args.list:

@@ -129,7 +129,8 @@ def main(argv=None) -> None:
     args.num_epochs = args.num_epochs or arguments["num_epochs"]
     args.out = args.out or str(like / "baseline")
     device = gpu.pick(args.device, args.precision)
-    data = datasets.load(arguments["dataset"], args.data_path or arguments.get("data_path", "./data"))
+    folder = args.data_path or arguments.get("data_path") or arguments.get("data_root") or "./data"
+    data = datasets.load(arguments["dataset"], folder)
     columns = ("table", "cell", "dataset", "noise_type", "noise_rate", "imb_factor", "ood_ratio", "profile")
     run = Run(
         args, device, paper=description["paper"], method="CE", name="", cell={c: cell[c] for c in columns}

@@ -197,7 +197,10 @@ class _CPUSyncBatchNorm(nn.BatchNorm2d):
         """[B, C, H, W], normalised per channel by the statistics of the global batch; in eval mode by the running ones."""
         if not self.training:
             return super().forward(x)
-        dtype, x = x.dtype, x.double() if x.dtype == torch.float64 else x.float()  # sums in bfloat16 lose too much
+        dtype, x = (
+            x.dtype,
+            x.double() if x.dtype == torch.float64 else x.float(),
+        )  # sums in bfloat16 lose too much
         count = x.numel() // x.shape[1] * world()
         mean = _Sum.apply(x.sum(dim=(0, 2, 3))) / count
         centred = x - mean[:, None, None]

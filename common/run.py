@@ -95,7 +95,7 @@ class Run:
 
     def _check_arguments(self) -> None:
         path = self.folder / "args.json"
-        arguments = {name: value for name, value in vars(self.args).items() if name not in NOT_COMPARED}
+        arguments = dict(vars(self.args))
         if not path.exists():
             foreign = [
                 name
@@ -122,7 +122,7 @@ class Run:
         differing = [
             f"{n} was {old.get(n)}, now {arguments.get(n)}"
             for n in {**old, **arguments}
-            if old.get(n) != arguments.get(n)
+            if n not in NOT_COMPARED and old.get(n) != arguments.get(n)
         ]
         if differing:
             raise UserError(
