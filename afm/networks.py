@@ -20,6 +20,8 @@ RELEASED_NAMES = {
     "fc_classifier.": "classifier.",
 }
 
+PARTS = ("backbone.", "attention.", "classifier.", "mixed_classifier.")
+
 
 class Outputs(NamedTuple):
     """What a training step needs of the global batch of N rows, M groups of K and C classes; float32."""
@@ -104,6 +106,8 @@ def make_backbone(
     (torchvision's download) or none; a path is for `load_weights`. UserError: the weights cannot be fetched.
     """
     if image_size < 16:
+        if pretrained == "imagenet":
+            raise UserError("--pretrained imagenet: there is none for images below 16 pixels; use none")
         return narrow_resnet(channels), 64
     from torchvision import models  # noqa: PLC0415  (seconds of import that --help need not wait for)
 
@@ -123,15 +127,17 @@ def imagenet_resnet(name: str) -> nn.Module:
     weights = models.get_model_weights(name).IMAGENET1K_V1
 
     def load() -> nn.Module:
+        network = models.get_model(name)
         try:
-            return models.get_model(name, weights=weights)
-        except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
+            network.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True))
+        except Exception as error:  # no network, a full disk, or one of torch's many for a damaged file
+            reason = " ".join(str(error).split()) or type(error).__name__
             place = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
             raise UserError(
-                f"--pretrained imagenet: cannot fetch {weights.url} ({reason}): put the file at {place}, "
-                "or use --pretrained PATH or none"
+                f"--pretrained imagenet: cannot fetch or read {weights.url} ({reason[:200]}): put the whole file at "
+                f"{place}, or use --pretrained PATH or none"
             ) from None
+        return network
 
     return processes.first_alone(load)
 
@@ -156,28 +162,41 @@ def narrow_resnet(channels: int) -> nn.Sequential:
 
 
 def load_weights(network: AttentiveFeatureMixup, path: Path) -> list[str]:
-    """Copy into the network what a file of weights has of the same name and shape; the names of what it left as it was.
+    """Copy into the network what a file of weights has; the names of what stays as it was, for want of the same shape.
 
-    The file: a model_best.pt of an earlier run, the release's model_best.pkl, or a torchvision ResNet. Read as tensors
-    only. UserError: no such file, no state dict, or nothing in it that fits.
+    The file: a model_best.pt of an earlier run, the release's model_best.pkl, or a torchvision ResNet, whose classifier is
+    left. With one classifier, that of plain features is taken. UserError: no such file, nothing but tensors expected, or the
+    weights of another backbone.
     """
+    own = network.state_dict()
+    if network.mixed_classifier is network.classifier:
+        own = {name: value for name, value in own.items() if not name.startswith("mixed_classifier.")}
+    found = {_own_name(name, own): value for name, value in read_weights(path, "--pretrained").items()}
+    fitting = {name: value for name, value in found.items() if name in own and value.shape == own[name].shape}
+    foreign = [name for name in found if name.startswith("backbone.") and name not in fitting]
+    foreign = [name for name in foreign if not name.startswith("backbone.fc.")]
+    if foreign or not any(name.startswith("backbone.") for name in fitting):
+        which = (
+            f"its {foreign[0].removeprefix('backbone.')} does not fit" if foreign else "no tensor in it fits"
+        )
+        raise UserError(f"--pretrained {path}: {which} the backbone; name the --network it is of")
+    network.load_state_dict(fitting, strict=False)
+    return [name for name in own if name not in fitting]
+
+
+def read_weights(path: Path, what: str) -> dict[str, Tensor]:
+    """A state dict of tensors from a file, read as tensors only. UserError: no such file, damaged, or anything else in it."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"--pretrained {path}: no such file; name a file, imagenet or none") from None
+        raise UserError(f"{what} {path}: no such file") from None
     except Exception as error:  # torch raises a dozen kinds for damaged files
         raise UserError(
-            f"--pretrained {path}: damaged, or holds more than tensors ({type(error).__name__})"
+            f"{what} {path}: damaged, or holds more than tensors ({type(error).__name__})"
         ) from None
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"--pretrained {path}: not a state dict of tensors")
-    own = network.state_dict()
-    found = {_own_name(name, own): value for name, value in loaded.items()}
-    fitting = {name: value for name, value in found.items() if name in own and value.shape == own[name].shape}
-    if not fitting:
-        raise UserError(f"--pretrained {path}: none of its {len(loaded)} tensors fits the network")
-    network.load_state_dict(fitting, strict=False)
-    return [name for name in own if name not in fitting]
+        raise UserError(f"{what} {path}: not a state dict of tensors")
+    return loaded
 
 
 def _own_name(name: str, own: dict[str, Tensor]) -> str:
@@ -185,4 +204,4 @@ def _own_name(name: str, own: dict[str, Tensor]) -> str:
     for theirs, ours in RELEASED_NAMES.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
-    return name if name in own else f"backbone.{name}"
+    return name if name in own or name.startswith(PARTS) else f"backbone.{name}"

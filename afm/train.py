@@ -284,6 +284,12 @@ def check_mixup(parser: cli.Parser, args: Namespace) -> None:
         parser.error(
             "argument --mix-at: input is plain mixup and needs --weights random --group-size 2 --lam 1 (no plain loss)"
         )
+    without = {"mix_target": "soft", "detach_target": False, "group_rounds": 1, "group_order": "halves"}
+    for name, value in {**without, "pair_chunks": 1}.items():
+        if getattr(args, name) != value:
+            parser.error(
+                f"argument --mix-at: input goes without --{name.replace('_', '-')} {getattr(args, name)}"
+            )
     if processes.launched():
         parser.error("argument --mix-at: input runs in one process; start it with python")
 
@@ -339,7 +345,13 @@ def train(
     batches = run.progress(batches, f"epoch {epoch} {'fine-tuning' if finetuning else 'training'}")
     if args.mix_at == "input":
         return train_epoch_mixing_inputs(
-            network, optimizer, batches, labels, partial(draws, mixing=True), run.device
+            network,
+            optimizer,
+            batches,
+            labels,
+            partial(draws, mixing=True),
+            weight=args.weight_mixed,
+            device=run.device,
         )
     return train_epoch(
         network,

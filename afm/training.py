@@ -81,11 +81,18 @@ def train_epoch(
 
 
 def train_epoch_mixing_inputs(
-    network: nn.Module, optimizer: Optimizer, batches: Iterable, labels: Tensor, draw: Draw, device: Device
+    network: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterable,
+    labels: Tensor,
+    draw: Draw,
+    *,
+    weight: float,
+    device: Device,
 ) -> Epoch:
     """One pass of mixup (Zhang et al. 2018), the comparison that mixes images instead of features; one process.
 
-    Only mixtures are classified, so there is neither a plain loss nor a training accuracy.
+    Only mixtures are classified, so there is neither a plain loss nor a training accuracy. weight: of the loss.
     """
     network.train()
     losses = []
@@ -94,10 +101,10 @@ def train_epoch_mixing_inputs(
         with device.autocast():
             logits = network(mix(images[groups], drawn))
         loss = mixed_loss(logits, labels[index][groups], drawn)
-        _step(optimizer, loss)
+        _step(optimizer, weight * loss)
         losses.append(loss.detach())
     mean = float(torch.stack(losses).mean())
-    return Epoch(mean, mean, None, None, labels.new_empty(0, 2), logits.new_empty(0, 2).float())
+    return Epoch(weight * mean, mean, None, None, labels.new_empty(0, 2), logits.new_empty(0, 2).float())
 
 
 def _step(optimizer: Optimizer, loss: Tensor) -> None:

@@ -23,10 +23,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from afm.data import IMAGE_SIZE, ON_DISK, images_at
-from afm.networks import AttentiveFeatureMixup, make_network
+from afm.networks import AttentiveFeatureMixup, make_network, read_weights
 from afm.training import attention_statistics, pair_weights
 from common.augment import normalise, resize_and_center_crop
 from common.cli import Parser, UserError, exit_cleanly
+from common.datasets.arrays import read_npz
 from common.datasets.file_lists import IMAGENET_MEAN, IMAGENET_STD
 from common.datasets.images import DamagedImage, read_image
 
@@ -52,14 +53,16 @@ def read_run(folder: Path, data_root: str | None = None) -> RunResult:
         description = json.loads((folder / "args.json").read_text())
         with (folder / "log.csv").open(newline="") as file:
             accuracy = np.array([float(row["test_accuracy"]) for row in csv.DictReader(file)])
+        arguments = description["arguments"] | ({"data_root": data_root} if data_root else {})
+        method = description["method"] + (" (released)" if arguments.get("fidelity") == "released" else "")
+        attention = None
+        if (folder / "attention.npz").is_file():
+            arrays = read_npz(folder / "attention.npz")
+            attention = {name: arrays[name] for name in ("position", "weight", "known", "observed")}
     except FileNotFoundError as error:
         raise UserError(f"{folder} is no run directory: {Path(error.filename).name} is missing") from None
-    arguments = description["arguments"] | ({"data_root": data_root} if data_root else {})
-    method = description["method"] + (" (released)" if arguments.get("fidelity") == "released" else "")
-    attention = None
-    if (folder / "attention.npz").is_file():
-        with np.load(folder / "attention.npz", allow_pickle=False) as file:
-            attention = dict(file)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is damaged, or no run of AFM ({type(error).__name__}: {error})") from None
     return RunResult(folder, method, arguments, accuracy, attention)
 
 
@@ -102,13 +105,13 @@ def draw_images(figure, run: RunResult) -> None:
     """The images with the highest weights above, with the lowest below, with observed label and what is known of it."""
     weight = run.attention["weight"]
     order = np.argsort(np.where(np.isnan(weight), np.nanmedian(weight), weight), kind="stable")
-    rows = order[::-1][:SHOWN], order[:SHOWN]
-    shown = np.concatenate(rows)
+    count = min(SHOWN, len(order))
+    shown = np.concatenate([order[::-1][:count], order[:count]])
     # attention.npz counts the run's training images, whose places in the data set are in train_index.npy
     index = np.load(run.folder / "train_index.npy", allow_pickle=False)
     images = images_at(Namespace(**run.arguments), index[run.attention["position"][shown]])
     grid = figure.subplots(2, SHOWN, squeeze=False)
-    for axes, image, sample in zip(grid.ravel(), images, shown, strict=False):
+    for axes, image, sample in zip(grid[:, :count].ravel(), images, shown, strict=True):
         known = {1: "right", 0: "wrong", -1: "?"}[int(run.attention["known"][sample])]
         axes.imshow(image.squeeze(), cmap="gray" if image.shape[2] == 1 else None)
         axes.set_title(
@@ -142,17 +145,16 @@ def draw(runs: list[RunResult], out: Path) -> None:
 # the release's vis.py ---------------------------------------------------------------------------------------------------
 
 
-def write_pairs(run: RunResult, listing: Path, images_root: Path, out: Path) -> None:
+def write_pairs(network: AttentiveFeatureMixup, listing: Path, images_root: Path, out: Path) -> None:
     """features.npy (float32 [T, D]) and weight.npy (float32 [T, T, 2]) of T images for all ordered pairs (Sec. 9.2).
 
     listing: a line per image, whitespace between columns; the second column is its path below images_root, or the first
-    where there is only one. The weights of model_best.pt are used. UserError: no attention of pairs, or no such image.
+    where there is only one. UserError: no such image.
     """
-    network = best_network(run)
     try:
         lines = [line.split() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"--list {listing}: cannot be read ({error.strerror})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--list {listing}: cannot be read ({error})") from None
     if not lines:
         raise UserError(f"--list {listing}: names no image")
     transform = resize_and_center_crop()
@@ -180,7 +182,7 @@ def best_network(run: RunResult) -> AttentiveFeatureMixup:
         raise UserError(
             f"{run.folder}: --list needs a finished run of AFM on image files with --group-size 2"
         )
-    weights = torch.load(run.folder / "model_best.pt", map_location="cpu", weights_only=True)
+    weights = read_weights(run.folder / "model_best.pt", "--list: the run's weights")
     args = Namespace(**{**run.arguments, "pretrained": "none"})
     network = make_network(args, len(weights["classifier.bias"]), IMAGE_SIZE)
     network.load_state_dict(weights)
@@ -208,10 +210,10 @@ def main(argv=None) -> None:
     if out.suffix not in (".png", ".pdf", ".svg") or not out.parent.is_dir():
         raise UserError(f"--out {out}: name a .png, .pdf or .svg file in a folder that is there")
     runs = [read_run(Path(run), args.data_root) for run in args.runs]
+    if args.list:
+        write_pairs(best_network(runs[0]), Path(args.list), Path(args.images_root), out.parent)
     draw(runs, out)
     print(f"figure in {out}")
-    if args.list:
-        write_pairs(runs[0], Path(args.list), Path(args.images_root), out.parent)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,178 @@
+"""Attention of a group's members to each other: against a loop, for extreme scores, and the weights drawn in its place."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from afm.attention import ATTENTIONS, INTERACTIONS, GroupAttention, drawn_weights, mix, mixing_weights
+
+
+def members_of(groups: int, group_size: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(groups, group_size, width, generator=torch.Generator().manual_seed(seed)).relu()
+
+
+def attention_of(width: int, group_size: int = 2, seed: int = 0, **options) -> GroupAttention:
+    torch.manual_seed(seed)
+    return GroupAttention(width, group_size, **options)
+
+
+def plain_weights(attention: GroupAttention, group: torch.Tensor) -> torch.Tensor:
+    """The weights [K] of one group [K, D], as Sec. 4.2 writes them, in float64."""
+    layers = [(layer.weight.double(), layer.bias.double()) for layer in attention.projections]
+    projected = [(x.double() @ w.T + b).clamp_min(0) for x, (w, b) in zip(group, layers, strict=True)]
+    if attention.interaction == "concat":
+        fused = torch.cat(projected)
+    else:
+        fused = projected[0]
+        for other in projected[1:]:
+            fused = fused + other if attention.interaction == "sum" else fused * other
+    *further, last = [layer for layer in attention.score if hasattr(layer, "weight")]
+    for layer in further:
+        fused = (fused @ layer.weight.double().T + layer.bias.double()).clamp_min(0)
+    z = fused @ last.weight.double().T + last.bias.double()
+    if attention.attention == "complement":
+        return torch.stack([1 / (1 + (-z[0]).exp()), 1 - 1 / (1 + (-z[0]).exp())])
+    alpha = z.exp() if attention.attention == "softmax" else 1 / (1 + (-z).exp())
+    return alpha / alpha.sum()
+
+
+@pytest.mark.parametrize("attn_hidden", [0, 5])
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize(
+    ("group_size", "attention"),
+    [(k, a) for k in (2, 3, 4) for a in ATTENTIONS if a != "complement" or k == 2],
+)
+def test_agrees_with_a_loop_over_groups(group_size, interaction, attention, attn_hidden):
+    options = {"interaction": interaction, "attention": attention, "attn_hidden": attn_hidden}
+    made = attention_of(9, group_size, hidden=6, **options)
+    members = 2 * members_of(7, group_size, 9)
+    weights = made(members)
+    assert weights.shape == (7, group_size)
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(7))
+    expected = torch.stack([plain_weights(made, group) for group in members])
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=1e-6)
+    assert weights.std() > 1e-3  # or there would be nothing to see
+
+
+@pytest.mark.parametrize(("width", "hidden", "count"), [(512, 96, 98593), (2048, 384, 1574017)])
+def test_the_released_attention_has_its_sizes(width, hidden, count):
+    attention = GroupAttention(width, attention="complement")
+    assert [layer.out_features for layer in attention.projections] == [hidden, hidden]
+    assert sum(p.numel() for p in attention.parameters()) == count
+
+
+def test_every_projection_and_score_is_a_layer_of_its_own():
+    attention = GroupAttention(16, 4, interaction="concat", attn_hidden=5)
+    shapes = {name: list(p.shape) for name, p in attention.named_parameters() if name.endswith("weight")}
+    projections = {f"projections.{k}.weight": [3, 16] for k in range(4)}
+    assert shapes == {**projections, "score.0.weight": [5, 12], "score.2.weight": [4, 5]}
+
+
+def test_members_are_not_interchangeable():
+    attention, members = attention_of(8), members_of(5, 2, 8)
+    exchanged = attention(members.flip(1)).flip(1)
+    assert ((attention(members) - exchanged).abs() > 1e-4).all()
+
+
+# extreme scores ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [-1e4, -200.0, -90.0, 0.0, 200.0])
+@pytest.mark.parametrize("attention", ["sigmoid", "softmax"])
+def test_weights_and_gradients_stay_finite_for_extreme_scores(attention, shift):
+    scores = (torch.tensor([[0.0, 1.0, -1.0], [2.0, 2.0, 2.0]]) + shift).requires_grad_()
+    weights = mixing_weights(scores, attention)
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(2))
+    if shift < 0:  # sigmoid(z) is exp(z) there
+        torch.testing.assert_close(weights, torch.softmax(scores, dim=1), rtol=1e-4, atol=1e-6)
+    weights[:, 0].sum().backward()
+    assert scores.grad.isfinite().all()
+
+
+def test_the_stable_form_is_sigmoids_divided_by_their_sum():
+    scores = 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    alpha = scores.sigmoid()
+    torch.testing.assert_close(mixing_weights(scores, "sigmoid"), alpha / alpha.sum(dim=1, keepdim=True))
+
+
+def test_complement_is_a_sigmoid_for_the_first_and_the_rest_for_the_second():
+    weights = mixing_weights(torch.tensor([[0.0], [-300.0], [300.0]]), "complement")
+    assert weights.tolist() == [[0.5, 0.5], [0.0, 1.0], [1.0, 0.0]]
+
+
+# drawn weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_uniform_weights():
+    weights = drawn_weights(3, 4, "uniform", 1.0, np.random.default_rng(0))
+    assert weights.tolist() == [[0.25] * 4] * 3
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.3, 1.0, 8.0])
+@pytest.mark.parametrize("group_size", [2, 3, 5])
+def test_random_weights_are_dirichlet(group_size, alpha):
+    weights = drawn_weights(20000, group_size, "random", alpha, np.random.default_rng(0)).double()
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(20000, dtype=torch.float64), rtol=0, atol=1e-6)
+    mean = 1 / group_size
+    variance = mean * (1 - mean) / (group_size * alpha + 1)
+    assert weights.mean(dim=0).tolist() == pytest.approx(
+        [mean] * group_size, abs=5 * (variance / 20000) ** 0.5
+    )
+    assert weights.var(dim=0).tolist() == pytest.approx([variance] * group_size, rel=0.06)
+
+
+@pytest.mark.parametrize("alpha", [0.4, 1.0, 2.0])
+def test_random_weights_of_pairs_are_those_of_mixup(alpha):
+    first = drawn_weights(5000, 2, "random", alpha, np.random.default_rng(1))[:, 0].double().numpy()
+    expected = stats.uniform() if alpha == 1 else stats.beta(alpha, alpha)
+    assert stats.kstest(first, expected.cdf).pvalue > 0.01
+
+
+def test_weights_are_drawn_for_each_group_from_the_generator_alone():
+    weights = [drawn_weights(9, 2, "random", 1.0, np.random.default_rng(5)) for _ in range(2)]
+    assert torch.equal(*weights)
+    assert weights[0].dtype == torch.float32
+    assert len(weights[0][:, 0].unique()) == 9
+
+
+@pytest.mark.parametrize("kind", ["uniform", "random"])
+def test_no_group_draws_no_weight(kind):
+    assert drawn_weights(0, 3, kind, 1.0, np.random.default_rng(0)).shape == (0, 3)
+
+
+# mixing -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 4, 5)])
+def test_mixtures_of_features_and_of_images(shape):
+    generator = torch.Generator().manual_seed(0)
+    members = torch.randn(4, 3, *shape, generator=generator)
+    weights = torch.rand(4, 3, generator=generator)
+    mixed = mix(members, weights)
+    for g in range(4):
+        expected = sum(weights[g, k] * members[g, k] for k in range(3))
+        torch.testing.assert_close(mixed[g], expected)
+
+
+def test_no_group_no_mixture():
+    attention = attention_of(6, 3)
+    members = torch.zeros(0, 3, 6)
+    assert mix(members, attention(members)).shape == (0, 6)
+
+
+# errors -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"interaction": "max"}, "sum, concat, mul, got max"),
+        ({"attention": "tanh"}, "sigmoid, softmax, complement, got tanh"),
+        ({"group_size": 3, "attention": "complement"}, "groups of 2, got 3"),
+    ],
+)
+def test_what_there_is_not_is_named(options, named):
+    with pytest.raises(ValueError, match=named):
+        GroupAttention(8, **options)
