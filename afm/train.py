@@ -295,14 +295,24 @@ def check_mixup(parser: cli.Parser, args: Namespace) -> None:
 
 
 def method(args: Namespace) -> str:
-    """What a result row calls the method: AFM, or what the ablation switches leave of it."""
+    """What a result row calls the method: AFM with the switches that are not at their default, or what they leave of it."""
     if args.mix_at == "input":
         return "mixup"
     if args.weight_mixed == 0:
         return "CE"
-    if args.weights != "attentive":
-        return f"feature mixup, {args.weights} (K={args.group_size})"
-    return f"AFM (K={args.group_size})"
+    released = args.fidelity == "released"
+    usual = {"mix_target": "both" if released else "soft", "detach_target": False, "group_rounds": 1}
+    usual |= {"group_order": "halves", "shared_classifier": True}
+    name = "AFM"
+    if args.weights == "attentive":
+        attention = "complement" if released else "sigmoid"
+        usual |= {"attention": attention, "interaction": "sum", "attn_hidden": 0}
+    else:
+        name = f"feature mixup, {args.weights} weights"
+    switches = [
+        f"{flag} {getattr(args, flag)}" for flag, value in usual.items() if getattr(args, flag) != value
+    ]
+    return f"{name} ({', '.join([f'K={args.group_size}', *switches])})"
 
 
 def draw(

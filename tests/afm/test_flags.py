@@ -298,8 +298,11 @@ def test_the_noise_of_files_is_given(argv, noise_type):
         ([], "AFM (K=2)"),
         (["--group-size", "3"], "AFM (K=3)"),
         (["--lam", "0"], "CE"),
-        (["--weights", "uniform"], "feature mixup, uniform (K=2)"),
-        (["--weights", "random", "--group-size", "4"], "feature mixup, random (K=4)"),
+        (["--weights", "uniform"], "feature mixup, uniform weights (K=2)"),
+        (["--weights", "random", "--group-size", "4"], "feature mixup, random weights (K=4)"),
+        (["--detach-target", "--interaction", "concat"], "AFM (K=2, detach_target True, interaction concat)"),
+        (["--fidelity", "released"], "AFM (K=2)"),
+        (["--fidelity", "released", "--mix-target", "soft"], "AFM (K=2, mix_target soft)"),
         (["--weights", "random", "--lam", "1", "--mix-at", "input"], "mixup"),
     ],
 )
