@@ -415,9 +415,10 @@ def main(argv=None) -> None:
         done = train(epoch, args, data, parallel, optimizer, draws, run)
         processes.share_buffers(network)
         attention = mean_weights(done.members, done.weights, len(known))
-        report = {"loss": done.loss, "train_accuracy": done.accuracy, **test(network, data, run, epoch)}
-        report |= {**attention_statistics(attention, known), "attention_peak": mean_peak(done.weights)}
-        report |= {"mixed_loss": done.mixed_loss, "plain_loss": done.plain_loss}
+        accuracies, losses = test(network, data, run, epoch)
+        report = {"loss": done.loss, "train_accuracy": done.accuracy, **accuracies}
+        report |= {"attention_peak": mean_peak(done.weights), **attention_statistics(attention, known)}
+        report |= {"mixed_loss": done.mixed_loss, "plain_loss": done.plain_loss, **losses}
         report |= {"lr": learning_rate(args, epoch)}
         keep_weights(network, report, epoch, args, run)
         run.log(epoch, **report)
@@ -426,21 +427,17 @@ def main(argv=None) -> None:
     run.finish(**last, **at_best_validation(run.rows))
 
 
-def test(network: AttentiveFeatureMixup, data: Data, run: Run, epoch: int) -> dict[str, float | None]:
-    """Columns of the log: accuracy and losses on the test images, accuracy on the validation images where there are any."""
+def test(network: AttentiveFeatureMixup, data: Data, run: Run, epoch: int) -> tuple[dict, dict]:
+    """Columns of the log: accuracy on the test images and on the validation images, if any; and further ones of the test."""
     batches = run.progress(data.test.batches, f"epoch {epoch} test", training=False)
     found = evaluate(network, batches, data.test.labels, run.device)
     validation = None
     if data.validation is not None:
         batches = run.progress(data.validation.batches, f"epoch {epoch} validation", training=False)
         validation = evaluate(network, batches, data.validation.labels, run.device).accuracy
-    return {
-        "test_accuracy": found.accuracy,
-        "validation_accuracy": validation,
-        "test_loss": found.loss,
-        "test_loss_batchmean": found.loss_batchmean,
-        "test_accuracy_mixed_classifier": found.mixed_accuracy,
-    }
+    further = {"test_loss": found.loss, "test_loss_batchmean": found.loss_batchmean}
+    further["test_accuracy_mixed_classifier"] = found.mixed_accuracy
+    return {"test_accuracy": found.accuracy, "validation_accuracy": validation}, further
 
 
 def keep_weights(network: nn.Module, report: dict, epoch: int, args: Namespace, run: Run) -> None:
