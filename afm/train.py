@@ -424,7 +424,7 @@ def main(argv=None) -> None:
         run.log(epoch, **report)
 
     last = {} if run.is_finished() else measure_attention(network, data, run)
-    run.finish(**last, **at_best_validation(run.rows))
+    run.finish(**last, attention_peak=run.rows[-1]["attention_peak"], **at_best_validation(run.rows))
 
 
 def test(network: AttentiveFeatureMixup, data: Data, run: Run, epoch: int) -> tuple[dict, dict]:
