@@ -6,17 +6,11 @@ images of the first one with the highest and the lowest weights. With `--list FI
 all ordered pairs of some images of your own are written too, as the release's vis.py does.
 """
 
-import csv
-import json
 import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -25,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from afm.data import IMAGE_SIZE, ON_DISK, images_at
 from afm.networks import AttentiveFeatureMixup, make_network, read_weights
 from afm.training import attention_statistics, pair_weights
+from common import figures
 from common.augment import normalise, resize_and_center_crop
 from common.cli import Parser, UserError, exit_cleanly
 from common.datasets.arrays import read_npz
@@ -49,35 +44,16 @@ def read_run(folder: Path, data_root: str | None = None) -> RunResult:
 
     data_root: where the data set is now, if it is not where the run found it.
     """
+    method, arguments, accuracy = figures.read_curve(folder)
+    attention = None
     try:
-        description = json.loads((folder / "args.json").read_text())
-        with (folder / "log.csv").open(newline="") as file:
-            accuracy = np.array([float(row["test_accuracy"]) for row in csv.DictReader(file)])
-        arguments = description["arguments"] | ({"data_root": data_root} if data_root else {})
-        method = description["method"] + (" (released)" if arguments.get("fidelity") == "released" else "")
-        attention = None
         if (folder / "attention.npz").is_file():
             arrays = read_npz(folder / "attention.npz")
             attention = {name: arrays[name] for name in ("position", "weight", "known", "observed")}
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is no run directory: {Path(error.filename).name} is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is damaged, or no run of AFM ({type(error).__name__}: {error})") from None
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{folder / 'attention.npz'} is damaged, or not of AFM ({error})") from None
+    arguments |= {"data_root": data_root} if data_root else {}
     return RunResult(folder, method, arguments, accuracy, attention)
-
-
-def draw_curves(axes, runs: list[RunResult]) -> None:
-    """Mean test accuracy by epoch of each method, shaded from the worst to the best run."""
-    for method in dict.fromkeys(run.method for run in runs):
-        curves = [run.accuracy for run in runs if run.method == method]
-        length = min(map(len, curves))
-        stacked = np.stack([curve[:length] for curve in curves])
-        epochs = np.arange(1, length + 1)
-        (line,) = axes.plot(epochs, stacked.mean(axis=0), label=f"{method}, {len(stacked)} run(s)")
-        axes.fill_between(epochs, stacked.min(axis=0), stacked.max(axis=0), alpha=0.2, color=line.get_color())
-    axes.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 100))
-    axes.legend(loc="lower right")
-    axes.grid(alpha=0.3)
 
 
 def draw_weights(axes, run: RunResult) -> None:
@@ -128,18 +104,16 @@ def draw(runs: list[RunResult], out: Path) -> None:
     for run in runs:
         if run.attention is not None:
             attentive.setdefault(run.method, run)
-    figure = plt.figure(figsize=(11, 9 if attentive else 4), layout="constrained")
+    figure = figures.plt.figure(figsize=(11, 9 if attentive else 4), layout="constrained")
     if attentive:
         upper, middle, lower = figure.subfigures(3, 1, height_ratios=[1.1, 0.9, 1])
         panels = middle.subplots(1, len(attentive), squeeze=False)[0]
         for axes, run in zip(panels, attentive.values(), strict=True):
             draw_weights(axes, run)
         draw_images(lower, next(iter(attentive.values())))
-    draw_curves((upper if attentive else figure).subplots(), runs)
-    temporary = out.with_name(f".{out.name}.tmp")
-    figure.savefig(temporary, dpi=110, format=out.suffix.lstrip("."))
-    plt.close(figure)
-    temporary.replace(out)
+    axes = (upper if attentive else figure).subplots()
+    figures.draw_curves(axes, [(run.method, run.accuracy) for run in runs])
+    figures.write(figure, out)
 
 
 # the release's vis.py ---------------------------------------------------------------------------------------------------
@@ -206,9 +180,7 @@ def main(argv=None) -> None:
         "--images-root", default=".", metavar="DIR", help="the folder that --list's paths are below"
     )
     args = parser.parse_args(argv)
-    out = Path(args.out)
-    if out.suffix not in (".png", ".pdf", ".svg") or not out.parent.is_dir():
-        raise UserError(f"--out {out}: name a .png, .pdf or .svg file in a folder that is there")
+    out = figures.checked_path(args.out)
     runs = [read_run(Path(run), args.data_root) for run in args.runs]
     if args.list:
         write_pairs(best_network(runs[0]), Path(args.list), Path(args.images_root), out.parent)

@@ -97,16 +97,6 @@ def first_alone(make: Callable[[], Any]) -> Any:
 # rows of a batch ------------------------------------------------------------------------------------------------------
 
 
-def own_piece(rows: Tensor) -> Tensor:
-    """This process's consecutive piece of the rows of a global batch [N, ...]: [N / world, ...].
-
-    ValueError: N is not a multiple of the number of processes.
-    """
-    if len(rows) % world():
-        raise ValueError(f"a batch of {len(rows)} cannot be cut into {world()} equal pieces")
-    return rows if world() == 1 else rows.chunk(world())[rank()]
-
-
 def gather_rows(rows: Tensor) -> Tensor:
     """The pieces [B, ...] of all processes as one global batch [world B, ...], with the gradient of this process's piece.
 

@@ -64,31 +64,13 @@ def test_a_run_is_read(tmp_path):
     assert ((plain.accuracy >= 50) & (plain.accuracy <= 60)).all()
 
 
-def test_curves_are_means_over_the_runs_of_a_method(tmp_path):
-    runs = [visualize.read_run(write_run(tmp_path / str(seed), seed=seed)) for seed in range(3)]
-    runs.append(visualize.read_run(write_run(tmp_path / "ce", "--lam", "0", seed=3)))
-    runs[1] = runs[1]._replace(accuracy=runs[1].accuracy[:4])  # one that is not as far as the others
-    figure = visualize.plt.figure()
-    axes = figure.subplots()
-    visualize.draw_curves(axes, runs)
-    afm, ce = axes.get_lines()
-    assert np.allclose(afm.get_ydata(), np.mean([run.accuracy[:4] for run in runs[:3]], axis=0))
-    assert afm.get_xdata().tolist() == [1, 2, 3, 4]
-    assert np.allclose(ce.get_ydata(), runs[3].accuracy)
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "AFM (K=2), 3 run(s)",
-        "CE, 1 run(s)",
-    ]
-    visualize.plt.close(figure)
-
-
 def test_the_images_are_those_with_the_highest_and_the_lowest_weights(tmp_path, monkeypatch):
     run = visualize.read_run(write_run(tmp_path / "run"))
     run.attention["weight"][[3, 4]] = [np.nan, 2.0]
     asked = []
     images = visualize.images_at
     monkeypatch.setattr(visualize, "images_at", lambda args, at: asked.append(at) or images(args, at))
-    figure = visualize.plt.figure()
+    figure = visualize.figures.plt.figure()
     visualize.draw_images(figure, run)
     order = np.argsort(np.nan_to_num(run.attention["weight"], nan=0.5))
     expected = [*order[::-1][:8], *order[:8]]
@@ -99,15 +81,15 @@ def test_the_images_are_those_with_the_highest_and_the_lowest_weights(tmp_path, 
         f"{run.attention['weight'][i]:.3f}\nlabel {run.attention['observed'][i]}, {known[run.attention['known'][i]]}"
         for i in expected
     ]
-    visualize.plt.close(figure)
+    visualize.figures.plt.close(figure)
 
 
 def test_fewer_images_than_places_stay_in_their_rows(tmp_path):
     run = visualize.read_run(write_run(tmp_path / "run", samples=5))
-    figure = visualize.plt.figure()
+    figure = visualize.figures.plt.figure()
     visualize.draw_images(figure, run)
     titles = [axes.get_title() for axes in figure.axes]
-    visualize.plt.close(figure)
+    visualize.figures.plt.close(figure)
     assert [bool(title) for title in titles] == [*[True] * 5, *[False] * 3] * 2
 
 
