@@ -279,6 +279,8 @@ def _read_record(record: Path, sha: str, count: int) -> tuple[dict[int, str], np
         if content["list_sha256"] == sha:
             unseen[content["not_looked_at"]] = True
             return {int(i): reason for i, reason in content["damaged"].items()}, unseen
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
-        pass  # none, or a damaged one: as if there were none
+    except FileNotFoundError:
+        pass  # the first look at this list
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        print(f"note: {record} cannot be read ({type(error).__name__}): every image is read again")
     return {}, np.ones(count, dtype=bool)
