@@ -72,8 +72,6 @@ def load(args: Namespace, device: Device, loader: Generator) -> Data:
 def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
     """Digits, MNIST, CIFAR or an .npz, with label noise drawn before any image is touched."""
     data = datasets.load(args.dataset, args.data_root or "./data")
-    if isinstance(data, FileData):
-        raise UserError(f"--dataset {args.dataset}: AFM calls it one of {', '.join(ON_DISK)}")
     index = np.arange(len(data.train.labels))
     if args.noise_file:
         observed = datasets.labels_of(args.noise_file, index, len(index), data.num_classes)
@@ -92,7 +90,7 @@ def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
             args.seed,
             data.train.images,
         )
-    index = limited(index, args)
+    index = datasets.limited(index, args.limit_train, args.seed)
     clean, observed = data.train.labels[index], observed[index]
 
     size, channels = data.train.images.shape[2:]
@@ -124,7 +122,7 @@ def from_files(args: Namespace, device: Device, loader: Generator) -> Data:
         labels = datasets.labels_of(args.noise_file, data.positions, data.listed, data.num_classes)
         verified = np.where(labels == data.train.labels, data.verified, -1).astype(np.int8)
         data = data._replace(train=data.train._replace(labels=labels), verified=verified)
-    kept = limited(np.arange(len(data.positions)), args)
+    kept = datasets.limited(np.arange(len(data.positions)), args.limit_train, args.seed)
     sampled = sampled_positions(data.verified[kept], args.seed)
     caches = open_caches(args.image_cache, data) if args.image_cache else {}
     loading = {"mean": data.mean, "std": data.std, "device": device.device, "workers": args.workers}
@@ -146,7 +144,8 @@ def from_files(args: Namespace, device: Device, loader: Generator) -> Data:
 
     clean_train = None
     if data.clean_train is not None:
-        clean_train = for_training(data.clean_train, limited(np.arange(len(data.clean_train.labels)), args))
+        clean = datasets.limited(np.arange(len(data.clean_train.labels)), args.limit_train, args.seed)
+        clean_train = for_training(data.clean_train, clean)
     return Data(
         data.name,
         data.num_classes,
@@ -170,10 +169,8 @@ def _load_files(args: Namespace) -> FileData:
     root = Path(args.data_root or FOLDERS[args.dataset])
     if (root / args.dataset).is_dir():
         root = root / args.dataset  # ./data serves as well as ./data/food
-    checking = {"on_bad_image": args.on_bad_image, "workers": args.workers}
-    if args.dataset == "food":
-        return datasets.load_food101n(root, **checking)
-    return datasets.load_clothing1m(root, train_on=args.train_on, **checking)
+    name = datasets.ALIASES.get(args.dataset, args.dataset)
+    return datasets.load_files(name, root, args.train_on, args.on_bad_image, args.workers)
 
 
 def images_at(args: Namespace, positions: np.ndarray) -> list[np.ndarray]:
@@ -186,13 +183,6 @@ def images_at(args: Namespace, positions: np.ndarray) -> list[np.ndarray]:
     return [
         whole(data.train.read(place[position])).permute(1, 2, 0).numpy() for position in positions.tolist()
     ]
-
-
-def limited(positions: np.ndarray, args: Namespace) -> np.ndarray:
-    """The positions, or the seeded subset of them that --limit_train asks for, in order."""
-    if not args.limit_train or args.limit_train >= len(positions):
-        return positions
-    return np.sort(np.random.RandomState(args.seed).permutation(positions)[: args.limit_train])
 
 
 def sampled_positions(known: np.ndarray, seed: int) -> np.ndarray:

@@ -172,10 +172,8 @@ def long_tailed_noisy(data: Data, args: Namespace) -> tuple[np.ndarray, np.ndarr
         observed = noise.long_tailed_noise(
             args.noise_mode, clean, num_classes, args.noise_ratio, python_rng, rng
         )
-    if args.limit_train and args.limit_train < len(index):
-        kept = np.sort(np.random.RandomState(args.seed).permutation(len(index))[: args.limit_train])
-        index, clean, observed = index[kept], clean[kept], observed[kept]
-    return index, clean, observed
+    kept = datasets.limited(np.arange(len(index)), args.limit_train, args.seed)
+    return index[kept], clean[kept], observed[kept]
 
 
 def make_network(data: Data) -> PreActResNet:

@@ -16,6 +16,7 @@ from common.datasets.file_lists import FileData, FileSplit
 from common.datasets.food101n import load_food101n
 from common.datasets.given_labels import labels_of, read_labels
 from common.datasets.in_memory import NAMES, Data, Split, download, load
+from common.datasets.limit import limited
 
 __all__ = [
     "ALIASES",
@@ -28,6 +29,7 @@ __all__ = [
     "check",
     "download",
     "labels_of",
+    "limited",
     "load",
     "load_clothing1m",
     "load_files",

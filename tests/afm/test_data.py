@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from afm import data as afm_data
-from afm.data import images_at, limited, load, sampled_positions
+from afm.data import images_at, load, sampled_positions
 from afm.train import parse_args
 from common import datasets
 from common.cli import UserError
@@ -28,16 +28,21 @@ def load_with(*flags, seed: int = 0) -> afm_data.Data:
 # subsets ----------------------------------------------------------------------------------------------------------------
 
 
+def limited_as(positions: np.ndarray, *flags: str) -> np.ndarray:
+    args = parse_args(list(flags))
+    return datasets.limited(positions, args.limit_train, args.seed)
+
+
 def test_a_subset_is_seeded_in_order_and_all_there_is_where_more_is_asked_for():
     positions = np.arange(10, 60)
-    few = [limited(positions, parse_args(["--limit_train", "7", "--seed", str(seed)])) for seed in (0, 0, 1)]
+    few = [limited_as(positions, "--limit_train", "7", "--seed", str(seed)) for seed in (0, 0, 1)]
     assert len(few[0]) == 7
     assert (np.diff(few[0]) > 0).all()
     assert np.isin(few[0], positions).all()
     assert np.array_equal(few[0], few[1])
     assert not np.array_equal(few[0], few[2])
     for flags in ([], ["--limit_train", "50"], ["--limit_train", "51"]):
-        assert limited(positions, parse_args(flags)) is positions
+        assert limited_as(positions, *flags) is positions
 
 
 def test_known_images_are_sampled_first(monkeypatch):

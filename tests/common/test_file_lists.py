@@ -309,7 +309,7 @@ def test_skip_leaves_out_missing_and_damaged_images_of_every_split(food, capsys,
     assert "food101n test: 0 missing and 1 damaged images left out, 5 kept" in printed
 
 
-def test_the_search_for_damaged_images_is_done_once(food, monkeypatch):
+def test_the_search_for_damaged_images_is_done_once(food, monkeypatch, capsys):
     data = datasets.load_food101n(food)
     plant(data.train.path(3), "truncated")
     plant(data.train.path(4), "missing")
@@ -342,7 +342,10 @@ def test_the_search_for_damaged_images_is_done_once(food, monkeypatch):
         datasets.load_food101n(food, "skip")
         data.train.path(4).write_bytes(content)
         records[1].write_text(spoilt)
+        capsys.readouterr()
         assert datasets.load_food101n(food, "skip").positions.tolist() == [0, 1, 2, *range(4, 12)]
+        told = f"note: {records[1]} cannot be read (JSONDecodeError): every image is read again"
+        assert (told in capsys.readouterr().out) == (spoilt == "damaged itself")
 
 
 def test_another_list_is_looked_through_anew(food):

@@ -24,6 +24,7 @@ import torch
 from common import datasets
 from common.datasets.image_cache import build_caches
 from tests.common.small_file_data import make_clothing1m, make_food101n, plant
+from tests.end_to_end.outcome import log_without_seconds, result_without_time_and_place
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -365,19 +366,6 @@ def test_how_many_processes_there_were_is_recorded(alone_and_by_two):
 
 
 # killed -----------------------------------------------------------------------------------------------------------------
-
-
-def log_without_seconds(folder: Path) -> list[str]:
-    lines = (folder / "log.csv").read_text().splitlines()
-    assert lines[0].endswith(",seconds")
-    return [line.rpartition(",")[0] for line in lines]
-
-
-def result_without_time_and_place(folder: Path) -> dict:
-    result = json.loads((folder / "result.json").read_text())
-    del result["timing"], result["command"]
-    del result["environment"]["git"]  # a commit may come between two runs
-    return result
 
 
 @pytest.mark.parametrize("data", ["digits", "food"])

@@ -3,7 +3,6 @@
 A process start costs seconds, so the runs that several tests look at are made once, two at a time.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -16,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+
+from tests.end_to_end.outcome import log_without_seconds, result_without_time_and_place
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCHS = 7  # two of warm-up, so the first selection is in epoch 3
@@ -140,19 +141,6 @@ def reference(scenarios):
 
 
 # what they leave --------------------------------------------------------------------------------------------------------
-
-
-def log_without_seconds(folder: Path) -> list[str]:
-    lines = (folder / "log.csv").read_text().splitlines()
-    assert lines[0].endswith(",seconds")
-    return [line.rpartition(",")[0] for line in lines]
-
-
-def result_without_time_and_place(folder: Path) -> dict:
-    result = json.loads((folder / "result.json").read_text())
-    del result["timing"], result["command"]
-    del result["environment"]["git"]  # a commit may come between two runs
-    return result
 
 
 def assert_same_outcome(folder: Path, reference: Scenario) -> None:
