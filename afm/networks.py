@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from afm.attention import GroupAttention, mix
 from common import processes
 from common.cli import UserError
+from common.weights import imagenet_resnet, read_weights
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 # the parts of the release's checkpoints by their names here
@@ -120,28 +121,6 @@ def make_backbone(
     return network, width
 
 
-def imagenet_resnet(name: str) -> nn.Module:
-    """torchvision's ResNet with its first ImageNet weights, fetched once by the first process. UserError: it cannot be."""
-    from torchvision import models  # noqa: PLC0415
-
-    weights = models.get_model_weights(name).IMAGENET1K_V1
-
-    def load() -> nn.Module:
-        network = models.get_model(name)
-        try:
-            network.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True))
-        except Exception as error:  # no network, a full disk, or one of torch's many for a damaged file
-            reason = " ".join(str(error).split()) or type(error).__name__
-            place = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
-            raise UserError(
-                f"--pretrained imagenet: cannot fetch or read {weights.url} ({reason[:200]}): put the whole file at "
-                f"{place}, or use --pretrained PATH or none"
-            ) from None
-        return network
-
-    return processes.first_alone(load)
-
-
 def narrow_resnet(channels: int) -> nn.Sequential:
     """Three stages of one basic block each, 16, 32 and 64 wide, for images of 8 pixels: pooled features [B, 64]."""
     from torchvision.models.resnet import BasicBlock  # noqa: PLC0415
@@ -182,21 +161,6 @@ def load_weights(network: AttentiveFeatureMixup, path: Path) -> list[str]:
         raise UserError(f"--pretrained {path}: {which} the backbone; name the --network it is of")
     network.load_state_dict(fitting, strict=False)
     return [name for name in own if name not in fitting]
-
-
-def read_weights(path: Path, what: str) -> dict[str, Tensor]:
-    """A state dict of tensors from a file, read as tensors only. UserError: no such file, damaged, or anything else in it."""
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{what} {path}: no such file") from None
-    except Exception as error:  # torch raises a dozen kinds for damaged files
-        raise UserError(
-            f"{what} {path}: damaged, or holds more than tensors ({type(error).__name__})"
-        ) from None
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"{what} {path}: not a state dict of tensors")
-    return loaded
 
 
 def _own_name(name: str, own: dict[str, Tensor]) -> str:

@@ -1,0 +1,1 @@
+"""Attentive Feature Mixup (ECCV 2020)."""
