@@ -1,1 +1,1 @@
-"""Attentive Feature Mixup (ECCV 2020)."""
+"""Me-Momentum (ICCV 2021)."""

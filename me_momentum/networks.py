@@ -1,0 +1,142 @@
+"""The released networks (Sec. 3): LeNet, ResNet-18/34 with a stem without padding, ResNet-50 for Clothing1M; PyTorch's own
+initialisation. Layers are made in the release's order, so that one seed gives the release's initial weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.cli import UserError
+from common.weights import imagenet_resnet, read_weights
+
+NETWORKS = ("lenet", "resnet18", "resnet34", "small")
+
+
+def make_network(name: str, num_classes: int, channels: int, size: int, stem_padding: int = 0) -> nn.Module:
+    """One of NETWORKS for images [channels, size, size]. UserError: images that are too small for it."""
+    smallest = {"lenet": 14, "small": 4}.get(name, 3)
+    if size < smallest:
+        raise UserError(f"--network {name}: images of {size} pixels are too small for it; use small")
+    if name == "lenet":
+        return LeNet(num_classes, channels, size)
+    if name == "small":
+        return SmallNet(num_classes, channels)
+    blocks = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}[name]
+    return ResNet(blocks, num_classes, channels, stem_padding)
+
+
+def usual_network(dataset: str, channels: int, size: int) -> str:
+    """The release's network for a data set; for others one that suits their images."""
+    if dataset == "cifar100":
+        return "resnet34"
+    if size < 14:
+        return "small"
+    return "lenet" if channels == 1 else "resnet18"
+
+
+class LeNet(nn.Module):
+    """LeNet-5 with ReLU and max-pooling; 61 706 parameters for 10 classes of 28-pixel grey images.
+
+    Pooling comes before ReLU: both orders give the same, and this one has a quarter of the values to go through.
+    """
+
+    def __init__(self, num_classes: int = 10, channels: int = 1, size: int = 28):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 6, 5, padding=2)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * ((size // 2 - 4) // 2) ** 2, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, channels, size, size] -> logits [B, C]."""
+        x = F.relu(F.max_pool2d(self.conv1(images), 2))
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        x = F.relu(self.fc1(x.flatten(1)))
+        return self.fc3(F.relu(self.fc2(x)))
+
+
+class SmallNet(nn.Module):
+    """LeNet's relative for the 8-pixel digits: two 3x3 convolutions and two linear layers."""
+
+    def __init__(self, num_classes: int = 10, channels: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 32, 3, padding=1)
+        self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
+        self.fc1 = nn.Linear(64 * 2 * 2, 128)
+        self.fc2 = nn.Linear(128, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, channels, H, W] -> logits [B, C]."""
+        x = F.relu(F.max_pool2d(self.conv1(images), 2))
+        x = F.adaptive_max_pool2d(F.relu(self.conv2(x)), 2)
+        return self.fc2(F.relu(self.fc1(x.flatten(1))))
+
+
+class BasicBlock(nn.Module):
+    """Convolution, norm, ReLU, convolution, norm; plus the shortcut; ReLU."""
+
+    def __init__(self, width_in: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or width_in != width:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, width_in, H, W] -> [B, width, H / stride, W / stride]."""
+        out = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(out + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """Post-activation ResNet of basic blocks, 64 to 512 wide. The release's stem has no padding: 32 pixels become 30."""
+
+    def __init__(self, blocks: Sequence[int], num_classes: int, channels: int = 3, stem_padding: int = 0):
+        """blocks: of each of the four stages; all but the first halve the resolution."""
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 64, 3, padding=stem_padding, bias=False)
+        self.stem_norm = nn.BatchNorm2d(64)
+        layers, width_in = [], 64
+        for stage, count in enumerate(blocks):
+            width = 64 * 2**stage
+            for block in range(count):
+                layers.append(BasicBlock(width_in, width, stride=2 if stage > 0 and block == 0 else 1))
+                width_in = width
+        self.blocks = nn.Sequential(*layers)
+        self.classifier = nn.Linear(width_in, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, channels, H, W] -> logits [B, C]."""
+        maps = self.blocks(F.relu(self.stem_norm(self.stem(images))))
+        return self.classifier(maps.mean(dim=(2, 3)))
+
+
+# Clothing1M (Sec. 8) --------------------------------------------------------------------------------------------------
+
+
+def clothing_network(num_classes: int, name: str = "resnet50", pretrained: str = "imagenet") -> nn.Module:
+    """torchvision's ResNet with a fresh last layer; 23 536 718 parameters for ResNet-50 and 14 classes.
+
+    pretrained: imagenet (torchvision's first weights), none, or the path of a torchvision ResNet's weights. UserError: the
+    weights cannot be had, or are of another network.
+    """
+    from torchvision import models  # noqa: PLC0415  (seconds of import that --help need not wait for)
+
+    network = imagenet_resnet(name) if pretrained == "imagenet" else models.get_model(name)
+    if pretrained not in ("imagenet", "none"):
+        found, own = read_weights(Path(pretrained), "--pretrained"), network.state_dict()
+        body = {key: value for key, value in found.items() if not key.startswith("fc.")}
+        foreign = [key for key, value in body.items() if key not in own or value.shape != own[key].shape]
+        missing = [key for key in own if key not in body and not key.startswith("fc.")]
+        if foreign or missing:
+            raise UserError(f"--pretrained {pretrained}: {(foreign + missing)[0]} does not fit {name}")
+        network.load_state_dict(body, strict=False)
+    network.fc = nn.Linear(network.fc.in_features, num_classes)
+    return network
