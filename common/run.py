@@ -13,6 +13,7 @@ Of several processes (common.processes) the first alone writes; the others read 
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import platform
@@ -65,6 +66,7 @@ class Run:
         self.images = 0  # training samples that went through `progress`
         self.seconds = 0.0  # training time of the finished epochs
         self._epoch_started = 0.0
+        self._last: int | None = None  # epoch, where that is known
         self._signal: int | None = None
         self._state: dict[str, Any] = {}
         self._handlers: dict[int, Any] = {}
@@ -246,9 +248,14 @@ class Run:
 
     # the epoch loop ---------------------------------------------------------------------------------------------------
 
-    def epochs(self, last: int) -> Iterator[int]:
-        """The epochs still to do, 1-based; each ends in a checkpoint. The loop body must call `log`."""
-        for epoch in range(len(self.rows) + 1, last + 1):
+    def epochs(self, last: int | None) -> Iterator[int]:
+        """The epochs still to do, 1-based; each ends in a checkpoint. The loop body must call `log`.
+
+        last: None where only the training can tell; the body then breaks, before it begins an epoch that is not to be.
+        """
+        self._last = last
+        first = len(self.rows) + 1
+        for epoch in itertools.count(first) if last is None else range(first, last + 1):
             self._stop_if_asked()
             self._epoch_started = time.perf_counter()
             yield epoch
@@ -301,7 +308,7 @@ class Run:
             self._writer.add_scalar(name, value, epoch)
         self._writer.flush()
         print(
-            f"epoch {epoch}/{self.args.num_epochs}  "
+            f"epoch {epoch}{f'/{self._last}' if self._last else ''}  "
             + "  ".join(_short(n, v) for n, v in list(shown.items())[:8]),
             flush=True,
         )

@@ -1,0 +1,430 @@
+"""Me-Momentum (ICCV 2021) on MNIST, Fashion-MNIST, CIFAR-10/100 with label noise, and on the embedded digits.
+
+    python me_momentum/main.py --preset embedded/digits-sym0.4/me-momentum            # under a minute, no data needed
+    python me_momentum/main.py --dataset mnist --noise_type instance --noise_rate 0.2   # MNIST under ./data
+
+The sections in brackets are those of the method's description in me_momentum/README.md.
+"""
+
+import io
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import cli, datasets, gpu, noise
+from common.augment import training_augmentation
+from common.cli import UserError
+from common.datasets import Data
+from common.loader import Batches, Images
+from common.run import Run, run_name
+from me_momentum.alternation import Limits, Place, advance, learning_rate, name_of
+from me_momentum.confident import confident_examples, set_statistics
+from me_momentum.networks import NETWORKS, make_network, usual_network
+from me_momentum.training import predict, train_epoch
+from me_momentum.validation import Parts, accuracy, balanced_accuracy, batch_mean_accuracy, split
+
+PRESETS = Path(__file__).with_name("presets.toml")
+SET_COLUMNS = ("confident_size", "confident_precision", "confident_recall", "hard_share", "hard_precision")
+
+
+def make_parser() -> cli.Parser:
+    """The release's flags and defaults, flags for its single quirks, and the flags all scripts share."""
+    parser = cli.Parser(prog="main.py", description=__doc__.splitlines()[0])
+    data = parser.add_argument_group("data and label noise")
+    data.add_argument(
+        "--dataset",
+        default="mnist",
+        help="mnist, fashion_mnist, cifar10, cifar100, digits, or NAME for DATA_PATH/NAME.npz",
+    )
+    data.add_argument("--data_path", default="./data", metavar="DIR", help="where the data sets are")
+    data.add_argument(
+        "--noise_type",
+        choices=[*noise.NOISE_TYPES, "given"],
+        default="symmetric",
+        help="label noise of the whole training set, validation part included; given: the noisy_labels of an .npz",
+    )
+    data.add_argument("--noise_rate", type=cli.fraction, default=0.2, help="rate of that noise")
+    data.add_argument(
+        "--data_percent",
+        type=cli.fraction,
+        default=0.9,
+        help="share that is trained on; the rest, with noisy labels too, validates",
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--network",
+        choices=["auto", *NETWORKS],
+        default="auto",
+        help="auto: LeNet for mnist and grey images, ResNet-34 for cifar100, ResNet-18 for cifar10 and colour images, a "
+        "small one for digits",
+    )
+    training.add_argument(
+        "--stem_padding",
+        type=cli.count_or_zero,
+        default=0,
+        help="of the ResNets' first convolution; 0 as released: 32 pixels become 30",
+    )
+    training.add_argument("--lr", type=cli.positive, default=0.01, help="learning rate of SGD")
+    training.add_argument("--weight_decay", type=cli.non_negative, default=1e-4, help="of SGD, on everything")
+    training.add_argument(
+        "--batch_size", type=cli.count, default=128, help="batch size; twice that where nothing is trained"
+    )
+    training.add_argument(
+        "--n_epoch",
+        type=cli.count,
+        default=100,
+        dest="num_epochs",
+        help="epochs of a round, and of the early-stopping phase at most",
+    )
+    training.add_argument(
+        "--model_dir", metavar="DIR", help="the release's folder of weights: here a name for --out"
+    )
+
+    method = parser.add_argument_group("Me-Momentum")
+    method.add_argument(
+        "--selection",
+        choices=["confident", "none"],
+        default="confident",
+        help="none: no confident examples, plain cross-entropy on the noisy training part for n_epoch epochs",
+    )
+    method.add_argument(
+        "--max_outer_loop", type=cli.count, default=3, help="how often a fresh network begins"
+    )
+    method.add_argument(
+        "--max_inner_loop",
+        type=cli.count,
+        default=20,
+        help="one more than the rounds of fine-tuning, as released",
+    )
+    method.add_argument(
+        "--es_step",
+        type=cli.positive,
+        default=0.1,
+        help="points that a failure adds to early stopping's margin",
+    )
+    method.add_argument(
+        "--es_limit",
+        type=cli.non_negative,
+        default=2.0,
+        help="early stopping ends when its margin is above this",
+    )
+    for what, name in (("select", "confident examples are extracted from"), ("val", "validation is made on")):
+        method.add_argument(
+            f"--{what}_view",
+            choices=["train", "test"],
+            help=f"images that {name}: plain (test) or augmented as in training (train); by default test, under --fidelity "
+            "released train",
+        )
+    method.add_argument(
+        "--legacy_batch_mean",
+        action="store_true",
+        help="report the mean over test batches, as the release does; the default under --fidelity released",
+    )
+    cli.add_shared_flags(parser, default_seed=1)
+    return parser
+
+
+def parse_args(argv=None) -> Namespace:
+    """Parse, and settle the defaults that depend on other flags."""
+    parser = make_parser()
+    args = cli.parse_args(parser, argv, PRESETS)
+    released = args.fidelity == "released"
+    args.select_view = args.select_view or ("train" if released else "test")
+    args.val_view = args.val_view or ("train" if released else "test")
+    args.legacy_batch_mean = args.legacy_batch_mean or released
+    if args.model_dir and args.out and args.model_dir != args.out:
+        parser.error(
+            f"argument --model_dir: is a name for --out, give one of them, got {args.model_dir} and {args.out}"
+        )
+    args.out, args.model_dir = args.out or args.model_dir, None
+    if args.noise_file:
+        args.noise_type = "given"
+    if not 0 < args.data_percent < 1:
+        parser.error(f"argument --data_percent: both parts need images, got {args.data_percent}")
+    return args
+
+
+def observed_labels(data: Data, args: Namespace) -> np.ndarray:
+    """The observed labels of the whole training set [Sec. 2.3, 2.4], int64 [N]."""
+    labels = data.train.labels
+    if args.noise_file:
+        return datasets.labels_of(args.noise_file, np.arange(len(labels)), len(labels), data.num_classes)
+    if args.noise_type == "given":
+        if data.noisy_labels is None:
+            raise UserError(f"--noise_type given: {data.name} brings no noisy_labels; use --noise_file")
+        return data.noisy_labels
+    return noise.add_noise(
+        args.noise_type, labels, args.noise_rate, data.num_classes, args.seed, data.train.images
+    )
+
+
+def split_part(index: np.ndarray, observed: np.ndarray, num_classes: int, args: Namespace) -> Parts:
+    """The positions `index` of the training set, cut into training and validation part [Sec. 2.2]."""
+    try:
+        parts = split(len(index), args.data_percent, args.seed)
+    except ValueError as error:
+        raise UserError(f"--data_percent {args.data_percent}: {error}") from None
+    parts = Parts(index[parts.train], index[parts.validation])
+    absent = np.flatnonzero(np.bincount(observed[parts.validation], minlength=num_classes) == 0)
+    if len(absent):
+        # the release would validate as NaN, keep no weights and die after twenty epochs
+        raise UserError(
+            f"class {absent[0]} is not among the {len(parts.validation)} observed labels of the validation part: "
+            f"use a --data_percent below {args.data_percent}, a larger --limit_train or another --seed"
+        )
+    return parts
+
+
+def network_maker(args: Namespace, data: Data) -> Callable[[], nn.Module]:
+    """What makes a network with fresh initial weights, from the global generator [Sec. 3]."""
+    size, channels = data.train.images.shape[2:]
+    name = usual_network(data.name, channels, size) if args.network == "auto" else args.network
+    return partial(make_network, name, data.num_classes, channels, size, args.stem_padding)
+
+
+class Setting(NamedTuple):
+    """What every pass shares."""
+
+    args: Namespace
+    run: Run
+    device: gpu.Device
+    num_classes: int
+    train: Images  # the training part
+    validation: Images
+    test: Images
+    labels: Tensor  # observed, of the training part, int [N]
+    validation_labels: Tensor  # observed
+    test_labels: Tensor  # clean
+    right: Tensor  # bool [N]: whose observed label is the true one; for the log alone
+    augmentation: Callable | None  # of training images
+    generator: torch.Generator  # shuffles, crops and flips
+
+    def batches(self, images: Images, size: int, view: str, **options) -> Batches:
+        """Batches of plain images (view test) or augmented ones (view train)."""
+        augmentation = self.augmentation if view == "train" else None
+        return Batches(images, size, augmentation=augmentation, generator=self.generator, **options)
+
+    def predictions(self, network: nn.Module, images: Images, view: str, what: str) -> Tensor:
+        """Predicted classes, int [len(images)]."""
+        batches = self.batches(images, 2 * self.args.batch_size, view)
+        return predict(network, self.run.progress(batches, what, training=False), len(images), self.device)
+
+
+def make_setting(
+    args: Namespace, run: Run, device: gpu.Device, data: Data, parts: Parts, observed: np.ndarray
+) -> Setting:
+    """All three parts, images and labels, on the device, where they stay."""
+
+    def to_device(images: np.ndarray) -> Images:
+        return Images(images, data.mean, data.std, device.device)
+
+    labels = (observed[parts.train], observed[parts.validation], data.test.labels)
+    size, channels = data.train.images.shape[2:]
+    return Setting(
+        args,
+        run,
+        device,
+        data.num_classes,
+        to_device(data.train.images[parts.train]),
+        to_device(data.train.images[parts.validation]),
+        to_device(data.test.images),
+        *(torch.from_numpy(of_part).to(device.device) for of_part in labels),
+        torch.from_numpy((observed == data.train.labels)[parts.train]).to(device.device),
+        # random crop and flip of colour images, nothing for grey ones [Sec. 2.1]
+        training_augmentation(data.name, size) if channels == 3 else None,
+        device.generator(args.seed),
+    )
+
+
+def fresh_memory(size: int) -> dict:
+    """What is carried from epoch to epoch, beside network and optimiser."""
+    return {
+        "place": Place()._asdict(),
+        "set": torch.arange(size),  # positions in the training part that are trained on; at first all
+        "first": None,  # the run's first confident set
+        "statistics": dict.fromkeys(SET_COLUMNS),
+        "latest": {},  # weights of the best validation accuracy of this outer loop
+        "best": {},  # weights whose test accuracy is reported
+    }
+
+
+def extract(network: nn.Module, memory: dict, what: str, s: Setting) -> None:
+    """Extract confident examples from the whole noisy training part [Sec. 6]: the set that is trained on from here on."""
+    predicted = s.predictions(network, s.train, s.args.select_view, f"{what} selection")
+    confident = confident_examples(predicted, s.labels)
+    if not len(confident):
+        print(f"warning: {what}: no confident example, the set before is kept", file=sys.stderr)
+        return
+    memory["set"] = confident
+    memory["first"] = confident if memory["first"] is None else memory["first"]
+    memory["statistics"] = set_statistics(confident, s.right, memory["first"].to(confident.device))
+
+
+def begin_phase(
+    place: Place, network: nn.Module, optimizer: SGD, memory: dict, fresh_network: Callable, s: Setting
+) -> None:
+    """A fresh network on the last confident set; or, in a round, the best weights so far on the set they extract."""
+    optimizer.state.clear()
+    if place.round > 0:
+        network.load_state_dict(memory["latest"])
+        extract(network, memory, name_of(place), s)
+    elif place.outer > 0:
+        network.load_state_dict(fresh_network().state_dict())
+        memory["latest"] = {}
+
+
+def main(argv=None) -> None:
+    """Train Me-Momentum and write its run directory."""
+    args = parse_args(argv)
+    device = gpu.pick(args.device, args.precision)
+    data = datasets.load(args.dataset, args.data_path)
+    observed = observed_labels(data, args)
+    index = datasets.limited(np.arange(len(observed)), args.limit_train, args.seed)
+    parts = split_part(index, observed, data.num_classes, args)
+    fresh_network = network_maker(args, data)
+    torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
+    network = device.prepare(fresh_network(), args.compile)
+    run = Run(
+        args,
+        device,
+        paper="me_momentum",
+        method=method(args),
+        name=directory_name(args),
+        cell=cell(args, data),
+    )
+    run.save_labels(index, data.train.labels[index], observed[index], data.num_classes)
+    run.save_arrays("split", train=parts.train, validation=parts.validation)
+
+    s = make_setting(args, run, device, data, parts, observed)
+    if not args.compile:
+        device.replay(network, (args.batch_size, *s.train.pixels.shape[1:]))
+    optimizer = SGD(
+        network.parameters(), args.lr, 0.9, weight_decay=args.weight_decay, fused=device.on_cuda()
+    )
+    memory = fresh_memory(len(s.labels))
+    run.resume({"network": network, "optimizer": optimizer, "generator": s.generator, "memory": memory})
+
+    limits = loop_limits(args)
+    for epoch in run.epochs(None):
+        place = Place(**memory["place"])
+        if place.done:
+            break
+        what = name_of(place)
+        if place.epoch == 0:
+            begin_phase(place, network, optimizer, memory, fresh_network, s)
+        optimizer.param_groups[0]["lr"] = lr = learning_rate(place, args.lr)
+        current = memory["set"].to(device.device)
+        batches = s.batches(s.train, args.batch_size, "train", subset=current, shuffle=True)
+        loss, train_accuracy = train_epoch(network, optimizer, run.progress(batches, what), s.labels, device)
+
+        predicted = s.predictions(network, s.validation, args.val_view, f"{what} validation")
+        validation = balanced_accuracy(predicted, s.validation_labels, s.num_classes)
+        predicted = s.predictions(network, s.test, "test", f"{what} test")
+        following, verdict = advance(place, validation, limits)
+        ended = following.epoch == 0
+        if verdict.keep or (ended and not memory["latest"]):
+            memory["latest"] = {name: value.clone() for name, value in network.state_dict().items()}
+        if verdict.new_best:
+            memory["best"] = memory["latest"]
+        if ended:
+            save_weights(memory["best"] or memory["latest"], run)
+        memory["place"] = following._asdict()
+        report = {
+            "outer": place.outer + 1,
+            "round": place.round,
+            "loss": loss,
+            "validation_accuracy": validation,
+        }
+        report |= {"test_accuracy": accuracy(predicted, s.test_labels), **memory["statistics"]}
+        report |= {"train_accuracy": train_accuracy, "lr": lr}
+        batchmean = batch_mean_accuracy(predicted, s.test_labels, 2 * args.batch_size)
+        report |= {"test_accuracy_batchmean": batchmean}
+        run.log(epoch, **report, kept=int(verdict.keep), new_best=int(verdict.new_best))
+
+    metric = "test_accuracy_batchmean" if args.legacy_batch_mean else "test_accuracy"
+    run.finish(metric, **summary(run.rows, metric, args))
+
+
+def loop_limits(args: Namespace) -> Limits:
+    """The bounds of the loops; without selection there is one phase, which never stops early."""
+    if args.selection == "none":
+        return Limits(args.num_epochs, 1, 1, args.es_step, float("inf"))
+    return Limits(args.num_epochs, args.max_outer_loop, args.max_inner_loop, args.es_step, args.es_limit)
+
+
+def save_weights(weights: dict[str, Tensor], run: Run) -> None:
+    """model_best.pt: the weights of the best epoch so far."""
+    content = io.BytesIO()
+    torch.save({name: value.cpu() for name, value in weights.items()}, content)
+    run.save_file("model_best.pt", content.getvalue())
+
+
+def summary(rows: list[dict], metric: str, args: Namespace) -> dict[str, float | None]:
+    """The reported test accuracy [Sec. 7], and what the last confident set was like.
+
+    at_best_validation: the test accuracy of the epoch of fine-tuning that is best on the noisy validation part, the first of
+    equals. Where no such epoch ever beat early stopping the release reports 0; here it is then the best early-stopped one.
+    """
+    chosen = [row for row in rows if row["new_best"]][-1:]
+    if chosen or args.fidelity == "paper" or args.selection == "none":
+        epoch = chosen[0] if chosen else max(rows, key=lambda row: (row["kept"], row["validation_accuracy"]))
+        reported, validation = epoch[metric], epoch["validation_accuracy"]
+    else:
+        reported, validation = 0.0, 0.0
+    last = {name: rows[-1][name] for name in SET_COLUMNS}
+    return {
+        "at_best_validation": reported,
+        "best_validation": validation,
+        "epochs_trained": len(rows),
+        "rounds": len({(row["outer"], row["round"]) for row in rows if row["round"]}),
+        **last,
+    }
+
+
+def method(args: Namespace) -> str:
+    """What a result row calls the method."""
+    return "CE" if args.selection == "none" else "Me-Momentum"
+
+
+def directory_name(args: Namespace) -> str:
+    """The run directory's name: data, noise and seed, then whatever differs from the defaults."""
+    always = [
+        "dataset",
+        "noise_type",
+        "noise_rate",
+        *(["fidelity"] if args.fidelity == "released" else []),
+        "seed",
+    ]
+    defaults = parse_args(["--fidelity", args.fidelity])
+    return run_name(args, vars(defaults), always)
+
+
+def cell(args: Namespace, data: Data) -> dict:
+    """The columns of a result row that say what was trained on, and at which profile."""
+    defaults = parse_args([])
+    bounds = ("num_epochs", "max_outer_loop", "max_inner_loop", "es_step", "es_limit")
+    shortened = any(getattr(args, bound) < getattr(defaults, bound) for bound in bounds)
+    return {
+        "dataset": data.name,
+        "noise_type": Path(args.noise_file).name if args.noise_file else args.noise_type,
+        "noise_rate": None if args.noise_type == "given" else args.noise_rate,
+        "imb_factor": None,
+        "ood_ratio": None,
+        "profile": "embedded" if args.dataset == "digits" else "short" if shortened else "paper",
+    }
+
+
+if __name__ == "__main__":
+    cli.exit_cleanly(main)

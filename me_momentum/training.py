@@ -1,0 +1,45 @@
+"""One epoch of cross-entropy, and predictions; no transfer from the device but one per pass (Sec. 4 and 6)."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from common.gpu import Device
+
+
+def train_epoch(
+    network: nn.Module, optimizer: Optimizer, batches: Iterable, labels: Tensor, device: Device
+) -> tuple[float, float]:
+    """One pass of plain cross-entropy on the observed labels, int [N] on the device: mean loss, accuracy in percent.
+
+    Both are means over samples of what each step saw. batches: (views, index), views a tuple of one [B, C, H, W].
+    """
+    network.train()
+    losses, hits, rows = [], [], 0
+    for (images,), index in batches:
+        given = labels[index]
+        with device.autocast():
+            logits = network(images)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, given)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach() * len(index))
+        hits.append((logits.detach().argmax(dim=1) == given).sum())
+        rows += len(index)
+    return float(torch.stack(losses).sum()) / rows, 100 * float(torch.stack(hits).sum()) / rows
+
+
+@torch.no_grad()
+def predict(network: nn.Module, batches: Iterable, size: int, device: Device) -> Tensor:
+    """Predicted classes, int [size], of batches that hold each position 0 .. size - 1 once, in eval mode."""
+    network.eval()
+    predicted = torch.empty(size, dtype=torch.int64, device=device.device)
+    for (images,), index in batches:
+        with device.autocast():
+            predicted[index] = network(images).argmax(dim=1)
+    return predicted
