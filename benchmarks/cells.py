@@ -12,22 +12,47 @@ ROOT = Path(__file__).resolve().parents[1]
 PROFILES = ("embedded", "short", "paper")
 
 
+class Script(NamedTuple):
+    """What runs a cell."""
+
+    path: str  # relative to the repository
+    short: tuple[str, ...]  # flags that shorten the published schedule, for the profile short
+    data_flag: str = "--data_path"
+
+
 class Paper(NamedTuple):
     """How a paper's cells are run."""
 
-    script: str  # relative to the repository
-    short: tuple[str, ...]  # flags that shorten the published schedule, for the profile short
-    data_flag: str = "--data_path"
+    script: Script
     baseline: bool = True  # whether cross-entropy is a run of its own; else some of the presets are
-    # by preset, the data set and setting of its published figures, as benchmarks/reported/<paper>.csv names them
-    published: Mapping[str, tuple[str, str]] = MappingProxyType({})
+    # by preset, the setting of its published figures, as benchmarks/reported/<paper>.csv names it: data set, noise type and,
+    # where one is not enough, noise rate
+    published: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    others: Mapping[str, Script] = MappingProxyType(
+        {}
+    )  # by the first part of a preset, if another script runs it
+
+    def script_of(self, preset: str) -> Script:
+        """The script that has a preset."""
+        return self.others.get(preset.partition("/")[0], self.script)
+
+
+def _me_momentum_settings() -> dict[str, tuple[str, ...]]:
+    settings = {
+        f"{dataset}/{dataset}-{short}{rate}/{method}": (dataset, noise, rate)
+        for dataset in ("cifar10", "cifar100")
+        for noise, short in (("symmetric", "sym"), ("instance", "inst"))
+        for rate in ("0.2", "0.4")
+        for method in ("me-momentum", "ce")
+    }
+    return settings | {
+        f"clothing1m/clothing1m/{method}": ("clothing1m", "real") for method in ("me-momentum", "ce")
+    }
 
 
 PAPERS = {
     "afm": Paper(
-        "afm/train.py",
-        ("--epochs", "10", "--schedule", "5", "8"),
-        data_flag="--data-root",
+        Script("afm/train.py", ("--epochs", "10", "--schedule", "5", "8"), data_flag="--data-root"),
         baseline=False,
         published={
             "food101n/food101n/afm": ("Food-101N", "real web noise"),
@@ -39,7 +64,19 @@ PAPERS = {
             "clothing1m/noisy+clean/ce": ("Clothing1M", "real: 1M noisy + 50k clean"),
         },
     ),
-    "sfa": Paper("sfa/Train_cifar.py", ("--num_epochs", "40", "--warm_up", "10", "--lr_drop", "30")),
+    "me_momentum": Paper(
+        Script("me_momentum/main.py", ("--n_epoch", "10", "--max_outer_loop", "1")),
+        baseline=False,
+        published=_me_momentum_settings(),
+        others={
+            "clothing1m": Script(
+                "me_momentum/Clothing.py",
+                ("--n_epoch", "1", "--max_inner_loop", "3", "--max_outer_loop", "1"),
+                data_flag="--data_root",
+            )
+        },
+    ),
+    "sfa": Paper(Script("sfa/Train_cifar.py", ("--num_epochs", "40", "--warm_up", "10", "--lr_drop", "30"))),
 }
 
 
@@ -52,8 +89,8 @@ class Cell(NamedTuple):
 
     def command(self, seed: int, out: Path, extra: list[str]) -> list[str]:
         """The command line that runs the cell with one seed into the run directory `out`."""
-        words = [sys.executable, PAPERS[self.paper].script, "--preset", self.preset, *self.flags]
-        return [*words, "--seed", str(seed), "--out", str(out), *extra]
+        words = [sys.executable, PAPERS[self.paper].script_of(self.preset).path, "--preset", self.preset]
+        return [*words, *self.flags, "--seed", str(seed), "--out", str(out), *extra]
 
 
 def cells(paper: str, profile: str, names: list[str] | None = None) -> list[Cell]:
@@ -75,5 +112,11 @@ def cells(paper: str, profile: str, names: list[str] | None = None) -> list[Cell
         raise UserError(
             f"no cell {unknown[0]} in profile {profile} of {paper}: choose from {', '.join(found)}"
         )
-    shortened = PAPERS[paper].short if profile == "short" else ()
-    return [Cell(paper, name, () if folders[name] == profile else shortened) for name in names or found]
+    return [
+        Cell(
+            paper,
+            name,
+            PAPERS[paper].script_of(name).short if profile == "short" and folders[name] != "short" else (),
+        )
+        for name in names or found
+    ]

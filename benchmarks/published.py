@@ -34,16 +34,20 @@ def beside(cells: Sequence[Cell], rows: Sequence[dict]) -> list[str]:
     settings = dict.fromkeys(published[cell.preset] for cell in cells if cell.preset in published)
     figures = read_published(cells[0].paper) if settings else []
     lines = []
-    for dataset, noise in settings:
-        presets = [cell.preset for cell in cells if published.get(cell.preset) == (dataset, noise)]
-        lines += ["", f"{dataset}, {noise}: accuracy in percent"]
+    for setting in settings:
+        presets = [cell.preset for cell in cells if published.get(cell.preset) == setting]
+        lines += ["", f"{', '.join(setting)}: accuracy in percent"]
         lines += [f"  {text}" for text in _ours({tuple(p.split("/")[:2]) for p in presets}, rows)]
         lines += [
-            f"  {row['value']:>6}  {row['method']}, published [{row['status']}: {row['source'].split(',')[0]}]"
+            f"  {_with_spread(row):>6}  {row['method']}, published [{row['status']}: {row['source'].split(',')[0]}]"
             for row in figures
-            if (row["dataset"], row["noise_type"]) == (dataset, noise)
+            if (row["dataset"], row["noise_type"], row["noise_rate"])[: len(setting)] == setting
         ]
     return lines
+
+
+def _with_spread(figure: dict[str, str]) -> str:
+    return f"{figure['value']} ± {figure['std']}" if figure["std"] else figure["value"]
 
 
 def _ours(places: set[tuple[str, ...]], rows: Sequence[dict]) -> list[str]:

@@ -35,7 +35,11 @@ from me_momentum.training import predict, train_epoch
 from me_momentum.validation import Parts, accuracy, balanced_accuracy, batch_mean_accuracy, split
 
 PRESETS = Path(__file__).with_name("presets.toml")
-SET_COLUMNS = ("confident_size", "confident_precision", "confident_recall", "hard_share", "hard_precision")
+# what set_statistics says of a confident set
+SET_COLUMNS = (
+    *("confident_size", "confident_share", "confident_precision", "confident_recall"),
+    *("hard_share", "hard_precision"),
+)
 
 
 def make_parser() -> cli.Parser:

@@ -31,7 +31,10 @@ def test_only_a_published_protocol_is_shortened(paper):
     for profile in PROFILES:
         for cell in cells(paper, profile):
             shortened = profile == "short" and not cell.preset.startswith("short/")
-            assert cell.flags == (PAPERS[paper].short if shortened else ()), (profile, cell.preset)
+            assert cell.flags == (PAPERS[paper].script_of(cell.preset).short if shortened else ()), (
+                profile,
+                cell.preset,
+            )
 
 
 def test_afm_has_cells_of_its_own_in_the_profile_short():
