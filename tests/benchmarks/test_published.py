@@ -70,6 +70,22 @@ def test_every_preset_of_afms_protocol_has_its_published_setting():
     assert set(PAPERS["afm"].published) == {cell.preset for cell in cells("afm", "paper")}
 
 
+def test_every_cell_of_me_momentum_but_mnists_has_its_published_setting():
+    presets = {cell.preset for cell in cells("me_momentum", "paper")}
+    without = presets - set(PAPERS["me_momentum"].published)
+    assert without and all(preset.startswith("mnist/") for preset in without)
+
+
+def test_a_noise_rate_keeps_settings_apart():
+    lines = beside(cells("me_momentum", "paper", ["cifar10/cifar10-sym0.4/me-momentum"]), [])
+    assert lines[:3] == [
+        "",
+        "cifar10, symmetric, 0.4: accuracy in percent",
+        "  88.39 ± 0.34  Me-Momentum, published [unconfirmed: recollection]",
+    ]
+    assert not any("91.44" in line for line in lines), "of rate 0.2"
+
+
 def test_a_paper_without_a_file_has_no_figures(tmp_path):
     assert read_published("afm", tmp_path) == []
     assert read_published("nosuch") == []

@@ -190,3 +190,28 @@ def test_a_dry_run_of_afm_prints_each_command_and_the_published_figures_as_what_
     published = [line for line in lines if "published" in line]
     assert published and all(line.startswith("# ") for line in lines if line not in commands and line != "#")
     assert all("[unconfirmed: " in line or "[secondary: " in line for line in published)
+
+
+def test_a_preset_is_run_by_its_own_script_with_its_own_name_for_the_data(tmp_path):
+    names = ["mnist/mnist-inst0.2/me-momentum", "clothing1m/clothing1m/me-momentum"]
+    commands = [
+        run.make_task(cell, 1, tmp_path, tmp_path, []).commands
+        for cell in cells("me_momentum", "paper", names)
+    ]
+    ((_, mnist),), ((_, clothing),) = commands
+    assert mnist[1] == "me_momentum/main.py" and "--data_path" in mnist and "--data_root" not in mnist
+    assert clothing[1] == "me_momentum/Clothing.py" and "--data_root" in clothing
+    short = [cell.flags for cell in cells("me_momentum", "short", names)]
+    assert short[0] != short[1] and all("--n_epoch" in flags for flags in short)
+
+
+def test_a_dry_run_of_me_momentum_prints_every_cell_and_the_published_figures():
+    process = start("--profile", "paper", "--seeds", "1", "--dry_run", paper="me_momentum")
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    commands = [line for line in lines if line.startswith("python me_momentum/")]
+    assert len(commands) == len(cells("me_momentum", "paper")) == 2 * (3 * 2 * 2) + 2
+    assert sum("Clothing.py" in command for command in commands) == 2
+    assert "# cifar10, instance, 0.2: accuracy in percent" in lines
+    assert "#   90.86 ± 0.21  Me-Momentum, published [unconfirmed: recollection]" in lines
+    assert any("91.87  Me-Momentum, published [secondary: " in line for line in lines)

@@ -64,3 +64,45 @@ def test_a_generator_is_seeded_and_leaves_the_global_one_alone():
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_on_a_cpu_nothing_is_recorded_for_replay():
+    network = nn.Conv2d(1, 2, 3)
+    forward = network.forward
+    Device(torch.device("cpu"), "fp32", "tests").replay(network, (4, 1, 8, 8))
+    assert network.forward == forward
+
+
+def test_replay_takes_the_recorded_forward_for_training_batches_of_its_shape_alone(monkeypatch):
+    """Without a card: recording is stood in for by a forward that counts its calls and spoils the running statistics."""
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    plain, calls = network.forward, []
+
+    def record(module, sample_args):
+        (sample,) = sample_args
+        assert module.training and sample.shape == (4, 1, 8, 8)
+        plain(sample)
+
+        def recorded(images):
+            calls.append(tuple(images.shape))
+            return plain(images)
+
+        module.forward = recorded
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    monkeypatch.setattr(Device, "on_cuda", lambda self: True)
+    network.eval()
+    Device(torch.device("cpu"), "fp32", "tests").replay(network, (4, 1, 8, 8))
+    assert not network.training
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    network(torch.zeros(4, 1, 8, 8))
+    assert not calls, "evaluation is not replayed"
+    network.train()
+    with torch.no_grad():
+        network(torch.zeros(4, 1, 8, 8))
+    network(torch.zeros(3, 1, 8, 8))
+    assert not calls, "neither is a last, smaller batch"
+    network(torch.zeros(4, 1, 8, 8))
+    assert calls == [(4, 1, 8, 8)]

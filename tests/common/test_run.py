@@ -129,6 +129,23 @@ def test_the_log_has_a_row_per_epoch_and_empty_cells_for_nan_and_none(start, tmp
         assert (float(row["test_accuracy"]), float(row["selected"])) == (50, 7)
 
 
+def test_epochs_without_a_known_end_go_on_until_the_script_breaks_and_the_last_one_is_kept(
+    start, tmp_path, capsys
+):
+    run = start(tmp_path)
+    begin(run)
+    for epoch in run.epochs(None):
+        if epoch == 4:
+            break
+        run.log(epoch, test_accuracy=float(epoch))
+    assert "epoch 3  test_accuracy 3  " in capsys.readouterr().out
+    end(run)
+    again = start(tmp_path)
+    begin(again)
+    assert len(again.rows) == 3
+    assert next(again.epochs(None)) == 4
+
+
 def test_a_row_with_other_columns_is_refused(start, tmp_path):
     run = start(tmp_path)
     begin(run)
