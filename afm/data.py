@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from common import datasets, noise, processes
+from common import datasets, processes
 from common.augment import random_resized_crop_and_flip, resize_and_center_crop, training_augmentation
 from common.cli import UserError
 from common.datasets import FileData, FileSplit
@@ -72,26 +72,11 @@ def load(args: Namespace, device: Device, loader: Generator) -> Data:
 def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
     """Digits, MNIST, CIFAR or an .npz, with label noise drawn before any image is touched."""
     data = datasets.load(args.dataset, args.data_root or "./data")
-    index = np.arange(len(data.train.labels))
-    if args.noise_file:
-        observed = datasets.labels_of(args.noise_file, index, len(index), data.num_classes)
-    elif args.noise_type == "none":
-        observed = data.train.labels
-    elif args.noise_type == "given":
-        if data.noisy_labels is None:
-            raise UserError(f"--noise-type given: {data.name} brings no noisy_labels; use --noise_file")
-        observed = data.noisy_labels
-    else:
-        observed = noise.add_noise(
-            args.noise_type,
-            data.train.labels,
-            args.noise_rate,
-            data.num_classes,
-            args.seed,
-            data.train.images,
-        )
-    index = datasets.limited(index, args.limit_train, args.seed)
-    clean, observed = data.train.labels[index], observed[index]
+    index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
+    clean = data.train.labels[index]
+    observed = datasets.observed_labels(
+        data, index, args.noise_type, args.noise_rate, args.seed, args.noise_file, flag="--noise-type"
+    )
 
     size, channels = data.train.images.shape[2:]
     shared = {"rank": processes.rank(), "world": processes.world()}

@@ -69,7 +69,7 @@ PAPERS = {
         baseline=False,
         published=_me_momentum_settings(),
         others={
-            "clothing1m": Script(
+            "Clothing.py": Script(
                 "me_momentum/Clothing.py",
                 ("--n_epoch", "1", "--max_inner_loop", "3", "--max_outer_loop", "1"),
                 data_flag="--data_root",
@@ -86,10 +86,11 @@ class Cell(NamedTuple):
     paper: str
     preset: str
     flags: tuple[str, ...]  # beyond the preset's own
+    script: Script
 
     def command(self, seed: int, out: Path, extra: list[str]) -> list[str]:
         """The command line that runs the cell with one seed into the run directory `out`."""
-        words = [sys.executable, PAPERS[self.paper].script_of(self.preset).path, "--preset", self.preset]
+        words = [sys.executable, self.script.path, "--preset", self.preset]
         return [*words, *self.flags, "--seed", str(seed), "--out", str(out), *extra]
 
 
@@ -112,11 +113,10 @@ def cells(paper: str, profile: str, names: list[str] | None = None) -> list[Cell
         raise UserError(
             f"no cell {unknown[0]} in profile {profile} of {paper}: choose from {', '.join(found)}"
         )
-    return [
-        Cell(
-            paper,
-            name,
-            PAPERS[paper].script_of(name).short if profile == "short" and folders[name] != "short" else (),
-        )
-        for name in names or found
-    ]
+    chosen = []
+    for name in names or found:
+        named = presets[name].get("script")
+        script = PAPERS[paper].others[named] if named else PAPERS[paper].script
+        shortened = profile == "short" and folders[name] != "short"
+        chosen.append(Cell(paper, name, script.short if shortened else (), script))
+    return chosen

@@ -104,8 +104,7 @@ def make_task(cell: Cell, seed: int, runs: Path, data_path: Path, extra: list[st
     suffix = re.sub(r"[^A-Za-z0-9_.-]+", "_", "".join(f"-{word.lstrip('-')}" for word in extra))
     folder = runs / cell.preset.split("/", 1)[1] / f"seed{seed}{suffix}"
     paper, data = PAPERS[cell.paper], _from_root(data_path)
-    data_flag = paper.script_of(cell.preset).data_flag
-    commands = [(folder, cell.command(seed, _from_root(folder), [data_flag, data, *extra]))]
+    commands = [(folder, cell.command(seed, _from_root(folder), [cell.script.data_flag, data, *extra]))]
     if paper.baseline:
         # whatever chooses the device must choose it for the baseline too
         shared = ["--data_path", data, *_only(extra, ("--device", "--precision"))]

@@ -170,14 +170,17 @@ def preset_arguments(section: dict) -> list[str]:
     """A preset's section as command-line words; true stands for a switch, false for its absence, a list for several words."""
     words = []
     for flag, value in section.items():
-        if value is not False:
+        if value is not False and flag != "script":
             values = [] if value is True else value if isinstance(value, list) else [value]
             words += [f"--{flag}", *map(str, values)]
     return words
 
 
 def parse_args(parser: Parser, argv: Sequence[str] | None, presets: Path) -> argparse.Namespace:
-    """Parse argv with the flags of --preset, if one is named, put before it."""
+    """Parse argv with the flags of --preset, if one is named, put before it.
+
+    Where a paper has several scripts, `script` in a section names the one it is for; those without are for the first.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     finder = Parser(add_help=False, prog=parser.prog)
     finder.add_argument("--preset")
@@ -187,4 +190,10 @@ def parse_args(parser: Parser, argv: Sequence[str] | None, presets: Path) -> arg
     sections = read_presets(presets)
     if name not in sections:
         parser.error(f"unknown preset {name}: choose from {', '.join(sections)}")
+    scripts = {section.get("script") for section in sections.values()}
+    script = sections[name].get("script")
+    if script != (parser.prog if parser.prog in scripts else None):
+        parser.error(
+            f"preset {name} is for {script or 'another script of this paper'}, not for {parser.prog}"
+        )
     return parser.parse_args(preset_arguments(sections[name]) + argv)

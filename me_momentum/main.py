@@ -8,7 +8,7 @@ The sections in brackets are those of the method's description in me_momentum/RE
 
 import io
 import sys
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from common.cli import UserError
 from common.datasets import Data
 from common.loader import Batches, Images
 from common.run import Run, run_name
-from me_momentum.alternation import Limits, Place, advance, learning_rate, name_of
+from me_momentum.alternation import Limits, Place, Verdict, advance, learning_rate, name_of
 from me_momentum.confident import confident_examples, set_statistics
 from me_momentum.networks import NETWORKS, make_network, usual_network
 from me_momentum.training import predict, train_epoch
@@ -133,8 +133,8 @@ def make_parser() -> cli.Parser:
         )
     method.add_argument(
         "--legacy_batch_mean",
-        action="store_true",
-        help="report the mean over test batches, as the release does; the default under --fidelity released",
+        action=BooleanOptionalAction,
+        help="report the mean over test batches, as the release does; by default under --fidelity released alone",
     )
     cli.add_shared_flags(parser, default_seed=1)
     return parser
@@ -147,7 +147,7 @@ def parse_args(argv=None) -> Namespace:
     released = args.fidelity == "released"
     args.select_view = args.select_view or ("train" if released else "test")
     args.val_view = args.val_view or ("train" if released else "test")
-    args.legacy_batch_mean = args.legacy_batch_mean or released
+    args.legacy_batch_mean = released if args.legacy_batch_mean is None else args.legacy_batch_mean
     if args.model_dir and args.out and args.model_dir != args.out:
         parser.error(
             f"argument --model_dir: is a name for --out, give one of them, got {args.model_dir} and {args.out}"
@@ -160,27 +160,12 @@ def parse_args(argv=None) -> Namespace:
     return args
 
 
-def observed_labels(data: Data, args: Namespace) -> np.ndarray:
-    """The observed labels of the whole training set [Sec. 2.3, 2.4], int64 [N]."""
-    labels = data.train.labels
-    if args.noise_file:
-        return datasets.labels_of(args.noise_file, np.arange(len(labels)), len(labels), data.num_classes)
-    if args.noise_type == "given":
-        if data.noisy_labels is None:
-            raise UserError(f"--noise_type given: {data.name} brings no noisy_labels; use --noise_file")
-        return data.noisy_labels
-    return noise.add_noise(
-        args.noise_type, labels, args.noise_rate, data.num_classes, args.seed, data.train.images
-    )
-
-
-def split_part(index: np.ndarray, observed: np.ndarray, num_classes: int, args: Namespace) -> Parts:
-    """The positions `index` of the training set, cut into training and validation part [Sec. 2.2]."""
+def split_part(observed: np.ndarray, num_classes: int, args: Namespace) -> Parts:
+    """Images with these observed labels, int [n], cut into training and validation part [Sec. 2.2]."""
     try:
-        parts = split(len(index), args.data_percent, args.seed)
+        parts = split(len(observed), args.data_percent, args.seed)
     except ValueError as error:
         raise UserError(f"--data_percent {args.data_percent}: {error}") from None
-    parts = Parts(index[parts.train], index[parts.validation])
     absent = np.flatnonzero(np.bincount(observed[parts.validation], minlength=num_classes) == 0)
     if len(absent):
         # the release would validate as NaN, keep no weights and die after twenty epochs
@@ -227,25 +212,33 @@ class Setting(NamedTuple):
 
 
 def make_setting(
-    args: Namespace, run: Run, device: gpu.Device, data: Data, parts: Parts, observed: np.ndarray
+    args: Namespace,
+    run: Run,
+    device: gpu.Device,
+    data: Data,
+    index: np.ndarray,
+    observed: np.ndarray,
+    parts: Parts,
 ) -> Setting:
-    """All three parts, images and labels, on the device, where they stay."""
+    """All three parts, images and labels, on the device, where they stay.
+
+    index: positions in the data set of the images used, int [n]; observed: their labels, int [n]; parts: of them.
+    """
 
     def to_device(images: np.ndarray) -> Images:
         return Images(images, data.mean, data.std, device.device)
 
-    labels = (observed[parts.train], observed[parts.validation], data.test.labels)
+    right = observed == data.train.labels[index]
+    labels = (observed[parts.train], observed[parts.validation], data.test.labels, right[parts.train])
     size, channels = data.train.images.shape[2:]
     return Setting(
         args,
         run,
         device,
         data.num_classes,
-        to_device(data.train.images[parts.train]),
-        to_device(data.train.images[parts.validation]),
+        *(to_device(data.train.images[index[of_part]]) for of_part in parts),
         to_device(data.test.images),
         *(torch.from_numpy(of_part).to(device.device) for of_part in labels),
-        torch.from_numpy((observed == data.train.labels)[parts.train]).to(device.device),
         # random crop and flip of colour images, nothing for grey ones [Sec. 2.1]
         training_augmentation(data.name, size) if channels == 3 else None,
         device.generator(args.seed),
@@ -260,7 +253,8 @@ def fresh_memory(size: int) -> dict:
         "first": None,  # the run's first confident set
         "statistics": dict.fromkeys(SET_COLUMNS),
         "latest": {},  # weights of the best validation accuracy of this outer loop
-        "best": {},  # weights whose test accuracy is reported
+        "best": {},  # weights whose test accuracy is reported; early-stopped ones while no fine-tuning was better
+        "best_validation": 0.0,
     }
 
 
@@ -289,14 +283,35 @@ def begin_phase(
         memory["latest"] = {}
 
 
+def keep_weights(network: nn.Module, memory: dict, place: Place, verdict: Verdict, validation: float) -> None:
+    """The epoch's weights, where they are the best of the outer loop, and where they are those to report."""
+    if not verdict.keep:
+        return
+    memory["latest"] = {name: value.clone() for name, value in network.state_dict().items()}
+    stopped = place.best_of_run == 0 and validation > memory["best_validation"]
+    if verdict.new_best or stopped:
+        memory["best"], memory["best_validation"] = memory["latest"], validation
+
+
+def end_phase(network: nn.Module, memory: dict, run: Run) -> None:
+    """Write model_best.pt. Where no epoch was ever better than nothing, the last weights are what there is to go on with."""
+    if not memory["latest"]:
+        memory["latest"] = {name: value.clone() for name, value in network.state_dict().items()}
+    weights, content = memory["best"] or memory["latest"], io.BytesIO()
+    torch.save({name: value.cpu() for name, value in weights.items()}, content)
+    run.save_file("model_best.pt", content.getvalue())
+
+
 def main(argv=None) -> None:
     """Train Me-Momentum and write its run directory."""
     args = parse_args(argv)
     device = gpu.pick(args.device, args.precision)
     data = datasets.load(args.dataset, args.data_path)
-    observed = observed_labels(data, args)
-    index = datasets.limited(np.arange(len(observed)), args.limit_train, args.seed)
-    parts = split_part(index, observed, data.num_classes, args)
+    index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
+    observed = datasets.observed_labels(
+        data, index, args.noise_type, args.noise_rate, args.seed, args.noise_file
+    )
+    parts = split_part(observed, data.num_classes, args)
     fresh_network = network_maker(args, data)
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
     network = device.prepare(fresh_network(), args.compile)
@@ -308,10 +323,10 @@ def main(argv=None) -> None:
         name=directory_name(args),
         cell=cell(args, data),
     )
-    run.save_labels(index, data.train.labels[index], observed[index], data.num_classes)
-    run.save_arrays("split", train=parts.train, validation=parts.validation)
+    run.save_labels(index, data.train.labels[index], observed, data.num_classes)
+    run.save_arrays("split", train=index[parts.train], validation=index[parts.validation])
 
-    s = make_setting(args, run, device, data, parts, observed)
+    s = make_setting(args, run, device, data, index, observed, parts)
     if not args.compile:
         device.replay(network, (args.batch_size, *s.train.pixels.shape[1:]))
     optimizer = SGD(
@@ -337,22 +352,13 @@ def main(argv=None) -> None:
         validation = balanced_accuracy(predicted, s.validation_labels, s.num_classes)
         predicted = s.predictions(network, s.test, "test", f"{what} test")
         following, verdict = advance(place, validation, limits)
-        ended = following.epoch == 0
-        if verdict.keep or (ended and not memory["latest"]):
-            memory["latest"] = {name: value.clone() for name, value in network.state_dict().items()}
-        if verdict.new_best:
-            memory["best"] = memory["latest"]
-        if ended:
-            save_weights(memory["best"] or memory["latest"], run)
+        keep_weights(network, memory, place, verdict, validation)
+        if following.epoch == 0:
+            end_phase(network, memory, run)
         memory["place"] = following._asdict()
-        report = {
-            "outer": place.outer + 1,
-            "round": place.round,
-            "loss": loss,
-            "validation_accuracy": validation,
-        }
-        report |= {"test_accuracy": accuracy(predicted, s.test_labels), **memory["statistics"]}
-        report |= {"train_accuracy": train_accuracy, "lr": lr}
+        report = {"outer": place.outer + 1, "round": place.round, "loss": loss}
+        report |= {"validation_accuracy": validation, "test_accuracy": accuracy(predicted, s.test_labels)}
+        report |= {**memory["statistics"], "train_accuracy": train_accuracy, "lr": lr}
         batchmean = batch_mean_accuracy(predicted, s.test_labels, 2 * args.batch_size)
         report |= {"test_accuracy_batchmean": batchmean}
         run.log(epoch, **report, kept=int(verdict.keep), new_best=int(verdict.new_best))
@@ -364,15 +370,8 @@ def main(argv=None) -> None:
 def loop_limits(args: Namespace) -> Limits:
     """The bounds of the loops; without selection there is one phase, which never stops early."""
     if args.selection == "none":
-        return Limits(args.num_epochs, 1, 1, args.es_step, float("inf"))
+        return Limits(args.num_epochs, outer_loops=1, inner_loops=1, margin_step=0)
     return Limits(args.num_epochs, args.max_outer_loop, args.max_inner_loop, args.es_step, args.es_limit)
-
-
-def save_weights(weights: dict[str, Tensor], run: Run) -> None:
-    """model_best.pt: the weights of the best epoch so far."""
-    content = io.BytesIO()
-    torch.save({name: value.cpu() for name, value in weights.items()}, content)
-    run.save_file("model_best.pt", content.getvalue())
 
 
 def summary(rows: list[dict], metric: str, args: Namespace) -> dict[str, float | None]:

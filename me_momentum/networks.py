@@ -15,7 +15,8 @@ NETWORKS = ("lenet", "resnet18", "resnet34", "small")
 
 def make_network(name: str, num_classes: int, channels: int, size: int, stem_padding: int = 0) -> nn.Module:
     """One of NETWORKS for images [channels, size, size]. UserError: images that are too small for it."""
-    smallest = {"lenet": 14, "small": 4}.get(name, 3)
+    # the ResNets' last maps must have more than one pixel, or batch normalisation fails on a last batch of one image
+    smallest = {"lenet": 14, "small": 4}.get(name, 11 - 2 * stem_padding)
     if size < smallest:
         raise UserError(f"--network {name}: images of {size} pixels are too small for it; use small")
     if name == "lenet":

@@ -17,6 +17,7 @@ from common.datasets.food101n import load_food101n
 from common.datasets.given_labels import labels_of, read_labels
 from common.datasets.in_memory import NAMES, Data, Split, download, load
 from common.datasets.limit import limited
+from common.datasets.observed import observed_labels
 
 __all__ = [
     "ALIASES",
@@ -34,6 +35,7 @@ __all__ = [
     "load_clothing1m",
     "load_files",
     "load_food101n",
+    "observed_labels",
     "read_labels",
     "source",
 ]

@@ -31,7 +31,7 @@ def test_only_a_published_protocol_is_shortened(paper):
     for profile in PROFILES:
         for cell in cells(paper, profile):
             shortened = profile == "short" and not cell.preset.startswith("short/")
-            assert cell.flags == (PAPERS[paper].script_of(cell.preset).short if shortened else ()), (
+            assert cell.flags == (cell.script.short if shortened else ()), (
                 profile,
                 cell.preset,
             )

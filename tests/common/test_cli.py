@@ -211,3 +211,23 @@ def test_a_bad_value_in_a_preset_is_refused_like_a_typed_one(entry, named, prese
         cli.parse_args(make_parser(), ["--preset", "table/cell"], presets)
     assert stop.value.code == 2
     assert named in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("prog", "name", "line"),
+    [
+        ("main.py", "web", "preset web is for Other.py, not for main.py"),
+        ("Other.py", "plain", "preset plain is for another script of this paper, not for Other.py"),
+    ],
+)
+def test_a_preset_of_another_script_is_refused(prog, name, line, tmp_path, capsys):
+    path = tmp_path / "presets.toml"
+    path.write_text('[plain]\nlr = 1\n[web]\nscript = "Other.py"\nlr = 2\n')
+    parser = cli.Parser(prog=prog)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--preset")
+    with pytest.raises(SystemExit) as stop:
+        cli.parse_args(parser, ["--preset", name], path)
+    assert stop.value.code == 2 and line in capsys.readouterr().err
+    own = {"main.py": ("plain", 1), "Other.py": ("web", 2)}[prog]
+    assert cli.parse_args(parser, ["--preset", own[0]], path).lr == own[1]

@@ -1,0 +1,37 @@
+"""The observed labels of a data set in memory: drawn label noise, labels that it brings along, or those of a file."""
+
+import numpy as np
+
+from common.cli import UserError
+from common.datasets.given_labels import labels_of
+from common.datasets.in_memory import Data
+from common.noise import add_noise
+
+
+def observed_labels(
+    data: Data,
+    index: np.ndarray,
+    noise_type: str,
+    rate: float,
+    seed: int,
+    noise_file: str | None = None,
+    flag: str = "--noise_type",
+) -> np.ndarray:
+    """Observed labels of the training images at `index` [n]: int64 [n]. Noise is drawn for all, so a subset has its share.
+
+    noise_type: one of common.noise.NOISE_TYPES, "none", or "given" for the noisy_labels of an .npz; noise_file goes before it.
+    flag: its name on the command line. UserError: labels that are not there, or do not fit; a noise for more classes.
+    """
+    labels = data.train.labels
+    if noise_file:
+        return labels_of(noise_file, index, len(labels), data.num_classes)
+    if noise_type == "given":
+        if data.noisy_labels is None:
+            raise UserError(f"{flag} given: {data.name} brings no noisy_labels; use --noise_file")
+        return data.noisy_labels[index]
+    if noise_type == "none":
+        return labels[index]
+    try:
+        return add_noise(noise_type, labels, rate, data.num_classes, seed, data.train.images)[index]
+    except ValueError as error:
+        raise UserError(f"{flag} {noise_type}: {error}; use another") from None

@@ -1,0 +1,179 @@
+"""An epoch of cross-entropy and predictions, against plain loops; initial weights; LeNet's order of layers."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.optim import SGD
+
+from common.cli import UserError
+from common.gpu import Device
+from common.loader import Batches, Images
+from me_momentum.networks import ResNet, make_network
+from me_momentum.training import predict, train_epoch
+
+CPU = Device(torch.device("cpu"), "fp32", "tests")
+NETWORKS = {"lenet": (1, 16), "small": (1, 8), "resnet18": (3, 12)}  # channels and pixels of small images
+
+
+def network_and_images(name: str, count: int) -> tuple[torch.nn.Module, Images]:
+    channels, size = NETWORKS[name]
+    generator = torch.Generator().manual_seed(count)
+    shades = torch.randint(200, (count, 1, 1, channels), generator=generator)  # so that images differ
+    pixels = (shades + torch.randint(56, (count, size, size, channels), generator=generator)).byte()
+    torch.manual_seed(1)
+    network = make_network(name, 4, channels, size)
+    return network, Images(pixels.numpy(), (0.5,) * channels, (0.25,) * channels, torch.device("cpu"))
+
+
+def sgd(network: torch.nn.Module) -> SGD:
+    return SGD(network.parameters(), 0.02, 0.9, weight_decay=1e-2)
+
+
+def observed(count: int) -> torch.Tensor:
+    return torch.randint(4, (count,), generator=torch.Generator().manual_seed(9))
+
+
+# an epoch ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "count"), [("lenet", 26), ("small", 26), ("resnet18", 10)])
+def test_an_epoch_is_that_of_a_plain_loop(name, count):
+    """Two passes, of which the second goes on with the momentum of the first; the last batch has two rows.
+
+    In float64: rounding does not grow then.
+    """
+    network, images = network_and_images(name, count)
+    network, labels = network.double(), observed(count)
+    other = copy.deepcopy(network)
+    optimizer, plain = sgd(network), sgd(other)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(5)).split(8)
+    batches = [((images.view(index).double(),), index) for index in order]
+    for _ in range(2):
+        loss, hits = 0.0, 0
+        other.train()
+        for (batch,), index in batches:
+            logits = other(batch)
+            each = -F.log_softmax(logits, dim=1)[range(len(index)), labels[index]]
+            plain.zero_grad()
+            each.mean().backward()
+            plain.step()
+            loss += each.sum().item()
+            hits += int((logits.argmax(dim=1) == labels[index]).sum())
+        network.eval()  # as validation leaves it
+        found = train_epoch(network, optimizer, batches, labels, CPU)
+        assert found == pytest.approx((loss / count, 100 * hits / count), rel=1e-5)
+        assert all(type(value) is float for value in found)
+    for (key, value), wanted in zip(network.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_labels_are_looked_up_by_position_in_the_training_part_and_only_the_subset_is_trained_on():
+    network, images = network_and_images("lenet", 20)
+    other, subset = copy.deepcopy(network), torch.tensor([3, 4, 11, 19])
+    labels = torch.full((20,), -5)  # no class: to look at one of these would be an error
+    labels[subset] = torch.tensor([0, 1, 2, 3])
+    found = train_epoch(network, sgd(network), Batches(images, 3, subset=subset), labels, CPU)
+    alone = Images(images.pixels[subset].permute(0, 2, 3, 1).numpy(), (0.5,), (0.25,), torch.device("cpu"))
+    wanted = train_epoch(other, sgd(other), Batches(alone, 3), labels[subset], CPU)
+    assert found == pytest.approx(wanted)
+    for value, other_value in zip(network.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(value, other_value)
+
+
+@pytest.mark.parametrize("name", ["lenet", "small", "resnet18"])
+def test_a_last_batch_of_one_row_trains_and_predicts(name):
+    network, images = network_and_images(name, 9)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    loss, train_accuracy = train_epoch(network, sgd(network), Batches(images, 8), observed(9), CPU)
+    assert 0 < loss < 100 and 0 <= train_accuracy <= 100
+    assert all(torch.isfinite(value).all() for value in network.state_dict().values())
+    # both batches, so with nothing left out
+    assert all(not torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    steps = [v for key, v in network.state_dict().items() if key.endswith("num_batches_tracked")]
+    assert all(step == 2 for step in steps)
+    assert predict(network, Batches(images, 8), 9, CPU).shape == (9,)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_last_batch_of_one_row_of_the_smallest_images_that_are_taken_trains_too(padding):
+    size = 11 - 2 * padding
+    images = Images(np.zeros((3, size, size, 3), np.uint8), (0.5,) * 3, (0.25,) * 3, torch.device("cpu"))
+    network = make_network("resnet18", 4, 3, size, padding)
+    train_epoch(network, sgd(network), Batches(images, 2), observed(3), CPU)
+    with pytest.raises(UserError, match=rf"--network resnet18: images of {size - 1} pixels are too small"):
+        make_network("resnet18", 4, 3, size - 1, padding)
+
+
+# predictions ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet18"])
+def test_predictions_are_by_position_whatever_the_order_and_the_size_of_batches(name):
+    network, images = network_and_images(name, 23)
+    network.eval()
+    with torch.no_grad():
+        logits = network(images.view(torch.arange(23)))
+        [*network.children()][-1].bias.sub_(logits.mean(dim=0))  # so that no class is always the largest
+        logits -= logits.mean(dim=0)
+    network.train()
+    for size, seed in ((1, 0), (5, 1), (64, 2)):
+        batches = Batches(images, size, shuffle=True, generator=torch.Generator().manual_seed(seed))
+        found = predict(network, batches, 23, CPU)
+        assert found.dtype == torch.int64
+        assert torch.equal(found, logits.argmax(dim=1))
+    assert len(found.unique()) == 4
+
+
+def test_predicting_leaves_the_network_as_it_is_and_builds_no_graph():
+    network, images = network_and_images("resnet18", 5)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    predict(network.train(), Batches(images, 4), 5, CPU)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+# networks ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lenet", "small", "resnet18"])
+def test_a_seed_gives_the_same_initial_weights_and_another_one_others(name):
+    weights = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        weights.append(make_network(name, 10, *NETWORKS[name]).state_dict())
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    assert any(not torch.equal(value, weights[2][key]) for key, value in weights[0].items())
+
+
+def test_lenets_pooling_before_relu_is_relu_before_pooling_in_outputs_and_gradients():
+    torch.manual_seed(0)
+    lenet = make_network("lenet", 10, 1, 28)
+    images = torch.randn(6, 1, 28, 28, requires_grad=True)
+    labels = torch.arange(6)
+
+    def released_order() -> torch.Tensor:
+        x = F.max_pool2d(F.relu(lenet.conv1(images)), 2)
+        x = F.max_pool2d(F.relu(lenet.conv2(x)), 2)
+        x = F.relu(lenet.fc1(x.view(6, -1)))
+        return lenet.fc3(F.relu(lenet.fc2(x)))
+
+    leaves = [images, *lenet.parameters()]
+    outputs = [lenet(images), released_order()]
+    gradients = [torch.autograd.grad(F.cross_entropy(out, labels), leaves) for out in outputs]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
+    for found, wanted in zip(*gradients, strict=True):
+        assert wanted.abs().max() > 0
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("padding", "maps"), [(0, 30), (1, 32)])
+def test_the_stem_has_no_padding_unless_it_is_asked_for(padding, maps):
+    network = make_network("resnet18", 10, 3, 32, stem_padding=padding).eval()
+    assert isinstance(network, ResNet)
+    with torch.no_grad():
+        stem = network.stem(torch.zeros(1, 3, 32, 32))
+        assert stem.shape == (1, 64, maps, maps)
+        assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
