@@ -72,3 +72,22 @@ def resize_and_center_crop(resize: int = 256, size: int = 224) -> Callable[[Tens
     from torchvision.transforms import v2  # noqa: PLC0415
 
     return v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(size)])
+
+
+def resize_crop_and_flip(size: int = 256) -> Callable[[Tensor], Tensor]:
+    """Me-Momentum's training transform of one uint8 image [3, H, W] of Clothing1M: [3, size, size], all of it but for a shift.
+
+    Both sides to `size`, so that the aspect is not kept; padded by an eighth of it (32 of 256) with zeros, cut at random to
+    the old size, mirrored or not; it draws from torch's global CPU generator.
+    """
+    from torchvision.transforms import v2  # noqa: PLC0415
+
+    resized = v2.Resize((size, size), antialias=True)
+    return v2.Compose([resized, v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()])
+
+
+def resize_to_square(size: int = 256) -> Callable[[Tensor], Tensor]:
+    """Me-Momentum's test transform of one uint8 image [3, H, W] of Clothing1M: both sides to `size`, the aspect not kept."""
+    from torchvision.transforms import v2  # noqa: PLC0415
+
+    return v2.Resize((size, size), antialias=True)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from common import processes
 from common.gpu import Device
 
 
@@ -36,10 +37,13 @@ def train_epoch(
 
 @torch.no_grad()
 def predict(network: nn.Module, batches: Iterable, size: int, device: Device) -> Tensor:
-    """Predicted classes, int [size], of batches that hold each position 0 .. size - 1 once, in eval mode."""
+    """Predicted classes, int [size], of batches that hold each position 0 .. size - 1 once, in eval mode.
+
+    Under torchrun each process goes through its batches, and all have the predictions of all.
+    """
     network.eval()
-    predicted = torch.empty(size, dtype=torch.int64, device=device.device)
+    predicted = torch.zeros(size, dtype=torch.int64, device=device.device)
     for (images,), index in batches:
         with device.autocast():
             predicted[index] = network(images).argmax(dim=1)
-    return predicted
+    return processes.total(predicted)
