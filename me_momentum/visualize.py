@@ -69,7 +69,7 @@ def draw_rounds(axes, run: RunResult) -> None:
             axes.axvline(number - 0.5, color="gray", linestyle=":")
     axes.set(xlabel=f"phase on a confident set ({run.folder.name})", ylabel="percent", ylim=(0, 102))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(loc="center right", fontsize=7)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.14), fontsize=7)
     axes.grid(alpha=0.3)
 
 
