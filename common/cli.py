@@ -22,7 +22,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a default where there is one to show: not for switches, nor where the help text explains None."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        shown = action.default is not None and action.default is not False  # 0 is one
+        return super()._get_help_string(action) if shown else action.help
 
 
 class Parser(argparse.ArgumentParser):
