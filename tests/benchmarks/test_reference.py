@@ -10,15 +10,21 @@ from benchmarks.compare import against, read_results
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "benchmarks" / "reference"
 FILES = sorted(REFERENCE.glob("*.csv"))
-SCRIPTS = ("python afm/train.py ", "python sfa/Train_cifar.py ", "python -m benchmarks.baseline ")
+SCRIPTS = (
+    *("python afm/train.py ", "python me_momentum/main.py ", "python sfa/Train_cifar.py "),
+    "python -m benchmarks.baseline ",
+)
 
 
-def summary(file: str, method: str, metric: str, scale: int = 1, fidelity: str = "paper") -> str:
-    """mean ± standard deviation over seeds, as the texts print it."""
+def summary(
+    file: str, method: str, metric: str, scale: int = 1, fidelity: str = "paper", cell: str | None = None
+) -> str:
+    """mean ± standard deviation over seeds, as the texts print it; the figure itself where there is one seed."""
     wanted = (method, metric, fidelity)
-    rows = read_results(REFERENCE / file)
+    rows = [row for row in read_results(REFERENCE / file) if cell in (None, row["cell"])]
     values = [scale * r["value"] for r in rows if (r["method"], r["metric"], r["fidelity"]) == wanted]
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
@@ -86,3 +92,37 @@ def test_the_front_page_shows_afms_figures(method, name):
         f"| {name} | {' | '.join(summary('afm.csv', method, m) for m in ('best', 'last', 'last10'))} |"
         in text
     )
+
+
+ME_MOMENTUM = ("best", "last", "last10", "at_best_validation")
+SET = ("confident_precision", "confident_recall", "hard_share")
+
+
+@pytest.mark.parametrize("cell", ["digits-sym0.4", "digits-inst0.4"])
+def test_me_momentum_beats_cross_entropy_on_digits_by_the_margins_we_claim(cell):
+    rows = [row for row in read_results(REFERENCE / "me_momentum.csv") if row["cell"] == cell]
+    for line in against(rows, "CE", ["last", "at_best_validation"]).lines:
+        assert line.a.n == line.b.n == 3
+        assert line.difference >= (5 if line.key_b.metric == "last" else 0)
+
+
+@pytest.mark.parametrize("file", ["me_momentum.csv", "me_momentum_mnist.csv"])
+def test_the_row_of_every_run_in_me_momentums_text_is_that_of_the_file(file):
+    text = (ROOT / "me_momentum" / "README.md").read_text()
+    rows = read_results(REFERENCE / file)
+    for cell, method, fidelity in {(row["cell"], row["method"], row["fidelity"]) for row in rows}:
+        shown = [summary(file, method, metric, fidelity=fidelity, cell=cell) for metric in ME_MOMENTUM]
+        if method == "Me-Momentum":
+            shown += [summary(file, method, metric, 100, fidelity, cell) for metric in SET]
+        assert f" | {' | '.join(shown)} |" in text, f"{file} {cell} {method} {fidelity}"
+
+
+@pytest.mark.parametrize(("method", "name"), [("CE", "cross-entropy"), ("Me-Momentum", "Me-Momentum")])
+def test_the_front_page_shows_me_momentums_figures(method, name):
+    text = (ROOT / "README.md").read_text()
+    cells = [
+        summary("me_momentum.csv", method, metric, cell=cell)
+        for cell in ("digits-sym0.4", "digits-inst0.4")
+        for metric in ("last", "at_best_validation")
+    ]
+    assert f"| {name} | {' | '.join(cells)} |" in text
