@@ -1,5 +1,6 @@
 """The figures we publish: well-formed, reproducible from their commands, and the same in the texts as in the files."""
 
+import csv
 import statistics
 from pathlib import Path
 
@@ -126,3 +127,39 @@ def test_the_front_page_shows_me_momentums_figures(method, name):
         for metric in ("last", "at_best_validation")
     ]
     assert f"| {name} | {' | '.join(cells)} |" in text
+
+
+def test_the_front_page_says_where_mnist_ends():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    ends = [
+        summary("me_momentum_mnist.csv", method, "last", cell=cell)
+        for method in ("Me-Momentum", "CE")
+        for cell in ("mnist-sym0.2", "mnist-inst0.2")
+    ]
+    expected = "ends at {} and {}, cross-entropy after 100 epochs at {} and {};".format(*ends)
+    assert expected in text
+
+
+@pytest.mark.parametrize("noise", ["sym", "inst"])
+def test_the_log_of_a_run_on_mnist_is_that_of_its_row(noise):
+    with (REFERENCE / "logs" / f"me_momentum_mnist_{noise}0.2.csv").open(newline="") as file:
+        log = list(csv.DictReader(file))
+    cell = f"mnist-{noise}0.2"
+    for metric, row in {
+        "last": log[-1],
+        "at_best_validation": [row for row in log if row["new_best"] == "1"][-1],
+    }.items():
+        shown = summary("me_momentum_mnist.csv", "Me-Momentum", metric, cell=cell)
+        assert f"{float(row['test_accuracy']):.2f}" == shown
+    trained = summary("me_momentum_mnist.csv", "Me-Momentum", "epochs_trained", cell=cell)
+    assert len(log) == float(trained)
+
+
+def test_as_released_mnists_first_outer_loop_is_the_papers_but_for_the_batch_mean():
+    with (REFERENCE / "logs" / "me_momentum_mnist_inst0.2.csv").open(newline="") as file:
+        first = [row for row in csv.DictReader(file) if row["outer"] == "1"]
+    best = [row for row in first if row["new_best"] == "1"][-1]
+    released = summary("me_momentum_mnist.csv", "Me-Momentum", "at_best_validation", fidelity="released")
+    assert f"{float(best['test_accuracy_batchmean']):.2f}" == released
+    trained = summary("me_momentum_mnist.csv", "Me-Momentum", "epochs_trained", fidelity="released")
+    assert len(first) == float(trained)
