@@ -93,6 +93,12 @@ def make_parser() -> cli.Parser:
         help="epochs of a round, and of the early-stopping phase at most",
     )
     training.add_argument(
+        "--cuda_graphs",
+        action=BooleanOptionalAction,
+        default=True,
+        help="on CUDA replay recorded training steps, so that small networks do not wait for launches; not with --compile",
+    )
+    training.add_argument(
         "--model_dir", metavar="DIR", help="the release's folder of weights: here a name for --out"
     )
 
@@ -327,7 +333,7 @@ def main(argv=None) -> None:
     run.save_arrays("split", train=index[parts.train], validation=index[parts.validation])
 
     s = make_setting(args, run, device, data, index, observed, parts)
-    if not args.compile:
+    if args.cuda_graphs and not args.compile:
         device.replay(network, (args.batch_size, *s.train.pixels.shape[1:]))
     optimizer = SGD(
         network.parameters(), args.lr, 0.9, weight_decay=args.weight_decay, fused=device.on_cuda()

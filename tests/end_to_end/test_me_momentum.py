@@ -559,6 +559,14 @@ def test_a_subset_is_marked_and_split_like_a_training_set(tmp_path):
     assert result(run)["noise"]["samples"] == 500
 
 
+@pytest.mark.parametrize(("words", "recorded_shapes"), [([], [(64, 1, 8, 8)]), (["--no-cuda_graphs"], [])])
+def test_training_is_recorded_for_replay_unless_told_not_to(words, recorded_shapes, tmp_path, monkeypatch):
+    shapes = []
+    monkeypatch.setattr(main.gpu.Device, "replay", lambda self, network, shape: shapes.append(tuple(shape)))
+    Recorder(tmp_path, "--n_epoch", "1", "--max_outer_loop", "1", *words)
+    assert shapes == recorded_shapes
+
+
 def test_the_labels_of_a_run_given_to_another_make_it_the_same(recorded, tmp_path):
     run = Recorder(tmp_path, "--noise_file", recorded.run / "noisy_labels.npy").run
     assert result(run)["noise"] == result(recorded.run)["noise"]

@@ -24,6 +24,7 @@ FLAGS = [
     (("--weight_decay",), 1e-4),
     (("--batch_size",), 128),
     (("--n_epoch",), 100),
+    (("--cuda_graphs", "--no-cuda_graphs"), True),
     (("--model_dir",), None),
     (("--selection",), "confident"),
     (("--max_outer_loop",), 3),
