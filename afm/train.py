@@ -7,7 +7,6 @@
 The sections in brackets are those of the method's description in afm/README.md.
 """
 
-import io
 import os
 import sys
 from argparse import BooleanOptionalAction, Namespace
@@ -447,9 +446,7 @@ def keep_weights(network: nn.Module, report: dict, epoch: int, args: Namespace, 
     names = ["model_best.pt"] if report[column] > max((row[column] for row in run.rows), default=0.0) else []
     names += [f"model_{epoch}.pt"] if args.save_every and epoch % args.save_every == 0 else []
     for name in names:
-        content = io.BytesIO()
-        torch.save(network.state_dict(), content)
-        run.save_file(name, content.getvalue())
+        run.save_weights(name, network.state_dict())
 
 
 def at_best_validation(rows: list[dict]) -> dict[str, float]:

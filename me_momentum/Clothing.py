@@ -7,7 +7,6 @@ The labels of the clean validation images choose the checkpoints and weigh the l
 method's description in me_momentum/README.md.
 """
 
-import io
 import sys
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterable
@@ -475,7 +474,7 @@ def main(argv=None) -> None:
             keep_models(network, memory, place.epoch, score, validation.accuracy)
         new_best = is_new_best(validation.accuracy, run.rows)
         if new_best:
-            save_weights(network, run)
+            run.save_weights("model_best.pt", network.state_dict())
         report = {"outer": place.outer, "inner": place.inner, "loss": loss}
         report |= {"validation_accuracy": validation.accuracy}
         report |= {"test_accuracy": test(network, data.test, f"{name_of(place)} test", run).accuracy}
@@ -519,13 +518,6 @@ def set_columns(memory: dict, labels: Tensor, num_classes: int) -> dict[str, flo
         "smallest_class": int(counts[labels.unique()].min()),
         "class_models": len(memory["weights"]) or None,
     }
-
-
-def save_weights(network: nn.Module, run: Run) -> None:
-    """model_best.pt: the weights of the best validation accuracy so far."""
-    content = io.BytesIO()
-    torch.save(copy_of(network), content)
-    run.save_file("model_best.pt", content.getvalue())
 
 
 def summary(rows: list[dict]) -> dict[str, float | None]:

@@ -6,7 +6,6 @@
 The sections in brackets are those of the method's description in me_momentum/README.md.
 """
 
-import io
 import sys
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable
@@ -293,7 +292,7 @@ def keep_weights(network: nn.Module, memory: dict, place: Place, verdict: Verdic
     """The epoch's weights, where they are the best of the outer loop, and where they are those to report."""
     if not verdict.keep:
         return
-    memory["latest"] = {name: value.clone() for name, value in network.state_dict().items()}
+    memory["latest"] = copy_of(network)
     stopped = place.best_of_run == 0 and validation > memory["best_validation"]
     if verdict.new_best or stopped:
         memory["best"], memory["best_validation"] = memory["latest"], validation
@@ -301,11 +300,13 @@ def keep_weights(network: nn.Module, memory: dict, place: Place, verdict: Verdic
 
 def end_phase(network: nn.Module, memory: dict, run: Run) -> None:
     """Write model_best.pt. Where no epoch was ever better than nothing, the last weights are what there is to go on with."""
-    if not memory["latest"]:
-        memory["latest"] = {name: value.clone() for name, value in network.state_dict().items()}
-    weights, content = memory["best"] or memory["latest"], io.BytesIO()
-    torch.save({name: value.cpu() for name, value in weights.items()}, content)
-    run.save_file("model_best.pt", content.getvalue())
+    memory["latest"] = memory["latest"] or copy_of(network)
+    run.save_weights("model_best.pt", memory["best"] or memory["latest"])
+
+
+def copy_of(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of the weights on their device."""
+    return {name: value.clone() for name, value in network.state_dict().items()}
 
 
 def main(argv=None) -> None:

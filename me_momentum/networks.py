@@ -1,5 +1,5 @@
 """The released networks (Sec. 3): LeNet, ResNet-18/34 with a stem without padding, ResNet-50 for Clothing1M; PyTorch's own
-initialisation. Layers are made in the release's order, so that one seed gives the release's initial weights."""
+initialisation. Layers are made in the release's order."""
 
 from collections.abc import Sequence
 from pathlib import Path
