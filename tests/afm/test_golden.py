@@ -234,7 +234,7 @@ class Recorded:
     def progress(self, batches, _description):
         return batches
 
-    def save_file(self, name, _content):
+    def save_weights(self, name, _weights):
         self.saved.append((name, len(self.rows)))
 
 
