@@ -38,7 +38,10 @@ class Images:
     def view(
         self, index: Tensor, augmentation: Callable | None = None, generator: Generator | None = None
     ) -> Tensor:
-        """The images at index [B], augmented by augmentation(batch, generator) if given: float32 [B, C, H, W]."""
+        """The images at index [B], augmented by augmentation(batch, generator) if given: float32 [B, C, H, W].
+
+        An augmentation that makes k views at once, [k, B, C, H, W], gives them all.
+        """
         batch = self.pixels[index]
         if augmentation is not None:
             batch = augmentation(batch, generator)
@@ -49,7 +52,8 @@ class Batches:
     """One pass over some images at every iteration: yields (views, index), views a tuple of k [B, C, H, W] tensors.
 
     subset: the positions to go through, [n] on the images' device (all by default). shuffle: a new order at every pass,
-    drawn from generator. Each view is augmented by its own draws. The last batch may be smaller, or is dropped.
+    drawn from generator. Each view is augmented by its own draws; an augmentation that makes all views at once decides
+    their number. The last batch may be smaller, or is dropped.
 
     rank, world: of several processes that share the work. Where batches are shuffled each process yields its consecutive
     piece of every batch, drawn as if it were alone; else whole batches are dealt out in turn.
@@ -97,11 +101,15 @@ class Batches:
         for number, index in enumerate(order.split(self.batch_size) if len(order) else ()):
             if not self.shuffle and number % self.world != self.rank:
                 continue
-            views = [self.images.view(index, self.augmentation, self.generator) for _ in range(self.views)]
+            views = self._views(index)
             if self.shuffle and self.world > 1:
                 views = [view.chunk(self.world)[self.rank] for view in views]
                 index = index.chunk(self.world)[self.rank]  # noqa: PLW2901
             yield tuple(views), index
+
+    def _views(self, index: Tensor) -> list[Tensor]:
+        views = [self.images.view(index, self.augmentation, self.generator) for _ in range(self.views)]
+        return list(views[0]) if views[0].dim() == 5 else views
 
     def endless(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         """Pass after pass, without end. ValueError where there is nothing to go through."""

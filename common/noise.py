@@ -8,6 +8,7 @@ name                  who uses it             a corrupted label becomes         
 symmetric             Me-Momentum             one of the other K-1 classes                     about r
 symmetric_inclusive   DivideMix, SANM         one of all K classes, the true one included      about r (K-1)/K
 asymmetric            DivideMix, SANM         its look-alike (CIFAR-10 map)                    about r/2 on CIFAR-10
+superclass            C2D, SANM               another class of its superclass (CIFAR-100)      about r
 pairflip              Me-Momentum             the next class                                   about r
 oneflip               Me-Momentum             2, if it was 1                                   about r/K
 instance              Me-Momentum (Xia 2020)  the class whose projection of the image is big   about r
@@ -19,6 +20,7 @@ type or range.
 
 import math
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +30,16 @@ from scipy.stats import truncnorm
 # truck -> automobile, bird -> airplane, cat <-> dog, deer -> horse (Patrini et al. 2017, as in DivideMix and SANM)
 CIFAR10_LOOK_ALIKES = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
 
+# the superclass of each class of CIFAR-100, in the data set's own numbers (Krizhevsky 2009)
+CIFAR100_SUPERCLASSES = (
+    *(4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7),
+    *(6, 13, 15, 3, 15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10),
+    *(16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16),
+    *(12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13),
+)
+
 CLASS_CONDITIONAL = ("symmetric", "pairflip", "oneflip")
-NOISE_TYPES = (*CLASS_CONDITIONAL, "symmetric_inclusive", "asymmetric", "instance")
+NOISE_TYPES = (*CLASS_CONDITIONAL, "symmetric_inclusive", "asymmetric", "superclass", "instance")
 
 
 class Realised(NamedTuple):
@@ -66,6 +76,8 @@ def add_noise(
         return symmetric_inclusive(labels, rate, num_classes, seed)
     if noise_type == "asymmetric":
         return asymmetric(labels, rate, num_classes, seed)
+    if noise_type == "superclass":
+        return superclass(labels, rate, num_classes, seed)
     if noise_type == "instance":
         if images is None:
             raise ValueError("instance-dependent noise needs the images")
@@ -215,6 +227,31 @@ def asymmetric(
     noisy = labels.copy()
     for i in _corrupted(len(labels), rate, random.Random(seed)):
         noisy[i] = look_alikes.get(int(labels[i]), labels[i])
+    return noisy
+
+
+def superclass(
+    labels: np.ndarray,
+    rate: float,
+    num_classes: int,
+    seed: int,
+    superclasses: Sequence[int] = CIFAR100_SUPERCLASSES,
+) -> np.ndarray:
+    """int(rate N) random samples take another class of their superclass, all others alike (C2D on CIFAR-100).
+
+    superclasses: of each class. Draws from random.Random(seed): the shuffle of `asymmetric`, then one choice per corrupted
+    sample in ascending order, from the other classes in their order. The release of SANM has no such noise.
+    """
+    labels = _checked_labels(labels, num_classes)
+    if len(superclasses) != num_classes:
+        raise ValueError(f"the superclasses are those of {len(superclasses)} classes, got {num_classes}")
+    others = [
+        [k for k, of in enumerate(superclasses) if of == own and k != c] for c, own in enumerate(superclasses)
+    ]
+    rng = random.Random(seed)
+    noisy = labels.copy()
+    for i in _corrupted(len(labels), rate, rng):
+        noisy[i] = rng.choice(others[labels[i]] or [int(labels[i])])
     return noisy
 
 

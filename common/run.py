@@ -340,7 +340,8 @@ class Run:
         self._lock.release()
 
     def _write_result(self, path: Path, metric: str, more: dict[str, float | None]) -> None:
-        curve = [row[metric] for row in self.rows]
+        measured = [row for row in self.rows if row[metric] is not None]
+        curve = [row[metric] for row in measured]
         metrics = {"best": max(curve), "last": curve[-1], "last10": float(np.mean(curve[-10:]))}
         metrics |= {name: _plain(value) for name, value in more.items()}
         timing = {
@@ -352,7 +353,7 @@ class Run:
         }
         noise = json.loads((self.folder / "noise.json").read_text())
         content = {"paper": self.paper, "method": self.method, **self._cell_columns(), "metric": metric}
-        content |= {"metrics": metrics, "best_epoch": int(np.argmax(curve)) + 1, "images": self.images}
+        content |= {"metrics": metrics, "best_epoch": measured[int(np.argmax(curve))]["epoch"], "images": self.images}
         content |= {"noise": {key: noise[key] for key in ("sha256", "samples", "realised_rate")}}
         content |= {"environment": environment(self.device), "command": command(), "timing": timing}
         common = {

@@ -1,0 +1,61 @@
+"""Label quality: the clean probability of each sample from its loss, and the split that it makes (Sec. 6)."""
+
+import warnings
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+from torch import Tensor
+
+HISTORY = 5  # loss vectors that the 90 % rule averages
+MARGIN = 1e-5  # the threshold stays this far inside the range of the clean probabilities
+
+
+def normalised(losses: Tensor) -> Tensor:
+    """Losses [N] scaled to [0, 1] by their minimum and maximum; zeros where all are equal."""
+    losses = losses - losses.min()
+    spread = losses.max()
+    return losses / spread if spread > 0 else losses
+
+
+def averages_history(noise_rate: float, released: bool) -> bool:
+    """The 90 % rule: whether the mixture reads the mean of the last loss vectors. The release asks for 0.9 exactly."""
+    return noise_rate == 0.9 if released else noise_rate >= 0.9
+
+
+def remember(history: list[Tensor], losses: Tensor) -> list[Tensor]:
+    """The last HISTORY normalised loss vectors [N] of a network, this one included."""
+    return [*history, losses][-HISTORY:]
+
+
+def clean_probability(values: Tensor, seed: int) -> Tensor:
+    """Posterior of the component with the smaller mean, float64 [N], for normalised losses [N].
+
+    scikit-learn's mixture of two Gaussians with the release's settings (ten iterations); seed: of its k-means start.
+    """
+    column = values.detach().float().cpu().numpy().reshape(-1, 1)
+    mixture = GaussianMixture(2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # ten iterations are all that the method gives it
+        posterior = mixture.fit(column).predict_proba(column)
+    clean = posterior[:, np.argmin(mixture.means_)].astype(np.float64)
+    return torch.from_numpy(clean).to(values.device)
+
+
+def divide(clean: Tensor, threshold: float, at_least: int = 1) -> Tensor:
+    """Which samples count as labelled, bool [N]: those of clean probability above the threshold; neither side is ever empty.
+
+    The threshold is kept inside the range of the probabilities (as C2D does). Where a side still has fewer than at_least
+    samples, which is so if all probabilities are equal, it gets those nearest to it. ValueError: N < 2 at_least.
+    """
+    if len(clean) < 2 * at_least:
+        raise ValueError(f"{len(clean)} samples cannot be divided into two sets of at least {at_least}")
+    low, high = float(clean.min()) + MARGIN, float(clean.max()) - MARGIN
+    selected = clean > min(max(threshold, low), high)
+    count = int(selected.sum())
+    enough = min(max(count, at_least), len(clean) - at_least)
+    if enough != count:
+        selected = torch.zeros_like(selected)
+        selected[clean.argsort(descending=True, stable=True)[:enough]] = True
+    return selected

@@ -1,0 +1,177 @@
+"""The passes over the data that SANM's scripts are made of: warm-up, training on a split, losses, test (Sec. 4, 6, 8).
+
+Batches are (views, index): a tuple of [B, ...] tensors and the samples' positions, int [B]. Labels and clean probabilities
+are tensors on the device of the images, by those positions.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
+
+from common import processes
+from common.gpu import Device
+from sanm.losses import negative_entropy
+from sanm.masking import Masked, MaskRule
+from sanm.mixmatch import Samples, guess_labels, mix, refine_labels, stack, step_loss
+
+
+class Masks(NamedTuple):
+    """Adversarial masking with its draws: CIFAR's functions of `masking`, or Clothing1M's."""
+
+    draw: Callable[[int, int, MaskRule, Generator], Tensor]
+    apply: Callable[..., Masked]
+    rule: MaskRule
+    generator: Generator
+
+    def __call__(
+        self, images: Tensor, maps: Tensor, clean: Tensor, targets: Tensor, sizes: tuple[int, int]
+    ) -> Masked:
+        """Masked copies of labelled and unlabelled images, `sizes` of each; drawn for the global batch, under torchrun too."""
+        own, world = processes.rank(), processes.world()
+        draws = [
+            self.draw(world * n, images.shape[1], self.rule, self.generator)[own * n : (own + 1) * n]
+            for n in sizes
+        ]
+        return self.apply(images, maps, clean, targets, torch.cat(draws), self.rule)
+
+
+class Step(NamedTuple):
+    """What the steps of an epoch share."""
+
+    as_samples: Callable[[tuple[Tensor, ...], Tensor], Samples]  # of a batch's views and clean probabilities
+    masks: Masks | None  # None: the base method, without masks and reconstruction
+    draw_share: Callable[[], float]  # the Beta draw of the mixture
+    draw_permutation: Callable[[int], Tensor]  # its partners
+    weight: Callable[[int], float]  # of L_u by step
+    temperature: float
+    reconstruction_weight: float
+    device: Device
+    forward_unlabelled: bool = True
+
+
+def learning_rate(epoch: int, lr: float, drop: int) -> float:
+    """A tenth from epoch `drop` on; epochs count from 0 (Sec. 4)."""
+    return lr if epoch < drop else lr / 10
+
+
+def warm_up(
+    network: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterable,
+    labels: Tensor,
+    device: Device,
+    *,
+    penalise_confidence: bool,
+    clip: float | None,
+) -> Tensor:
+    """One epoch of cross-entropy on the observed labels, with the negative entropy on top if asked: each step's loss.
+
+    clip: largest gradient norm. Under torchrun the loss is that of the global batch.
+    """
+    network.train()
+    losses = []
+    for (images,), index in batches:
+        given = labels[processes.gather_rows(index)]
+        with device.autocast():
+            scores = processes.gather_rows(network(images).scores)
+        loss = F.cross_entropy(scores, given)
+        if penalise_confidence:
+            loss = loss + negative_entropy(scores)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(network.parameters(), clip)
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def train_divided(
+    network: nn.Module,
+    peer: nn.Module,
+    optimizer: Optimizer,
+    labelled: Iterable,
+    unlabelled: Iterator,
+    step: Step,
+    *,
+    labels: Tensor,
+    clean: Tensor,
+    parallel: nn.Module | None = None,
+) -> Tensor:
+    """One epoch on the split that the peer's losses made: each step's losses [steps, 5], total, L_x, L_u, L_prior, L_rec.
+
+    unlabelled goes on for ever; the labelled batches decide the number of steps. parallel: the network around which
+    gradients are averaged, under torchrun.
+    """
+    network.train()
+    peer.eval()
+    losses = []
+    for number, (views, index) in enumerate(labelled):
+        doubtful_views, doubtful = next(unlabelled)
+        x, u = step.as_samples(views, clean[index]), step.as_samples(doubtful_views, clean[doubtful])
+        with step.device.autocast():
+            guessed = guess_labels(network, peer, u.reference, step.temperature)
+            refined = refine_labels(network, x.reference, labels[index], x.clean, step.temperature)
+            targets = torch.cat([refined.targets, guessed.targets])
+            images = torch.cat([x.reference[0], u.reference[0]])
+            masked = None
+            if step.masks is not None:
+                maps, quality = torch.cat([refined.maps, guessed.maps]), torch.cat([x.clean, u.clean])
+                masked = step.masks(images, maps, quality, targets, (len(index), len(doubtful)))
+            versions = stack(x, u, targets, masked)
+            rows = processes.world() * sum(side.shape[0] * side.shape[1] for side in versions.inputs)
+            mixture = mix(versions, step.draw_share(), step.draw_permutation(rows), step.forward_unlabelled)
+            loss = step_loss(
+                network if parallel is None else parallel,
+                mixture,
+                images,
+                masked,
+                weight=step.weight(number),
+                reconstruction_weight=step.reconstruction_weight,
+                forward_unlabelled=step.forward_unlabelled,
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.total.backward()
+        optimizer.step()
+        losses.append(torch.stack([loss.total.detach(), *loss[1:]]))
+    return torch.stack(losses)
+
+
+@torch.no_grad()
+def sample_losses(
+    network: nn.Module, batches: Iterable, labels: Tensor, size: int, device: Device
+) -> Tensor:
+    """Cross-entropy of each position 0 .. size - 1 with its observed label, float32 [size], in eval mode (Sec. 6).
+
+    Under torchrun each process goes through its batches, and all have the losses of all.
+    """
+    network.eval()
+    losses = torch.zeros(size, device=device.device)
+    for (images,), index in batches:
+        with device.autocast():
+            scores = network(images).scores
+        losses[index] = F.cross_entropy(scores, labels[index], reduction="none")
+    return processes.total(losses)
+
+
+@torch.no_grad()
+def network_scores(
+    networks: list[nn.Module], batches: Iterable, size: int, num_classes: int, device: Device
+) -> Tensor:
+    """The scores of each network for each position 0 .. size - 1, float32 [networks, size, K], in eval mode (Sec. 8)."""
+    networks = [network.eval() for network in networks]
+    scores = torch.zeros(len(networks), size, num_classes, device=device.device)
+    for (images,), index in batches:
+        with device.autocast():
+            for own, network in zip(scores, networks, strict=True):
+                own[index] = network(images).scores
+    return processes.total(scores)
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Top-1 accuracy in percent of scores [N, K] against labels int [N]; the method predicts by the sum of both networks'."""
+    return 100 * float((scores.argmax(dim=1) == labels).float().mean())
