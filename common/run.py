@@ -353,7 +353,11 @@ class Run:
         }
         noise = json.loads((self.folder / "noise.json").read_text())
         content = {"paper": self.paper, "method": self.method, **self._cell_columns(), "metric": metric}
-        content |= {"metrics": metrics, "best_epoch": measured[int(np.argmax(curve))]["epoch"], "images": self.images}
+        content |= {
+            "metrics": metrics,
+            "best_epoch": measured[int(np.argmax(curve))]["epoch"],
+            "images": self.images,
+        }
         content |= {"noise": {key: noise[key] for key in ("sha256", "samples", "realised_rate")}}
         content |= {"environment": environment(self.device), "command": command(), "timing": timing}
         common = {

@@ -79,7 +79,13 @@ def side_lengths(area: Tensor, aspect: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rectangle(
-    row: Tensor, column: Tensor, rows: Tensor, columns: Tensor, height: int, width: int, anchor: str = "corner"
+    row: Tensor,
+    column: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    height: int,
+    width: int,
+    anchor: str = "corner",
 ) -> Tensor:
     """The pixels of each image's rectangle, bool [B, H, W]: at (row, column), moved back inside where it would stand out."""
     if anchor == "centre":

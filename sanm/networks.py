@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet18, resnet50
 
+from common.weights import imagenet_resnet
+from sanm.pretrained import load_encoder
+
 BASES = ("dividemix", "c2d")
 NARROW = (16, 32, 64)  # widths of the stages on images below 16 pixels
 
@@ -80,11 +83,20 @@ def make_network(
     )
 
 
-def clothing_network(name: str, num_classes: int) -> MaskedNetwork:
-    """torchvision's resnet50 (Sec. 3 C), or resnet18 to try things out, untrained, with the decoder of 224-pixel images."""
-    encoder = {"resnet50": resnet50, "resnet18": resnet18}[name]()
-    width = encoder.fc.in_features
-    return MaskedNetwork(MapOf(encoder), width, num_classes, clothing_decoder(width))
+def clothing_network(name: str, num_classes: int, pretrained: str = "none") -> MaskedNetwork:
+    """torchvision's resnet50 (Sec. 3 C), or resnet18 to try things out, with the decoder of 224-pixel images.
+
+    pretrained: imagenet, none, or a file with the weights of an encoder. UserError: weights that are not there or do not fit.
+    """
+    resnet = (
+        imagenet_resnet(name)
+        if pretrained == "imagenet"
+        else {"resnet50": resnet50, "resnet18": resnet18}[name]()
+    )
+    width, encoder = resnet.fc.in_features, MapOf(resnet)
+    if pretrained not in ("imagenet", "none"):
+        load_encoder(encoder, pretrained)
+    return MaskedNetwork(encoder, width, num_classes, clothing_decoder(width))
 
 
 # encoders -------------------------------------------------------------------------------------------------------------

@@ -142,9 +142,7 @@ def train_divided(
 
 
 @torch.no_grad()
-def sample_losses(
-    network: nn.Module, batches: Iterable, labels: Tensor, size: int, device: Device
-) -> Tensor:
+def sample_losses(network: nn.Module, batches: Iterable, labels: Tensor, size: int, device: Device) -> Tensor:
     """Cross-entropy of each position 0 .. size - 1 with its observed label, float32 [size], in eval mode (Sec. 6).
 
     Under torchrun each process goes through its batches, and all have the losses of all.

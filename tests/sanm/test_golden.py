@@ -1,12 +1,14 @@
 """Every kind of case recorded from the authors' code, but for noise, augmentation and pre-training, which have tests of their own."""
 
+import random
+
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 from torch.optim import SGD
 
 from common.gpu import Device
+from sanm.clothing import balanced_subset, subset_size
 from sanm.losses import negative_entropy, prior_penalty, ramp_up, soft_cross_entropy, squared_error
 from sanm.masking import CLOTHING_RULE, MaskRule, extrema, mask, mask_clothing, side_lengths
 from sanm.mixmatch import Samples, guess_labels, mix, refine_labels, stack
@@ -24,9 +26,8 @@ def tensors(case, *names: str) -> list[Tensor]:
 
 def close(actual, expected, rtol: float = 0, atol: float = 1e-6) -> None:
     expected = torch.as_tensor(np.asarray(expected))
-    torch.testing.assert_close(
-        torch.as_tensor(actual).to(expected.dtype), expected, rtol=rtol, atol=atol, check_device=False
-    )
+    actual = actual if isinstance(actual, Tensor) else torch.as_tensor(np.asarray(actual))
+    torch.testing.assert_close(actual.to(expected.dtype), expected, rtol=rtol, atol=atol, check_device=False)
 
 
 # masking --------------------------------------------------------------------------------------------------------------
@@ -149,19 +150,21 @@ def same_to_a_thousandth(ours: Tensor, case, name: str) -> None:
     assert (ours - expected).abs().max() <= 1e-3 * expected.abs().max(), (case.name, name)
 
 
+def network_of_shapes(shapes: list[tuple[int, ...]], classes: int, size: int) -> torch.nn.Module:
+    """The one of our networks for images of that size whose parameters have the given shapes."""
+    if size == 224:
+        made = [clothing_network("resnet50", classes)]
+    else:
+        made = [make_network(base, classes, 3, size) for base in ("c2d", "dividemix")]
+    return next(network for network in made if [tuple(p.shape) for p in network.parameters()] == shapes)
+
+
 def test_networks(golden):
     for case in golden("sanm", "model"):
         shapes = [tuple(shape) for _, _, shape in case.description["param_order"]]
-        classes, images, shift = len(case["raw_scores"][0]), *tensors(case, "images"), int(case["shift"])
-        size, clothing = images.shape[2], images.shape[2] == 224
-        makers = (
-            [lambda: clothing_network("resnet50", classes)]
-            if clothing
-            else [lambda b=b: make_network(b, classes, 3, size) for b in ("c2d", "dividemix")]
-        )
-        network = next(
-            n for n in (make() for make in makers) if [tuple(p.shape) for p in n.parameters()] == shapes
-        )
+        (images,), shift = tensors(case, "images"), int(case["shift"])
+        size = images.shape[2]
+        network = network_of_shapes(shapes, len(case["raw_scores"][0]), size)
         assert sum(p.numel() for p in network.parameters()) == case.description["parameter_count_total"]
         decoder = sum(p.numel() for p in network.decoder.parameters())
         assert decoder == case.description["parameter_count_decoder"]
@@ -169,7 +172,9 @@ def test_networks(golden):
         network.eval()
         with torch.no_grad():
             out = network(images, images)
-            network.softmax = "equal to raw_scores" not in case.description["arrays"]["returned_scores"]["meaning"]
+            network.softmax = (
+                "equal to raw_scores" not in case.description["arrays"]["returned_scores"]["meaning"]
+            )
             returned = network(images).scores
         channels = case["featmap"].shape[1]
         same_to_a_thousandth(out.maps[:, :channels], case, "featmap")
@@ -183,32 +188,24 @@ def test_networks(golden):
 # training -------------------------------------------------------------------------------------------------------------
 
 
-def test_warm_up(golden):
+def test_warm_up(golden, monkeypatch):
+    norms, plain = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *given: norms.append(plain(*given)))
     for case in golden("sanm", "warmup"):
         network = toy_from(case, "before")
         optimizer = SGD(network.parameters(), 0.02, momentum=0.9, weight_decay=5e-4)
-        norms = []
         batches, labels = tensors(case, "batches", "labels")
-        size = labels.shape[1]
-
-        def passes(batches=batches, size=size):
-            for number, images in enumerate(batches):
-                yield (images,), torch.arange(number * size, (number + 1) * size)
-
-        plain = torch.nn.utils.clip_grad_norm_
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                torch.nn.utils, "clip_grad_norm_", lambda *args, kept=norms: kept.append(plain(*args))
-            )
-            warm_up(
-                network,
-                optimizer,
-                passes(),
-                labels.flatten(),
-                CPU,
-                penalise_confidence=case.description["noise_mode"] == "asym",
-                clip=1.0,
-            )
+        index = torch.arange(labels.numel()).view(labels.shape)
+        norms.clear()
+        warm_up(
+            network,
+            optimizer,
+            [((images,), own) for images, own in zip(batches, index, strict=True)],
+            labels.flatten(),
+            CPU,
+            penalise_confidence=case.description["noise_mode"] == "asym",
+            clip=1.0,
+        )
         close(torch.stack(norms), case["grad_norms"], rtol=1e-4)
         for name, value in weights_of(case, "after").items():
             close(network.state_dict()[name], value, atol=1e-5)
@@ -281,3 +278,15 @@ def test_a_whole_training_step(golden):
         close(losses[0], [float(case[name]) for name in names], rtol=1e-5, atol=1e-5)
         for name, value in weights_of(case, "after").items():
             close(network.state_dict()[name], value, atol=1e-5)
+
+
+def test_class_balanced_subset(golden):
+    for case in golden("sanm", "clothing_subset"):
+        labels, asked = case["labels"], int(case["num_samples"])
+        order = list(range(len(labels)))
+        random.Random(int(case["python_seed"])).shuffle(order)
+        assert order == case["first_shuffle"].tolist()
+        chosen = balanced_subset(labels, asked, 14, random.Random(int(case["python_seed"])))
+        assert chosen.tolist() == case["selected"].tolist()
+        assert np.bincount(labels[chosen], minlength=14).tolist() == case["per_class"].tolist()
+        assert subset_size(labels, asked, 14) == len(chosen)
