@@ -9,7 +9,7 @@ RUN     := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 DATASETS := cifar10 cifar100 mnist fashion_mnist
-.PHONY: help setup test lint format lock reproduce-afm reproduce-me-momentum reproduce-sfa reproduce-all speed check-data $(DATASETS:%=data-%)
+.PHONY: help setup test lint format lock reproduce-afm reproduce-me-momentum reproduce-sanm reproduce-sfa reproduce-all speed check-data $(DATASETS:%=data-%)
 
 help:  ## list the targets
 	@awk -F':[^#]*## ' '/^[a-z0-9_ -]+:.*## /{n = split($$1, names, " "); for (i = 1; i <= n; i++) printf "%-22s %s\n", names[i], $$2}' Makefile
@@ -43,10 +43,13 @@ reproduce-afm: setup  ## Attentive Feature Mixup, mixup and cross-entropy: CSV, 
 reproduce-me-momentum: setup  ## Me-Momentum and cross-entropy: CSV, comparison, figure
 	$(RUN) -m benchmarks.run me_momentum --profile $(PROFILE) --data_path $(DATA) --seeds $(SEEDS) $(ARGS)
 
+reproduce-sanm: setup  ## SANM on two bases, a base without masks, cross-entropy: CSV, comparison, figure
+	$(RUN) -m benchmarks.run sanm --profile $(PROFILE) --data_path $(DATA) --seeds $(SEEDS) $(ARGS)
+
 reproduce-sfa: setup  ## Stochastic Feature Averaging and cross-entropy: CSV, comparison, figure
 	$(RUN) -m benchmarks.run sfa --profile $(PROFILE) --data_path $(DATA) --seeds $(SEEDS) $(ARGS)
 
-reproduce-all: reproduce-afm reproduce-me-momentum reproduce-sfa  ## every method there is
+reproduce-all: reproduce-afm reproduce-me-momentum reproduce-sanm reproduce-sfa  ## every method there is
 
 data-cifar10 data-cifar100 data-mnist data-fashion_mnist: setup  ## download a data set to DATA (torchvision's copy, md5 checked)
 	$(RUN) -m common.datasets download $(@:data-%=%) --data_path $(DATA)

@@ -50,6 +50,21 @@ def _me_momentum_settings() -> dict[str, tuple[str, ...]]:
     }
 
 
+def _sanm_settings() -> dict[str, tuple[str, ...]]:
+    settings = {
+        f"{dataset.lower().replace('-', '')}/{dataset.lower().replace('-', '')}-{noise}{rate}/{method}": (
+            dataset,
+            noise,
+            rate,
+        )
+        for dataset in ("CIFAR-10", "CIFAR-100")
+        for noise, rate in (*(("sym", rate) for rate in ("0.2", "0.5", "0.8", "0.9")), ("asym", "0.4"))
+        for method in ("sanm-c2d", "sanm-dividemix", "c2d", "dividemix", "ce")
+    }
+    clothing = ("sanm-dividemix", "dividemix")
+    return settings | {f"clothing1m/clothing1m/{method}": ("Clothing1M", "real") for method in clothing}
+
+
 PAPERS = {
     "afm": Paper(
         Script("afm/train.py", ("--epochs", "10", "--schedule", "5", "8"), data_flag="--data-root"),
@@ -76,6 +91,17 @@ PAPERS = {
             )
         },
     ),
+    "sanm": Paper(
+        Script("sanm/Train_cifar.py", ("--num_epochs", "30", "--lr_drop", "25")),
+        baseline=False,
+        published=_sanm_settings(),
+        others={
+            "pretrain.py": Script("sanm/pretrain.py", ("--epochs", "100")),
+            "Train_clothing1M.py": Script(
+                "sanm/Train_clothing1M.py", ("--num_epochs", "5", "--lr_drop", "4", "--num_batches", "1000")
+            ),
+        },
+    ),
     "sfa": Paper(Script("sfa/Train_cifar.py", ("--num_epochs", "40", "--warm_up", "10", "--lr_drop", "30"))),
 }
 
@@ -87,6 +113,9 @@ class Cell(NamedTuple):
     preset: str
     flags: tuple[str, ...]  # beyond the preset's own
     script: Script
+    encoder: str | None = (
+        None  # the preset, among the cells too, whose run with the same seed makes the encoder to begin from
+    )
 
     def command(self, seed: int, out: Path, extra: list[str]) -> list[str]:
         """The command line that runs the cell with one seed into the run directory `out`."""
@@ -99,7 +128,7 @@ def cells(paper: str, profile: str, names: list[str] | None = None) -> list[Cell
 
     The presets under embedded/ are the embedded profile, those under short/ (data the paper has no protocol for) are in
     short alone; all others are the published protocol, or with the paper's shortening flags the profile short. UserError: a
-    name that is no preset of the profile.
+    name that is no preset of the profile. A cell whose encoder another one makes brings that one along, before it.
     """
     presets = read_presets(ROOT / paper / "presets.toml")
     folders = {name: name.split("/")[0] for name in presets}
@@ -113,10 +142,12 @@ def cells(paper: str, profile: str, names: list[str] | None = None) -> list[Cell
         raise UserError(
             f"no cell {unknown[0]} in profile {profile} of {paper}: choose from {', '.join(found)}"
         )
+    wanted = [own for name in names or found for own in (presets[name].get("encoder"), name) if own]
     chosen = []
-    for name in names or found:
+    for name in dict.fromkeys(wanted):
         named = presets[name].get("script")
         script = PAPERS[paper].others[named] if named else PAPERS[paper].script
         shortened = profile == "short" and folders[name] != "short"
-        chosen.append(Cell(paper, name, script.short if shortened else (), script))
+        flags = script.short if shortened else ()
+        chosen.append(Cell(paper, name, flags, script, presets[name].get("encoder")))
     return chosen

@@ -1,8 +1,8 @@
 """Published figures beside ours, each with what is known of its source; unconfirmed ones are shown as such, never compared.
 
 `reported/<paper>.csv` has a figure per line: paper, table, dataset, noise_type, noise_rate, imbalance, method, metric, value,
-std, status, source. status: `unconfirmed`, remembered by somebody and found in no source we could read; `secondary`, read in
-another publication's or project's table.
+std, status, source. status: `confirmed`, read in the paper's own table; `secondary`, read in another publication's or project's
+table (`paper` then says whose); `unconfirmed`, remembered by somebody and found in no source we could read.
 """
 
 import csv
@@ -39,11 +39,17 @@ def beside(cells: Sequence[Cell], rows: Sequence[dict]) -> list[str]:
         lines += ["", f"{', '.join(setting)}: accuracy in percent"]
         lines += [f"  {text}" for text in _ours({tuple(p.split("/")[:2]) for p in presets}, rows)]
         lines += [
-            f"  {_with_spread(row):>6}  {row['method']}, published [{row['status']}: {row['source'].split(',')[0]}]"
+            f"  {_with_spread(row):>6}  {row['method']}, {_which(row)}published [{row['status']}: {row['source'].split(',')[0]}]"
             for row in figures
             if (row["dataset"], row["noise_type"], row["noise_rate"])[: len(setting)] == setting
         ]
     return lines
+
+
+def _which(figure: dict[str, str]) -> str:
+    """What of a run the figure is, where it is said: its peak, its end, the mean of its last epochs."""
+    metric = figure["metric"].removesuffix(" (%)")
+    return "" if metric in ("test accuracy", "top-1 accuracy", "test_acc") else f"{metric}, "
 
 
 def _with_spread(figure: dict[str, str]) -> str:

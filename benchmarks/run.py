@@ -8,6 +8,7 @@ handed to the paper's script. Finished runs are not done again, interrupted ones
 """
 
 import csv
+import itertools
 import os
 import re
 import shlex
@@ -102,9 +103,15 @@ class Runner:
 def make_task(cell: Cell, seed: int, runs: Path, data_path: Path, extra: list[str]) -> Task:
     """The run directories and command lines of a cell with a seed; extra flags are part of the directories' names."""
     suffix = re.sub(r"[^A-Za-z0-9_.-]+", "_", "".join(f"-{word.lstrip('-')}" for word in extra))
-    folder = runs / cell.preset.split("/", 1)[1] / f"seed{seed}{suffix}"
+    folder, encoder = (
+        preset and runs / preset.split("/", 1)[1] / f"seed{seed}{suffix}"
+        for preset in (cell.preset, cell.encoder)
+    )
     paper, data = PAPERS[cell.paper], _from_root(data_path)
-    commands = [(folder, cell.command(seed, _from_root(folder), [cell.script.data_flag, data, *extra]))]
+    words = [cell.script.data_flag, data, *extra]
+    if encoder is not None:
+        words += ["--pretrained", _from_root(encoder / "encoder.safetensors")]
+    commands = [(folder, cell.command(seed, _from_root(folder), words))]
     if paper.baseline:
         # whatever chooses the device must choose it for the baseline too
         shared = ["--data_path", data, *_only(extra, ("--device", "--precision"))]
@@ -200,9 +207,17 @@ def main(argv=None) -> None:
     out, data_path = Path(args.out).resolve(), Path(args.data_path).resolve()
     chosen = cells(args.paper, args.profile, args.cells)
     runs = out / "runs" / args.paper / args.profile
-    tasks = [make_task(cell, seed, runs, data_path, extra) for cell in chosen for seed in args.seeds]
+    makers = {cell.encoder for cell in chosen}
+    # the runs that make encoders come first
+    waves = [
+        [make_task(cell, seed, runs, data_path, extra) for cell in cells_of_wave for seed in args.seeds]
+        for cells_of_wave in (
+            [cell for cell in chosen if cell.preset in makers],
+            [cell for cell in chosen if cell.preset not in makers],
+        )
+    ]
     if args.dry_run:
-        for task in tasks:
+        for task in itertools.chain(*waves):
             for _, command in task.commands:
                 print(shlex.join(["python", *command[1:]]))
         for line in beside(chosen, []):
@@ -212,7 +227,7 @@ def main(argv=None) -> None:
     embedded = args.profile == "embedded"
     jobs = args.jobs or (os.cpu_count() or 1 if embedded else 1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    folders = run_all(tasks, jobs, one_thread=embedded)
+    folders = [folder for tasks in waves for folder in run_all(tasks, jobs, one_thread=embedded)]
     report(args.paper, chosen, collect(folders), out)
     figure = [sys.executable, "-m", f"{args.paper}.visualize", *map(str, folders)]
     subprocess.run([*figure, "--out", str(out / f"{args.paper}.png")], cwd=ROOT, check=True)

@@ -3,14 +3,24 @@
 Batches are [B, C, H, W] of any dtype. torchvision's own transforms draw one parameter per call, so that a
 whole batch would get the same crop; these follow the distribution of torchvision's transforms applied image
 by image.
+
+Colour jitter, affine maps, grayscale and resized crops take uint8 batches, C = 1 or 3, and are those of torchvision on PIL
+images, bit for bit. Where they have many parameters, `draw_...` draws them and `apply_...` applies them.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+
+from common.image_operations import affine_nearest, brightness, color, contrast, luminance
+from common.image_operations import hue as shift_hue
+
+JITTER = (brightness, contrast, color, shift_hue)  # ColorJitter's operations, as its `order` numbers them
 
 
 def random_crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
@@ -40,6 +50,263 @@ def crop_and_flip(images: Tensor, generator: Generator, padding: int = 4) -> Ten
     return random_flip(random_crop(images, padding, generator), generator)
 
 
+class ColorJitterDraws(NamedTuple):
+    """Parameters of a colour jitter, one row per image."""
+
+    strength: Tensor  # [B, 4]: factor of brightness, of contrast, of saturation, and the shift of the hue
+    order: Tensor  # int64 [B, 4]: which of the four, 0 to 3, comes first, second, ...; 4 is none
+
+
+def draw_color_jitter(
+    count: int,
+    generator: Generator,
+    brightness: float = 0.4,
+    contrast: float = 0.4,
+    saturation: float = 0.4,
+    hue: float = 0.4,
+    p: float = 1.0,
+) -> ColorJitterDraws:
+    """The law of torchvision's ColorJitter, applied with probability p, for `count` images.
+
+    Factors are uniform in [max(0, 1 - x), 1 + x], the shift of the hue in [-x, x], all 24 orders equally likely.
+    Raises ValueError for a negative strength, or a hue above 0.5.
+    """
+    ranges = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
+    for name, value in ranges.items():
+        if value < 0 or (name == "hue" and value > 0.5):
+            raise ValueError(f"{name} must be >= 0{' and <= 0.5' * (name == 'hue')}, got {value}")
+    bounds = [(max(0.0, 1 - x), 1 + x) for x in (brightness, contrast, saturation)] + [(-hue, hue)]
+    strength = torch.stack([uniform(count, generator, low, high) for low, high in bounds], dim=1)
+    order = uniform((count, len(JITTER)), generator).argsort(dim=1)
+    omitted = uniform((count, 1), generator) >= p
+    if hue == 0:  # the others do nothing at no strength, a shift by 0 would round
+        omitted = omitted | (order == JITTER.index(shift_hue))
+    return ColorJitterDraws(strength, order.masked_fill(omitted, len(JITTER)))
+
+
+def apply_color_jitter(images: Tensor, draws: ColorJitterDraws) -> Tensor:
+    """Colour jitter with given parameters. uint8 [B, C, H, W]; of grey images saturation and hue change nothing."""
+    by_position = F.one_hot(draws.order, len(JITTER) + 1).sum(0)
+    images = images.clone()
+    for position, counts in enumerate(by_position.tolist()):  # the one time that the device is waited for
+        rows = draws.order[:, position].argsort().split(counts)
+        for i, operation in enumerate(JITTER):
+            if counts[i]:
+                images[rows[i]] = operation(images[rows[i]], draws.strength[rows[i], i])
+    return images
+
+
+def color_jitter(
+    images: Tensor,
+    generator: Generator,
+    brightness: float = 0.4,
+    contrast: float = 0.4,
+    saturation: float = 0.4,
+    hue: float = 0.4,
+    p: float = 1.0,
+) -> Tensor:
+    """torchvision's ColorJitter with probability p, the four operations in an order of each image's own. uint8 [B, C, H, W].
+
+    The strengths by default are those of SANM's warm-up. Raises ValueError as `draw_color_jitter`.
+    """
+    draws = draw_color_jitter(len(images), generator, brightness, contrast, saturation, hue, p)
+    return apply_color_jitter(images, draws)
+
+
+class AffineDraws(NamedTuple):
+    """Parameters of an affine map about the centre of the image, float64 [B] each: what torchvision's `affine` takes."""
+
+    angle: Tensor  # degrees, clockwise
+    right: Tensor  # whole pixels
+    down: Tensor  # whole pixels
+    scale: Tensor
+    shear_x: Tensor  # degrees
+    shear_y: Tensor  # degrees
+
+
+def draw_affine(
+    count: int,
+    height: int,
+    width: int,
+    generator: Generator,
+    degrees: float = 15,
+    translate: tuple[float, float] = (0.1, 0.1),
+    scale: tuple[float, float] = (2 / 3, 3 / 2),
+    shear: tuple[float, float, float, float] = (-0.1, 0.1, -0.1, 0.1),
+) -> AffineDraws:
+    """The law of torchvision's RandomAffine for `count` images; its arguments are those of `random_affine`.
+
+    All are uniform, the translation rounded to whole pixels.
+    """
+    right, down = translate[0] * width, translate[1] * height
+    return AffineDraws(
+        angle=uniform(count, generator, -degrees, degrees),
+        right=uniform(count, generator, -right, right).round(),
+        down=uniform(count, generator, -down, down).round(),
+        scale=uniform(count, generator, *scale),
+        shear_x=uniform(count, generator, *shear[:2]),
+        shear_y=uniform(count, generator, *shear[2:]),
+    )
+
+
+def apply_affine(images: Tensor, draws: AffineDraws) -> Tensor:
+    """Scale and shear, turn and shift each image about its centre: nearest pixel, black outside. uint8 [B, C, H, W]."""
+    height, width = images.shape[2:]
+    angle, shear_x, shear_y = (torch.deg2rad(x) for x in (draws.angle, draws.shear_x, draws.shear_y))
+    # forward = scale * rotation(angle) @ shear along y @ shear along x, whose determinant is scale^2
+    xx, yx = (angle - shear_y).cos() / shear_y.cos(), (angle - shear_y).sin() / shear_y.cos()
+    xy, yy = -xx * shear_x.tan() - angle.sin(), -yx * shear_x.tan() + angle.cos()
+    a, b, d, e = (value / draws.scale for value in (yy, -xy, -yx, xx))
+    # an output pixel comes from inverse(pixel - centre - translation) + centre
+    x, y = width * 0.5, height * 0.5
+    c = a * (-x - draws.right) + b * (-y - draws.down) + x
+    f = d * (-x - draws.right) + e * (-y - draws.down) + y
+    return affine_nearest(images, torch.stack([a, b, c, d, e, f], dim=1), fill=0)
+
+
+def random_affine(
+    images: Tensor,
+    generator: Generator,
+    degrees: float = 15,
+    translate: tuple[float, float] = (0.1, 0.1),
+    scale: tuple[float, float] = (2 / 3, 3 / 2),
+    shear: tuple[float, float, float, float] = (-0.1, 0.1, -0.1, 0.1),
+) -> Tensor:
+    """torchvision's RandomAffine, nearest pixel and black outside. uint8 [B, C, H, W].
+
+    degrees: turned by at most that. translate: shifted by at most these parts of width and height. shear: along x from the first
+    to the second, along y from the third to the fourth, in degrees. The values by default are those of SANM's warm-up.
+    """
+    height, width = images.shape[2:]
+    draws = draw_affine(len(images), height, width, generator, degrees, translate, scale, shear)
+    return apply_affine(images, draws)
+
+
+def random_grayscale(images: Tensor, generator: Generator, p: float = 0.2) -> Tensor:
+    """Make each image grey with probability p, in three equal channels, as torchvision's RandomGrayscale. uint8 [B, C, H, W]."""
+    grey = torch.rand(len(images), generator=generator, device=images.device) < p
+    return torch.where(grey[:, None, None, None], luminance(images), images)
+
+
+class CropDraws(NamedTuple):
+    """Boxes within images, in whole pixels, int64 [B] each."""
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+
+
+def draw_resized_crop(
+    count: int,
+    height: int,
+    width: int,
+    generator: Generator,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> CropDraws:
+    """The law of torchvision's RandomResizedCrop for images [height, width].
+
+    Ten attempts at an area (uniform in `scale`, as a part of the whole) and an aspect (width / height, log-uniform in `ratio`);
+    the first that fits in is put anywhere. If none does: the largest box in the middle whose aspect is allowed.
+    """
+    area = height * width * uniform((10, count), generator, *scale)
+    aspect = uniform((10, count), generator, math.log(ratio[0]), math.log(ratio[1])).exp()
+    widths, heights = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    first = fits.byte().argmax(dim=0, keepdim=True)
+    found = fits.any(0)
+    # the aspect nearest to the image's own
+    middle = min(max(width / height, ratio[0]), ratio[1])
+    box_height = torch.where(found, heights.gather(0, first)[0], min(height, round(width / middle)))
+    box_width = torch.where(found, widths.gather(0, first)[0], min(width, round(height * middle)))
+    free_rows, free_columns = height - box_height, width - box_width
+    top = (uniform(count, generator) * (free_rows + 1)).long()
+    left = (uniform(count, generator) * (free_columns + 1)).long()
+    return CropDraws(
+        top=torch.where(found, top, free_rows // 2),
+        left=torch.where(found, left, free_columns // 2),
+        height=box_height,
+        width=box_width,
+    )
+
+
+def apply_resized_crop(images: Tensor, draws: CropDraws) -> Tensor:
+    """Each image's box, resized to the whole size of the image as PIL does, bilinear. uint8 [B, C, H, W], channels-last."""
+    count, channels, height, width = images.shape
+    across = triangle_weights(draws.left, draws.width, width)  # [B, W, W]
+    down = triangle_weights(draws.top, draws.height, height)  # [B, H, H]
+    # integers throughout, below 2^31: exact in float64 whatever the order of the sums
+    rows = images.reshape(count, channels * height, width).double()
+    rows = fixed_to_uint8(rows @ across.mT)
+    columns = rows.view(count, channels, height, width).permute(0, 2, 3, 1)
+    columns = fixed_to_uint8(down @ columns.reshape(count, height, width * channels))
+    return columns.view(count, height, width, channels).to(torch.uint8).permute(0, 3, 1, 2)
+
+
+def triangle_weights(start: Tensor, length: Tensor, size: int) -> Tensor:
+    """PIL's bilinear weights that resize the part [start, start + length) of a line of `size` pixels to the whole of it.
+
+    start, length: int64 [B], in pixels. Returns float64 [B, size, size], output by input: integers, in parts of 2^22.
+    """
+    pixel = torch.arange(size, device=start.device, dtype=torch.float64)
+    scale = (length.double() / size)[:, None]
+    centre = (pixel + 0.5) * scale
+    place = pixel - start[:, None] + 0.5  # of the inputs, counted from the start of the part
+    # the triangle grows with the pixels where a line is shrunk
+    distance = (place[:, None, :] - centre[:, :, None]).abs_() / scale.clamp_min(1)[:, None]
+    weights = (1 - distance).clamp_(min=0)
+    weights *= ((place > 0) & (place < length[:, None]))[:, None, :]
+    weights /= weights.sum(dim=2, keepdim=True)
+    return weights.mul_(2**22).add_(0.5).floor_()
+
+
+def fixed_to_uint8(sums: Tensor) -> Tensor:
+    """Sums in parts of 2^22 to whole numbers 0 to 255, halves up; float64 and in place."""
+    return sums.add_(2**21).mul_(2.0**-22).floor_().clamp_(0, 255)
+
+
+def random_resized_crop(
+    images: Tensor,
+    generator: Generator,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Tensor:
+    """torchvision's RandomResizedCrop to the size that the images have, bilinear as on PIL images. uint8 [B, C, H, W].
+
+    scale: bounds of the part of the area; ratio: bounds of width / height. The result has channels-last strides.
+    """
+    height, width = images.shape[2:]
+    return apply_resized_crop(images, draw_resized_crop(len(images), height, width, generator, scale, ratio))
+
+
+def uniform(shape: int | tuple[int, ...], generator: Generator, low: float = 0, high: float = 1) -> Tensor:
+    """Draws from [low, high) in float64, on the device of the generator."""
+    draws = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
+    return low + (high - low) * draws
+
+
+def simclr_view(images: Tensor, generator: Generator, flip: bool = True) -> Tensor:
+    """A view of SimCLR pre-training, as SupContrast makes it of CIFAR for SimCLR. uint8 [B, C, H, W].
+
+    A part of the image, colour jitter for four images in five, and one in five in grey. flip: mirror half of them, which is
+    not for handwritten digits.
+    """
+    images = random_resized_crop(images, generator, scale=(0.2, 1.0))
+    if flip:
+        images = random_flip(images, generator)
+    images = color_jitter(images, generator, 0.4, 0.4, 0.4, 0.1, p=0.8)
+    return random_grayscale(images, generator, p=0.2)
+
+
+def warm_up_view(images: Tensor, generator: Generator, crop: Callable[[Tensor, Generator], Tensor]) -> Tensor:
+    """SANM's transform of the warm-up epochs: colour jitter, `crop` (crop and flip, at the data set's size), affine map.
+
+    uint8 [B, C, H, W].
+    """
+    return random_affine(crop(color_jitter(images, generator), generator), generator)
+
+
 def training_augmentation(dataset: str, size: int) -> Callable[[Tensor, Generator], Tensor]:
     """The crop-and-flip transform at a data set's own size: padding of an eighth of it (4 pixels of 32).
 
@@ -65,6 +332,17 @@ def random_resized_crop_and_flip(size: int = 224) -> Callable[[Tensor], Tensor]:
     from torchvision.transforms import v2  # noqa: PLC0415 (seconds to import, of use only for image files)
 
     return v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
+
+
+def resize_random_crop_and_flip(resize: int = 256, size: int = 224) -> Callable[[Tensor], Tensor]:
+    """Training transform of one uint8 image [3, H, W] of Clothing1M of DivideMix and SANM: a square of nearly all of it.
+
+    Shorter side to `resize`, a random [3, size, size] of that, mirrored or not; it draws from torch's global CPU generator.
+    """
+    from torchvision.transforms import v2  # noqa: PLC0415
+
+    resized = v2.Resize(resize, antialias=True)
+    return v2.Compose([resized, v2.RandomCrop(size), v2.RandomHorizontalFlip()])
 
 
 def resize_and_center_crop(resize: int = 256, size: int = 224) -> Callable[[Tensor], Tensor]:

@@ -168,10 +168,13 @@ def read_presets(path: Path) -> dict[str, dict]:
 
 
 def preset_arguments(section: dict) -> list[str]:
-    """A preset's section as command-line words; true stands for a switch, false for its absence, a list for several words."""
+    """A preset's section as command-line words; true stands for a switch, false for its absence, a list for several words.
+
+    `script` and `encoder`, the preset whose run makes the encoder to begin from, are no flags.
+    """
     words = []
     for flag, value in section.items():
-        if value is not False and flag != "script":
+        if value is not False and flag not in ("script", "encoder"):
             values = [] if value is True else value if isinstance(value, list) else [value]
             words += [f"--{flag}", *map(str, values)]
     return words

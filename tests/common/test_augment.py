@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest, chi2_contingency, chisquare
+from PIL import Image
+from scipy.stats import binomtest, chi2_contingency, chisquare, ks_2samp, kstest
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms import functional, v2
 
 from common import augment
+from common.image_operations import hue
 
 
 def numbered(channels: int, height: int, width: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -178,3 +181,350 @@ def test_normalise_is_to_tensor_and_normalize(mean, std):
     )
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, torch.stack([theirs(image) for image in images]), rtol=0, atol=1e-6)
+
+
+# against torchvision on PIL images, with the same parameters -----------------------------------------------------------------
+# all of it exact: no tolerance anywhere below
+
+SIZES = [(32, 32), (8, 8), (7, 13)]
+both_modes = pytest.mark.parametrize("channels", [1, 3])
+all_sizes = pytest.mark.parametrize(("height", "width"), SIZES)
+
+
+def noise(count: int, channels: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Random images, the first of one value, the second black and white."""
+    images = torch.randint(256, (count, channels, height, width), generator=generator(seed)).to(torch.uint8)
+    images[0] = 77
+    images[1] = 255 * (images[1] > 127)
+    return images
+
+
+def image_by_image(function, images: Tensor) -> Tensor:
+    """function(PIL image, number) of each of them."""
+    results = []
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        result = function(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image), i)
+        results.append(torch.from_numpy(np.array(result)).view(image.shape).permute(2, 0, 1))
+    return torch.stack(results)
+
+
+@both_modes
+@all_sizes
+def test_color_jitter_is_torchvisions(channels, height, width):
+    images = noise(96, channels, height, width)
+    draws = augment.draw_color_jitter(96, generator(1), p=0.9)
+    operations = [
+        functional.adjust_brightness,
+        functional.adjust_contrast,
+        functional.adjust_saturation,
+        functional.adjust_hue,
+        lambda image, _: image,
+    ]
+
+    def jittered(image, i):
+        for number in draws.order[i].tolist():
+            image = operations[number](image, draws.strength[i, min(number, 3)].item())
+        return image
+
+    assert torch.equal(augment.apply_color_jitter(images, draws), image_by_image(jittered, images))
+
+
+def test_hue_is_torchvisions_for_all_kinds_of_colours():
+    values = torch.tensor([*range(0, 256, 5), 1, 2, 127, 128, 254], dtype=torch.uint8)
+    colours = torch.cartesian_prod(values, values, values).T.reshape(3, 1, -1)
+    shifts = torch.tensor([-0.5, -0.2, -1 / 256, 0, 0.1, 0.35, 0.5], dtype=torch.float64)
+    images = copies(colours, len(shifts))
+    theirs = image_by_image(lambda image, i: functional.adjust_hue(image, shifts[i].item()), images)
+    assert torch.equal(hue(images, shifts), theirs)
+
+
+@both_modes
+@all_sizes
+def test_random_affine_is_torchvisions(channels, height, width):
+    images = noise(96, channels, height, width)
+    drawn = augment.draw_affine(90, height, width, generator(2))
+    still, turned = (torch.zeros(6, dtype=torch.float64) for _ in range(2))
+    turned[:] = torch.tensor([90, -90, 180, 45, 0, 0])
+    shear_x, shear_y = still.clone(), still.clone()
+    shear_x[4], shear_y[5] = 20, -20
+    special = (turned, turned.sign(), still, still + 1, shear_x, shear_y)
+    draws = augment.AffineDraws(*(torch.cat(pair) for pair in zip(drawn, special, strict=True)))
+
+    def moved(image, i):
+        angle, right, down, scale, shear_x, shear_y = (values[i].item() for values in draws)
+        return functional.affine(image, angle, [int(right), int(down)], scale, [shear_x, shear_y])
+
+    assert torch.equal(augment.apply_affine(images, draws), image_by_image(moved, images))
+
+
+@both_modes
+@all_sizes
+def test_random_resized_crop_is_torchvisions(channels, height, width):
+    images = noise(100, channels, height, width)
+    draws = augment.draw_resized_crop(100, height, width, generator(3), scale=(0.01, 1))
+    whole, pixel = (0, 0, height, width), (height - 1, width - 1, 1, 1)
+    for values, first, second in zip(draws, whole, pixel, strict=True):
+        values[0:2] = first
+        values[2] = second
+
+    def cropped(image, i):
+        return functional.resized_crop(image, *(values[i].item() for values in draws), [height, width])
+
+    ours = augment.apply_resized_crop(images, draws)
+    assert torch.equal(ours, image_by_image(cropped, images))
+    assert torch.equal(ours[:2], images[:2])
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+@both_modes
+@pytest.mark.parametrize("p", [0, 0.2, 1])
+def test_random_grayscale_is_torchvisions_for_a_share_p_of_the_images(channels, p):
+    images = noise(1000, channels, 8, 8)[2:]
+    ours = augment.random_grayscale(images, generator(4), p)
+    theirs = image_by_image(lambda image, _: functional.rgb_to_grayscale(image, channels), images)
+    grey = (ours == theirs).flatten(1).all(1)
+    untouched = (ours == images).flatten(1).all(1)
+    if channels == 1:
+        assert untouched.all()
+    else:
+        assert (grey ^ untouched).all()
+        assert binomtest(int(grey.sum()), len(images), p).pvalue > 1e-3
+
+
+# what is drawn ---------------------------------------------------------------------------------------------------------------
+
+
+def torchvision_draws(transform, image: Tensor | None, count: int) -> np.ndarray:
+    """`count` draws of a function of no argument or of an image, in rows."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return np.array([transform() if image is None else transform(image) for _ in range(count)])
+
+
+def test_color_jitter_draws_as_torchvision():
+    draws = augment.draw_color_jitter(20000, generator(), 0.4, 1.5, 0, 0.3, p=0.7)
+    jitter = transforms.ColorJitter(0.4, 1.5, 0.1, 0.3)
+    ranges = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+    theirs = torchvision_draws(lambda: jitter.get_params(*ranges)[1:], None, 2000).astype(float)
+    for i, (low, high) in enumerate([(0.6, 1.4), (0, 2.5), (1, 1), (-0.3, 0.3)]):
+        values = draws.strength[:, i].numpy()
+        if low == high:
+            assert (values == low).all()
+        else:
+            assert kstest(values, "uniform", (low, high - low)).pvalue > 1e-3
+            assert ks_2samp(values, theirs[:, i]).pvalue > 1e-3
+    applied = (draws.order != 4).all(1)
+    assert ((draws.order == 4).all(1) ^ applied).all()
+    assert binomtest(int(applied.sum()), 20000, 0.7).pvalue > 1e-3
+    orders, counts = np.unique(draws.order[applied].numpy(), axis=0, return_counts=True)
+    assert (np.sort(orders) == np.arange(4)).all()
+    assert len(orders) == 24
+    assert chisquare(counts).pvalue > 1e-3
+
+
+def test_color_jitter_without_hue_does_not_round():
+    images = noise(20, 3, 8, 8)
+    assert torch.equal(augment.color_jitter(images, generator(), 0, 0, 0, 0), images)
+    assert not torch.equal(hue(images, torch.zeros(20)), images)
+
+
+def test_color_jitter_at_p_0_and_1():
+    images = noise(202, 3, 8, 8)[2:]
+    changed = [(augment.color_jitter(images, generator(), p=p) != images).flatten(1).any(1) for p in (0, 1)]
+    assert not changed[0].any()
+    assert changed[1].all()
+
+
+@pytest.mark.parametrize(
+    "strengths", [(-0.1, 0, 0, 0), (0, -0.1, 0, 0), (0, 0, -0.1, 0), (0, 0, 0, -0.1), (0, 0, 0, 0.6)]
+)
+def test_color_jitter_refuses_strengths_that_make_no_sense(strengths):
+    with pytest.raises(ValueError, match="must be >= 0"):
+        augment.color_jitter(noise(2, 3, 4, 4), generator(), *strengths)
+
+
+def test_random_affine_draws_as_torchvision():
+    height, width, count = 32, 50, 8000
+    draws = augment.draw_affine(count, height, width, generator(), 20, (0.1, 0.2), (0.5, 1.5), (-1, 2, 3, 5))
+    theirs = torchvision_draws(
+        lambda: np.hstack(
+            transforms.RandomAffine.get_params(
+                [-20, 20], [0.1, 0.2], [0.5, 1.5], [-1, 2, 3, 5], [width, height]
+            )
+        ),
+        None,
+        4000,
+    )
+    bounds = {"angle": (-20, 20), "scale": (0.5, 1.5), "shear_x": (-1, 2), "shear_y": (3, 5)}
+    for i, (name, values) in enumerate(draws._asdict().items()):
+        if name in bounds:
+            low, high = bounds[name]
+            assert kstest(values.numpy(), "uniform", (low, high - low)).pvalue > 1e-3
+            assert ks_2samp(values.numpy(), theirs[:, i]).pvalue > 1e-3
+        else:  # whole pixels: +-5 of 50 to the right, +-6 of 32 down (6.4, rounded)
+            reach = {"right": 5, "down": 6}[name]
+            counts = [np.bincount(d.astype(int) + reach) for d in (values.numpy(), theirs[:, i])]
+            assert len(counts[0]) == 2 * reach + 1
+            assert chi2_contingency(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scale", "ratio"),
+    [
+        (8, 8, (0.08, 1), (3 / 4, 4 / 3)),
+        (8, 8, (0.2, 1), (3 / 4, 4 / 3)),
+        (6, 12, (0.5, 1), (1 / 2, 3)),
+        (5, 9, (0.7, 1), (3 / 4, 4 / 3)),  # now and then no attempt fits
+    ],
+)
+def test_random_resized_crop_draws_as_torchvision(height, width, scale, ratio):
+    image = numbered(1, height, width)
+    ours = torch.stack(
+        augment.draw_resized_crop(20000, height, width, generator(), scale, ratio), dim=1
+    ).numpy()
+    theirs = torchvision_draws(
+        lambda image: transforms.RandomResizedCrop.get_params(image, scale, ratio), image, 4000
+    )
+    boxes, kind = np.unique(np.concatenate([ours, theirs]), axis=0, return_inverse=True)
+    counts = np.stack(
+        [np.bincount(part, minlength=len(boxes)) for part in np.split(kind.ravel(), [len(ours)])]
+    )
+    rare = counts.sum(0) < 30  # together one cell: chi-square wants at least five in each
+    counts = np.column_stack([counts[:, ~rare], counts[:, rare].sum(1)])
+    assert counts.shape[1] >= 8
+    assert chi2_contingency(counts[:, counts.sum(0) > 0]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scale"), [(4, 40, (1, 1)), (40, 4, (1, 1)), (7, 13, (1, 1)), (8, 9, (2, 3))]
+)
+def test_where_no_box_fits_the_middle_is_cropped_as_in_torchvision(height, width, scale):
+    image = numbered(1, height, width)
+    (theirs,) = {transforms.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(5)}
+    ours = augment.draw_resized_crop(20, height, width, generator(), scale)
+    assert {tuple(box) for box in torch.stack(ours, dim=1).tolist()} == {theirs}
+
+
+# the views of SimCLR and of SANM's warm-up -------------------------------------------------------------------------------------
+
+
+def test_simclr_view_jitters_four_in_five():
+    images = copies(torch.full((3, 8, 8), 100, dtype=torch.uint8), 4000)
+    out = augment.simclr_view(images, generator())
+    same = (out == 100).flatten(1).all(1)
+    # of an image of one grey value all but the brightness leaves everything; int(100 f) is 100 for f in [1, 1.01) of [0.6, 1.4)
+    assert binomtest(int(same.sum()), 4000, 0.2 + 0.8 / 80).pvalue > 1e-3
+
+
+def test_simclr_view_makes_one_in_five_grey():
+    images = copies(torch.tensor([200, 100, 50], dtype=torch.uint8)[:, None, None].expand(3, 8, 8), 4000)
+    out = augment.simclr_view(images, generator())
+    assert binomtest(int((out.amax(1) == out.amin(1)).flatten(1).all(1).sum()), 4000, 0.2).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_simclr_view_mirrors_one_in_two_if_asked(flip):
+    ramp = torch.arange(0, 256, 8, dtype=torch.uint8).expand(3, 32, 32)
+    out = augment.simclr_view(copies(ramp, 2000), generator(), flip=flip).int()
+    mirrored = out[:, 0, :, 0].sum(1) > out[:, 0, :, -1].sum(1)
+    assert binomtest(int(mirrored.sum()), 2000, 0.5 * flip).pvalue > 1e-3
+
+
+def test_simclr_view_shows_a_fifth_of_the_area_at_least():
+    ramp = torch.arange(0, 256, 8).expand(32, 32)
+    images = copies(torch.stack([ramp, ramp.T, 255 - ramp]).to(torch.uint8), 4000)
+    out = augment.simclr_view(images, generator())
+    draws = augment.draw_resized_crop(4000, 32, 32, generator(), scale=(0.2, 1))
+    assert (draws.height * draws.width).min() / 1024 == pytest.approx(0.2, abs=0.02)  # whole pixels
+    # the crop is drawn first: those that were neither jittered nor made grey, 0.2 * 0.8 of all, show it
+    apart = augment.apply_resized_crop(images, draws)
+    mirrored = apart.flip(3)
+    plain = ((out == apart).flatten(1).all(1) | (out == mirrored).flatten(1).all(1)).sum()
+    assert binomtest(int(plain), 4000, 0.16).pvalue > 1e-3
+
+
+def test_warm_up_view_jitters_then_crops_then_moves():
+    images = noise(50, 3, 16, 16)
+    seen = []
+
+    def crop(batch, _):
+        seen.append(batch)
+        return torch.full_like(batch, 255)
+
+    out = augment.warm_up_view(images, generator(5), crop)
+    draws = generator(5)
+    assert torch.equal(seen[0], augment.color_jitter(images, draws, 0.4, 0.4, 0.4, 0.4))
+    moved = augment.random_affine(
+        torch.full_like(images, 255), draws, 15, (0.1, 0.1), (2 / 3, 3 / 2), (-0.1, 0.1, -0.1, 0.1)
+    )
+    assert torch.equal(out, moved)
+    assert set(out.unique().tolist()) == {0, 255}
+
+
+OPERATIONS = {
+    "color_jitter": augment.color_jitter,
+    "random_affine": augment.random_affine,
+    "random_grayscale": augment.random_grayscale,
+    "random_resized_crop": augment.random_resized_crop,
+    "simclr_view": augment.simclr_view,
+    "warm_up_view": lambda images, g: augment.warm_up_view(images, g, augment.crop_and_flip),
+}
+every_operation = pytest.mark.parametrize("function", OPERATIONS.values(), ids=OPERATIONS.keys())
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "random_grayscale"])
+def test_copies_of_an_image_come_out_different(name):
+    image = noise(3, 3, 32, 32)[2]
+    # one set of parameters for the batch would give 1; by chance two may be alike, at most 3 of 64
+    assert len(different(OPERATIONS[name](copies(image, 64), generator()))) > 60
+
+
+@every_operation
+@both_modes
+@all_sizes
+def test_shape_and_dtype_and_the_input_are_kept(function, channels, height, width):
+    images = noise(9, channels, height, width)
+    before = images.clone()
+    out = function(images, generator())
+    assert out.shape == images.shape
+    assert out.dtype == torch.uint8
+    assert torch.equal(images, before)
+
+
+@every_operation
+def test_a_batch_may_be_empty(function):
+    assert function(noise(2, 3, 8, 9)[:0], generator()).shape == (0, 3, 8, 9)
+
+
+@every_operation
+def test_the_generator_alone_decides(function):
+    images, before = noise(32, 3, 16, 16), torch.get_rng_state()
+    first = function(images, generator(1))
+    assert torch.equal(first, function(images, generator(1)))
+    assert not torch.equal(first, function(images, generator(2)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@every_operation
+def test_memory_layout_does_not_matter(function):
+    images = noise(16, 3, 7, 13)
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(function(images, generator(1)), function(channels_last, generator(1)))
+
+
+# image files --------------------------------------------------------------------------------------------------------------------
+
+
+def test_resize_random_crop_and_flip_cuts_a_square_out_of_the_resized_image():
+    image = noise(3, 3, 60, 90)[2]
+    resized = v2.Resize(32, antialias=True)(image)
+    assert resized.shape == (3, 32, 48)
+    views = torchvision_outputs(augment.resize_random_crop_and_flip(32, 28), image, 2000)
+    windows = resized.unfold(1, 28, 1).unfold(2, 28, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)  # 5 x 21 places
+    assert different(views) == different(torch.cat([windows, windows.flip(3)]))
+
+
+def test_resize_random_crop_and_flip_of_clothing1m():
+    assert augment.resize_random_crop_and_flip()(noise(3, 3, 300, 260)[2]).shape == (3, 224, 224)
+    resize, crop, flip = augment.resize_random_crop_and_flip().transforms
+    assert (resize.size, crop.size, flip.p) == ([256], (224, 224), 0.5)

@@ -227,3 +227,59 @@ def test_batches_that_cannot_be_cut_into_equal_pieces_are_refused(images, wrong)
 def test_more_than_all_samples_in_a_batch_give_none_to_any_process(images, rank):
     batches = Batches(images, 12, shuffle=True, drop_last=True, rank=rank, world=WORLD, generator=generator())
     assert len(batches) == 0 and list(batches) == []
+
+
+# an augmentation that makes all views at once ---------------------------------------------------------------------------
+
+
+def four_views(pixels: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
+    """uint8 [4, B, C, H, W]: as it is, mirrored, and twice with draws of their own."""
+    cropped = CROP_AND_FLIP(pixels.repeat(2, 1, 1, 1), draws)
+    return torch.cat([pixels[None], pixels.flip(3)[None], cropped.view(2, *pixels.shape)])
+
+
+def test_views_made_at_once_are_normalised_and_come_one_by_one(images):
+    sizes = []
+    for batch, index in Batches(images, 4, augmentation=four_views, shuffle=True, generator=generator()):
+        assert isinstance(batch, tuple) and len(batch) == 4
+        assert {view.shape for view in batch} == {(len(index), 3, 8, 6)}
+        assert {view.dtype for view in batch} == {torch.float32}
+        plain = images.view(index)
+        assert torch.equal(batch[0], plain)
+        assert torch.equal(batch[1], plain.flip(3))
+        assert len({view.numpy().tobytes() for view in batch}) == 4
+        sizes.append(len(index))
+    assert sizes == [4, 4, 2]
+
+
+def test_views_made_at_once_draw_once_for_a_batch(images):
+    calls = []
+
+    def noted(pixels, draws):
+        calls.append(len(pixels))
+        return four_views(pixels, draws)
+
+    draws, twin = generator(3), generator(3)
+    for (*_, third, fourth), index in Batches(images, 6, augmentation=noted, generator=draws):
+        expected = CROP_AND_FLIP(images.pixels[index].repeat(2, 1, 1, 1), twin)
+        for found, own in zip((third, fourth), expected.chunk(2), strict=True):
+            assert torch.equal(found, augment.normalise(own, images.mean, images.std))
+    assert calls == [6, 4]
+    assert torch.equal(draws.get_state(), twin.get_state())
+
+
+def test_all_views_made_at_once_are_cut_into_the_pieces_of_the_processes(images):
+    options = {"augmentation": four_views, "shuffle": True, "drop_last": True}
+    alone = Batches(images, 4, generator=generator(4), **options)
+    pieces = [
+        Batches(images, 4, generator=generator(4), rank=r, world=WORLD, **options) for r in range(WORLD)
+    ]
+    for whole, *parts in zip(alone, *pieces, strict=True):
+        assert torch.equal(torch.cat([index for _, index in parts]), whole[1])
+        for number, view in enumerate(whole[0]):
+            assert torch.equal(torch.cat([views[number] for views, _ in parts]), view)
+
+
+def test_one_view_made_at_once_is_one_view_and_so_is_a_batch_of_one_image(images):
+    batches = Batches(images, 1, augmentation=lambda pixels, _: pixels[None], generator=generator())
+    assert [(len(batch), batch[0].shape) for batch, _ in batches] == [(1, (1, 3, 8, 6))] * N

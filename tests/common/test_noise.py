@@ -19,6 +19,8 @@ def corrupt(name: str, labels: np.ndarray, rate: float, seed: int = 0) -> np.nda
     """Labels [N] of K classes under any generator's noise."""
     if name in ("imb", "sym"):
         return noise.long_tailed_noise(name, labels, K, rate, random.Random(seed), RandomState(seed))
+    if name == "superclass":  # of two superclasses; those of CIFAR-100 have tests of their own
+        return noise.superclass(labels, rate, K, seed, superclasses=[c % 2 for c in range(K)])
     return noise.add_noise(name, labels, rate, K, seed, images=IMAGES[: labels.size])
 
 
@@ -95,6 +97,7 @@ def test_small_integer_types_give_the_same_int64_labels(name, dtype):
         ("oneflip", 1 / K),
         ("symmetric_inclusive", (K - 1) / K),
         ("asymmetric", 1 / 2),
+        ("superclass", 1),
         ("imb", 1),
         ("sym", 1),
     ],
@@ -326,3 +329,59 @@ def test_class_conditional_noise_equals_numpys_own_multinomial_label_by_label(no
     matrix, rng = noise.transition_matrix(noise_type, rate, num_classes), np.random.RandomState(3)
     plain = [rng.multinomial(1, matrix[label]).argmax() for label in labels]
     assert noise.class_conditional(noise_type, labels, rate, num_classes, seed=3).tolist() == plain
+
+
+# superclasses -----------------------------------------------------------------------------------------------------------
+
+FINE = RandomState(2).permutation(np.arange(10000) % 100)
+
+
+def test_cifar100_has_20_superclasses_of_5_classes():
+    superclasses = np.array(noise.CIFAR100_SUPERCLASSES)
+    assert np.bincount(superclasses).tolist() == [5] * 20
+    # aquatic mammals: beaver, dolphin, otter, seal, whale; trees: maple, oak, palm, pine, willow (Krizhevsky 2009)
+    assert np.flatnonzero(superclasses == 0).tolist() == [4, 30, 55, 72, 95]
+    assert np.flatnonzero(superclasses == 17).tolist() == [47, 52, 56, 59, 96]
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.4, 1.0])
+def test_superclass_noise_changes_int_rate_n_labels_to_another_class_of_the_superclass(rate):
+    noisy = noise.add_noise("superclass", FINE, rate, 100, seed=3)
+    changed, of = noisy != FINE, np.array(noise.CIFAR100_SUPERCLASSES)
+    assert changed.sum() == int(rate * len(FINE))
+    assert np.array_equal(of[noisy], of[FINE])
+
+
+def test_superclass_noise_draws_the_other_classes_alike():
+    noisy = noise.superclass(FINE, 1.0, 100, seed=0)
+    of = np.array(noise.CIFAR100_SUPERCLASSES)
+    place = np.array([np.sum(of[:c] == of[c]) for c in range(100)])  # of a class among the five
+    counts = np.bincount(5 * place[FINE] + place[noisy], minlength=25).reshape(5, 5)
+    assert (np.diag(counts) == 0).all()
+    assert chisquare(counts[~np.eye(5, dtype=bool)].reshape(5, 4), axis=1).pvalue.min() > 1e-3
+
+
+@pytest.mark.parametrize(("rate", "seed"), [(0.4, 0), (0.4, 123), (0.999, 7), (1.0, 1)])
+def test_superclass_noise_draws_in_the_order_of_a_plain_loop(rate, seed):
+    labels, rng = FINE[:1500], random.Random(seed)
+    order = list(range(len(labels)))
+    rng.shuffle(order)
+    corrupted, plain = set(order[: int(rate * len(labels))]), []
+    for i, label in enumerate(labels.tolist()):
+        own = noise.CIFAR100_SUPERCLASSES[label]
+        others = [c for c in range(100) if noise.CIFAR100_SUPERCLASSES[c] == own and c != label]
+        plain.append(rng.choice(others) if i in corrupted else label)
+    assert noise.superclass(labels, rate, 100, seed).tolist() == plain
+
+
+def test_a_class_alone_in_its_superclass_keeps_its_label():
+    labels = np.array([0, 1, 2, 2, 0, 1])
+    found = noise.superclass(labels, 1.0, 3, seed=0, superclasses=(0, 1, 0))
+    assert found.tolist() == [2, 1, 0, 0, 2, 1]
+
+
+def test_superclasses_of_another_number_of_classes_are_refused():
+    with pytest.raises(ValueError, match="100 classes, got 10"):
+        noise.add_noise("superclass", LABELS, 0.4, K, 0)
+    with pytest.raises(ValueError, match="2 classes, got 3"):
+        noise.superclass(np.arange(3), 0.4, 3, 0, superclasses=(0, 0))

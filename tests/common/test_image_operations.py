@@ -1,0 +1,286 @@
+"""Image operations on batches against PIL's, image by image and bit for bit."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+
+from common import image_operations as operations
+
+SIZES = [(32, 32), (8, 8), (7, 13), (3, 3), (2, 9), (1, 5), (5, 1), (1, 1)]
+every_kind = pytest.mark.parametrize("channels", [1, 3], ids=["grey", "colour"])
+every_size = pytest.mark.parametrize(("height", "width"), SIZES)
+
+
+def random_images(count: int, channels: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """uint8 [count, channels, height, width]: noise, constant, black and white, low contrast, smooth, mostly of one value."""
+    r = np.random.RandomState(seed)
+    shape = (channels, height, width)
+    y, x = np.mgrid[:height, :width]
+
+    def one(kind: int) -> np.ndarray:
+        if kind == 0:
+            return r.randint(0, 256, shape)
+        if kind == 1:
+            return np.full(shape, r.choice([0, 1, 77, 128, 254, 255]))
+        if kind == 2:
+            return r.choice([0, 255], shape)
+        if kind == 3:
+            return r.randint(0, 200) + r.randint(0, r.randint(2, 56), shape)
+        if kind == 4:
+            slopes = r.normal(0, 200 / max(height, width), (2, channels, 1, 1))
+            return (r.uniform(0, 256, (channels, 1, 1)) + slopes[0] * x + slopes[1] * y).clip(0, 255)
+        return np.where(r.rand(*shape) < 0.15, r.randint(0, 256, shape), r.randint(0, 256))
+
+    return torch.from_numpy(np.stack([one(i % 6) for i in range(count)]).astype(np.uint8))
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    array = image.permute(1, 2, 0).numpy()
+    return Image.fromarray(array if array.shape[2] == 3 else array[..., 0])
+
+
+def pil_results(images: Tensor, operation) -> Tensor:
+    """operation(PIL image, i) for every image i of a batch, as a batch again."""
+    arrays = [np.array(operation(to_pil(image), i)) for i, image in enumerate(images)]
+    return torch.from_numpy(np.stack([a.reshape(*a.shape[:2], -1) for a in arrays])).permute(0, 3, 1, 2)
+
+
+def colour(image: Image.Image, value: int):
+    return (value,) * 3 if image.mode == "RGB" else value
+
+
+def transform(image: Image.Image, data, resampling, fill: int) -> Image.Image:
+    data = [float(value) for value in data]
+    return image.transform(
+        image.size, Image.Transform.AFFINE, data, resampling, fillcolor=colour(image, fill)
+    )
+
+
+def factors(count: int, seed: int = 1) -> Tensor:
+    """Enhancing factors float64 [count]: those of the policies, 0 and 1, and random ones up to 3."""
+    r = np.random.RandomState(seed)
+    usual = [0, 1, *(1 + np.linspace(-0.9, 0.9, 19)), *(0.9 * np.arange(10) / 10 + 0.05)]
+    return torch.from_numpy(np.where(r.rand(count) < 0.6, r.choice(usual, count), r.uniform(0, 3, count)))
+
+
+# the pixels' values --------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+@every_size
+def test_luminance_is_pils(channels, height, width):
+    images = random_images(60, channels, height, width)
+    assert torch.equal(operations.luminance(images), pil_results(images, lambda image, i: image.convert("L")))
+
+
+def test_luminance_of_every_kind_of_colour_is_pils():
+    values = torch.tensor([*range(0, 256, 7), 1, 127, 128, 254, 255], dtype=torch.uint8)
+    images = torch.cartesian_prod(values, values, values).T.reshape(1, 3, 1, -1)
+    assert torch.equal(operations.luminance(images), pil_results(images, lambda image, i: image.convert("L")))
+
+
+@pytest.mark.parametrize("channels", [0, 2, 4])
+def test_luminance_refuses_other_numbers_of_channels(channels):
+    with pytest.raises(ValueError, match=str(channels)):
+        operations.luminance(torch.zeros(2, channels, 4, 4, dtype=torch.uint8))
+
+
+@every_kind
+@every_size
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (operations.brightness, ImageEnhance.Brightness),
+        (operations.color, ImageEnhance.Color),
+        (operations.contrast, ImageEnhance.Contrast),
+        (operations.sharpness, ImageEnhance.Sharpness),
+    ],
+)
+def test_enhancing_is_pils(ours, theirs, channels, height, width):
+    images, factor = random_images(180, channels, height, width), factors(180)
+    expected = pil_results(images, lambda image, i: theirs(image).enhance(factor[i].item()))
+    assert torch.equal(ours(images, factor), expected)
+    assert torch.equal(ours(images, factor.float()), expected)  # PIL itself computes in float32
+
+
+@every_kind
+@every_size
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (operations.autocontrast, ImageOps.autocontrast),
+        (operations.equalize, ImageOps.equalize),
+        (operations.invert, ImageOps.invert),
+    ],
+)
+def test_operations_without_parameter_are_pils(ours, theirs, channels, height, width):
+    images = random_images(240, channels, height, width)
+    assert torch.equal(ours(images), pil_results(images, lambda image, i: theirs(image)))
+
+
+def test_autocontrast_of_every_range_is_pils():
+    lowest, highest = torch.triu_indices(256, 256, 1)
+    chosen = torch.arange(0, len(lowest), 17)
+    ramp = torch.arange(256).clamp(lowest[chosen, None], highest[chosen, None])
+    images = ramp.to(torch.uint8)[:, None, None, :]
+    expected = pil_results(images, lambda image, i: ImageOps.autocontrast(image))
+    assert torch.equal(operations.autocontrast(images), expected)
+
+
+def test_equalize_of_a_channel_whose_highest_value_is_common_is_pils():
+    """Then the rest is so little that values beyond 255 come out, and are cut off."""
+    r = np.random.RandomState(0)
+    shares = r.uniform(0, 0.8, (60, 1, 1, 1))
+    images = np.where(r.rand(60, 3, 32, 32) < shares, 250, r.randint(0, 250, (60, 3, 32, 32)))
+    images = torch.from_numpy(images.astype(np.uint8))
+    expected = pil_results(images, lambda image, i: ImageOps.equalize(image))
+    assert torch.equal(operations.equalize(images), expected)
+    assert not torch.equal(expected, images)
+
+
+@every_kind
+def test_posterize_is_pils(channels):
+    images, bits = random_images(160, channels, 8, 8), torch.arange(1, 9).repeat(20)
+    expected = pil_results(images, lambda image, i: ImageOps.posterize(image, bits[i].item()))
+    assert torch.equal(operations.posterize(images, bits), expected)
+
+
+@every_kind
+def test_solarize_is_pils(channels):
+    values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    for threshold in (torch.arange(0, 257), torch.linspace(256, 0, 10).double(), torch.rand(50) * 256):
+        images = values.expand(len(threshold), channels, 16, 16)
+        expected = pil_results(images, lambda image, i: ImageOps.solarize(image, threshold[i].item()))  # noqa: B023
+        assert torch.equal(operations.solarize(images, threshold), expected)
+
+
+# their places ---------------------------------------------------------------------------------------------------------------
+
+
+def matrices(kind: str, count: int, seed: int = 2) -> np.ndarray:
+    r = np.random.RandomState(seed)
+    matrix = r.normal(0, 1, (count, 6)) * [1, 1, 10, 1, 1, 10]
+    if kind == "identity and a little":
+        matrix = matrix * [0.1, 0.1, 0.2, 0.1, 0.1, 0.2] + [1, 0, 0, 0, 1, 0]
+    if kind in ("scale", "round scale", "translation"):
+        matrix[:, [1, 3]] = 0
+    if kind == "translation":
+        matrix[:, [0, 4]] = 1
+        matrix[::2] = np.round(2 * matrix[::2]) / 2
+    if kind in ("round", "round scale"):
+        matrix = np.round(20 * matrix) / 20
+    if kind == "far":
+        matrix[:, [2, 5]] *= 100
+    return matrix
+
+
+@every_kind
+@every_size
+@pytest.mark.parametrize(
+    "kind", ["any", "identity and a little", "scale", "round scale", "translation", "round", "far"]
+)
+def test_affine_nearest_is_pils(kind, channels, height, width):
+    images, matrix = random_images(120, channels, height, width), matrices(kind, 120)
+    nearest = Image.Resampling.NEAREST
+    expected = pil_results(images, lambda image, i: transform(image, matrix[i], nearest, 128))
+    assert torch.equal(operations.affine_nearest(images, torch.from_numpy(matrix), fill=128), expected)
+
+
+def test_affine_nearest_adds_up_as_pil_where_rounding_decides():
+    """Steps of a tenth onto whole numbers: 0.1 * 10 is 1, ten times 0.1 added up is less."""
+    images = random_images(100, 1, 32, 32)
+    scale = np.arange(1, 101) / 10
+    matrix = np.zeros((100, 6))
+    matrix[:, 0], matrix[:, 4] = scale, scale[::-1]
+    matrix[:, 2], matrix[:, 5] = -scale / 2, -scale[::-1] / 2  # the first pixel's centre comes from 0
+    expected = pil_results(images, lambda image, i: transform(image, matrix[i], Image.Resampling.NEAREST, 0))
+    assert torch.equal(operations.affine_nearest(images, torch.from_numpy(matrix)), expected)
+
+
+@every_kind
+@every_size
+def test_rotation_is_pils(channels, height, width):
+    degrees = np.concatenate([np.arange(-390, 400, 15), np.linspace(0, 30, 10), np.linspace(-200, 200, 60)])
+    images = random_images(len(degrees), channels, height, width)
+    expected = pil_results(images, lambda image, i: image.rotate(degrees[i], fillcolor=colour(image, 9)))
+    matrix = operations.rotation(torch.from_numpy(degrees), height, width)
+    assert torch.equal(operations.affine_nearest(images, matrix, fill=9), expected)
+
+
+@every_kind
+@every_size
+def test_shear_bicubic_is_pils(channels, height, width):
+    r = np.random.RandomState(3)
+    amounts = np.concatenate([np.linspace(-0.3, 0.3, 19), np.linspace(-2, 2, 41), r.uniform(-0.5, 0.5, 60)])
+    amounts = np.concatenate([amounts, amounts])
+    down = np.arange(len(amounts)) < len(amounts) // 2
+    images = random_images(len(amounts), channels, height, width)
+
+    def sheared(image, i):
+        data = (1, 0, 0, amounts[i], 1, 0) if down[i] else (1, amounts[i], 0, 0, 1, 0)
+        return transform(image, data, Image.Resampling.BICUBIC, 128)
+
+    ours = operations.shear_bicubic(
+        images, torch.from_numpy(amounts * ~down), torch.from_numpy(amounts * down), 128
+    )
+    assert torch.equal(ours, pil_results(images, sheared))
+
+
+# all of them ----------------------------------------------------------------------------------------------------------------
+
+# each with parameters [B] or [B, 6], drawn for B images
+ALL = {
+    "luminance": (operations.luminance, lambda r, b: ()),
+    "brightness": (operations.brightness, lambda r, b: (r.uniform(0, 2, b),)),
+    "color": (operations.color, lambda r, b: (r.uniform(0, 2, b),)),
+    "contrast": (operations.contrast, lambda r, b: (r.uniform(0, 2, b),)),
+    "sharpness": (operations.sharpness, lambda r, b: (r.uniform(0, 2, b),)),
+    "autocontrast": (operations.autocontrast, lambda r, b: ()),
+    "equalize": (operations.equalize, lambda r, b: ()),
+    "invert": (operations.invert, lambda r, b: ()),
+    "posterize": (operations.posterize, lambda r, b: (r.randint(1, 9, b),)),
+    "solarize": (operations.solarize, lambda r, b: (r.uniform(0, 256, b),)),
+    "affine_nearest": (operations.affine_nearest, lambda r, b: (r.normal(0, 1, (b, 6)),)),
+    "shear_bicubic": (operations.shear_bicubic, lambda r, b: (r.uniform(-0.3, 0.3, b), np.zeros(b))),
+}
+every_operation = pytest.mark.parametrize("name", ALL)
+
+
+def operation_and_parameters(name: str, count: int):
+    function, draw = ALL[name]
+    return function, [torch.from_numpy(p) for p in draw(np.random.RandomState(4), count)]
+
+
+@every_operation
+@every_kind
+def test_a_batch_is_what_its_images_are_one_by_one(name, channels):
+    images = random_images(24, channels, 32, 32)
+    function, parameters = operation_and_parameters(name, 24)
+    one_by_one = [function(images[i : i + 1], *(p[i : i + 1] for p in parameters)) for i in range(24)]
+    assert torch.equal(function(images, *parameters), torch.cat(one_by_one))
+
+
+@every_operation
+@every_kind
+@pytest.mark.parametrize("size", [(32, 32), (8, 8), (7, 13), (1, 6), (6, 1)])
+@pytest.mark.parametrize("count", [0, 5])
+def test_shape_and_dtype_are_kept_and_the_input_left_alone(name, channels, size, count):
+    images = random_images(5, channels, *size)[:count]
+    before = images.clone()
+    function, parameters = operation_and_parameters(name, count)
+    result = function(images, *parameters)
+    assert result.shape == (count, 1 if name == "luminance" else channels, *size)
+    assert result.dtype == torch.uint8
+    assert torch.equal(images, before)
+
+
+@every_operation
+def test_the_layout_in_memory_changes_nothing(name):
+    images = random_images(12, 3, 8, 6)
+    function, parameters = operation_and_parameters(name, 12)
+    result = function(images, *parameters)
+    assert torch.equal(function(images.contiguous(memory_format=torch.channels_last), *parameters), result)
+    same = images[3:4].expand(12, -1, -1, -1)  # one image in memory
+    assert torch.equal(function(same, *parameters), function(same.contiguous(), *parameters))

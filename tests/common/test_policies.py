@@ -1,0 +1,386 @@
+"""AutoAugment and RandAugment on batches against a plain PIL pipeline and the release's results; the draws; SANM's six views."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from scipy.stats import binomtest, chisquare, kstest
+from torch import Generator, Tensor
+from torchvision import transforms
+
+from common import policies
+from common.augment import crop_and_flip
+from common.policies import AutoAugmentDraws, RandAugmentDraws
+
+every_kind = pytest.mark.parametrize("channels", [1, 3], ids=["grey", "colour"])
+every_size = pytest.mark.parametrize(("height", "width"), [(32, 32), (8, 8), (7, 13)])
+
+
+def generator(seed: int = 0) -> Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images_of(count: int, channels: int, height: int, width: int) -> Tensor:
+    """uint8 [count, channels, height, width]: half noise, half smooth and of little contrast."""
+    r = np.random.RandomState(0)
+    noise = r.randint(0, 256, (count, channels, height, width))
+    ramps = np.linspace(30, 180, height)[:, None] + r.randint(0, 40, (count, channels, 1, width))
+    return torch.from_numpy(np.where(r.rand(count, 1, 1, 1) < 0.5, noise, ramps).astype(np.uint8))
+
+
+def different(batch: Tensor) -> set[bytes]:
+    return {image.numpy().tobytes() for image in batch.contiguous()}
+
+
+def from_hwc(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array).movedim(-1, -3)
+
+
+# the release's results ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "operations", "magnitudes", "index"),
+    [
+        (
+            "autoaugment_ops",
+            policies.AUTO_AUGMENT_OPERATIONS,
+            policies.AUTO_AUGMENT_MAGNITUDES,
+            "magnitude_index",
+        ),
+        ("randaugment_ops", policies.RAND_AUGMENT_OPERATIONS, policies.RAND_AUGMENT_MAGNITUDES, "levels"),
+    ],
+)
+def test_every_operation_is_the_releases(golden, kind, operations, magnitudes, index):
+    for case in golden("sanm", kind):
+        assert sorted(operations) == sorted(case["ops"].tolist())
+        image = from_hwc(case["image"])
+        for i, name in enumerate(case["ops"].tolist()):
+            amounts = np.asarray(magnitudes.get(name, np.zeros(10)), dtype=np.float64)[case[index]]
+            if "magnitude" in case.arrays:
+                assert amounts.tolist() == case["magnitude"][i].tolist()
+            for s, sign in enumerate((1.0, -1.0)):
+                batch = image.expand(len(amounts), -1, -1, -1)
+                signs = torch.full((len(amounts),), sign, dtype=torch.float64)
+                ours = operations[name](batch, torch.from_numpy(amounts), signs)
+                assert torch.equal(ours, from_hwc(case["outputs"][i, :, s])), (case.name, name, sign)
+
+
+def test_auto_augment_is_the_releases(golden):
+    for case in golden("sanm", "autoaugment_call"):
+        draws = AutoAugmentDraws(*(torch.from_numpy(case[name]) for name in AutoAugmentDraws._fields))
+        ours = policies.apply_auto_augment(from_hwc(case["images"]), draws)
+        assert torch.equal(ours, from_hwc(case["outputs"])), case.name
+
+
+def test_rand_augment_is_the_releases(golden):
+    for case in golden("sanm", "randaugment_call"):
+        assert case.description["ops"] == list(policies.RAND_AUGMENT_OPERATIONS)
+        fields = ("op_index", "level", "applied", "negated", "cutout_centre")
+        draws = RandAugmentDraws(*(torch.from_numpy(case[name]) for name in fields))
+        ours = policies.apply_rand_augment(from_hwc(case["images"]), draws, side=16)
+        assert torch.equal(ours, from_hwc(case["outputs"])), case.name
+
+
+def test_cutout_is_the_releases(golden):
+    for case in golden("sanm", "cutout"):
+        images = from_hwc(case["image"]).expand(len(case["centres"]), -1, -1, -1)
+        ours = policies.cutout(images, torch.from_numpy(case["centres"]))
+        assert torch.equal(ours, from_hwc(case["outputs"])), case.name
+
+
+def test_the_policy_is_torchvisions():
+    """Its table of sub-policies is the same; what its operations do is not."""
+    theirs = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10).policies
+    theirs = [[(name.lower(), p, index or 0) for name, p, index in pair] for pair in theirs]
+    ours = [[(name.lower(), p, index) for name, p, index in pair] for pair in policies.CIFAR10_POLICY]
+    assert ours == theirs
+
+
+# PIL, image by image --------------------------------------------------------------------------------------------------------
+
+
+def pil_affine(image, data, resampling, fill):
+    colour = (fill,) * 3 if image.mode == "RGB" else fill
+    return image.transform(image.size, Image.Transform.AFFINE, data, resampling, fillcolor=colour)
+
+
+def pil_enhanced(image, name, factor):
+    return getattr(ImageEnhance, name.capitalize())(image).enhance(factor)
+
+
+def pil_on_grey(image, degrees):
+    """Turned with an alpha channel and laid on grey, as the release has it."""
+    turned = image.convert("RGBA").rotate(degrees)
+    return Image.composite(turned, Image.new("RGBA", image.size, (128,) * 4), turned).convert(image.mode)
+
+
+def pil_auto_augment(image: Image.Image, name: str, index: int, sign: int) -> Image.Image:
+    """One operation of AutoAugment as the release has it."""
+    nearest, bicubic = Image.Resampling.NEAREST, Image.Resampling.BICUBIC
+    share, shear, shift = index / 9, sign * 0.3 * index / 9, sign * 150 / 331 * index / 9
+    operations = {
+        "shearX": lambda: pil_affine(image, (1, shear, 0, 0, 1, 0), bicubic, 128),
+        "shearY": lambda: pil_affine(image, (1, 0, 0, shear, 1, 0), bicubic, 128),
+        "translateX": lambda: pil_affine(image, (1, 0, shift * image.width, 0, 1, 0), nearest, 128),
+        "translateY": lambda: pil_affine(image, (1, 0, 0, 0, 1, shift * image.height), nearest, 128),
+        "rotate": lambda: pil_on_grey(image, 30 * share),
+        "posterize": lambda: ImageOps.posterize(image, 8 - index // 2),
+        "solarize": lambda: ImageOps.solarize(image, 256 - 256 * share),
+        "autocontrast": lambda: ImageOps.autocontrast(image),
+        "equalize": lambda: ImageOps.equalize(image),
+        "invert": lambda: ImageOps.invert(image),
+    }
+    return operations.get(name, lambda: pil_enhanced(image, name, 1 + sign * 0.9 * share))()
+
+
+def pil_rand_augment(image: Image.Image, name: str, level: int, sign: int) -> Image.Image:
+    """One operation of FixMatch's RandAugment."""
+    nearest, share = Image.Resampling.NEAREST, sign * 0.3 * level / 10
+    operations = {
+        "Identity": lambda: image,
+        "AutoContrast": lambda: ImageOps.autocontrast(image),
+        "Equalize": lambda: ImageOps.equalize(image),
+        "Posterize": lambda: ImageOps.posterize(image, int(4 * level / 10) + 4),
+        "Rotate": lambda: image.rotate(sign * int(30 * level / 10)),
+        "ShearX": lambda: pil_affine(image, (1, share, 0, 0, 1, 0), nearest, 0),
+        "ShearY": lambda: pil_affine(image, (1, 0, 0, share, 1, 0), nearest, 0),
+        "Solarize": lambda: ImageOps.solarize(image, 256 - int(256 * level / 10)),
+        "TranslateX": lambda: pil_affine(image, (1, 0, int(share * image.width), 0, 1, 0), nearest, 0),
+        "TranslateY": lambda: pil_affine(image, (1, 0, 0, 0, 1, int(share * image.height)), nearest, 0),
+    }
+    return operations.get(name, lambda: pil_enhanced(image, name, 0.9 * level / 10 + 0.05))()
+
+
+def pil_cutout(image: Image.Image, centre: tuple[float, float], side: int, fill: int = 127) -> Image.Image:
+    left, top = (int(max(0, c - side / 2)) for c in centre)
+    right, bottom = int(min(image.width, left + side)), int(min(image.height, top + side))
+    image = image.copy()
+    colour = (fill,) * 3 if image.mode == "RGB" else fill
+    ImageDraw.Draw(image).rectangle((left, top, right, bottom), colour)
+    return image
+
+
+def image_by_image(images: Tensor, function) -> Tensor:
+    results = []
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        result = function(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image), i)
+        results.append(torch.from_numpy(np.array(result)).view(image.shape).permute(2, 0, 1))
+    return torch.stack(results)
+
+
+@every_kind
+@every_size
+def test_auto_augment_is_pils_for_every_sub_policy_sign_and_choice(channels, height, width):
+    cases = torch.cartesian_prod(torch.arange(25), *[torch.tensor([0, 1])] * 4)
+    draws = AutoAugmentDraws(cases[:, 0], cases[:, 1:3].bool(), 2 * cases[:, 3:] - 1)
+
+    def augmented(image, i):
+        sub_policy = policies.CIFAR10_POLICY[draws.sub_policy[i]]
+        for (name, _, index), applied, sign in zip(sub_policy, draws.applied[i], draws.sign[i], strict=True):
+            if applied:
+                image = pil_auto_augment(image, name, index, sign.item())
+        return image
+
+    images = images_of(len(cases), channels, height, width)
+    ours = policies.apply_auto_augment(images, draws)
+    assert torch.equal(ours, image_by_image(images, augmented))
+
+
+@every_kind
+@every_size
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_rand_augment_is_pils(channels, height, width, n):
+    images = images_of(400, channels, height, width)
+    draws = policies.draw_rand_augment(400, height, width, generator(1), n=n)
+    names = list(policies.RAND_AUGMENT_OPERATIONS)
+
+    def augmented(image, i):
+        for j in range(n):
+            if draws.applied[i, j]:
+                sign = -1 if draws.negated[i, j] else 1
+                image = pil_rand_augment(image, names[draws.operation[i, j]], draws.level[i, j].item(), sign)
+        return pil_cutout(image, draws.cutout_centre[i].tolist(), side=height // 2)
+
+    assert torch.equal(policies.apply_rand_augment(images, draws), image_by_image(images, augmented))
+
+
+@every_kind
+@every_size
+@pytest.mark.parametrize("side", [0, 3, 4, 16, 40])
+def test_cutout_is_pils_rectangle(channels, height, width, side):
+    images = images_of(200, channels, height, width)
+    centres = torch.rand(200, 2, generator=generator(), dtype=torch.float64) * torch.tensor([width, height])
+    centres[::4] = centres[::4].floor()
+    expected = image_by_image(images, lambda image, i: pil_cutout(image, centres[i].tolist(), side, 99))
+    assert torch.equal(policies.cutout(images, centres, side, fill=99), expected)
+
+
+# the draws ------------------------------------------------------------------------------------------------------------------
+
+
+def test_auto_augment_draws_sub_policies_signs_and_choices_as_the_policy_says():
+    draws = policies.draw_auto_augment(20000, generator())
+    assert chisquare(draws.sub_policy.bincount(minlength=25)).pvalue > 1e-3
+    assert draws.sign.unique().tolist() == [-1, 1]
+    assert chisquare(np.bincount((draws.sign > 0).long() @ torch.tensor([1, 2]))).pvalue > 1e-3
+    for i, pair in enumerate(policies.CIFAR10_POLICY):
+        applied = draws.applied[draws.sub_policy == i]
+        (_, p, _), (_, q, _) = pair
+        # together: the two are independent of each other
+        expected = len(applied) * np.array([(1 - p) * (1 - q), p * (1 - q), (1 - p) * q, p * q])
+        observed = np.bincount(applied.long() @ torch.tensor([1, 2]), minlength=4)
+        assert (observed[expected == 0] == 0).all()
+        assert chisquare(observed[expected > 0], expected[expected > 0]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("m", [2, 5, 10])
+def test_rand_augment_draws_uniformly(m):
+    draws = policies.draw_rand_augment(10000, 20, 50, generator(), n=3, m=m)
+    assert chisquare(draws.operation.flatten().bincount(minlength=14)).pvalue > 1e-3
+    assert draws.level.unique().tolist() == list(range(1, m))
+    if m > 2:
+        assert chisquare(draws.level.flatten().bincount()[1:]).pvalue > 1e-3
+    for coin in (draws.applied, draws.negated):
+        assert coin.shape == (10000, 3)
+        assert chisquare(np.bincount(coin.long() @ torch.tensor([1, 2, 4]), minlength=8)).pvalue > 1e-3
+    assert binomtest(int((draws.applied == draws.negated).sum()), 30000, 0.5).pvalue > 1e-3
+    repeated = draws.operation[:, 0] == draws.operation[:, 1]  # with replacement
+    assert binomtest(int(repeated.sum()), 10000, 1 / 14).pvalue > 1e-3
+    assert draws.cutout_centre.dtype == torch.float64
+    for column, length in zip(draws.cutout_centre.T, (50, 20), strict=True):
+        assert kstest(column.numpy(), "uniform", (0, length)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 10), (-1, 10), (2, 1), (2, 11)])
+def test_rand_augment_refuses_what_its_tables_do_not_have(n, m):
+    with pytest.raises(ValueError, match=f"got {n if n < 1 else m}$"):
+        policies.draw_rand_augment(4, 8, 8, generator(), n=n, m=m)
+
+
+# whole calls ------------------------------------------------------------------------------------------------------------------
+
+augmentations = pytest.mark.parametrize(
+    "augmentation", [policies.auto_augment, policies.rand_augment], ids=["auto", "rand"]
+)
+whole_calls = pytest.mark.parametrize(
+    "call",
+    [
+        policies.auto_augment,
+        policies.rand_augment,
+        partial(policies.six_views, crop=crop_and_flip),
+        partial(policies.six_views, crop=crop_and_flip, weak_reference=True),
+    ],
+    ids=["auto", "rand", "views", "weak reference"],
+)
+
+
+@augmentations
+def test_each_image_has_draws_of_its_own(augmentation):
+    """64 copies of a photograph-like image come out in many ways; draws for the whole batch would give one.
+
+    AutoAugment leaves 22 % of all images untouched, and on one image it has about a hundred outcomes, of which 64 calls give 27
+    on average (standard deviation 3.4). RandAugment's cutout alone makes all but a few different (62 on average, 56 or more).
+    """
+    image = images_of(4, 3, 32, 32)[[3]].expand(64, -1, -1, -1)
+    for seed in range(5):
+        outputs = len(different(augmentation(image, generator(seed))))
+        assert outputs >= (16 if augmentation is policies.auto_augment else 55)
+
+
+@pytest.mark.parametrize("weak_reference", [False, True])
+def test_each_image_of_each_view_has_draws_of_its_own(weak_reference):
+    """162 crops and flips before it leave few equal ones among 64: those that both draws left alike (the birthday problem)."""
+    image = images_of(4, 3, 32, 32)[[0]].expand(64, -1, -1, -1)
+    views = policies.six_views(image, generator(), crop_and_flip, weak_reference)
+    for view, least in zip(views, [56] * 4 + [48 if weak_reference else 56] * 2, strict=True):
+        assert len(different(view)) >= least
+    # and the views are not one another's: only the few outcomes that chance gives twice
+    assert len(different(views.flatten(0, 1))) > 280
+
+
+@whole_calls
+@every_kind
+@every_size
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_shape_and_dtype_are_kept_and_the_input_left_alone(call, channels, height, width, count):
+    images = images_of(9, channels, height, width)[:count]
+    before, state = images.clone(), torch.get_rng_state()
+    outputs = call(images, generator())
+    assert outputs.shape[-4:] == images.shape
+    assert outputs.dtype == torch.uint8
+    assert torch.equal(images, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert count == 0 or outputs.untyped_storage().data_ptr() != images.untyped_storage().data_ptr()
+
+
+@whole_calls
+def test_the_generator_decides(call):
+    images = images_of(64, 3, 32, 32)
+    first = call(images, generator(1))
+    assert torch.equal(first, call(images, generator(1)))
+    assert torch.equal(first, call(images.contiguous(memory_format=torch.channels_last), generator(1)))
+    assert not torch.equal(first, call(images, generator(2)))
+
+
+@augmentations
+def test_other_batches_are_refused(augmentation):
+    for images in (
+        torch.zeros(4, 3, 8, 8),
+        torch.zeros(4, 2, 8, 8, dtype=torch.uint8),
+        torch.zeros(4, 3, 8, 8, dtype=torch.int64),
+    ):
+        with pytest.raises(ValueError, match="images must be uint8"):
+            augmentation(images, generator())
+
+
+def test_draws_for_another_batch_are_refused():
+    images = images_of(5, 3, 8, 8)
+    with pytest.raises(ValueError, match="5 images, but draws for 4"):
+        policies.apply_auto_augment(images, policies.draw_auto_augment(4, generator()))
+    with pytest.raises(ValueError, match="5 images, but draws for 6"):
+        policies.apply_rand_augment(images, policies.draw_rand_augment(6, 8, 8, generator()))
+
+
+# the six views ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_third_and_fourth_view_are_rand_augment_the_others_auto_augment():
+    # of a constant image AutoAugment makes no 127, and each cutout is full of it
+    values = torch.arange(10, 20, dtype=torch.uint8).view(10, 1, 1, 1)
+    views = policies.six_views(values.expand(-1, 3, 32, 32), generator(), lambda batch, _: batch)
+    cut = (views == 127).flatten(2).any(2)
+    assert cut.tolist() == [[view in (2, 3)] * 10 for view in range(6)]
+
+
+def test_weak_reference_views_are_cropped_and_no_more():
+    images = images_of(40, 3, 32, 32)
+    views = policies.six_views(images, generator(), lambda batch, _: batch, weak_reference=True)
+    assert torch.equal(views[4:], images.expand(2, -1, -1, -1, -1))
+    assert all(not torch.equal(view, images) for view in views[:4])
+    assert (views[2:4] == 127).flatten(2).any(2).all()
+
+
+@pytest.mark.parametrize("weak_reference", [False, True])
+def test_the_crop_is_applied_once_to_all_six_and_keeps_each_image_in_its_row(weak_reference):
+    seen = []
+
+    def crop(batch: Tensor, random: Generator) -> Tensor:
+        seen.append((batch, random))
+        return batch + 100
+
+    images = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(-1, 3, 16, 16).clone()
+    images[:, :, 0] = 60  # so that the histogram operations keep some order
+    g = generator()
+    views = policies.six_views(images, g, crop, weak_reference)
+    ((batch, random),) = seen
+    assert random is g
+    assert torch.equal(batch, images.repeat(6, 1, 1, 1))
+    # many of the images of a view are untouched but for the crop, and then stand in the row of their own
+    untouched = torch.stack([(view == images + 100).flatten(1).all(1) for view in views])
+    foreign = (views[:, :, None] == (images + 100)[None, None]).flatten(3).all(3)  # [6, 8, 8]
+    assert untouched.sum() >= (18 if weak_reference else 4)
+    assert torch.equal(foreign.diagonal(dim1=1, dim2=2), untouched)
+    assert foreign.sum() == untouched.sum()
