@@ -1,0 +1,209 @@
+"""Encoders from files: every format there is, and everything that can be wrong with a file."""
+
+import argparse
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import resnet18
+
+from common.cli import UserError
+from sanm.networks import MapOf, make_network, simclr_resnet
+from sanm.pretrained import load_encoder
+from sanm.simclr import make_simclr
+
+
+def network(seed: int = 1):
+    """A small SimCLR network whose every tensor, statistics included, has values of its own."""
+    torch.manual_seed(seed)
+    made = make_simclr(1, 8)
+    for name, value in made.state_dict().items():
+        value.copy_(torch.full_like(value, 7) if name.endswith("tracked") else torch.rand_like(value))
+    return made
+
+
+def fresh():
+    torch.manual_seed(0)
+    return simclr_resnet(1, 8)
+
+
+def renamed(weights: dict, old: str, new: str) -> dict:
+    return {name.replace(old, new): value for name, value in weights.items()}
+
+
+def published(model: dict) -> dict:
+    """What SupContrast saves."""
+    options = argparse.Namespace(model="resnet18", temp=0.5, lr_decay_epochs=[700, 800, 900], cosine=True)
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1).state_dict()
+    return {"opt": options, "model": model, "optimizer": optimizer, "epoch": 1000}
+
+
+def assert_same(encoder, source) -> None:
+    own, other = encoder.state_dict(), source.state_dict()
+    assert list(own) == list(other)
+    assert all(torch.equal(own[name], other[name]) for name in own)
+
+
+FULL = network().state_dict()  # encoder.* and head.*
+BARE = network().encoder.state_dict()
+ENCODER, HEAD = len(BARE), 4
+
+FILES = {
+    "plain": (BARE, 0),
+    "plain, with the head": (FULL, HEAD),
+    "published": (published(FULL), HEAD),
+    "published, parallel": (published({f"module.{n}": v for n, v in FULL.items()}), HEAD),
+    "published, parallel encoder": (published(renamed(FULL, "encoder.", "encoder.module.")), HEAD),
+    "torchvision's shortcuts": (renamed(FULL, "shortcut", "downsample"), HEAD),
+    "with a classifier": (BARE | {"classifier.weight": torch.ones(10, 64), "fc.bias": torch.ones(10)}, 2),
+    "double": ({name: value.double() for name, value in BARE.items()}, 0),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_torch_save(name, tmp_path, capsys):
+    content, left = FILES[name]
+    torch.save(content, tmp_path / "encoder.pth")
+    encoder = fresh()
+    assert load_encoder(encoder, tmp_path / "encoder.pth") == (ENCODER, left)
+    assert_same(encoder, network().encoder)
+    assert f"{ENCODER} tensors taken, {left} others left" in capsys.readouterr().out
+
+
+def test_the_old_format_of_torch_save(tmp_path):
+    torch.save(published(FULL), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    encoder = fresh()
+    load_encoder(encoder, str(tmp_path / "old.pth"))
+    assert_same(encoder, network().encoder)
+
+
+def test_safetensors(tmp_path):
+    save_file(BARE, tmp_path / "encoder.safetensors", {"dataset": "digits"})
+    encoder = fresh()
+    assert load_encoder(encoder, tmp_path / "encoder.safetensors") == (ENCODER, 0)
+    assert_same(encoder, network().encoder)
+
+
+def test_the_encoder_within_a_network_and_torchvisions_own(tmp_path):
+    torch.save(published(FULL), tmp_path / "encoder.pth")
+    whole = make_network("c2d", 10, 1, 8)
+    before = {name: value.clone() for name, value in whole.state_dict().items()}
+    load_encoder(whole.encoder, tmp_path / "encoder.pth")
+    assert_same(whole.encoder, network().encoder)
+    after = whole.state_dict()
+    assert all(torch.equal(before[n], after[n]) for n in after if not n.startswith("encoder."))
+
+    torch.manual_seed(1)
+    source = resnet18()
+    torch.save(published(renamed(source.state_dict(), "downsample", "shortcut")), tmp_path / "vision.pth")
+    torch.manual_seed(2)
+    encoder = MapOf(resnet18())
+    assert load_encoder(encoder, tmp_path / "vision.pth").left == 2  # fc
+    assert_same(encoder, MapOf(source))
+
+
+def test_num_batches_tracked_may_be_missing(tmp_path):
+    torch.save({n: v for n, v in BARE.items() if not n.endswith("tracked")}, tmp_path / "encoder.pth")
+    encoder = fresh()
+    taken = load_encoder(encoder, tmp_path / "encoder.pth").taken
+    assert taken == sum(not name.endswith("tracked") for name in BARE)
+    assert torch.equal(encoder.bn1.running_mean, network().encoder.bn1.running_mean)
+    assert encoder.bn1.num_batches_tracked == 0
+
+
+# refusals ---------------------------------------------------------------------------------------------------------------
+
+
+def without(*names: str) -> dict:
+    return {name: value for name, value in BARE.items() if name not in names}
+
+
+def refused(path, *words: str) -> None:
+    """The file is refused in one line that names it, and the encoder is as it was."""
+    encoder = fresh()
+    with pytest.raises(UserError) as error:
+        load_encoder(encoder, path)
+    text = str(error.value)
+    assert "\n" not in text and str(path) in text
+    assert [word for word in words if word not in text] == []
+    assert_same(encoder, fresh())
+
+
+def test_the_first_missing_tensor_is_named(tmp_path):
+    torch.save(without("layer2.0.bn1.bias", "layer3.0.conv1.weight"), tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", "has no layer2.0.bn1.bias", "expected with shape [32]")
+    torch.save({}, tmp_path / "b.pth")
+    refused(tmp_path / "b.pth", "has no conv1.weight", "[16, 1, 3, 3]", "0 tensors")
+
+
+def test_the_first_tensor_of_another_shape_is_named(tmp_path):
+    torch.save(published(simclr_resnet(3, 8).state_dict()), tmp_path / "colour.pth")
+    refused(tmp_path / "colour.pth", "conv1.weight has shape [16, 3, 3, 3]", "expected [16, 1, 3, 3]")
+    save_file(BARE | {"bn1.bias": torch.ones(3)}, tmp_path / "odd.safetensors")
+    refused(tmp_path / "odd.safetensors", "bn1.bias has shape [3]", "expected [16]")
+
+
+def test_two_tensors_of_one_name(tmp_path):
+    torch.save(BARE | FULL, tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", "conv1.weight twice")
+
+
+@pytest.mark.parametrize("name", ["nosuch.pth", "nosuch.safetensors"])
+def test_no_such_file(name, tmp_path):
+    refused(tmp_path / name, "no such file")
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_damaged_files(name, tmp_path):
+    whole = tmp_path / f"whole-{name}"
+    save_file(BARE, whole) if name.endswith("safetensors") else torch.save(BARE, whole)
+    for content in (whole.read_bytes()[:-500], b"", b"<html>404</html>"):
+        (tmp_path / name).write_bytes(content)
+        refused(tmp_path / name, "damaged")
+    (tmp_path / "folder.pth").mkdir()
+    refused(tmp_path / "folder.pth")
+
+
+@pytest.mark.parametrize(
+    "content", [[1, 2], torch.ones(3), {"model": {"conv1.weight": "a word"}}, {"epoch": 3, "model": None}, {0: torch.ones(1)}]
+)  # fmt: skip
+def test_plain_data_that_are_no_state_dict(content, tmp_path):
+    torch.save(content, tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", "no state dict")
+
+
+class Command:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("place", ["top", "model", "opt"])
+def test_a_file_that_would_run_code_is_refused_and_runs_nothing(place, tmp_path):
+    trap = Command(tmp_path / "trapped")
+    content = published(FULL)
+    if place == "top":
+        content["more"] = trap
+    elif place == "model":
+        content["model"] = FULL | {"conv9": trap}
+    else:
+        content["opt"].more = trap
+    torch.save(content, tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", "holds more than tensors")
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps(trap, protocol=2))
+    refused(tmp_path / "bare.pth")
+    assert not (tmp_path / "trapped").exists()
+    pickle.loads((tmp_path / "bare.pth").read_bytes())  # it would have
+    assert (tmp_path / "trapped").exists()
+
+
+def test_another_class_is_refused(tmp_path):
+    torch.save(network(), tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", "holds more than tensors")
