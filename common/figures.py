@@ -35,7 +35,7 @@ def read_curve(folder: Path) -> Curve:
             accuracy = np.array([float(row["test_accuracy"]) for row in csv.DictReader(file)])
         arguments, method = description["arguments"], description["method"]
         released = arguments.get("fidelity") == "released"
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{folder} is no run directory: {Path(error.filename).name} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is damaged ({type(error).__name__}: {error})") from None

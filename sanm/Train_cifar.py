@@ -350,6 +350,8 @@ def main(argv=None) -> None:
     device = gpu.pick(args.device, args.precision, args.gpuid)
     data = datasets.load(args.dataset, args.data_path)
     index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
+    if args.selection == "gmm" and len(index) < 2:
+        raise UserError(f"--limit_train {args.limit_train}: one image cannot be split into two sets")
     clean_labels, observed = data.train.labels[index], observed_labels(data, index, args)
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
     nets = [initial_network(data, args) for _ in range(2)]

@@ -306,7 +306,7 @@ class Setting(NamedTuple):
     run: Run
     data: Data
     draws: np.random.Generator  # subsets, mixture weights, starts of the GMM
-    loader: torch.Generator  # masks and mixing partners, on the device, alike in all processes
+    masks: torch.Generator  # masks and mixing partners, on the device, alike in all processes
 
     def subset(self, num_samples: int) -> np.ndarray:
         """A fresh class-balanced subset of the training images: positions, int64 [n]."""
@@ -392,12 +392,12 @@ def co_divide(
     )
     rule = MaskRule(args.mask_lo, args.mask_hi, args.mask_quality, args.mask_anchor, args.clamp_targets)
     rule = rule._replace(as_released=args.fidelity == "released")
-    masks = Masks(draw_clothing_masks, mask_clothing, rule, s.loader)
+    masks = Masks(draw_clothing_masks, mask_clothing, rule, s.masks)
     step = Step(
         two_samples,
         masks=masks if args.masking == "adversarial" else None,
         draw_share=lambda: s.draws.beta(args.alpha, args.alpha),
-        draw_permutation=lambda rows: torch.randperm(rows, generator=s.loader, device=device),
+        draw_permutation=lambda rows: torch.randperm(rows, generator=s.masks, device=device),
         weight=lambda _: 0.0,
         temperature=args.T,
         reconstruction_weight=args.recon_weight,
@@ -445,11 +445,11 @@ def main(argv=None) -> None:
     # the warm-up has no use for the decoder
     parallel = [processes.parallel(net, device.device, unused_parameters=True) for net in nets]
     optimizers = [SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=1e-3) for net in nets]
-    draws, loader = np.random.default_rng(args.seed), device.generator(args.seed)
+    draws, masks = np.random.default_rng(args.seed), device.generator(args.seed)
     memory = {"divisions": [None, None], "best": [{"accuracy": -1.0, "weights": {}} for _ in nets]}
-    state = {"nets": nets, "optimizers": optimizers, "draws": draws, "loader": loader, "memory": memory}
+    state = {"nets": nets, "optimizers": optimizers, "draws": draws, "masks": masks, "memory": memory}
     run.resume({**state, "images": data.generator})
-    s = Setting(args, device, run, data, draws, loader)
+    s = Setting(args, device, run, data, draws, masks)
 
     for number in run.epochs(args.num_epochs + 1):
         epoch = number - 1  # the release counts from 0

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from common import datasets
+from common.cli import UserError
 from common.datasets import FileData
 from common.datasets.clothing1m import CLASSES, NAME, OFFICIAL, label_lines, located
 from common.datasets.file_lists import make_split, missing_files, read_list, report, without_bad_images
@@ -25,7 +26,9 @@ def load(root: Path, on_bad_image: str, workers: int) -> FileData:
     splits = {}
     for part, file in RELEASED_LISTS.items():
         labels = read_list(root / file, label_lines, len(CLASSES))
-        splits[part] = make_split(root, located(root, labels), labels.values(), part)
+        if not labels:
+            raise UserError(f"{root / file}: no image in it")
+        splits[part] = make_split(root, located(root, labels), list(labels.values()), part)
     count = len(splits["train"].labels)
     data = FileData(
         NAME,

@@ -56,9 +56,9 @@ def quantised_activation(maps: Tensor, height: int, width: int) -> Tensor:
     Resized bilinearly with half-pixel centres, which makes plateaus at the borders; 1e-3 before rounding down keeps
     the last bit of the arithmetic from breaking them.
     """
-    energy = F.interpolate(
-        activation_energy(maps)[:, None], (height, width), mode="bilinear", align_corners=False
-    )[:, 0]
+    energy = activation_energy(maps)
+    energy = energy - energy.amin(dim=(1, 2), keepdim=True)  # of a constant map exactly nothing is left
+    energy = F.interpolate(energy[:, None], (height, width), mode="bilinear", align_corners=False)[:, 0]
     low, high = (extreme[:, None, None] for extreme in (energy.amin(dim=(1, 2)), energy.amax(dim=(1, 2))))
     return torch.floor(255 * ((energy - low) / (high - low + 1e-12)) + 1e-3)
 
@@ -74,7 +74,7 @@ def extrema(maps: Tensor, height: int, width: int) -> Extrema:
 
 
 def side_lengths(area: Tensor, aspect: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of rectangles of the given areas in pixels and aspects (rows / columns), float64 [B], rounded half to even."""
+    """Rows and columns of rectangles of given areas (pixels) and aspects (rows / columns), float64 [B], rounded half to even."""
     return (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
 
 
@@ -162,7 +162,7 @@ def mask(
 
 
 def draw_clothing_masks(count: int, channels: int, rule: MaskRule, generator: Generator) -> Tensor:
-    """The draws of `mask_clothing`, float64 [count, 4 + 2 C]: share and aspect of the maximum's rectangle, of the minimum's; fills."""
+    """The draws of `mask_clothing`, float64 [count, 4 + 2 C]: share and aspect at the maximum, at the minimum, then fills."""
     uniform = _uniform(count, 4 + 2 * channels, generator)
     shapes = [
         _between(uniform[:, i], *bounds) for i, bounds in enumerate(2 * [(rule.low, rule.high), ASPECT])

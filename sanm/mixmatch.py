@@ -105,7 +105,7 @@ def rows_of_all(versions: Tensor) -> Tensor:
 
 
 def own_rows(versions: Tensor) -> Tensor:
-    """The numbers of this process's rows in the global batch, [versions, B] of them for [versions, B, ...], in rows by version."""
+    """The numbers in the global batch of this process's rows: int [versions, B] for [versions, B, ...]."""
     count, size = versions.shape[:2]
     numbers = torch.arange(count * size * processes.world(), device=versions.device).view(count, -1)
     return numbers[:, processes.rank() * size : (processes.rank() + 1) * size]
@@ -173,6 +173,8 @@ def step_loss(
     prior = prior_penalty(scores)
     if masked is not None:
         rec = reconstruction_error(out.reconstruction, unmasked)
+        # of all processes' images in value, of this process's in gradient: those are averaged
+        rec = rec + (processes.total(rec) / processes.world() - rec).detach()
     total = loss_x + weight * loss_u + prior + reconstruction_weight * rec
     parts = (total, loss_x, loss_u, prior, rec)
     return Loss(total, *(part.detach() for part in parts[1:]))

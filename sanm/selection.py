@@ -8,6 +8,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
+from common.cli import UserError
+
 HISTORY = 5  # loss vectors that the 90 % rule averages
 MARGIN = 1e-5  # the threshold stays this far inside the range of the clean probabilities
 
@@ -33,8 +35,13 @@ def clean_probability(values: Tensor, seed: int) -> Tensor:
     """Posterior of the component with the smaller mean, float64 [N], for normalised losses [N].
 
     scikit-learn's mixture of two Gaussians with the release's settings (ten iterations); seed: of its k-means start.
+    UserError: losses that are not finite.
     """
     column = values.detach().float().cpu().numpy().reshape(-1, 1)
+    if not np.isfinite(column).all():
+        raise UserError(
+            "losses of training samples are not finite: lower --lr or try --precision fp32, with another --out"
+        )
     mixture = GaussianMixture(2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # ten iterations are all that the method gives it

@@ -1,4 +1,4 @@
-"""Every kind of case recorded from the authors' code, but for noise, augmentation and pre-training, which have tests of their own."""
+"""The cases recorded from the authors' code, but for noise, augmentation and pre-training, which have tests of their own."""
 
 import random
 

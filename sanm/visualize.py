@@ -1,0 +1,479 @@
+"""What the masks hide, and what they bring: `python -m sanm.visualize RUN [RUN ...] [--out FIGURE.png]`.
+
+Above, test accuracy by epoch for each setting (data set and noise): the mean of each method over the runs given, with the range
+over seeds; and the kNN accuracy of the pre-training runs among them. Below, for the first run with masks that is finished, the
+clean probabilities that its networks gave in the last epoch, clean against mislabelled; and some training images as its first
+network sees them: activation map, both masked copies, and the reconstruction. The sections in brackets are those of the method's
+description in sanm/README.md.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import checkpoint, cli, datasets, figures
+from common.cli import UserError
+from common.datasets import Data
+from common.datasets.arrays import read_npy, read_npz
+from common.loader import Images
+from sanm.masking import MaskRule, draw_masks, mask, quantised_activation
+from sanm.networks import MaskedNetwork, make_network
+
+COLORS = figures.plt.colormaps["tab10"].colors
+CLEAN, MISLABELLED = "tab:blue", "tab:orange"
+AT_MAX, AT_MIN = "tab:red", "deepskyblue"  # outlines of the masks
+NOISE = {"sym": "symmetric", "asym": "asymmetric"}
+COLUMNS = {
+    "image": "black",
+    "activation": "black",
+    "mask at\nmaximum": AT_MAX,
+    "mask at\nminimum": AT_MIN,
+    "rebuilt from\nmask at max.": "black",
+}
+SEED = 0  # of the samples shown, and of their masks
+PANELS = 3  # in a row
+ROW = 1.05  # inches, of a row of images
+
+
+class RunResult(NamedTuple):
+    """What a run directory says of its run.
+
+    The curve of a pre-training run is its kNN accuracy where it was measured, and its method names the data set too.
+    """
+
+    folder: Path
+    curve: figures.Curve
+    epochs: np.ndarray  # of the curve, from 1
+    pretraining: bool
+
+
+# reading --------------------------------------------------------------------------------------------------------------
+
+
+def read_run(folder: Path) -> RunResult:
+    """A run of any of the scripts. UserError: it is none, or damaged."""
+    if measures_knn(folder):
+        return read_pretraining(folder)
+    curve = figures.read_curve(folder)
+    return RunResult(folder, curve, np.arange(1, len(curve.accuracy) + 1), False)
+
+
+def measures_knn(folder: Path) -> bool:
+    """Whether a run's log has a kNN accuracy, as pretrain.py's has."""
+    try:
+        with (folder / "log.csv").open(newline="") as file:
+            return "knn_accuracy" in next(csv.reader(file), [])
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def read_pretraining(folder: Path) -> RunResult:
+    """A run of pretrain.py, without the epochs in which nothing was measured. UserError: it is damaged."""
+    try:
+        description = json.loads((folder / "args.json").read_text())
+        with (folder / "log.csv").open(newline="") as file:
+            measured = [row for row in csv.DictReader(file) if row["knn_accuracy"]]
+        accuracy = np.array([float(row["knn_accuracy"]) for row in measured])
+        epochs = np.array([int(row["epoch"]) for row in measured])
+        arguments = description["arguments"]
+        curve = figures.Curve(f"{description['method']} on {arguments['dataset']}", arguments, accuracy)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is no run directory: {Path(error.filename).name} is missing") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is damaged ({type(error).__name__}: {error})") from None
+    if not measured:
+        raise UserError(f"{folder} has measured no kNN accuracy yet")
+    return RunResult(folder, curve, epochs, True)
+
+
+def setting(run: RunResult) -> str:
+    """Data set and noise of a run, in words."""
+    arguments = run.curve.arguments
+    if "dataset" not in arguments:
+        return "Clothing1M"
+    kind = arguments.get("noise_mode")
+    noise = f"{NOISE[kind]} noise, r = {arguments.get('r')}" if kind in NOISE else "given labels"
+    return f"{arguments['dataset']}, {noise}"
+
+
+def title(run: RunResult) -> str:
+    """Method, setting and seed of a run."""
+    return f"{run.curve.method}, {setting(run)}, seed {run.curve.arguments.get('seed')}"
+
+
+def has_masks(run: RunResult) -> bool:
+    """Whether a run that made a split has masks, and weights to show them with."""
+    files = [run.folder / name for name in (checkpoint.CURRENT, checkpoint.PREVIOUS)]
+    return run.curve.arguments["masking"] == "adversarial" and any(path.is_file() for path in files)
+
+
+def run_to_show(runs: list[RunResult]) -> RunResult | None:
+    """The first run with a split and masks; where none has masks the first with a split, which finished runs leave."""
+    split = [
+        run
+        for run in runs
+        if "masking" in run.curve.arguments and (run.folder / "clean_probability.npz").is_file()
+    ]
+    return next(iter([run for run in split if has_masks(run)] or split), None)
+
+
+def read_split(folder: Path) -> dict[str, np.ndarray]:
+    """Clean probabilities net1 and net2, observed and clean labels, each [N]. UserError: damaged."""
+    path = folder / "clean_probability.npz"
+    try:
+        arrays = read_npz(path)
+        arrays = {name: arrays[name] for name in ("net1", "net2", "observed", "clean")}
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged, or not of SANM ({error})") from None
+    shapes = {array.shape for array in arrays.values()}
+    if len(shapes) != 1 or len(arrays["net1"].shape) != 1 or not len(arrays["net1"]):
+        raise UserError(f"{path} is damaged: its arrays are of shapes {sorted(shapes)}")
+    return arrays
+
+
+def read_labels(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Where a run's training images stand in the data set, and their observed labels, int [N] each. UserError: damaged."""
+    arrays = []
+    for path in (folder / "train_index.npy", folder / "noisy_labels.npy"):
+        try:
+            arrays.append(read_npy(path))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({' '.join(str(error).split())})") from None
+    return arrays[0], arrays[1]
+
+
+def load_data(run: RunResult, data_path: str | None) -> Data:
+    """The data set of a run, at data_path if it is given, else where the run found it. UserError: not there."""
+    arguments = run.curve.arguments
+    try:
+        return datasets.load(arguments["dataset"], data_path or arguments["data_path"])
+    except UserError as error:
+        raise UserError(
+            f"{error}; or say where the training images of {run.folder} are with --data_path DIR"
+        ) from None
+
+
+def load_network(run: RunResult, data: Data) -> MaskedNetwork:
+    """Network 1 with the weights of the last epoch, in eval mode on the CPU. UserError: none there, or of another shape."""
+    arguments, (size, channels) = run.curve.arguments, data.train.images.shape[2:]
+    network = make_network(arguments["base"], data.num_classes, channels, size, arguments["released_softmax"])
+    try:
+        saved = checkpoint.load(run.folder)
+        network.load_state_dict(saved["state"]["nets"][0])
+    except UserError:
+        raise UserError(f"{run.folder}: no checkpoint in it can be read, so no masks can be shown") from None
+    except (RuntimeError, KeyError, IndexError, TypeError, AttributeError):
+        raise UserError(
+            f"{run.folder / checkpoint.CURRENT} does not fit the network for {data.name} that args.json describes"
+        ) from None
+    return network.eval()
+
+
+# some training images, and what the network makes of them --------------------------------------------------------------
+
+
+class Views(NamedTuple):
+    """B training images and what network 1 makes of them: images float32 [B, C, H, W], normalised."""
+
+    image: Tensor
+    activation: Tensor  # [B, H, W], from 0 to 255
+    at_max: Tensor  # the image with the mask at the activation's maximum
+    at_min: Tensor
+    reconstruction: Tensor  # of at_max
+    ratio: Tensor  # float64 [B]: what the label loses; each mask covers half as much of the image
+
+
+class Shown(NamedTuple):
+    """The samples of the figure: views, and what is known of each, [B]."""
+
+    views: Views
+    observed: np.ndarray
+    clean: np.ndarray  # true labels
+    probability: (
+        np.ndarray
+    )  # that the observed label is right, as network 1 was trained with it: by network 2's losses
+    mean: Tensor  # per channel: what the images are normalised with
+    std: Tensor
+
+
+def choose(right: np.ndarray, count: int) -> np.ndarray:
+    """Positions of `count` samples, drawn from right, bool [N]: half with right labels, which come first, half with wrong ones.
+
+    Where one kind has too few the other has more; of each kind in ascending order.
+    """
+    order = np.random.default_rng(SEED).permutation(len(right))
+    kinds = order[right[order]], order[~right[order]]
+    wrong = min(count // 2, len(kinds[1]))
+    numbers = min(count - wrong, len(kinds[0])), count - min(count - wrong, len(kinds[0]))
+    return np.concatenate([np.sort(kind[:number]) for kind, number in zip(kinds, numbers, strict=True)])
+
+
+@torch.no_grad()
+def look(network: MaskedNetwork, images: Tensor, labels: Tensor, clean: Tensor, rule: MaskRule) -> Views:
+    """Activation, masks and reconstruction of normalised images [B, C, H, W] [Sec. 4, 5], with masks of a fixed seed.
+
+    labels int [B] with clean probabilities [B]: how large the masks are.
+    """
+    maps, scores, _ = network(images)
+    targets = F.one_hot(labels, scores.shape[1]).double()
+    draws = draw_masks(len(images), images.shape[1], rule, torch.Generator().manual_seed(SEED))
+    masked = mask(images, maps, clean, targets, draws, rule)
+    rebuilt = network.reconstruct(network.encoder(masked.at_max), images.shape[2:])
+    ratio = 1 - masked.targets_max.gather(1, labels[:, None])[:, 0]
+    activation = quantised_activation(maps, *images.shape[2:])
+    return Views(images, activation, masked.at_max, masked.at_min, rebuilt, ratio)
+
+
+def read_samples(run: RunResult, split: dict[str, np.ndarray], count: int, data_path: str | None) -> Shown:
+    """Training images of a run and what its first network makes of them. UserError: something is missing or does not fit."""
+    arguments = run.curve.arguments
+    try:
+        flags = ("mask_lo", "mask_hi", "mask_quality", "mask_anchor", "clamp_targets")
+        rule = MaskRule(*(arguments[flag] for flag in flags))
+        data = load_data(run, data_path)
+        network = load_network(run, data)
+    except KeyError as error:
+        raise UserError(f"{run.folder / 'args.json'} is damaged: it has no {error.args[0]}") from None
+    index, observed = read_labels(run.folder)
+    if (
+        not np.array_equal(observed, split["observed"])
+        or index.shape != observed.shape
+        or not 0 <= index.min() <= index.max() < len(data.train.labels)
+        or not np.array_equal(data.train.labels[index], split["clean"])
+    ):
+        raise UserError(
+            f"{run.folder} was not trained on the {data.name} that is here, or is damaged: name the data with --data_path"
+        )
+    images = Images(data.train.images, data.mean, data.std, torch.device("cpu"))
+    chosen = choose(observed == split["clean"], min(count, len(observed)))
+    views = look(
+        network,
+        images.view(torch.from_numpy(index[chosen])),
+        torch.from_numpy(observed[chosen]).long(),
+        torch.from_numpy(split["net2"][chosen]),
+        rule,
+    )
+    known = (array[chosen] for array in (observed, split["clean"], split["net2"]))
+    return Shown(views, *known, images.mean, images.std)
+
+
+# drawing --------------------------------------------------------------------------------------------------------------
+
+
+def draw_setting(axes, runs: list[RunResult], colors: dict[str, str]) -> None:
+    """Test accuracy by epoch of the runs of one setting, and where their warm-up ends if it is at the same epoch."""
+    methods = dict.fromkeys(run.curve.method for run in runs)
+    axes.set_prop_cycle(color=[colors[method] for method in methods])
+    figures.draw_curves(axes, [(run.curve.method, run.curve.accuracy) for run in runs])
+    split = [run.curve.arguments for run in runs if run.curve.arguments.get("selection") == "gmm"]
+    ends = {arguments.get("warm_up") for arguments in split}
+    if len(ends) == 1 and None not in ends:
+        axes.axvline(ends.pop() + 0.5, color="gray", linestyle=":", label="end of the warm-up")
+    axes.set_title(f"Test accuracy: {setting(runs[0])}", fontsize=10)
+
+
+def draw_pretraining(axes, runs: list[RunResult]) -> None:
+    """kNN accuracy by epoch of each data set's pre-training: mean and range over the runs where all of them measured it."""
+    by_data: dict[str, list[RunResult]] = {}
+    for run in runs:
+        by_data.setdefault(run.curve.method, []).append(run)
+    for method, members in by_data.items():
+        epochs = sorted(set.intersection(*({*run.epochs.tolist()} for run in members)))
+        values = np.stack([run.curve.accuracy[np.isin(run.epochs, epochs)] for run in members])
+        label = f"{method}, {len(members)} run(s)"
+        (line,) = axes.plot(epochs, values.mean(axis=0), marker=".", markersize=4, label=label)
+        axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), alpha=0.2, color=line.get_color())
+    axes.set(xlabel="epoch", ylabel="kNN accuracy (%)", ylim=(0, 100))
+    axes.set_title("Pre-training without labels: kNN accuracy", fontsize=10)
+    axes.grid(alpha=0.3)
+
+
+def draw_curves(figure, runs: list[RunResult]) -> None:
+    """A panel for each setting and one for pre-training, legends below them; a method has one colour throughout."""
+    settings: dict[str, list[RunResult]] = {}
+    for run in runs:
+        if not run.pretraining:
+            settings.setdefault(setting(run), []).append(run)
+    methods = dict.fromkeys(run.curve.method for members in settings.values() for run in members)
+    colors = {method: COLORS[number % len(COLORS)] for number, method in enumerate(methods)}
+    pretraining = [run for run in runs if run.pretraining]
+    rows, columns = curve_grid(runs)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, members in zip(grid, settings.values(), strict=False):
+        draw_setting(axes, members, colors)
+    if pretraining:
+        draw_pretraining(grid[len(settings)], pretraining)
+    for axes in grid[: len(settings) + bool(pretraining)]:
+        axes.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=5 - columns, fontsize=8, frameon=False
+        )
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    for axes in grid[len(settings) + bool(pretraining) :]:
+        axes.axis("off")
+
+
+def curve_grid(runs: list[RunResult]) -> tuple[int, int]:
+    """Rows and columns of the panels of curves."""
+    panels = len({None if run.pretraining else setting(run) for run in runs})
+    return -(-panels // PANELS), min(panels, PANELS)
+
+
+def draw_histogram(axes, probability: np.ndarray, right: np.ndarray, threshold: float) -> None:
+    """One network's clean probabilities [N], of the samples with right labels, bool [N], and of the others, in two colours."""
+    bins = np.linspace(0, 1, 41)
+    for kind, label, color in (
+        (right, "truly clean", CLEAN),
+        (~right, "mislabelled", MISLABELLED),
+    ):
+        axes.hist(
+            probability[kind], bins, alpha=0.6, color=color, label=f"{label}: {kind.sum()} images", log=True
+        )
+    axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold}")
+    axes.set(xlabel="clean probability", ylabel="training images (log scale)", xlim=(0, 1), ylim=(0.5, None))
+    axes.legend(fontsize=8, loc="upper center")
+
+
+def draw_split(figure, run: RunResult, split: dict[str, np.ndarray]) -> None:
+    """A histogram for each network."""
+    right = split["observed"] == split["clean"]
+    panels = figure.subplots(1, 2, sharey=True)
+    for number, axes in enumerate(panels, start=1):
+        probability = split[f"net{number}"]
+        draw_histogram(axes, probability, right, run.curve.arguments["p_threshold"])
+        auc = f", AUC {roc_auc_score(right, probability):.3f}" if 0 < right.sum() < len(right) else ""
+        axes.set_title(
+            f"By the losses of network {number}, for network {3 - number} to train on{auc}", fontsize=9
+        )
+    figure.suptitle(f"Clean probability in the last epoch ({title(run)})", fontsize=10)
+
+
+def picture(image: Tensor, mean: Tensor, std: Tensor) -> np.ndarray:
+    """A normalised image [C, H, W] as one to draw: float [H, W, 3], or [H, W] of a grey one, from 0 to 1."""
+    image = (image * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
+    return image.permute(1, 2, 0).squeeze(2).numpy()
+
+
+def outline(axes, before: Tensor, after: Tensor, color: str) -> None:
+    """A frame around what the mask painted over."""
+    rows, columns = (before != after).any(dim=0).nonzero(as_tuple=True)
+    if len(rows):
+        corner = (columns.min() - 0.5, rows.min() - 0.5)
+        size = columns.max() - columns.min() + 1, rows.max() - rows.min() + 1
+        axes.add_patch(
+            figures.plt.Rectangle(corner, *size, fill=False, edgecolor=color, linewidth=1.5, clip_on=False)
+        )
+
+
+def draw_sample(row, shown: Shown, i: int) -> None:
+    """Sample i in five panels: the image, its activation, the two masked copies, and the reconstruction of the first."""
+    views, image = shown.views, shown.views.image[i]
+    row[1].imshow(views.activation[i].numpy(), cmap="viridis", vmin=0, vmax=255)
+    copies = views.at_max[i], views.at_min[i], views.reconstruction[i]
+    for axes, view in zip(row[[0, 2, 3, 4]], (image, *copies), strict=True):
+        axes.imshow(picture(view, shown.mean, shown.std), cmap="gray", vmin=0, vmax=1)
+    for k in (1, 2):
+        outline(row[k], image, views.at_max[i], AT_MAX)
+    for k in (1, 3):
+        outline(row[k], image, views.at_min[i], AT_MIN)
+    for axes in row:
+        axes.set(xticks=[], yticks=[])
+    text = f"label {shown.observed[i]}, true {shown.clean[i]}\nclean prob. {shown.probability[i]:.2f}"
+    row[0].set_ylabel(
+        f"{text}\nmask ratio {100 * views.ratio[i]:.1f} %", rotation=0, ha="right", va="center", fontsize=8
+    )
+
+
+def sample_blocks(shown: Shown) -> list[tuple[str, str, np.ndarray]]:
+    """Title, colour and samples of each block: rightly and wrongly labelled ones; halves where all are of a kind."""
+    right = shown.observed == shown.clean
+    kinds = (("rightly labelled", CLEAN, right), ("wrongly labelled", MISLABELLED, ~right))
+    blocks = [(text, color, np.flatnonzero(kind)) for text, color, kind in kinds if kind.any()]
+    if len(blocks) == 1:
+        text, color, samples = blocks[0]
+        blocks = [(text, color, half) for half in np.array_split(samples, 2) if len(half)]
+    return blocks
+
+
+def highest(blocks: list[tuple[str, str, np.ndarray]]) -> int:
+    """Rows of the higher block."""
+    return max(len(samples) for _, _, samples in blocks)
+
+
+def draw_samples(figure, run: RunResult, shown: Shown) -> None:
+    """Two blocks of rows side by side."""
+    blocks = sample_blocks(shown)
+    for part, (text, color, samples) in zip(figure.subfigures(1, 2), blocks, strict=False):
+        grid = part.subplots(highest(blocks), 5, squeeze=False)
+        for row, i in zip(grid, samples, strict=False):
+            draw_sample(row, shown, i)
+        for axes in grid[len(samples) :].ravel():
+            axes.axis("off")
+        for axes, (column, shade) in zip(grid[0], COLUMNS.items(), strict=True):
+            axes.set_title(column, fontsize=8, color=shade)
+        part.suptitle(text, fontsize=9, color=color)
+    figure.suptitle(
+        f"Where network 1 looks (activation from dark to bright) and what the masks hide ({title(run)})",
+        fontsize=10,
+    )
+
+
+def draw(
+    runs: list[RunResult],
+    run: RunResult | None,
+    split: dict[str, np.ndarray] | None,
+    shown: Shown | None,
+    out: Path,
+) -> None:
+    """Write the figure: the curves of the runs, and the split and the samples of one of them, if there are any."""
+    heights = [3.8 * curve_grid(runs)[0]]
+    heights += [2.9] if split is not None else []
+    heights += [0.9 + ROW * highest(sample_blocks(shown))] if shown is not None else []
+    figure = figures.plt.figure(figsize=(12, sum(heights)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08)
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    draw_curves(parts[0], runs)
+    if split is not None:
+        draw_split(parts[1], run, split)
+    if shown is not None:
+        draw_samples(parts[2], run, shown)
+    figures.write(figure, out)
+
+
+def main(argv=None) -> None:
+    """Parse the command line and draw."""
+    parser = cli.Parser(prog="python -m sanm.visualize", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories of SANM's scripts")
+    parser.add_argument(
+        "--out", default="sanm.png", metavar="FILE", help="the figure to write (.png, .pdf or .svg)"
+    )
+    parser.add_argument(
+        "--samples", type=cli.count, default=6, metavar="N", help="training images to show masks of"
+    )
+    parser.add_argument(
+        "--data_path", metavar="DIR", help="where the data sets are, if not where the runs found them"
+    )
+    args = parser.parse_args(argv)
+    out = figures.checked_path(args.out)
+    runs = [read_run(Path(run)) for run in args.runs]
+    run = run_to_show(runs)
+    split = None if run is None else read_split(run.folder)
+    shown = (
+        read_samples(run, split, args.samples, args.data_path) if run is not None and has_masks(run) else None
+    )
+    draw(runs, run, split, shown, out)
+    print(f"figure in {out}")
+
+
+if __name__ == "__main__":
+    cli.exit_cleanly(main)
