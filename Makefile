@@ -26,8 +26,8 @@ $(VENV)/.ready: requirements.lock
 	$(VENV)/bin/uv pip install --quiet --python $(RUN) --require-hashes -r requirements.lock
 	@touch $@
 
-test: setup  ## run the tests
-	$(RUN) -m pytest $(ARGS)
+test: setup  ## run the tests, a file at a time on each core
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 lint: setup  ## check style
 	$(VENV)/bin/ruff check .
@@ -57,8 +57,9 @@ data-cifar10 data-cifar100 data-mnist data-fashion_mnist: setup  ## download a d
 check-data: setup  ## look whether a data set is whole: make check-data ARGS="food101n --images" DATA=./data/food
 	$(RUN) -m common.datasets check $(firstword $(ARGS)) --data_path $(DATA) $(wordlist 2, $(words $(ARGS)), $(ARGS))
 
-speed: setup  ## measure how fast images are read, from their files and from a cache
+speed: setup  ## measure how fast images are read, from their files and from a cache, and augmented, beside PIL
 	$(RUN) -m benchmarks.speed images $(ARGS)
+	$(RUN) -m benchmarks.speed views $(ARGS)
 
 lock: setup  ## resolve the dependencies of pyproject.toml anew
 	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra dev pyproject.toml -o requirements.lock

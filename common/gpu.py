@@ -23,8 +23,13 @@ class Device(NamedTuple):
         return self.device.type == "cuda"
 
     def autocast(self) -> AbstractContextManager:
-        """Mixed precision of the forward passes inside it: bfloat16 where the precision says so, else nothing."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        """Mixed precision of the forward passes inside it: bfloat16 where the precision says so, else nothing.
+
+        Without its cache of cast weights: casts of a pass without gradients would serve the training pass after it in the same
+        context, which older versions of torch do not notice.
+        """
+        enabled = self.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def prepare(self, network: nn.Module, compiled: bool = False) -> nn.Module:
         """The network on the device, channels-last, its forward compiled in place if asked (names of state unchanged)."""

@@ -109,7 +109,11 @@ class Batches:
 
     def _views(self, index: Tensor) -> list[Tensor]:
         views = [self.images.view(index, self.augmentation, self.generator) for _ in range(self.views)]
-        return list(views[0]) if views[0].dim() == 5 else views
+        if views[0].dim() < 5:
+            return views
+        if self.views > 1:
+            raise ValueError(f"the augmentation makes all views at once, and {self.views} are asked for")
+        return list(views[0])
 
     def endless(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         """Pass after pass, without end. ValueError where there is nothing to go through."""

@@ -70,7 +70,10 @@ def make_parser() -> cli.Parser:
         "given: the labels of --noise_file or of the .npz",
     )
     data.add_argument(
-        "--r", type=cli.fraction, default=0.5, help="share of samples whose label is drawn anew"
+        "--r",
+        type=cli.fraction,
+        default=0.5,
+        help="share of samples whose label is drawn anew; from 0.9 on the clean probabilities read the last losses' mean",
     )
     data.add_argument("--num_class", type=cli.count, default=10, help="ignored: the data set decides")
     data.add_argument("--check_path", default="", help="ignored, as in the release: logs go to --out")
@@ -120,6 +123,13 @@ def make_parser() -> cli.Parser:
     )
     training.add_argument(
         "--warm_up", type=cli.count, help="epochs of warm-up; by default 10, and 20 on cifar100"
+    )
+    training.add_argument(
+        "--warm-up-views",
+        "--warm_up_views",
+        choices=["strong", "weak"],
+        default="strong",
+        help="strong: colour jitter, crop, flip and affine, as in the release; weak: crop and flip, as DivideMix and C2D",
     )
     training.add_argument(
         "--alpha", type=cli.positive, default=4, help="parameter of the Beta distribution of the mixture"
@@ -212,10 +222,18 @@ def note_schedule(args: Namespace) -> None:
 
 
 def observed_labels(data: Data, index: np.ndarray, args: Namespace) -> np.ndarray:
-    """The labels that training sees, int [n], of the training images at `index` [Sec. 2]."""
+    """The labels that training sees, int [n], of the training images at `index` [Sec. 2].
+
+    UserError: labels that are not there; asymmetric noise on classes that it has no rule for.
+    """
     kind = NOISE_TYPES.get(args.noise_mode, args.noise_mode)
-    if kind == "asymmetric" and data.num_classes == 100:
+    if kind == "asymmetric" and data.name == "cifar100":
         kind = "superclass"
+    elif kind == "asymmetric" and data.num_classes != 10:
+        raise UserError(
+            f"--noise_mode asym: is for 10 classes (CIFAR-10's look-alikes) and cifar100, {data.name} has "
+            f"{data.num_classes}; use sym or --noise_file"
+        )
     return datasets.observed_labels(data, index, kind, args.r, args.seed, args.noise_file, "--noise_mode")
 
 
@@ -406,7 +424,8 @@ def main(argv=None) -> None:
 
 def warm_up_epoch(network: MaskedNetwork, optimizer: SGD, epoch: int, s: Setting) -> Tensor:
     """Cross-entropy on all samples; under asymmetric noise with a penalty on confident predictions [Sec. 4]."""
-    batches = s.batches(2 * s.args.batch_size, partial(warm_up_view, crop=s.crop()))
+    view = partial(warm_up_view, crop=s.crop()) if s.args.warm_up_views == "strong" else s.crop()
+    batches = s.batches(2 * s.args.batch_size, view)
     return warm_up(
         network,
         optimizer,

@@ -11,13 +11,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import resnet18, resnet50
 
 from common.weights import imagenet_resnet
 from sanm.pretrained import load_encoder
 
 BASES = ("dividemix", "c2d")
-NARROW = (16, 32, 64)  # widths of the stages on images below 16 pixels
+# widths and strides of the stages, and blocks of each; below 16 pixels the narrow ones
+USUAL = (64, 128, 256, 512), (1, 2, 2, 2), 2
+NARROW = (16, 32, 32), (1, 2, 1), 1
 
 
 class Outputs(NamedTuple):
@@ -73,11 +74,9 @@ def make_network(
     PreAct ResNet-18, which has logits in the release too.
     """
     narrow = size < 16
-    if base == "c2d":
-        encoder = simclr_resnet(channels, size)
-    else:
-        encoder = PreActEncoder(channels, NARROW if narrow else (64, 128, 256, 512), 1 if narrow else 2)
-    width = NARROW[-1] if narrow else 512
+    kind = SimCLREncoder if base == "c2d" else PreActEncoder
+    encoder = kind(channels, *(NARROW if narrow else USUAL))
+    width = width_of(size)
     return MaskedNetwork(
         encoder, width, num_classes, decoder(width, channels, narrow), softmax and base == "c2d"
     )
@@ -88,11 +87,9 @@ def clothing_network(name: str, num_classes: int, pretrained: str = "none") -> M
 
     pretrained: imagenet, none, or a file with the weights of an encoder. UserError: weights that are not there or do not fit.
     """
-    resnet = (
-        imagenet_resnet(name)
-        if pretrained == "imagenet"
-        else {"resnet50": resnet50, "resnet18": resnet18}[name]()
-    )
+    from torchvision import models  # noqa: PLC0415 (seconds to import, of use only here)
+
+    resnet = imagenet_resnet(name) if pretrained == "imagenet" else models.get_model(name)
     width, encoder = resnet.fc.in_features, MapOf(resnet)
     if pretrained not in ("imagenet", "none"):
         load_encoder(encoder, pretrained)
@@ -150,10 +147,13 @@ class SimCLREncoder(nn.Module):
 
 
 def simclr_resnet(channels: int = 3, size: int = 32) -> SimCLREncoder:
-    """ResNet-18 for CIFAR; below 16 pixels three stages of one block, whose map of 8 pixels is 64 x 4 x 4."""
-    if size < 16:
-        return SimCLREncoder(channels, NARROW, (1, 2, 1), blocks_per_stage=1)
-    return SimCLREncoder(channels, (64, 128, 256, 512), (1, 2, 2, 2), blocks_per_stage=2)
+    """ResNet-18 for CIFAR; below 16 pixels three stages of one block, whose map of 8 pixels is 32 x 4 x 4."""
+    return SimCLREncoder(channels, *(NARROW if size < 16 else USUAL))
+
+
+def width_of(size: int) -> int:
+    """Channels of the last map of images of that size."""
+    return (NARROW if size < 16 else USUAL)[0][-1]
 
 
 class PreActBlock(nn.Module):
@@ -178,10 +178,8 @@ class PreActBlock(nn.Module):
 class PreActEncoder(nn.Module):
     """Pre-activation ResNet; no norm or activation after the last block (Sec. 3 B)."""
 
-    def __init__(self, channels: int, widths: Sequence[int], blocks_per_stage: int):
-        """widths: of the stages; each but the first halves the resolution, the third of the narrow network keeps it."""
+    def __init__(self, channels: int, widths: Sequence[int], strides: Sequence[int], blocks_per_stage: int):
         super().__init__()
-        strides = (1, 2, 1) if tuple(widths) == NARROW else (1, 2, 2, 2)
         self.conv1 = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         blocks, width_in = [], widths[0]

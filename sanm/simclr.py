@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sanm.networks import NARROW, simclr_resnet
+from sanm.networks import simclr_resnet, width_of
 
 QUERIES = 512  # of kNN that are compared with the whole bank at once: 100 MB at a bank of 50000
 
@@ -38,8 +38,7 @@ class SimCLR(nn.Module):
 
 def make_simclr(channels: int = 3, size: int = 32) -> SimCLR:
     """SimCLR for images [channels, size, size]: ResNet-18 and 128 dimensions; narrow and 64 below 16 pixels (Sec. 3 A, 10)."""
-    width, dimensions = (NARROW[-1], 64) if size < 16 else (512, 128)
-    return SimCLR(simclr_resnet(channels, size), width, dimensions)
+    return SimCLR(simclr_resnet(channels, size), width_of(size), 64 if size < 16 else 128)
 
 
 def nt_xent(embeddings: Tensor, temperature: float, base_temperature: float = 0.07) -> Tensor:

@@ -154,7 +154,7 @@ def test_the_network_has_the_published_names_and_shapes():
     assert [shapes[f"head.{i}.weight"] for i in (0, 2)] == [[512, 512], [128, 512]]
     assert sum(name.startswith("encoder.") for name in shapes) == len(simclr_resnet().state_dict())
     narrow = make_simclr(channels=1, size=8)
-    assert [list(narrow.head[i].weight.shape) for i in (0, 2)] == [[64, 64], [64, 64]]
+    assert [list(narrow.head[i].weight.shape) for i in (0, 2)] == [[32, 32], [64, 32]]
     assert isinstance(narrow.head[1], torch.nn.ReLU)
 
 
@@ -165,7 +165,7 @@ def test_embeddings_have_length_one_and_are_float32(autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         embeddings, features = network(images), network.features(images)
     assert embeddings.dtype == features.dtype == torch.float32
-    assert embeddings.shape == (6, 64) and features.shape == (6, 64)
+    assert embeddings.shape == (6, 64) and features.shape == (6, 32)
     assert torch.allclose(embeddings.norm(dim=1), torch.ones(6), atol=1e-6)
 
 

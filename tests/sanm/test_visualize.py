@@ -304,7 +304,7 @@ def test_a_sample_has_five_panels_and_says_what_is_known_of_it(sanm_run, tmp_pat
 
 def test_what_is_no_run_directory_is_refused(run, tmp_path, capsys):
     assert "is no run directory: args.json is missing" in refused(capsys, tmp_path / "nosuch")
-    assert "is no run directory: there is no such folder" in refused(capsys, run / "log.csv")
+    assert "is no run directory: args.json is missing" in refused(capsys, run / "log.csv")
     assert "args.json is missing" in refused(capsys, tmp_path)
     (run / "log.csv").unlink()
     assert "log.csv is missing" in refused(capsys, run)

@@ -1,0 +1,218 @@
+"""Shapes, sizes, names and initial weights of the networks."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import resnet18
+
+from sanm.networks import (
+    BASES,
+    MapOf,
+    PreActBlock,
+    clothing_decoder,
+    clothing_network,
+    decoder,
+    make_network,
+    simclr_resnet,
+)
+
+
+def size_of(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("base", "num_classes", "parameters"),
+    [
+        ("c2d", 10, 14_457_293),
+        ("c2d", 100, 14_503_463),
+        ("dividemix", 10, 14_454_605),
+        ("dividemix", 100, 14_500_775),
+    ],
+)
+def test_networks_for_cifar_have_the_published_number_of_parameters(base, num_classes, parameters):
+    with torch.device("meta"):
+        network = make_network(base, num_classes)
+    assert size_of(network) == parameters
+    assert size_of(network.decoder) == 3_283_331
+
+
+def test_the_network_for_clothing1m_has_the_published_number_of_parameters():
+    with torch.device("meta"):
+        network = clothing_network("resnet50", 14)
+    assert size_of(network) == 42_544_081
+    assert size_of(network.decoder) == 19_007_363
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    ("channels", "size", "maps"),
+    [
+        (1, 8, (32, 4, 4)),
+        (3, 8, (32, 4, 4)),
+        (1, 28, (512, 4, 4)),
+        (3, 32, (512, 4, 4)),
+        (3, 16, (512, 2, 2)),
+    ],
+)
+def test_maps_scores_and_reconstructions_fit_the_images(base, channels, size, maps):
+    torch.manual_seed(0)
+    network = make_network(base, 7, channels, size).eval()
+    with torch.no_grad():
+        out = network(torch.randn(2, channels, size, size), torch.randn(3, channels, size, size))
+    assert out.maps.shape == (2, *maps) and out.scores.shape == (2, 7)
+    assert out.reconstruction.shape == (3, channels, size, size)
+    assert network(torch.zeros(1, channels, size, size)).reconstruction is None
+
+
+def test_decoders_make_images_of_their_size_without_resizing_and_with_nothing_between_their_layers():
+    for made, maps, sizes in (
+        (decoder(512, 3, narrow=False), (512, 4, 4), [10, 15, 32]),
+        (decoder(64, 1, narrow=True), (64, 4, 4), [5, 7, 8]),
+        (clothing_decoder(64), (64, 7, 7), [25, 75, 224]),
+    ):
+        assert all(type(layer) is nn.ConvTranspose2d and layer.bias is not None for layer in made)
+        x, found = torch.zeros(1, *maps), []
+        for layer in made:
+            x = layer(x)
+            found.append(x.shape[2])
+        assert found == sizes
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("asked", [False, True])
+def test_scores_are_probabilities_where_the_release_has_them_so_and_logits_else(base, asked):
+    torch.manual_seed(0)
+    network = make_network(base, 5, 1, 8, softmax=asked).eval()
+    out = network(torch.randn(6, 1, 8, 8))
+    logits = network.classifier(out.maps.mean(dim=(2, 3)))
+    probabilities = base == "c2d" and asked
+    torch.testing.assert_close(out.scores, F.softmax(logits, dim=1) if probabilities else logits)
+    assert torch.allclose(out.scores.sum(dim=1), torch.ones(6)) is probabilities
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_scores_and_reconstructions_are_float32_under_autocast(base):
+    network = make_network(base, 5, 1, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = network(torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8))
+    assert out.scores.dtype == out.reconstruction.dtype == torch.float32
+    assert out.maps.dtype == torch.bfloat16
+
+
+def test_images_to_be_reconstructed_are_a_batch_of_their_own_before_the_others():
+    torch.manual_seed(0)
+    network = make_network("c2d", 5, 1, 8).train()
+    twin = copy.deepcopy(network)
+    images, masked = torch.randn(6, 1, 8, 8), 3 + torch.randn(4, 1, 8, 8)
+    out = network(images, masked)
+    expected = twin.decoder(twin.encoder(masked))
+    torch.testing.assert_close(out.reconstruction, expected)
+    torch.testing.assert_close(out.maps, twin.encoder(images))
+    for name, value in network.named_buffers():
+        assert torch.equal(value, twin.get_buffer(name)), name
+
+
+# initial weights --------------------------------------------------------------------------------------------------------
+
+
+def convolutions(network: nn.Module) -> list[nn.Conv2d]:
+    return [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+
+
+@pytest.mark.parametrize(("channels", "size"), [(3, 32), (1, 8)])
+def test_simclr_encoders_begin_from_kaiming_normal_by_fan_out(channels, size):
+    torch.manual_seed(0)
+    encoder = simclr_resnet(channels, size)
+    assert len(convolutions(encoder)) == (20 if size == 32 else 8)
+    for conv in convolutions(encoder):
+        assert conv.bias is None
+        weight, expected = conv.weight, math.sqrt(2 / (conv.out_channels * conv.kernel_size[0] ** 2))
+        error = 5 / math.sqrt(2 * weight.numel())  # five standard deviations of an estimate of the deviation
+        assert float(weight.detach().std()) == pytest.approx(expected, rel=error)
+        assert abs(float(weight.detach().mean())) < 5 * expected / math.sqrt(weight.numel())
+        assert weight.abs().max() > 2.2 * expected  # a uniform distribution ends at 1.73
+
+
+def test_preact_encoders_begin_from_pytorchs_uniform_weights():
+    torch.manual_seed(0)
+    for conv in convolutions(make_network("dividemix", 10, 1, 8).encoder):
+        bound = 1 / math.sqrt(conv.in_channels * conv.kernel_size[0] ** 2)
+        assert 0.9 * bound < conv.weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_norms_begin_as_the_identity_and_classifier_and_decoder_from_pytorchs_default(base):
+    torch.manual_seed(0)
+    network = make_network(base, 10, 1, 8)
+    for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
+        assert (norm.weight == 1).all() and (norm.bias == 0).all()
+    bound = 1 / math.sqrt(32)
+    assert 0.9 * bound < network.classifier.weight.abs().max() <= bound
+    for layer in network.decoder:
+        bound = 1 / math.sqrt(layer.out_channels * layer.kernel_size[0] ** 2)
+        assert 0.9 * bound < layer.weight.abs().max() <= bound
+
+
+# blocks and names -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "stride"), [(4, 1), (4, 2), (8, 1), (8, 2)])
+def test_the_shortcut_of_a_preact_block_begins_at_the_activated_tensor(width, stride):
+    torch.manual_seed(0)
+    block = PreActBlock(4, width, stride).eval()
+    x = torch.randn(2, 4, 6, 6)
+    activated = F.relu(block.bn1(x))
+    changes = (width, stride) != (4, 1)
+    shortcut = block.shortcut(activated) if changes else activated
+    torch.testing.assert_close(block(x), block.conv2(F.relu(block.bn2(block.conv1(activated)))) + shortcut)
+    assert (type(block.shortcut) is nn.Conv2d) is changes
+
+
+@pytest.mark.parametrize("size", [32, 8])
+def test_maps_of_the_preact_encoder_are_not_activated_and_those_of_simclr_are(size):
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, size, size)
+    maps = {base: make_network(base, 4, 3, size).eval()(images).maps for base in BASES}
+    assert (maps["dividemix"] < 0).any() and not (maps["c2d"] < 0).any()
+
+
+def names_of_block(prefix: str, shortcut: bool) -> list[str]:
+    names = ["conv1.weight", "bn1.weight", "bn1.bias", "conv2.weight", "bn2.weight", "bn2.bias"]
+    names += ["shortcut.0.weight", "shortcut.1.weight", "shortcut.1.bias"] if shortcut else []
+    return [f"{prefix}.{name}" for name in names]
+
+
+def test_the_simclr_encoder_has_the_names_of_published_checkpoints():
+    with torch.device("meta"):
+        names = [name for name, _ in simclr_resnet(3, 32).named_parameters()]
+    expected = ["conv1.weight", "bn1.weight", "bn1.bias"]
+    for stage in range(1, 5):
+        expected += names_of_block(f"layer{stage}.0", stage > 1) + names_of_block(f"layer{stage}.1", False)
+    assert names == expected
+    narrow = [name for name, _ in simclr_resnet(1, 8).named_parameters()]
+    expected = expected[:3] + [
+        name for stage in (1, 2, 3) for name in names_of_block(f"layer{stage}.0", shortcut=stage == 2)
+    ]
+    assert narrow == expected
+
+
+def test_the_encoder_of_clothing1m_is_torchvisions_up_to_its_last_map():
+    torch.manual_seed(0)
+    whole = resnet18().eval()
+    encoder, images = MapOf(whole).eval(), torch.randn(2, 3, 64, 64)
+    maps = encoder(images)
+    assert maps.shape == (2, 512, 2, 2)
+    torch.testing.assert_close(whole.fc(maps.mean(dim=(2, 3))), whole(images), rtol=1e-4, atol=1e-5)
+    assert list(encoder.state_dict()) == [name for name in whole.state_dict() if not name.startswith("fc")]
+
+
+def test_a_small_network_for_clothing1m_rebuilds_224_pixels():
+    network = clothing_network("resnet18", 14).eval()
+    with torch.no_grad():
+        out = network(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 224, 224))
+    assert out.reconstruction.shape == (1, 3, 224, 224) and out.scores.shape == (1, 14)

@@ -1,0 +1,188 @@
+"""Label quality and the split, from hand-made and from extreme losses."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.mixture import GaussianMixture
+
+from common.cli import UserError
+from sanm.selection import averages_history, clean_probability, divide, normalised, remember
+
+
+def two_kinds(count: int = 400, seed: int = 0) -> torch.Tensor:
+    """Losses in [0, 1]: the first three in four are low, the others high."""
+    generator = torch.Generator().manual_seed(seed)
+    high = torch.arange(count) >= count * 3 // 4
+    return normalised(torch.where(high, 3.0, 0.5) + 0.3 * torch.randn(count, generator=generator))
+
+
+def unit(count: int, seed: int) -> torch.Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+EXTREMES = {
+    "one high": torch.cat([torch.zeros(99), torch.ones(1)]),
+    "one low": torch.cat([torch.zeros(1), torch.ones(99)]),
+    "half": torch.cat([torch.zeros(50), torch.ones(50)]),
+    "equal": torch.zeros(100),
+    "nearly equal": torch.linspace(0, 1e-7, 100),
+    "two": torch.tensor([0.0, 1.0]),
+    "two equal": torch.zeros(2),
+    "one far": torch.cat([torch.linspace(0, 1e-6, 99), torch.ones(1)]),
+}
+
+
+# losses -----------------------------------------------------------------------------------------------------------------
+
+
+def test_losses_are_scaled_to_0_and_1_whatever_their_unit():
+    losses = torch.tensor([2.0, 4.0, 3.0, 2.5])
+    assert normalised(losses).tolist() == [0, 1, 0.5, 0.25]
+    torch.testing.assert_close(normalised(7 * losses + 3), normalised(losses))
+    assert normalised(torch.tensor([0.1, 1e30])).tolist() == [0, 1]
+    assert losses.tolist() == [2, 4, 3, 2.5]
+
+
+@pytest.mark.parametrize("value", [0.0, 2.3, 1e30])
+def test_equal_losses_are_all_zero(value):
+    assert normalised(torch.full((5,), value)).tolist() == [0] * 5
+
+
+@pytest.mark.parametrize(
+    ("rate", "paper", "released"),
+    [(0.5, False, False), (0.89, False, False), (0.9, True, True), (0.95, True, False), (1.0, True, False)],
+)
+def test_the_90_percent_rule_begins_at_90_percent_and_is_for_90_percent_alone_in_the_release(
+    rate, paper, released
+):
+    assert averages_history(rate, released=False) is paper
+    assert averages_history(rate, released=True) is released
+
+
+def test_the_last_five_losses_are_remembered_in_their_order():
+    history = []
+    for epoch in range(8):
+        before = list(history)
+        history = remember(history, torch.tensor([float(epoch)]))
+        assert [float(of) for of in history] == list(range(max(0, epoch - 4), epoch + 1))
+        assert [float(of) for of in before] == [float(of) for of in history[:-1]] or len(before) == 5
+
+
+# clean probability ------------------------------------------------------------------------------------------------------
+
+
+def test_the_probability_is_that_of_scikit_learns_mixture_with_the_settings_of_the_release():
+    losses = normalised(torch.rand(500, generator=torch.Generator().manual_seed(3)) ** 6)
+    column = losses.numpy().reshape(-1, 1)
+    mixture = GaussianMixture(n_components=2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=11).fit(
+        column
+    )
+    assert mixture.n_iter_ > 5  # so that the limit of iterations and their tolerance matter
+    expected = mixture.predict_proba(column)[:, mixture.means_.argmin()]
+    found = clean_probability(losses, 11)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    assert float(found.min()) >= 0 and float(found.max()) <= 1
+
+
+def test_the_seed_decides_and_the_global_generators_do_not():
+    losses = torch.rand(300, generator=torch.Generator().manual_seed(4))
+    np.random.seed(0)
+    before = np.random.get_state()[1].copy()
+    first = clean_probability(losses, 1)
+    assert np.array_equal(np.random.get_state()[1], before)
+    np.random.seed(5)
+    assert torch.equal(clean_probability(losses, 1), first)
+    # where the start of k-means matters, so does the seed
+    assert len({tuple(clean_probability(losses, seed).tolist()) for seed in range(8)}) > 1
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31 - 1])
+def test_two_kinds_of_losses_are_told_apart_from_any_start(seed):
+    clean = clean_probability(two_kinds(), seed)
+    assert clean[:300].min() > 0.9 and clean[300:].max() < 0.1
+    assert divide(clean, 0.5).tolist() == [True] * 300 + [False] * 100
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extreme_losses_give_probabilities_and_two_sides_without_a_warning(name):
+    losses = normalised(EXTREMES[name])
+    clean = clean_probability(losses, 0)
+    assert clean.shape == losses.shape and torch.isfinite(clean).all()
+    assert clean.min() >= 0 and clean.max() <= 1
+    for threshold in (0.0, 0.5, 1.0):
+        selected = divide(clean, threshold)
+        assert 0 < selected.sum() < len(losses)
+
+
+@pytest.mark.parametrize("name", ["one high", "one low", "half", "two"])
+def test_of_losses_of_two_values_the_lower_are_clean(name):
+    losses = EXTREMES[name]
+    assert divide(clean_probability(losses, 0), 0.5).tolist() == (losses == 0).tolist()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_losses_that_are_not_finite_are_an_error_in_one_line(value):
+    losses = two_kinds()
+    losses[7] = value
+    for given in (losses, normalised(losses)):
+        with pytest.raises(UserError, match="not finite: lower --lr") as error:
+            clean_probability(given, 0)
+        assert "\n" not in str(error.value)
+
+
+# division ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threshold", [0.03, 0.5, 0.9])
+def test_above_the_threshold_is_selected_and_at_it_is_not(threshold):
+    clean = unit(200, seed=1)
+    clean[:3] = torch.tensor([threshold, np.nextafter(threshold, 1), np.nextafter(threshold, 0)])
+    selected = divide(clean, threshold)
+    assert selected.dtype == torch.bool
+    assert selected.tolist() == [p > threshold for p in clean.tolist()]
+    assert selected[:3].tolist() == [False, True, False]
+
+
+def test_the_threshold_is_kept_within_the_range_of_the_probabilities():
+    clean = torch.tensor([0.70, 0.8, 0.9, 0.95], dtype=torch.float64)
+    assert divide(clean, 0.5).tolist() == [False, True, True, True]
+    assert divide(clean - 0.6, 0.5).tolist() == [False, False, False, True]
+    # a hundred-thousandth inside: what is nearer to the end than that goes with it
+    clean = torch.tensor([0.70, 0.700005, 0.8, 0.9, 0.899995], dtype=torch.float64)
+    assert divide(clean, 0.5).tolist() == [False, False, True, True, True]
+    assert divide(clean, 0.95).tolist() == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_of_equal_probabilities_the_last_is_left(value, count):
+    selected = divide(torch.full((count,), value, dtype=torch.float64), 0.5)
+    assert selected.tolist() == [True] * (count - 1) + [False]
+
+
+def test_probabilities_nearer_than_the_margin_leave_the_lowest():
+    clean = 0.5 + 1e-6 * torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64)
+    assert divide(clean, 0.5).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("at_least", [1, 2, 5, 8])
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 0.95, 1.0])
+def test_each_side_gets_at_least_what_is_asked_and_no_less_clean_sample_is_preferred(threshold, at_least):
+    for seed in range(30):
+        clean = (torch.linspace(0, 1, 16, dtype=torch.float64) ** (1 + seed % 3))[unit(16, seed).argsort()]
+        selected = divide(clean, threshold, at_least)
+        assert at_least <= selected.sum() <= 16 - at_least
+        assert clean[selected].min() > clean[~selected].max()
+        plain = clean > threshold
+        if at_least <= plain.sum() <= 16 - at_least:
+            assert torch.equal(selected, plain)
+        else:  # no more is moved than needed
+            assert int(selected.sum()) == (at_least if plain.sum() < at_least else 16 - at_least)
+
+
+@pytest.mark.parametrize(("count", "at_least"), [(0, 1), (1, 1), (3, 2), (15, 8)])
+def test_too_few_for_two_sides_are_refused(count, at_least):
+    with pytest.raises(ValueError, match=f"{count} samples .* at least {at_least}"):
+        divide(unit(count, 0), 0.5, at_least)
