@@ -23,11 +23,11 @@ $(VENV)/.ready: requirements.lock
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.txt
 	$(RUN) -m pip install --quiet --require-hashes --no-deps -r $(VENV)/uv.txt
-	$(VENV)/bin/uv pip install --quiet --python $(RUN) --require-hashes -r requirements.lock
+	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(RUN) --require-hashes -r requirements.lock
 	@touch $@
 
 test: setup  ## run the tests, a file at a time on each core
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup  ## check style
 	$(VENV)/bin/ruff check .

@@ -13,6 +13,7 @@ REFERENCE = ROOT / "benchmarks" / "reference"
 FILES = sorted(REFERENCE.glob("*.csv"))
 SCRIPTS = (
     *("python afm/train.py ", "python me_momentum/main.py ", "python sfa/Train_cifar.py "),
+    *("python sanm/pretrain.py ", "python sanm/Train_cifar.py "),
     "python -m benchmarks.baseline ",
 )
 
@@ -93,6 +94,40 @@ def test_the_front_page_shows_afms_figures(method, name):
         f"| {name} | {' | '.join(summary('afm.csv', method, m) for m in ('best', 'last', 'last10'))} |"
         in text
     )
+
+
+SANM = {
+    "SANM(C2D)": "SANM on C2D",
+    "SANM(DivideMix)": "SANM on DivideMix",
+    "DivideMix": "DivideMix",
+    "CE": "cross-entropy",
+}
+SPLIT = ("last_net1_auc", "last_net1_precision", "last_net1_recall")
+
+
+def test_sanm_beats_its_base_and_cross_entropy_on_digits_by_the_margins_we_claim():
+    rows = read_results(REFERENCE / "sanm.csv")
+    last = {
+        method: [r["value"] for r in rows if (r["method"], r["metric"]) == (method, "last")]
+        for method in SANM
+    }
+    assert all(len(values) == 3 for values in last.values())
+    means = {method: statistics.mean(values) for method, values in last.items()}
+    assert min(means["SANM(C2D)"], means["SANM(DivideMix)"]) >= means["CE"] + 5
+    assert means["SANM(DivideMix)"] > means["DivideMix"] > means["CE"]
+
+
+@pytest.mark.parametrize("method", SANM)
+def test_the_row_of_every_method_in_sanms_text_is_that_of_the_file(method):
+    shown = [summary("sanm.csv", method, metric) for metric in ("best", "last", "last10")]
+    front = f"| {SANM[method]} | {' | '.join(shown)} |"
+    assert front in (ROOT / "README.md").read_text()
+    shown += [summary("sanm.csv", method, metric, 100) if method != "CE" else "" for metric in SPLIT]
+    assert f"| {SANM[method]} | {' | '.join(shown)} |" in (ROOT / "sanm" / "README.md").read_text()
+
+
+def test_the_accuracy_of_pre_training_in_sanms_text_is_that_of_the_file():
+    assert f"kNN accuracy {summary('sanm.csv', 'SimCLR', 'last')}" in (ROOT / "sanm" / "README.md").read_text()
 
 
 ME_MOMENTUM = ("best", "last", "last10", "at_best_validation")
