@@ -127,7 +127,9 @@ def test_the_row_of_every_method_in_sanms_text_is_that_of_the_file(method):
 
 
 def test_the_accuracy_of_pre_training_in_sanms_text_is_that_of_the_file():
-    assert f"kNN accuracy {summary('sanm.csv', 'SimCLR', 'last')}" in (ROOT / "sanm" / "README.md").read_text()
+    assert (
+        f"kNN accuracy {summary('sanm.csv', 'SimCLR', 'last')}" in (ROOT / "sanm" / "README.md").read_text()
+    )
 
 
 ME_MOMENTUM = ("best", "last", "last10", "at_best_validation")
