@@ -11,6 +11,7 @@ from torch import Tensor
 
 
 def per_image(values: Tensor) -> Tensor:
+    """[B] as [B, 1, 1, 1], to go with a batch of images."""
     return values[:, None, None, None]
 
 
@@ -155,6 +156,7 @@ def affine_nearest(images: Tensor, matrix: Tensor, fill: int = 0) -> Tensor:
 
 
 def fixed_point(values: Tensor) -> Tensor:
+    """Numbers as PIL's 16.16 fixed point: int32, rounded."""
     return (values * 65536 + 0.5).floor().int()
 
 

@@ -166,6 +166,7 @@ def apply_operations(
 
 
 def check_batch(images: Tensor, draws: Tensor) -> None:
+    """ValueError for images that are no uint8 [B, 1 or 3, H, W], and for draws of another number of images."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must be uint8 [B, 1 or 3, H, W], got {images.dtype} {list(images.shape)}")
     if len(images) != len(draws):

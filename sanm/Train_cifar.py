@@ -28,6 +28,7 @@ from common.datasets import Data
 from common.loader import Batches, Images
 from common.policies import six_views
 from common.run import Run, run_name
+from sanm.flags import add_mask_flags, check_mask_flags, mask_rule
 from sanm.losses import ramp_up
 from sanm.masking import MaskRule, draw_masks, mask
 from sanm.mixmatch import Samples
@@ -143,44 +144,7 @@ def make_parser() -> cli.Parser:
     )
     training.add_argument("--gpuid", type=cli.count_or_zero, default=0, help="which CUDA device")
 
-    masks = parser.add_argument_group("adversarial noisy masking")
-    masks.add_argument(
-        "--masking",
-        choices=["adversarial", "none"],
-        default="adversarial",
-        help="none: the base alone, without masks, modulated labels and reconstruction",
-    )
-    rule = MaskRule()
-    masks.add_argument(
-        "--mask-lo", "--mask_lo", type=cli.fraction, default=rule.low, help="smallest base share"
-    )
-    masks.add_argument(
-        "--mask-hi", "--mask_hi", type=cli.fraction, default=rule.high, help="largest base share"
-    )
-    masks.add_argument(
-        "--mask-quality",
-        "--mask_quality",
-        type=cli.fraction,
-        default=rule.quality,
-        help="times (1 - clean probability) is added to the share",
-    )
-    masks.add_argument(
-        "--mask-anchor",
-        "--mask_anchor",
-        choices=["corner", "centre"],
-        default=rule.anchor,
-        help="what of the rectangle stands at the extremum of the activation",
-    )
-    masks.add_argument(
-        "--clamp-targets", "--clamp_targets", action="store_true", help="keep modulated targets above zero"
-    )
-    masks.add_argument(
-        "--recon-weight",
-        "--recon_weight",
-        type=cli.non_negative,
-        default=0.02,
-        help="weight of the reconstruction error",
-    )
+    masks = add_mask_flags(parser, MaskRule(), recon_weight=0.02)
     masks.add_argument(
         "--ref-views",
         "--ref_views",
@@ -196,8 +160,7 @@ def parse_args(argv=None) -> Namespace:
     """Parse, and settle the defaults that depend on other flags."""
     parser = make_parser()
     args = cli.parse_args(parser, argv, PRESETS)
-    if args.mask_lo > args.mask_hi:
-        parser.error(f"argument --mask-lo: must be at most --mask-hi {args.mask_hi}, got {args.mask_lo}")
+    check_mask_flags(parser, args)
     if args.noise_file:
         args.noise_mode = "given"
     if args.base == "dividemix" and args.pretrained not in (None, "none"):
@@ -319,7 +282,7 @@ def co_divide(
     labelled = s.batches(args.batch_size, augmentation, subset=selected.nonzero()[:, 0])
     unlabelled = s.batches(args.batch_size, augmentation, subset=(~selected).nonzero()[:, 0])
     steps = int(selected.sum()) // args.batch_size + 1  # num_iter of the release's ramp
-    rule = MaskRule(args.mask_lo, args.mask_hi, args.mask_quality, args.mask_anchor, args.clamp_targets)
+    rule = mask_rule(args)
     step = Step(
         six_as_samples,
         masks=Masks(draw_masks, mask, rule, s.loader) if args.masking == "adversarial" else None,

@@ -33,7 +33,8 @@ from common.loader import FileBatches
 from common.results import to_csv
 from common.run import Run, run_name
 from sanm import clothing
-from sanm.masking import CLOTHING_RULE, MaskRule, draw_clothing_masks, mask_clothing
+from sanm.flags import add_mask_flags, check_mask_flags, mask_rule
+from sanm.masking import CLOTHING_RULE, draw_clothing_masks, mask_clothing
 from sanm.mixmatch import Samples
 from sanm.networks import clothing_network
 from sanm.selection import clean_probability, divide, normalised
@@ -137,44 +138,7 @@ def make_parser() -> cli.Parser:
     )
     training.add_argument("--gpuid", type=cli.count_or_zero, default=0, help="which CUDA device")
 
-    masks = parser.add_argument_group("adversarial noisy masking")
-    masks.add_argument(
-        "--masking",
-        choices=["adversarial", "none"],
-        default="adversarial",
-        help="none: DivideMix alone, without masks, modulated labels and reconstruction",
-    )
-    rule = CLOTHING_RULE
-    masks.add_argument(
-        "--mask-lo", "--mask_lo", type=cli.fraction, default=rule.low, help="smallest base share"
-    )
-    masks.add_argument(
-        "--mask-hi", "--mask_hi", type=cli.fraction, default=rule.high, help="largest base share"
-    )
-    masks.add_argument(
-        "--mask-quality",
-        "--mask_quality",
-        type=cli.fraction,
-        default=rule.quality,
-        help="times (1 - clean probability) is added to the share",
-    )
-    masks.add_argument(
-        "--mask-anchor",
-        "--mask_anchor",
-        choices=["corner", "centre"],
-        default=rule.anchor,
-        help="what of the rectangle stands at the extremum of the activation",
-    )
-    masks.add_argument(
-        "--clamp-targets", "--clamp_targets", action="store_true", help="keep modulated targets above zero"
-    )
-    masks.add_argument(
-        "--recon-weight",
-        "--recon_weight",
-        type=cli.non_negative,
-        default=0.3,
-        help="weight of the reconstruction error",
-    )
+    add_mask_flags(parser, CLOTHING_RULE, recon_weight=0.3)
     cli.add_shared_flags(parser, default_seed=123)
     return parser
 
@@ -183,8 +147,7 @@ def parse_args(argv=None) -> Namespace:
     """Parse, and settle the defaults that depend on other flags."""
     parser = make_parser()
     args = cli.parse_args(parser, argv, PRESETS)
-    if args.mask_lo > args.mask_hi:
-        parser.error(f"argument --mask-lo: must be at most --mask-hi {args.mask_hi}, got {args.mask_lo}")
+    check_mask_flags(parser, args)
     if args.num_class != len(CLASSES):
         parser.error(f"argument --num_class: Clothing1M has {len(CLASSES)} classes, got {args.num_class}")
     if args.image_size < 64:
@@ -390,8 +353,7 @@ def co_divide(
         Part(s.data.training(positions[own.numpy()], args.batch_size, 2, args), own.to(device))
         for own in numbers
     )
-    rule = MaskRule(args.mask_lo, args.mask_hi, args.mask_quality, args.mask_anchor, args.clamp_targets)
-    rule = rule._replace(as_released=args.fidelity == "released")
+    rule = mask_rule(args)._replace(as_released=args.fidelity == "released")
     masks = Masks(draw_clothing_masks, mask_clothing, rule, s.masks)
     step = Step(
         two_samples,

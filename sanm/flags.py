@@ -1,0 +1,59 @@
+"""Flags that both training scripts of SANM have: how images are masked."""
+
+from argparse import Namespace
+
+from common import cli
+from sanm.masking import MaskRule
+
+
+def add_mask_flags(parser: cli.Parser, rule: MaskRule, recon_weight: float):
+    """The flags of masking and reconstruction, with the defaults of a rule: the group that they are in."""
+    group = parser.add_argument_group("adversarial noisy masking")
+    group.add_argument(
+        "--masking",
+        choices=["adversarial", "none"],
+        default="adversarial",
+        help="none: the base alone, without masks, modulated labels and reconstruction",
+    )
+    group.add_argument(
+        "--mask-lo", "--mask_lo", type=cli.fraction, default=rule.low, help="smallest base share"
+    )
+    group.add_argument(
+        "--mask-hi", "--mask_hi", type=cli.fraction, default=rule.high, help="largest base share"
+    )
+    group.add_argument(
+        "--mask-quality",
+        "--mask_quality",
+        type=cli.fraction,
+        default=rule.quality,
+        help="times (1 - clean probability) is added to the share",
+    )
+    group.add_argument(
+        "--mask-anchor",
+        "--mask_anchor",
+        choices=["corner", "centre"],
+        default=rule.anchor,
+        help="what of the rectangle stands at the extremum of the activation",
+    )
+    group.add_argument(
+        "--clamp-targets", "--clamp_targets", action="store_true", help="keep modulated targets above zero"
+    )
+    group.add_argument(
+        "--recon-weight",
+        "--recon_weight",
+        type=cli.non_negative,
+        default=recon_weight,
+        help="weight of the reconstruction error",
+    )
+    return group
+
+
+def check_mask_flags(parser: cli.Parser, args: Namespace) -> None:
+    """End with a message where the shares are the wrong way round."""
+    if args.mask_lo > args.mask_hi:
+        parser.error(f"argument --mask-lo: must be at most --mask-hi {args.mask_hi}, got {args.mask_lo}")
+
+
+def mask_rule(args: Namespace) -> MaskRule:
+    """The rule that the flags describe."""
+    return MaskRule(args.mask_lo, args.mask_hi, args.mask_quality, args.mask_anchor, args.clamp_targets)
