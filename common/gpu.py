@@ -50,7 +50,7 @@ class Device(NamedTuple):
         plain, was_training = network.forward, network.training
         network.train()
         example = torch.zeros(batch_shape, device=self.device).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False):
+        with self.autocast():  # it has no cache of casts, which a recorded graph must not hold
             torch.cuda.make_graphed_callables(network, (example,))
         recorded = network.forward
 

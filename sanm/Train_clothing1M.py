@@ -180,7 +180,7 @@ class Data(NamedTuple):
 
     def training(self, positions: np.ndarray, batch_size: int, views: int, args: Namespace) -> FileBatches:
         """Shuffled batches of augmented training images at `positions` [n]; their index counts from 0 to n - 1."""
-        transform = resize_random_crop_and_flip(args.image_size * 8 // 7, args.image_size)
+        transform = resize_random_crop_and_flip(before_crop(args), args.image_size)
         options = {
             "shuffle": True,
             "drop_last": drops_last(args),
@@ -197,9 +197,14 @@ class Data(NamedTuple):
         return self.split.only(positions), None if self.cache is None else self.cache.only(positions)
 
 
+def before_crop(args: Namespace) -> int:
+    """Pixels of the shorter side that an image is resized to: 256 for a crop of 224."""
+    return args.image_size * 8 // 7
+
+
 def test_transform(args: Namespace) -> Callable:
     """Resize and centre crop."""
-    return resize_and_center_crop(args.image_size * 8 // 7, args.image_size)
+    return resize_and_center_crop(before_crop(args), args.image_size)
 
 
 def test_batch_size(args: Namespace) -> int:

@@ -73,12 +73,11 @@ def make_network(
     c2d: SimCLR-style ResNet-18, to begin from pre-trained weights; softmax makes its scores probabilities. dividemix:
     PreAct ResNet-18, which has logits in the release too.
     """
-    narrow = size < 16
     kind = SimCLREncoder if base == "c2d" else PreActEncoder
-    encoder = kind(channels, *(NARROW if narrow else USUAL))
+    encoder = kind(channels, *stages(size))
     width = width_of(size)
     return MaskedNetwork(
-        encoder, width, num_classes, decoder(width, channels, narrow), softmax and base == "c2d"
+        encoder, width, num_classes, decoder(width, channels, narrow=size < 16), softmax and base == "c2d"
     )
 
 
@@ -148,12 +147,17 @@ class SimCLREncoder(nn.Module):
 
 def simclr_resnet(channels: int = 3, size: int = 32) -> SimCLREncoder:
     """ResNet-18 for CIFAR; below 16 pixels three stages of one block, whose map of 8 pixels is 32 x 4 x 4."""
-    return SimCLREncoder(channels, *(NARROW if size < 16 else USUAL))
+    return SimCLREncoder(channels, *stages(size))
 
 
 def width_of(size: int) -> int:
     """Channels of the last map of images of that size."""
-    return (NARROW if size < 16 else USUAL)[0][-1]
+    return stages(size)[0][-1]
+
+
+def stages(size: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Widths and strides of an encoder's stages, and blocks of each, for images of that size."""
+    return NARROW if size < 16 else USUAL
 
 
 class PreActBlock(nn.Module):

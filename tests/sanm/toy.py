@@ -1,7 +1,6 @@
 """The toy network of the recorded training steps: an 8x8 convolution with stride 8, its mean, a linear classifier, a decoder."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sanm.networks import MaskedNetwork
@@ -31,8 +30,3 @@ def weights_of(case, prefix: str) -> dict[str, Tensor]:
         for short, part in PARTS.items()
         for name in ("weight", "bias")
     }
-
-
-def scores_of(network: nn.Module, images: Tensor) -> Tensor:
-    """Plain softmax predictions, for tests."""
-    return F.softmax(network(images).scores, dim=1)
