@@ -147,6 +147,7 @@ def add_shared_flags(parser: Parser, default_seed: int) -> None:
     )
     group.add_argument(
         "--noise_file",
+        "--noise-file",
         metavar="FILE",
         help="observed labels to use instead of drawn noise (.npy, .npz, .json or .csv, one integer per sample)",
     )

@@ -13,6 +13,9 @@ pairflip              Me-Momentum             the next class                    
 oneflip               Me-Momentum             2, if it was 1                                   about r/K
 instance              Me-Momentum (Xia 2020)  the class whose projection of the image is big   about r
 imb, sym              SFA                     long-tail aware; any other class                 int(r N)/N
+sym, asym             Manifold DivideMix      of in-distribution images alone; see below       about r (K-1)/K; about r
+
+Manifold DivideMix has images from elsewhere among the training images too: `open_set` and `in_distribution_noise`.
 
 Rate 0 returns a copy of the labels. ValueError: a rate outside [0, 1] or NaN, an unknown name, labels of the wrong shape,
 type or range.
@@ -115,15 +118,18 @@ def transition_matrix(noise_type: str, rate: float, num_classes: int) -> np.ndar
 def class_conditional(
     noise_type: str, labels: np.ndarray, rate: float, num_classes: int, seed: int
 ) -> np.ndarray:
-    """Noise by a transition matrix: one legacy multinomial draw per label, in order (Me-Momentum's release).
-
-    The draw walks the classes, one uniform of RandomState(seed) each, and stops at the first that is hit.
-    """
+    """Noise by a transition matrix, drawn from RandomState(seed) (Me-Momentum's release)."""
     labels = _checked_labels(labels, num_classes)
     matrix = transition_matrix(noise_type, rate, num_classes)
-    if rate == 0:
-        return labels.copy()
-    rng = RandomState(seed)
+    return labels.copy() if rate == 0 else by_matrix(labels, matrix, RandomState(seed))
+
+
+def by_matrix(labels: np.ndarray, matrix: np.ndarray, rng: RandomState) -> np.ndarray:
+    """Each label [N] drawn anew from its row of a transition matrix [K, K]: one legacy multinomial draw each, in order.
+
+    The draw walks the classes, one uniform each, and stops at the first that is hit.
+    """
+    num_classes = len(matrix)
     walks = [_legacy_walk(row) for row in matrix]
     uniforms, position = rng.random_sample(2 * len(labels) + num_classes), 0
     noisy = np.empty_like(labels)
@@ -346,6 +352,112 @@ def web_class_budget(raw_counts: np.ndarray, imb_type: str, imb_factor: float) -
     budget = raw_counts.copy()
     budget[ranked] = np.minimum(curve, raw_counts[ranked])
     return budget
+
+
+# Manifold DivideMix ---------------------------------------------------------------------------------------------------
+
+OPEN_SET_SEED = 2718  # round(1000 e): the images and positions of the DSOS, SNCF and PLS benchmark
+BLOCK = 5  # consecutive classes of CIFAR-100 among which the release's asymmetric noise moves
+
+
+class OpenSet(NamedTuple):
+    """Which training images make room for images from elsewhere, and for which."""
+
+    positions: np.ndarray  # int64 [M], ascending
+    source: np.ndarray  # int64 [M]: the row of the pool that takes each place
+
+
+def open_set(size: int, ood_ratio: float, pool_size: int, rng: RandomState) -> OpenSet:
+    """The out-of-distribution part of a training set of `size` images (DSOS, SNCF; Manifold DivideMix, Sec. 2.1).
+
+    Draws from rng: a uniform per image, which is replaced where it is below ood_ratio; a permutation of the pool, whose head
+    goes to the ascending positions. Nothing is drawn at ratio 0. RandomState(OPEN_SET_SEED) gives the benchmark's images.
+    ValueError: a pool with fewer images than places.
+    """
+    _check_rate(ood_ratio)
+    if ood_ratio == 0:
+        return OpenSet(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+    positions = np.flatnonzero(rng.random_sample(size) < ood_ratio)
+    if pool_size < len(positions):
+        raise ValueError(f"{len(positions)} images are to be replaced, and the pool has only {pool_size}")
+    return OpenSet(positions, rng.permutation(pool_size)[: len(positions)])
+
+
+def in_distribution_noise(
+    noise_type: str,
+    labels: np.ndarray,
+    ood: np.ndarray,
+    rate: float,
+    ood_ratio: float,
+    num_classes: int,
+    rng: RandomState,
+    python_rng: random.Random | None = None,
+    matrix_rng: RandomState | None = None,
+) -> np.ndarray:
+    """Label noise of the images that are not from elsewhere (Manifold DivideMix, Sec. 2.1): int64 [N].
+
+    labels [N]; ood: int [M], the positions of the images from elsewhere, which keep their labels. rate and ood_ratio are shares
+    of all images. Draws: from python_rng a shuffle of N numbers without use; from rng, in the state in which `open_set` left
+    it, a uniform per other image, ascending, whose label is noisy where that is below rate / (1 - ood_ratio). Then, by type:
+
+    sym: a class of all K per noisy label, from python_rng, or where there is none (SNCF's rule) floor(K u) from rng.
+    asym: the look-alike of CIFAR-10 for 10 classes; else every label, of the images from elsewhere too, becomes the next of its
+    block of five with probability `rate`, drawn from matrix_rng, whatever was drawn before.
+    superclass: the same with CIFAR-100's superclasses for blocks; the release has it not.
+
+    ValueError: rates that do not fit together; a type that has no rule for that many classes.
+    """
+    labels = _checked_labels(labels, num_classes)
+    _check_rate(rate)
+    _check_rate(ood_ratio)
+    if rate + ood_ratio > 1 + 1e-9:
+        raise ValueError(f"noise rate {rate} and ood ratio {ood_ratio} are shares of the whole: more than 1")
+    if noise_type not in ("sym", "asym", "superclass"):
+        raise ValueError(f"unknown noise type {noise_type!r}: choose from sym, asym, superclass")
+    if rate == 0:
+        return labels.copy()
+    if python_rng is not None:
+        python_rng.shuffle(list(range(len(labels))))
+    others = np.setdiff1d(np.arange(len(labels)), ood)
+    drawn = others[rng.random_sample(len(others)) < rate / (1 - ood_ratio)] if len(others) else others
+    noisy = labels.copy()
+    if noise_type == "sym" and python_rng is not None:
+        noisy[drawn] = [python_rng.randint(0, num_classes - 1) for _ in drawn]
+    elif noise_type == "sym":
+        noisy[drawn] = np.floor(num_classes * rng.random_sample(len(drawn))).astype(np.int64)
+    elif noise_type == "asym" and num_classes == 10:
+        noisy[drawn] = [CIFAR10_LOOK_ALIKES.get(label, label) for label in labels[drawn].tolist()]
+    else:
+        groups = np.arange(num_classes) // BLOCK if noise_type == "asym" else CIFAR100_SUPERCLASSES
+        if len(groups) != num_classes or (noise_type == "asym" and num_classes % BLOCK):
+            raise ValueError(f"{noise_type} noise has no rule for {num_classes} classes")
+        if matrix_rng is None:
+            raise ValueError(f"{noise_type} noise of {num_classes} classes needs matrix_rng")
+        noisy = by_matrix(labels, next_in_group(groups, rate), matrix_rng)
+    return noisy
+
+
+def next_in_group(groups: Sequence[int], rate: float) -> np.ndarray:
+    """T [K, K]: a class becomes the next class of its group, the last one the first, with probability `rate`.
+
+    groups: the group of each class.
+    """
+    _check_rate(rate)
+    groups = np.asarray(groups)
+    matrix = np.eye(len(groups)) * (1 - rate)
+    for group in np.unique(groups):
+        members = np.flatnonzero(groups == group)
+        matrix[members, np.roll(members, -1)] += rate
+    return matrix
+
+
+def look_alike_matrix(rate: float, num_classes: int = 10) -> np.ndarray:
+    """T [K, K]: a class of CIFAR-10 becomes its look-alike, if it has one, with probability `rate`."""
+    _check_rate(rate)
+    matrix = np.eye(num_classes)
+    for own, other in CIFAR10_LOOK_ALIKES.items():
+        matrix[own, own], matrix[own, other] = 1 - rate, rate
+    return matrix
 
 
 # checks ---------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""AutoAugment (CIFAR-10 policy) and FixMatch's RandAugment of uint8 batches [B, C, H, W], drawn per image, and SANM's six views.
+"""AutoAugment (CIFAR-10 policy) and FixMatch's RandAugment of uint8 batches [B, C, H, W], drawn per image, and the papers' views.
 
 What is drawn stands apart from its application. The images are PIL's bit for bit: see `image_operations`.
 """
@@ -352,3 +352,12 @@ def six_views(
     views = torch.cat([auto_augment(auto, generator), plain]).view(4, *images.shape)
     rand = rand_augment(rand, generator).view(2, *images.shape)
     return torch.cat([views[:2], rand, views[2:]])
+
+
+def four_views(images: Tensor, generator: Generator, crop: Callable[[Tensor, Generator], Tensor]) -> Tensor:
+    """Manifold DivideMix's views of a batch uint8 [B, C, H, W]: uint8 [4, B, C, H, W], two weak, then two strong ones.
+
+    Weak ones are cropped, strong ones cropped and AutoAugment, each with draws of its own. crop: as for `six_views`.
+    """
+    weak, strong = crop(images.repeat(4, 1, 1, 1), generator).chunk(2)
+    return torch.cat([weak, auto_augment(strong, generator)]).view(4, *images.shape)

@@ -7,7 +7,7 @@ function here hands back what it was given.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -97,6 +97,11 @@ def first_alone(make: Callable[[], Any]) -> Any:
 # rows of a batch ------------------------------------------------------------------------------------------------------
 
 
+def piece(rows: Tensor) -> Tensor:
+    """This process's part of a global batch [world B, ...] that every process has: [B, ...]; `gather_rows` undoes it."""
+    return rows if world() == 1 else rows.chunk(world())[rank()]
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """The pieces [B, ...] of all processes as one global batch [world B, ...], with the gradient of this process's piece.
 
@@ -135,6 +140,19 @@ def parallel(network: nn.Module, device: torch.device, unused_parameters: bool =
         return network
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(network, device_ids=ids, find_unused_parameters=unused_parameters)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """The mean over processes of all gradients, where DistributedDataParallel does not fit: several passes for one loss."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if world() == 1 or not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 @torch.no_grad()

@@ -43,7 +43,10 @@ from common.noise import realised
 
 ROOT = Path(__file__).resolve().parents[1]
 # what may differ when a run goes on; that the data are the same is seen by the sha256 of the labels
-NOT_COMPARED = ("out", "resume", "data_path", "data_root", "workers", "device_ids")
+NOT_COMPARED = (
+    *("out", "resume", "data_path", "data_root", "workers", "device_ids"),
+    *("ood_dir", "open_set_cache", "decoded"),
+)
 
 
 class Run:

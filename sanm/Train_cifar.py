@@ -25,6 +25,7 @@ from common import cli, datasets, gpu
 from common.augment import training_augmentation, warm_up_view
 from common.cli import UserError
 from common.datasets import Data
+from common.encoders import load_encoder
 from common.loader import Batches, Images
 from common.policies import six_views
 from common.run import Run, run_name
@@ -33,7 +34,6 @@ from sanm.losses import ramp_up
 from sanm.masking import MaskRule, draw_masks, mask
 from sanm.mixmatch import Samples
 from sanm.networks import BASES, MaskedNetwork, make_network
-from sanm.pretrained import load_encoder
 from sanm.selection import averages_history, clean_probability, divide, normalised, remember
 from sanm.training import (
     Masks,

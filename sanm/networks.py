@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.encoders import load_encoder
+from common.simclr import SimCLR
 from common.weights import imagenet_resnet
-from sanm.pretrained import load_encoder
 
 BASES = ("dividemix", "c2d")
 # widths and strides of the stages, and blocks of each; below 16 pixels the narrow ones
@@ -148,6 +149,11 @@ class SimCLREncoder(nn.Module):
 def simclr_resnet(channels: int = 3, size: int = 32) -> SimCLREncoder:
     """ResNet-18 for CIFAR; below 16 pixels three stages of one block, whose map of 8 pixels is 32 x 4 x 4."""
     return SimCLREncoder(channels, *stages(size))
+
+
+def make_simclr(channels: int = 3, size: int = 32) -> SimCLR:
+    """SimCLR for images [channels, size, size]: ResNet-18 and 128 dimensions; narrow and 64 below 16 pixels (Sec. 3 A, 10)."""
+    return SimCLR(simclr_resnet(channels, size), width_of(size), 64 if size < 16 else 128)
 
 
 def width_of(size: int) -> int:

@@ -1,13 +1,16 @@
 """Data sets: `load(name, root)` gives train and test splits with clean labels, `labels_of(file, ...)` observed ones.
 
-`load_food101n` and `load_clothing1m` give lists of image files with the labels they came with; `image_cache` makes small copies.
+`load_food101n`, `load_clothing1m` and `load_mini_imagenet` give lists of image files with the labels they came with;
+`image_cache` makes small copies, `decoded` one array of all images.
 
 Terms. digits: scikit-learn's copy of the UCI optical digits, CC BY 4.0, shipped with scikit-learn. MNIST:
 LeCun, Cortes and Burges, usually quoted as CC BY-SA 3.0. Fashion-MNIST: Zalando, MIT. CIFAR-10/100:
 Krizhevsky 2009, no licence stated, cite the report. Food-101 (Bossard et al. 2014): its images come from Foodspotting and are
 not owned by its authors; for research, as scientific fair use. Food-101N (Lee et al. 2018, CleanNet): for research, from its
-project page. Clothing1M (Xiao et al. 2015): given out by its authors on request, for non-commercial research. Only the digits
-are part of what is installed; of the others nothing is part of this repository.
+project page. Clothing1M (Xiao et al. 2015): given out by its authors on request, for non-commercial research. mini-ImageNet
+with controlled noisy web labels (CNWL; Jiang et al. 2020, "Beyond Synthetic Noise: Deep Learning on Controlled Noisy
+Labels"): annotations by Google, CC BY 4.0; the images belong to their owners: found by web search, for research. Only the
+digits are part of what is installed; of the others nothing is part of this repository.
 """
 
 from common.datasets.clothing1m import load_clothing1m
@@ -17,6 +20,7 @@ from common.datasets.food101n import load_food101n
 from common.datasets.given_labels import labels_of, read_labels
 from common.datasets.in_memory import NAMES, Data, Split, download, load
 from common.datasets.limit import limited
+from common.datasets.mini_imagenet import decoded, load_mini_imagenet
 from common.datasets.observed import observed_labels
 
 __all__ = [
@@ -28,6 +32,7 @@ __all__ = [
     "FileSplit",
     "Split",
     "check",
+    "decoded",
     "download",
     "labels_of",
     "limited",
@@ -35,6 +40,7 @@ __all__ = [
     "load_clothing1m",
     "load_files",
     "load_food101n",
+    "load_mini_imagenet",
     "observed_labels",
     "read_labels",
     "source",

@@ -5,7 +5,9 @@
 
 from common import datasets
 from common.cli import Parser, UserError, count_or_zero, exit_cleanly
-from common.datasets import clothing1m, image_cache
+from common.datasets import clothing1m, food101n, image_cache
+
+CACHED = (food101n.NAME, clothing1m.NAME)
 
 
 def make_parser() -> Parser:
@@ -21,7 +23,7 @@ def make_parser() -> Parser:
         help=f"one of {', '.join(datasets.NAMES + datasets.FILE_NAMES)}, or NAME for DATA_PATH/NAME.npz",
     )
     parser.add_argument("--data_path", default="./data", metavar="DIR", help="the folder of the data sets")
-    group = parser.add_argument_group(f"for {' and '.join(datasets.FILE_NAMES)}")
+    group = parser.add_argument_group(f"for {', '.join(datasets.FILE_NAMES)}")
     group.add_argument("--images", action="store_true", help="check: decode every image")
     group.add_argument(
         "--workers", type=count_or_zero, default=4, metavar="N", help="processes that decode images"
@@ -46,11 +48,11 @@ def main(argv=None):
     """Fetch a data set, look at one and print what it holds, or make a cache of its images."""
     args = make_parser().parse_args(argv)
     name = datasets.ALIASES.get(args.name, args.name)
+    if args.action == "cache" and name not in CACHED:
+        raise UserError(f"{name} needs no cache: only {' and '.join(CACHED)} have large images in files")
     if name in datasets.FILE_NAMES:
         image_files(name, args)
         return
-    if args.action == "cache":
-        raise UserError(f"{name} needs no cache: only {' and '.join(datasets.FILE_NAMES)} are image files")
     if args.action == "download":
         datasets.download(name, args.data_path)
     data = datasets.load(name, args.data_path)

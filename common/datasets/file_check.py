@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import UserError
-from common.datasets import clothing1m, food101n
+from common.datasets import clothing1m, food101n, mini_imagenet
 from common.datasets.file_lists import (
     FileData,
     FileSplit,
@@ -17,19 +17,20 @@ from common.datasets.file_lists import (
     report,
 )
 
-FILE_NAMES = (food101n.NAME, clothing1m.NAME)
+MODULES = {module.NAME: module for module in (food101n, clothing1m, mini_imagenet)}
+FILE_NAMES = tuple(MODULES)
 ALIASES = {"food": food101n.NAME}  # the value of AFM's released flag
 
 
 def source(name: str) -> str:
     """Where a data set of image files comes from."""
-    return {food101n.NAME: food101n.SOURCE, clothing1m.NAME: clothing1m.SOURCE}[name]
+    return MODULES[name].SOURCE
 
 
 def load_files(
     name: str, root: str | Path, train_on: str = "noisy", on_bad_image: str = "error", workers: int = 0
 ) -> FileData:
-    """The data set of image files of that name, as its own function loads it; train_on is for Clothing1M."""
+    """Food-101N or Clothing1M by name, as its own function loads it; train_on is for Clothing1M."""
     if name == clothing1m.NAME:
         return clothing1m.load_clothing1m(root, train_on, on_bad_image, workers)
     return food101n.load_food101n(root, on_bad_image, workers)
@@ -64,15 +65,18 @@ def check(name: str, root: str | Path, images: bool = False, workers: int = 0) -
 
 def _read(name: str, root: Path) -> FileData:
     """What the lists name; where lists are missing, a line for each and UserError."""
-    module = clothing1m if name == clothing1m.NAME else food101n
+    module = MODULES[name]
     folder = clothing1m.folder_of_lists(root) if module is clothing1m else root
-    missing = missing_files(folder, module.FILES)
+    files = mini_imagenet.list_files(root) if module is mini_imagenet else module.FILES
+    missing = missing_files(folder, files)
     for file in missing:
         print(f"missing: {folder / file}")
     if missing:
         raise UserError(
-            f"{name} in {root.resolve()}: {len(missing)} of {len(module.FILES)} list files missing; get them from {module.SOURCE}"
+            f"{name} in {root.resolve()}: {len(missing)} of {len(files)} list files missing; get them from {module.SOURCE}"
         )
+    if module is mini_imagenet:
+        return mini_imagenet.read_every_list(root)
     data = module.read_food101n(root) if module is food101n else module.read_clothing1m(root)
     report(data, module.OFFICIAL)
     return data

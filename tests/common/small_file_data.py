@@ -1,4 +1,4 @@
-"""Small data sets of image files in the layouts of Food-101N with Food-101, and of Clothing1M, made on the spot."""
+"""Small data sets of image files in the layouts of Food-101N with Food-101, Clothing1M and mini-ImageNet, made on the spot."""
 
 from pathlib import Path
 
@@ -75,6 +75,35 @@ def make_clothing1m(
     write_lines(root / "noisy_label_kv.txt", noisy)
     write_lines(root / "clean_label_kv.txt", clean)
     write_lines(root / "category_names_eng.txt", list(CLOTHES))
+
+
+def make_mini_imagenet(
+    root: Path, classes: int = 4, per_class: int = 3, test_per_class: int = 1, seed: int = 0
+) -> None:
+    """mini-ImageNet below root with the lists red 0.2 and blue 0.4: per_class training images of each class, of many sizes.
+
+    In the red list the first image of each class is one of the web, which shows the next class; in the blue list the first
+    image of each class has the label of the next class. The other images of the two lists are the same.
+    """
+    rng = np.random.default_rng(seed)
+    lists: dict[str, list[str]] = {"red_noise_nl_0.2": [], "blue_noise_nl_0.4": [], "clean_validation": []}
+
+    def image(folder: str, name: str, shown: int) -> str:
+        width, height = (int(side) for side in rng.integers(24, 72, size=2))
+        write_image(root / folder / name, shown, rng, (width, height))
+        return name
+
+    for label in range(classes):
+        wrong = (label + 1) % classes
+        clean = [image("all_images", f"n{label:08}_{number}.JPEG", label) for number in range(per_class)]
+        of_web = image("all_images", f"{rng.bytes(5).hex()}.png", wrong)
+        lists["red_noise_nl_0.2"] += [f"{name} {label}" for name in (of_web, *clean[1:])]
+        lists["blue_noise_nl_0.4"] += [f"{clean[0]} {wrong}", *(f"{name} {label}" for name in clean[1:])]
+        for number in range(test_per_class):
+            name = image(f"validation/{label}", f"n{label:08}_{1000 + number}.JPEG", label)
+            lists["clean_validation"].append(f"{name} {label}")
+    for name, lines in lists.items():
+        write_lines(root / "split" / name, lines)
 
 
 def write_lines(path: Path, lines: list[str]) -> None:

@@ -20,11 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from common import datasets, gpu
+from common.encoders import load_encoder
 from common.loader import Batches, Images
+from common.simclr import knn_accuracy, pooled_features
 from sanm import pretrain
-from sanm.networks import simclr_resnet
-from sanm.pretrained import load_encoder
-from sanm.simclr import knn_accuracy, make_simclr
+from sanm.networks import make_simclr, simclr_resnet
 from tests.end_to_end.outcome import log_without_seconds, result_without_time_and_place
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,7 +121,7 @@ def knn_of(encoder: torch.nn.Module) -> float:
     network = make_simclr(1, 8)
     network.encoder = encoder
     features = [
-        pretrain.pooled_features(
+        pooled_features(
             network,
             Batches(Images(split.images, data.mean, data.std, device), 128),
             gpu.Device(device, "fp32", ""),

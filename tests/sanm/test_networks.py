@@ -17,6 +17,7 @@ from sanm.networks import (
     clothing_network,
     decoder,
     make_network,
+    make_simclr,
     simclr_resnet,
 )
 
@@ -115,6 +116,16 @@ def test_images_to_be_reconstructed_are_a_batch_of_their_own_before_the_others()
     torch.testing.assert_close(out.maps, twin.encoder(images))
     for name, value in network.named_buffers():
         assert torch.equal(value, twin.get_buffer(name)), name
+
+
+def test_the_network_of_pre_training_has_the_published_names_and_shapes():
+    shapes = {name: list(value.shape) for name, value in make_simclr().state_dict().items()}
+    assert {name.split(".")[0] for name in shapes} == {"encoder", "head"}
+    assert [shapes[f"head.{i}.weight"] for i in (0, 2)] == [[512, 512], [128, 512]]
+    assert sum(name.startswith("encoder.") for name in shapes) == len(simclr_resnet().state_dict())
+    narrow = make_simclr(channels=1, size=8)
+    assert [list(narrow.head[i].weight.shape) for i in (0, 2)] == [[32, 32], [64, 32]]
+    assert isinstance(narrow.head[1], torch.nn.ReLU)
 
 
 # initial weights --------------------------------------------------------------------------------------------------------

@@ -1,25 +1,16 @@
-"""The command line of pretrain.py, what is refused before anything is written, and the parts of the script."""
+"""The command line of pretrain.py, what is refused before anything is written, and the constants that normalise images."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors import safe_open
-from safetensors.torch import load
-from torch.optim import SGD
 
-from common import cli, gpu
+from common import cli
 from common.datasets import Data, Split
-from common.loader import Batches, Images
 from sanm import pretrain
-from sanm.networks import simclr_resnet
-from sanm.pretrain import PRESETS, directory_name, encoder_file, make_parser, parse_args, train_epoch
-from sanm.simclr import make_simclr, nt_xent
+from sanm.pretrain import PRESETS, directory_name, make_parser, parse_args
 
 OURS = {name for name, section in cli.read_presets(PRESETS).items() if section.get("script") == "pretrain.py"}
-CPU = gpu.Device(torch.device("cpu"), "fp32", "")
 
 # frozen: a change of a name or a default is a change for every user
 FLAGS = [
@@ -28,17 +19,18 @@ FLAGS = [
     (("--data_path",), "./data"),
     (("--epochs",), 1000),
     (("--batch_size", "--batch-size"), 1024),
-    (("--drop_last", "--no-drop_last"), False),
-    (("--lr", "--learning_rate"), 0.5),
+    (("--drop_last", "--no-drop_last", "--drop-last", "--no-drop-last"), False),
+    (("--lr", "--learning_rate", "--learning-rate"), 0.5),
     (("--momentum",), 0.9),
-    (("--weight_decay",), 1e-4),
+    (("--weight_decay", "--weight-decay"), 1e-4),
     (("--temp",), 0.5),
     (("--cosine", "--no-cosine"), True),
-    (("--lr_decay_epochs",), [700, 800, 900]),
-    (("--lr_decay_rate",), 0.1),
+    (("--lr_decay_epochs", "--lr-decay-epochs"), [700, 800, 900]),
+    (("--lr_decay_rate", "--lr-decay-rate"), 0.1),
     (("--warm", "--no-warm"), None),
+    (("--warmup_epochs", "--warmup-epochs"), 10),
+    (("--knn_every", "--knn-every"), None),
     (("--model",), "resnet18"),
-    (("--knn_every",), None),
     (("--gpuid",), 0),
     (("--out",), None),
     (("--seed",), 123),
@@ -95,6 +87,8 @@ def test_every_preset_parses_and_its_values_arrive(name):
         (["--dataset", "digits", "--knn_every", "7"], "knn_every", 7),
         (["--epochs", "3"], "num_epochs", 3),
         (["--lr_decay_epochs", "5", "6"], "lr_decay_epochs", [5, 6]),
+        (["--warmup-epochs", "4"], "warmup_epochs", 4),
+        (["--drop-last"], "drop_last", True),
     ],
 )
 def test_settled_defaults(argv, name, value):
@@ -127,12 +121,13 @@ def test_the_run_directory_is_named_by_what_differs(argv, name):
         ("--lr", "inf", "--lr.*: .*got inf"),
         ("--lr", "0", "--lr.*: .*got 0"),
         ("--momentum", "1.5", "--momentum: .*got 1.5"),
-        ("--weight_decay", "-1", "--weight_decay: .*got -1"),
+        ("--weight_decay", "-1", "--weight_decay.*: .*got -1"),
         ("--temp", "0", "--temp: .*got 0"),
-        ("--lr_decay_epochs", "700,800", "--lr_decay_epochs: .*got 700,800"),
-        ("--lr_decay_rate", "0", "--lr_decay_rate: .*got 0"),
+        ("--lr_decay_epochs", "700,800", "--lr_decay_epochs.*: .*got 700,800"),
+        ("--lr_decay_rate", "0", "--lr_decay_rate.*: .*got 0"),
         ("--model", "resnet50", "--model: .*resnet50.*choose from .*resnet18"),
-        ("--knn_every", "0", "--knn_every: .*got 0"),
+        ("--warmup_epochs", "0", "--warmup_epochs.*: .*got 0"),
+        ("--knn_every", "0", "--knn_every.*: .*got 0"),
         ("--gpuid", "-1", "--gpuid: .*got -1"),
         ("--seed", "4294967296", "--seed: .*got 4294967296"),
         ("--preset", "nosuch", "preset nosuch: choose from .*embedded/digits/simclr"),
@@ -161,9 +156,6 @@ def test_a_bad_value_ends_in_status_2_and_one_line_naming_it(flag, value, line, 
     assert not out.exists()
 
 
-# the parts --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "channels", "mean"),
     [("cifar100", 3, 0.5071), ("cifar100", 1, 0.2), ("cifar10", 3, 0.2), ("digits", 1, 0.2)],
@@ -172,76 +164,3 @@ def test_only_cifar100_has_constants_of_its_own(name, channels, mean):
     split = Split(np.zeros((1, 8, 8, channels), np.uint8), np.zeros(1, np.int64))
     data = Data(name, split, split, 10, (0.2,) * channels, (0.3,) * channels)
     assert pretrain.normalisation(data)[0][0] == mean
-
-
-def small_batches(images: int, size: int, **options) -> Batches:
-    """Batches of two views, which differ by noise, of random images of 8 pixels."""
-    pixels = np.random.default_rng(0).integers(0, 256, (images, 8, 8, 1), dtype=np.uint8)
-
-    def noisy(batch, generator):
-        return batch.float() + 20 * torch.randn(batch.shape, generator=generator)
-
-    return Batches(
-        Images(pixels, (0.5,), (0.25,), torch.device("cpu")),
-        size,
-        views=2,
-        augmentation=noisy,
-        generator=torch.Generator().manual_seed(0),
-        **options,
-    )
-
-
-def small_network():
-    torch.manual_seed(0)
-    return make_simclr(1, 8)
-
-
-def test_an_epoch_is_sgd_on_the_loss_of_both_views_at_the_rate_of_each_step():
-    network, other = small_network(), small_network()
-    optimizer = SGD(network.parameters(), 9.0, 0.9, weight_decay=1e-2)
-    loss = train_epoch(network, optimizer, small_batches(10, 4), lambda batch: 0.1 / (batch + 1), 0.5, CPU)
-
-    velocity, losses, sizes = {}, [], []
-    other.train()
-    for batch, (views, index) in enumerate(small_batches(10, 4)):
-        embeddings = torch.stack(other(torch.cat(views)).chunk(2), dim=1)
-        step_loss = nt_xent(embeddings, 0.5)
-        gradients = torch.autograd.grad(step_loss, list(other.parameters()))
-        with torch.no_grad():
-            for (name, weight), gradient in zip(other.named_parameters(), gradients, strict=True):
-                gradient = gradient + 1e-2 * weight  # noqa: PLW2901
-                velocity[name] = 0.9 * velocity[name] + gradient if batch else gradient
-                weight.sub_(0.1 / (batch + 1) * velocity[name])
-        losses.append(step_loss.item())
-        sizes.append(len(index))
-    assert sizes == [4, 4, 2]
-    assert loss == pytest.approx(np.average(losses, weights=sizes), rel=1e-5)
-    for name, value in network.state_dict().items():
-        torch.testing.assert_close(value, other.state_dict()[name], rtol=1e-4, atol=1e-6, msg=name)
-
-
-def test_a_last_batch_of_one_image_costs_nothing_and_teaches_nothing():
-    network = small_network()
-    before = {name: value.clone() for name, value in network.named_parameters()}
-    optimizer = SGD(network.parameters(), 1.0)
-    assert train_epoch(network, optimizer, small_batches(1, 4), lambda batch: 1.0, 0.5, CPU) == 0
-    assert all(torch.equal(value, before[name]) for name, value in network.named_parameters())
-    loss = train_epoch(network, optimizer, small_batches(5, 4), lambda batch: 1e-3, 0.5, CPU)
-    whole = train_epoch(
-        small_network(), optimizer, small_batches(5, 4, drop_last=True), lambda _: 0, 0.5, CPU
-    )
-    assert np.isfinite(loss) and loss > 0 and whole > 0
-
-
-def test_the_encoder_file_holds_the_encoder_in_plain_order(tmp_path):
-    network = CPU.prepare(small_network())  # channels-last: not contiguous
-    args = parse_args(["--dataset", "digits", "--seed", "7"])
-    content = encoder_file(network, args, 5)
-    tensors = load(content)
-    encoder = simclr_resnet(1, 8)
-    encoder.load_state_dict(tensors)
-    assert all(torch.equal(value, network.encoder.state_dict()[n]) for n, value in tensors.items())
-    path = Path(tmp_path / "encoder.safetensors")
-    path.write_bytes(content)
-    with safe_open(path, "pt") as file:
-        assert file.metadata() == {"dataset": "digits", "epochs": "5", "seed": "7"}

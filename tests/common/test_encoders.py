@@ -11,9 +11,8 @@ from torch import nn
 from torchvision.models import resnet18
 
 from common.cli import UserError
-from sanm.networks import MapOf, make_network, simclr_resnet
-from sanm.pretrained import load_encoder
-from sanm.simclr import make_simclr
+from common.encoders import load_encoder
+from sanm.networks import MapOf, make_network, make_simclr, simclr_resnet
 
 
 def network(seed: int = 1):

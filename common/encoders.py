@@ -1,4 +1,4 @@
-"""Encoders to begin from: our own files, published SimCLR checkpoints, plain state dicts (Sec. 10)."""
+"""Encoders to begin from: our own files, published SimCLR checkpoints, plain state dicts."""
 
 import argparse
 from pathlib import Path

@@ -1,0 +1,239 @@
+"""mini-ImageNet with controlled noisy web labels (CNWL, Jiang et al. 2020), its lists as Manifold DivideMix's release reads them.
+
+`decoded` makes one array of the images of a split: they are small enough for that, and then train as data in memory do.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common import processes
+from common.augment import resize_to_square
+from common.cli import UserError
+from common.datasets.arrays import read_npz
+from common.datasets.file_lists import (
+    FileData,
+    FileSplit,
+    make_split,
+    numbered,
+    read_list,
+    remember,
+    report,
+    require,
+    without_bad_images,
+)
+from common.datasets.images import in_workers
+from common.files import write_whole
+
+NAME = "mini_imagenet"
+COLORS = ("red", "blue")  # noise of the web, and synthetic
+NUM_CLASSES = 100
+LISTS, TEST = "split", "split/clean_validation"
+ANY_TRAIN = "<color>_noise_nl_<rate>"
+TRAIN_IMAGE, TEST_IMAGE = "all_images/{name}", "validation/{label}/{name}"
+OFFICIAL = {"train": 50_000, "test": 5_000}
+SOURCE = "the project page of CNWL, https://google.github.io/controlled-noisy-web-labels"
+# of the release, for its script of this data set
+MEAN, STD = (0.4728, 0.4487, 0.4031), (0.2744, 0.2663, 0.2806)
+
+
+def load_mini_imagenet(
+    root: str | Path, color: str, rate: float, on_bad_image: str = "error", workers: int = 0
+) -> FileData:
+    """The training images of split/<color>_noise_nl_<rate> with their given labels, and the clean test images.
+
+    color: "red" for noise of the web, "blue" for synthetic noise. rate: the part of the labels that is noise, 0 to 0.8, in
+    the list's name as Python prints the float. The classes are 100 whatever the lists name. on_bad_image, workers: as for
+    Food-101N. UserError: what is missing, and where to get it or which lists there are instead; a list that cannot be
+    understood, by its line.
+    """
+    data = read_mini_imagenet(Path(root), train_list(color, rate))
+    report(data, OFFICIAL)
+    return without_bad_images(data, Path(root), on_bad_image, workers)
+
+
+def train_list(color: str, rate: float) -> str:
+    """The name of a training list, as red_noise_nl_0.2. ValueError: another color."""
+    if color not in COLORS:
+        raise ValueError(f"color must be one of {', '.join(COLORS)}, got {color}")
+    return f"{color}_noise_nl_{float(rate)}"
+
+
+def train_lists(root: Path) -> list[str]:
+    """The names of the training lists below root, in order."""
+    names = (path.name for path in (root / LISTS).glob("*_noise_nl_*"))
+    return sorted(name for name in names if re.fullmatch(rf"({'|'.join(COLORS)})_noise_nl_[0-9.]+", name))
+
+
+def read_mini_imagenet(root: Path, train: str) -> FileData:
+    """What the test list and the training list of that name hold, whether the images are there or not."""
+    lists = train_lists(root)
+    if lists and train not in lists:
+        raise UserError(f"{NAME} has no {root.resolve() / LISTS / train}: there are {', '.join(lists)}")
+    require(NAME, root, root, (f"{LISTS}/{train}", TEST), SOURCE)
+    return _data(root, read_list(root / LISTS / train, list_lines, TRAIN_IMAGE))
+
+
+def list_files(root: Path) -> list[str]:
+    """The list files of a whole data set, relative to root: those for training that are there (at least one), and for test."""
+    return [*(f"{LISTS}/{name}" for name in train_lists(root) or [ANY_TRAIN]), TEST]
+
+
+def read_every_list(root: Path) -> FileData:
+    """What all training lists below root name, an image of several lists once. Prints how many images each list names."""
+    images: dict[str, int] = {}
+    for name in train_lists(root):
+        listed = read_list(root / LISTS / name, list_lines, TRAIN_IMAGE)
+        _report_list(name, len(listed), OFFICIAL["train"])
+        images |= listed
+    data = _data(root, images)
+    _report_list("test", len(data.test.paths), OFFICIAL["test"])
+    return data
+
+
+def _report_list(name: str, count: int, official: int) -> None:
+    print(f"{NAME} {name}: {count} images of {NUM_CLASSES} classes")
+    if count != official:
+        print(f"note: the {name} list names {count} images, the official one {official}")
+
+
+def _data(root: Path, train: dict[str, int]) -> FileData:
+    test = read_list(root / TEST, list_lines, TEST_IMAGE)
+    return FileData(
+        NAME,
+        make_split(root, train, list(train.values())),
+        make_split(root, test, list(test.values()), "test"),
+        NUM_CLASSES,
+        tuple(str(label) for label in range(NUM_CLASSES)),
+        positions=np.arange(len(train)),
+        listed=len(train),
+        verified=np.full(len(train), -1, dtype=np.int8),
+        mean=MEAN,
+        std=STD,
+    )
+
+
+def list_lines(lines: Iterable[str], image: str) -> dict[str, int]:
+    """Class ids by path below the root, from lines of an image name, a blank and an id; `image` makes a path of the two.
+
+    ValueError: anything else, an image that is there twice, or none at all.
+    """
+    seen: dict[str, int] = {}
+    labels = []
+    for number, line in numbered(lines):
+        name, *rest = line.split()
+        if len(rest) != 1 or not rest[0].isdecimal() or int(rest[0]) >= NUM_CLASSES:
+            raise ValueError(
+                f"line {number}: {line!r} is not an image name, a blank and a class id 0..{NUM_CLASSES - 1}"
+            )
+        labels.append(int(rest[0]))
+        remember(seen, image.format(name=name, label=labels[-1]), number)
+    if not seen:
+        raise ValueError("no image in it")
+    return dict(zip(seen, labels, strict=True))
+
+
+# one array of all images ----------------------------------------------------------------------------------------------
+
+
+def decoded(split: FileSplit, size: int, workers: int, folder: Path | None) -> np.ndarray:
+    """Every image of a split as RGB, resized as a whole (the aspect not kept): uint8 [N, size, size, 3].
+
+    Decoded by `workers` processes (by this one for 0). The array is kept as a file in `folder`, if given, from where the next
+    call with the same paths and size reads it; delete it when images changed. Of several processes the first then decodes
+    for all. A folder that cannot be written, and a damaged file, are told and gone round. UserError: a damaged image.
+    """
+    if folder is None:
+        return _decode(split, size, workers)
+    return processes.first_alone(lambda: _kept(split, size, workers, folder))
+
+
+def _kept(split: FileSplit, size: int, workers: int, folder: Path) -> np.ndarray:
+    """The array as the folder has it, or a new one that is then kept there."""
+    about = {
+        "paths_sha256": split.sha256(),
+        "images": len(split.paths),
+        "size": size,
+        "torchvision": version("torchvision"),
+    }
+    parameters = json.dumps(about)
+    short = hashlib.sha256(parameters.encode()).hexdigest()[:8]
+    path = folder / f"decoded.{split.part}_{size}x{size}_{short}.npz"
+    images = _read_kept(path, parameters, (len(split.paths), size, size, 3))
+    if images is None:
+        images = _decode(split, size, workers)
+        _keep(path, parameters, images)
+    return images
+
+
+def _read_kept(path: Path, parameters: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The array in the file; None, with a note unless there is no file, where it is not what the parameters say."""
+    if not os.path.exists(path):
+        return None
+    try:
+        content = read_npz(path)
+        images, found = content["images"], str(content["parameters"])
+        if found == parameters and images.shape == shape and images.dtype == np.uint8:
+            return images
+        problem = "holds something else"
+    except (OSError, ValueError, KeyError) as error:
+        problem = f"cannot be read: {error}"
+    processes.say(f"note: {path} {problem}; every image is decoded again")
+    return None
+
+
+def _keep(path: Path, parameters: str, images: np.ndarray) -> None:
+    def write(file: BinaryIO) -> None:
+        np.savez(file, images=images, parameters=np.array(parameters))
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock"), timeout=0):
+            write_whole(path, write)
+    except Timeout:
+        processes.say(f"note: {path} is being written by another process")
+    except OSError as error:
+        processes.say(
+            f"note: {path} cannot be written ({error.strerror}): the next run will decode every image again"
+        )
+
+
+def _decode(split: FileSplit, size: int, workers: int) -> np.ndarray:
+    count = len(split.paths)
+    images = np.empty((count, size, size, 3), dtype=np.uint8)
+    chunks = np.array_split(np.arange(count), max(count // 32, 1))
+    quiet = processes.rank() > 0 or not sys.stderr.isatty()
+    function = partial(_resized, split, resize_to_square(size), size)
+    with tqdm(total=count, desc=f"decoding {split.part}", unit="image", disable=quiet) as bar:
+        for positions, part in zip(chunks, in_workers(function, chunks, workers), strict=True):
+            if isinstance(part, UserError):
+                break
+            images[positions] = part.numpy()
+            bar.update(len(positions))
+    if isinstance(part, UserError):
+        raise part
+    return images
+
+
+def _resized(split: FileSplit, resize: nn.Module, size: int, positions: np.ndarray) -> Tensor | UserError:
+    """The images at `positions`: uint8 [n, size, size, 3]."""
+    images = torch.empty(len(positions), size, size, 3, dtype=torch.uint8)
+    try:
+        for place, i in enumerate(positions.tolist()):
+            images[place] = resize(split.read(i)).permute(1, 2, 0)
+    except UserError as error:
+        return error
+    return images

@@ -1,0 +1,189 @@
+"""A training set with wrong labels and with images from elsewhere: the benchmark of DSOS, SNCF, PLS and Manifold DivideMix."""
+
+import hashlib
+import io
+import json
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.random import RandomState
+
+from common import noise, processes
+from common.cli import UserError
+from common.datasets.arrays import read_npz
+from common.datasets.given_labels import labels_of
+from common.datasets.in_memory import Data
+from common.datasets.pools import FOLDERS, listing, open_pool, resized
+from common.files import write_atomic
+
+
+class Corruption(NamedTuple):
+    """What is done to a training set; rates are shares of the whole of it."""
+
+    pool: str  # imagenet32, place365, photographs, or a data set
+    ood_ratio: float
+    noise_type: str  # sym, asym, superclass; no
+    noise_rate: float
+    noise_seed: int = 0  # of Python's generator and of the transition matrix
+    label_rng: str = "python"  # what draws symmetric labels: python (the release), or numpy (SNCF)
+
+
+class OpenSetData(NamedTuple):
+    """A corrupted training set."""
+
+    images: np.ndarray  # uint8 [N, H, W, C]
+    observed: np.ndarray  # int64 [N]
+    ood: (
+        np.ndarray
+    )  # bool [N]: which images are from elsewhere; they keep the labels of those whose place they took
+    sha256: str  # of the images from elsewhere and their positions
+
+
+def corrupt(
+    data: Data,
+    corruption: Corruption,
+    root: Path,
+    pool_folder: Path | None = None,
+    cache: Path | None = None,
+    noise_file: str | None = None,
+) -> OpenSetData:
+    """The training images of `data` corrupted (Manifold DivideMix, Sec. 2.1): the same for the same arguments.
+
+    root: where data sets are; pool_folder: where the pool's files are, if not there. cache: a folder for what was taken from
+    pools of files (ImageNet 32x32, Places365), so that they are read once. noise_file: observed labels in place of drawn ones.
+    UserError: a pool that is not there or too small; rates or a noise type that do not fit.
+    """
+    labels = data.train.labels
+    rng = RandomState(noise.OPEN_SET_SEED)
+    ood, replaced = replacements(data, corruption, root, pool_folder, cache, rng)
+    try:
+        if noise_file:
+            observed = labels_of(noise_file, np.arange(len(labels)), len(labels), data.num_classes)
+        elif corruption.noise_type == "no":
+            observed = labels.copy()
+        else:
+            python = corruption.label_rng == "python"
+            observed = noise.in_distribution_noise(
+                corruption.noise_type,
+                labels,
+                ood,
+                corruption.noise_rate,
+                corruption.ood_ratio,
+                data.num_classes,
+                rng,
+                random.Random(corruption.noise_seed) if python else None,
+                RandomState(corruption.noise_seed),
+            )
+    except ValueError as error:
+        raise UserError(f"--noise-type {corruption.noise_type}: {error}") from None
+    images = data.train.images.copy()
+    images[ood] = replaced
+    is_ood = np.zeros(len(labels), dtype=bool)
+    is_ood[ood] = True
+    return OpenSetData(images, observed, is_ood, _sha256(ood, replaced))
+
+
+def replacements(
+    data: Data,
+    corruption: Corruption,
+    root: Path,
+    pool_folder: Path | None,
+    cache: Path | None,
+    rng: RandomState,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The positions that images from elsewhere take, int64 [M], and these images, uint8 [M, H, W, C]."""
+    size = len(data.train.labels)
+    shape = data.train.images.shape[1:]
+    if corruption.ood_ratio == 0:
+        return np.empty(0, dtype=np.int64), data.train.images[:0]
+    if corruption.pool == data.name:
+        raise UserError(f"--corruption {corruption.pool}: these are the training images themselves")
+    wanted = {
+        "data_set": data.name,
+        "images": [size, *shape],
+        "pool": corruption.pool,
+        "ood_ratio": corruption.ood_ratio,
+        "seed": noise.OPEN_SET_SEED,
+    }
+    path = None
+    if corruption.pool in FOLDERS:
+        wanted["files"] = listing(corruption.pool, root, pool_folder)
+        path = cache and cache / f"{data.name}-{corruption.pool}-{corruption.ood_ratio}.npz"
+    kept = read_cache(path, wanted) if path and path.is_file() else None
+    if kept is not None:
+        drawn = _draw(size, corruption, kept.pool_size, rng)
+        if not np.array_equal(drawn.source, kept.source):
+            raise UserError(f"{path} holds other images than the draws ask for: remove it")
+        processes.say(f"{len(kept.source)} images of {corruption.pool} from {path}")
+        return drawn.positions, kept.images
+
+    pool = open_pool(corruption.pool, root, pool_folder)
+    if pool.note:
+        processes.say(f"note: {pool.note}")
+    drawn = _draw(size, corruption, pool.size, rng)
+    images = resized(pool.take(drawn.source), shape)
+    processes.say(f"{len(images)} of {size} training images replaced by images of {corruption.pool}")
+    if path and processes.rank() == 0:
+        write_cache(path, Kept(pool.size, drawn.source, images), wanted)
+    return drawn.positions, images
+
+
+def _draw(size: int, corruption: Corruption, pool_size: int, rng: RandomState) -> noise.OpenSet:
+    try:
+        return noise.open_set(size, corruption.ood_ratio, pool_size, rng)
+    except ValueError as error:
+        raise UserError(f"--corruption {corruption.pool}: {error}; use a smaller --ood-ratio") from None
+
+
+def _sha256(positions: np.ndarray, images: np.ndarray) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(positions, dtype=np.int64).tobytes())
+    digest.update(np.ascontiguousarray(images).tobytes())
+    return digest.hexdigest()
+
+
+# the cache ------------------------------------------------------------------------------------------------------------
+
+
+class Kept(NamedTuple):
+    """What a cache file holds besides its parameters."""
+
+    pool_size: int
+    source: np.ndarray  # int64 [M]: rows of the pool
+    images: np.ndarray  # uint8 [M, H, W, C], in the order of the positions
+
+
+def write_cache(path: Path, kept: Kept, parameters: dict) -> None:
+    """Keep images from elsewhere with what they were made by; a note where the folder cannot be written."""
+    content = io.BytesIO()
+    parameters = {**parameters, "pool_size": kept.pool_size, "sha256": _sha256(kept.source, kept.images)}
+    np.savez(content, parameters=json.dumps(parameters), source=kept.source, images=kept.images)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content.getvalue())
+    except OSError as error:
+        print(f"note: {path} cannot be written ({error.strerror}): the next run will read the pool again")
+
+
+def read_cache(path: Path, wanted: dict) -> Kept:
+    """What a cache file holds. UserError: damaged, or made with other parameters than `wanted`.
+
+    A pool whose files are no longer there need not be: the cache stands for it.
+    """
+    try:
+        arrays = read_npz(path)
+        parameters = json.loads(str(arrays["parameters"]))
+        kept = Kept(int(parameters["pool_size"]), arrays["source"], arrays["images"])
+        whole = parameters["sha256"] == _sha256(kept.source, kept.images)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}): remove it, and it is made anew"
+        ) from None
+    differing = [
+        name for name, value in wanted.items() if value is not None and parameters.get(name) != value
+    ]
+    if differing or not whole:
+        what = "its content does not match its sha256" if not differing else f"another {', '.join(differing)}"
+        raise UserError(f"{path} was not made for this run ({what}): remove it, and it is made anew")
+    return kept

@@ -1,0 +1,144 @@
+"""The encoder f1, and beside it on its embedding a linear classifier f2 and a projection (Sec. 3).
+
+Layers of the encoder have the names that PreAct ResNets usually have in checkpoints: conv1, bn1, layer1 to layer4, shortcut.0.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PROJECTION = 128  # dimensions of the projection
+# blocks per stage, and whether they are bottlenecks
+ARCHITECTURES = {
+    "resnet18": ((2, 2, 2, 2), False),
+    "resnet34": ((3, 4, 6, 3), False),
+    "resnet50": ((3, 4, 6, 3), True),
+    "resnet101": ((3, 4, 23, 3), True),
+}
+# widths and strides of the stages; below 16 pixels narrow ones, of a block each
+USUAL = (64, 128, 256, 512), (1, 2, 2, 2)
+NARROW = (16, 32, 64), (1, 2, 1)
+
+
+class PreActBlock(nn.Module):
+    """Basic pre-activation block. Its shortcut begins from the activated tensor, not from the block's input (Sec. 3)."""
+
+    expansion = 1
+
+    def __init__(self, width_in: int, width: int, stride: int):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(width_in)
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.shortcut = _shortcut(width_in, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, width_in, H, W] -> [B, width, H / stride, W / stride]."""
+        activated = F.relu(self.bn1(x))
+        out = self.conv1(activated)
+        return self.conv2(F.relu(self.bn2(out))) + self.shortcut(activated)
+
+
+class PreActBottleneck(nn.Module):
+    """Pre-activation bottleneck, for ResNet-50 and 101: 1x1, 3x3, 1x1. The release wires basic blocks there, and fails."""
+
+    expansion = 4
+
+    def __init__(self, width_in: int, width: int, stride: int):
+        super().__init__()
+        width_out = width * self.expansion
+        self.bn1 = nn.BatchNorm2d(width_in)
+        self.conv1 = nn.Conv2d(width_in, width, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, width_out, 1, bias=False)
+        self.shortcut = _shortcut(width_in, width_out, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, width_in, H, W] -> [B, 4 width, H / stride, W / stride]."""
+        activated = F.relu(self.bn1(x))
+        out = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        return self.conv3(F.relu(self.bn3(out))) + self.shortcut(activated)
+
+
+def _shortcut(width_in: int, width_out: int, stride: int) -> nn.Sequential:
+    """The identity, or a 1x1 convolution where the shape changes."""
+    if stride == 1 and width_in == width_out:
+        return nn.Sequential()
+    return nn.Sequential(nn.Conv2d(width_in, width_out, 1, stride, bias=False))
+
+
+class Encoder(nn.Module):
+    """f1: PreAct ResNet with a 3x3 stem; neither norm nor activation after its last stage (Sec. 3)."""
+
+    def __init__(
+        self,
+        channels: int,
+        widths: Sequence[int],
+        strides: Sequence[int],
+        blocks: Sequence[int],
+        bottleneck: bool = False,
+    ):
+        """widths, strides, blocks: of the stages."""
+        super().__init__()
+        kind = PreActBottleneck if bottleneck else PreActBlock
+        self.conv1 = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.stages = len(widths)
+        width_in = widths[0]
+        for stage, (width, stride, count) in enumerate(zip(widths, strides, blocks, strict=True), start=1):
+            layers = []
+            for number in range(count):
+                layers.append(kind(width_in, width, stride if number == 0 else 1))
+                width_in = width * kind.expansion
+            self.add_module(f"layer{stage}", nn.Sequential(*layers))
+        self.width = width_in
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> maps [B, D, h, w]; 32 pixels give 512 x 4 x 4."""
+        x = F.relu(self.bn1(self.conv1(images)))
+        for stage in range(1, self.stages + 1):
+            x = self.get_submodule(f"layer{stage}")(x)
+        return x
+
+
+def make_encoder(arch: str = "resnet18", channels: int = 3, size: int = 32) -> Encoder:
+    """The encoder of images [channels, size, size]; below 16 pixels a narrow one of three blocks, whatever the architecture."""
+    blocks, bottleneck = ARCHITECTURES[arch]
+    if size < 16:
+        return Encoder(channels, *NARROW, blocks=(1, 1, 1))
+    return Encoder(channels, *USUAL, blocks=blocks, bottleneck=bottleneck)
+
+
+class Network(nn.Module):
+    """f1, f2 and the projection, called one by one: none is computed where it is not needed."""
+
+    def __init__(self, encoder: nn.Module, width: int, num_classes: int, projection: int = PROJECTION):
+        """encoder: images -> maps [B, width, h, w]."""
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = nn.Linear(width, num_classes)
+        self.projection = nn.Linear(width, projection)
+        self.projection_bn = nn.BatchNorm1d(projection)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """f1: images [B, C, H, W] -> embeddings h [B, D], float32, the mean over the encoder's last map (4x4 of 32 pixels)."""
+        return self.encoder(images).float().mean(dim=(2, 3))
+
+    def classify(self, embeddings: Tensor) -> Tensor:
+        """f2: embeddings [B, D] -> logits [B, K], float32 whatever the autocast."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return self.classifier(embeddings)
+
+    def project(self, embeddings: Tensor) -> Tensor:
+        """Embeddings [B, D] -> projections [B, 128], linear and batch-normalised, not of unit length; float32."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return self.projection_bn(self.projection(embeddings))
+
+    def head(self) -> list[nn.Parameter]:
+        """The parameters that are trained at the head's learning rate: all but the encoder's."""
+        return [p for name, p in self.named_parameters() if not name.startswith("encoder.")]

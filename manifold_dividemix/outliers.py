@@ -1,0 +1,78 @@
+"""Which samples are out of distribution: those that are far from their nearest neighbours (Sec. 4.2)."""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+CHUNK = 1024  # rows that are compared with all others at once: 200 MB of float32 at 50000 samples
+
+
+def knn_scores(embeddings: Tensor, k: int = 10, chunk: int = CHUNK) -> Tensor:
+    """exp(-mean distance to the k nearest other samples), float32 [N]; the smallest are the outliers.
+
+    embeddings [N, D]. Distance: 1 - cosine, of D <= 3 Euclidean. A sample is not its own neighbour, a duplicate of it is; a
+    row of zeros has distance 1 to all. Exact: matrix products of chunks of rows with all. ValueError: fewer than 2 samples.
+    """
+    size, dimensions = embeddings.shape
+    if size < 2:
+        raise ValueError(f"{size} samples have no neighbours")
+    euclidean = dimensions <= 3
+    rows = embeddings.double() if euclidean else F.normalize(embeddings.float(), dim=1)
+    scores = []
+    for start in range(0, size, chunk):
+        own = rows[start : start + chunk]
+        if euclidean:
+            distances = torch.cdist(own, rows, compute_mode="donot_use_mm_for_euclid_dist")
+        else:
+            distances = (1 - own @ rows.T).clamp_min(0)
+        here = torch.arange(len(own), device=rows.device)
+        distances[here, start + here] = math.inf
+        nearest = distances.topk(min(k, size - 1), dim=1, largest=False).values
+        scores.append(torch.exp(-nearest.mean(dim=1)))
+    return torch.cat(scores).float()
+
+
+def sklearn_knn_scores(embeddings: Tensor, k: int = 10) -> Tensor:
+    """The reference path of `knn_scores`, by scikit-learn's exact nearest neighbours."""
+    from sklearn.neighbors import NearestNeighbors  # noqa: PLC0415 (a second of import, for a path rarely taken)
+
+    rows = embeddings.detach().double().cpu().numpy()
+    metric = "cosine" if rows.shape[1] > 3 else "euclidean"
+    neighbours = NearestNeighbors(n_neighbors=min(k, len(rows) - 1), metric=metric, algorithm="brute").fit(
+        rows
+    )
+    distances, _ = neighbours.kneighbors()  # of the fitted samples, themselves left out
+    return torch.from_numpy(np.exp(-distances.mean(axis=1))).to(embeddings.device)
+
+
+def kept_samples(scores: Tensor, removed: int) -> Tensor:
+    """Which samples stay, bool [N], when those with the `removed` lowest scores go; of equal ones the earlier goes first."""
+    kept = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    kept[scores.argsort(stable=True)[:removed]] = False
+    return kept
+
+
+def split_epochs(epochs: int, warm_up: int, interval: int, clustering: bool) -> list[int]:
+    """The epochs, from 0, at whose start samples are removed and split anew (Sec. 4.4)."""
+    return [e for e in range(warm_up, epochs) if e == warm_up or (clustering and e % interval == 0)]
+
+
+def removal_count(epoch: int, size: int, share: float, start_factor: float, splits: Iterable[int]) -> int:
+    """How many of `size` samples are removed during an epoch: ceil(factor q N) at first, ceil(q N) more at each split (Sec. 4.2).
+
+    share: q. start_factor: 10 in the CIFAR script, 1 in the mini-ImageNet script.
+    """
+    first = math.ceil(share * start_factor * size)
+    return first + math.ceil(share * size) * sum(split <= epoch for split in splits)
+
+
+def outlier_auroc(scores: Tensor, ood: np.ndarray | None) -> float | None:
+    """How well low scores tell images from elsewhere, bool [N]: area under the ROC curve; None where nobody knows them."""
+    if ood is None or not 0 < ood.sum() < len(ood):
+        return None
+    return float(roc_auc_score(ood, -scores.cpu().numpy()))

@@ -1,0 +1,526 @@
+"""mini-ImageNet with controlled noisy web labels: what its lists say, and all its images in one array, decoded once.
+
+This file is also the script that two processes run; each leaves what it saw in rank0.npz or rank1.npz.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from PIL import Image
+
+from common import processes
+from common.cli import UserError
+from common.datasets import decoded, load_mini_imagenet, mini_imagenet
+from common.datasets.__main__ import main
+from common.datasets.file_lists import FileSplit, make_split
+from common.datasets.mini_imagenet import TEST_IMAGE, TRAIN_IMAGE, list_lines, train_list
+from tests.common.small_file_data import make_mini_imagenet, plant, write_lines
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+
+ROOT = Path(__file__).resolve().parents[2]
+RED, BLUE, TEST = "split/red_noise_nl_0.2", "split/blue_noise_nl_0.4", "split/clean_validation"
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """12 training images of 4 classes in each of two lists, 16 in all, and 4 test images."""
+    make_mini_imagenet(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory) -> FileSplit:
+    """The 12 training images of the red list; no test changes them."""
+    folder = tmp_path_factory.mktemp("mini_imagenet")
+    make_mini_imagenet(folder)
+    return load_mini_imagenet(folder, "red", 0.2).train
+
+
+def message(function, *arguments) -> str:
+    """The one line of the UserError that a call ends in."""
+    with pytest.raises(UserError) as error:
+        function(*arguments)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+def names(split: FileSplit) -> list[str]:
+    return [path.decode() for path in split.paths.tolist()]
+
+
+# lists ----------------------------------------------------------------------------------------------------------------
+
+
+def test_images_and_labels_are_those_of_the_released_listing(golden, tmp_path):
+    for number, case in enumerate(golden("manifold_dividemix", "miniimagenet_listing")):
+        root = tmp_path / str(number)
+        for file, of in ((RED, ""), (TEST, "val_")):
+            listed = zip(case[f"{of}file_names"], case["val_labels" if of else "labels"], strict=True)
+            write_lines(root / file, [f"{name} {label}" for name, label in listed])
+        for path in (*case["all_paths"], *case["val_paths"]):
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (2, 2)).save(root / path)
+        data = load_mini_imagenet(root, "red", 0.2)
+        assert names(data.train) == case["all_paths"].tolist()
+        assert names(data.test) == case["val_paths"].tolist()
+        assert np.array_equal(data.train.labels, case["labels"])
+        assert np.array_equal(data.test.labels, case["val_labels"])
+        assert data.train.folder == data.test.folder == root
+
+
+def test_each_list_has_its_images_and_labels(root, capsys):
+    red, blue = load_mini_imagenet(root, "red", 0.2), load_mini_imagenet(root, "blue", 0.4)
+    assert (red.name, red.num_classes, red.classes[0], red.classes[99]) == ("mini_imagenet", 100, "0", "99")
+    assert len(red.classes) == 100
+    assert red.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert blue.train.labels.tolist() == [1, 0, 0, 2, 1, 1, 3, 2, 2, 0, 3, 3]
+    assert red.test.labels.tolist() == [0, 1, 2, 3]
+    assert red.train.labels.dtype == red.test.labels.dtype == np.int64
+    assert red.train.paths.dtype.kind == "S"
+    assert [name for name in names(red.train) if name in names(blue.train)] == [
+        f"all_images/n{label:08}_{number}.JPEG" for label in range(4) for number in (1, 2)
+    ]
+    assert names(red.test) == [f"validation/{label}/n{label:08}_1000.JPEG" for label in range(4)]
+    assert all(split.path(i).is_file() for split in red.splits() for i in range(len(split.paths)))
+    assert red.positions.tolist() == list(range(12))
+    assert (red.listed, red.verified.tolist(), red.skipped) == (12, [-1] * 12, ())
+    assert red.validation is red.clean_train is None
+    assert (red.mean, red.std) == ((0.4728, 0.4487, 0.4031), (0.2744, 0.2663, 0.2806))
+    printed = capsys.readouterr().out
+    assert "mini_imagenet train: 12 images of 100 classes" in printed
+    assert "note: the train list names 12 images, the official one 50000" in printed
+    assert "note: the test list names 4 images, the official one 5000" in printed
+
+
+@pytest.mark.parametrize(("rate", "printed"), [(0.2, "0.2"), (0.20, "0.2"), (0, "0.0"), (np.float64(0.8), "0.8")])  # fmt: skip
+def test_a_rate_is_printed_as_a_float(rate, printed):
+    assert train_list("red", rate) == f"red_noise_nl_{printed}"
+    with pytest.raises(ValueError, match="color must be one of red, blue, got green"):
+        train_list("green", rate)
+
+
+def test_the_lists_may_be_of_another_system_and_the_root_end_in_a_slash(root):
+    before = load_mini_imagenet(root, "red", 0.2)
+    for file in (RED, TEST):
+        text = "\r\n".join([*lines_of(root / file), "", ""])
+        (root / file).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    after = load_mini_imagenet(f"{root}/", "red", 0.2)
+    for part in ("train", "test"):
+        assert np.array_equal(getattr(after, part).paths, getattr(before, part).paths)
+        assert np.array_equal(getattr(after, part).labels, getattr(before, part).labels)
+
+
+@pytest.mark.parametrize(
+    ("line", "offending"),
+    [
+        ("b.jpg", "line 3: 'b.jpg' is not an image name, a blank and a class id 0..99"),
+        ("b.jpg x", "line 3: 'b.jpg x' is not an image name"),
+        ("b.jpg 100", "line 3: 'b.jpg 100' is not an image name"),
+        ("b.jpg -1", "line 3: 'b.jpg -1' is not an image name"),
+        ("b.jpg 1.0", "line 3: 'b.jpg 1.0' is not an image name"),
+        ("b.jpg 1 0", "line 3: 'b.jpg 1 0' is not an image name"),
+        ("a.jpg 99", "line 3: all_images/a.jpg is there already, in line 1"),
+    ],
+)
+def test_a_wrong_line_is_named_with_its_number(line, offending):
+    with pytest.raises(ValueError, match=offending):
+        list_lines(["a.jpg 0", "", line], TRAIN_IMAGE)
+
+
+def test_test_images_of_two_classes_may_have_one_name():
+    assert list_lines(["a.jpg 0", "a.jpg 99"], TEST_IMAGE) == {
+        "validation/0/a.jpg": 0,
+        "validation/99/a.jpg": 99,
+    }
+    with pytest.raises(ValueError, match=r"line 2: validation/0/a\.jpg is there already, in line 1"):
+        list_lines(["a.jpg 0", "a.jpg 0"], TEST_IMAGE)
+
+
+@pytest.mark.parametrize("file", [RED, TEST])
+def test_a_wrong_list_is_named_with_file_and_line(root, file):
+    count = len(lines_of(root / file))
+    write_lines(root / file, [*lines_of(root / file), "new.jpg 100"])
+    text = message(load_mini_imagenet, root, "red", 0.2)
+    assert text.startswith(f"{root / file}: line {count + 1}: 'new.jpg 100' is not")
+    write_lines(root / file, [])
+    assert message(load_mini_imagenet, root, "red", 0.2) == f"{root / file}: no image in it"
+
+
+def test_a_rate_without_list_is_told_which_lists_there_are(root):
+    (root / "split/red_noise_nl_0.2.bak").touch()
+    text = message(load_mini_imagenet, root, "red", 0.3)
+    assert (
+        text == f"mini_imagenet has no {root}/split/red_noise_nl_0.3: there are blue_noise_nl_0.4, red_noise_nl_0.2"
+    )  # fmt: skip
+
+
+def test_what_is_missing_is_named_with_its_source_and_the_command(root):
+    text = message(load_mini_imagenet, root / "nowhere", "red", 0.2)
+    assert f"looked in {root}/nowhere for {RED}, {TEST}; get it from the project page of CNWL" in text
+    assert f"python -m common.datasets check mini_imagenet --data_path {root}/nowhere" in text
+    (root / TEST).unlink()
+    assert f"looked in {root} for {TEST}; get it" in message(load_mini_imagenet, root, "red", 0.2)
+
+
+# missing and damaged images -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_missing_image_is_an_error(root, part):
+    path = getattr(load_mini_imagenet(root, "red", 0.2), part).path(2)
+    path.unlink()
+    text = message(load_mini_imagenet, root, "red", 0.2)
+    assert text.startswith(f"image 2 of the {part} list, {path}, is missing (1 of ")
+    with pytest.raises(ValueError, match="on_bad_image must be error or skip"):
+        load_mini_imagenet(root, "red", 0.2, "ignore")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skip_leaves_out_missing_and_damaged_images(root, workers):
+    data = load_mini_imagenet(root, "red", 0.2)
+    plant(data.train.path(0), "truncated")
+    plant(data.train.path(5), "missing")
+    plant(data.test.path(1), "text")
+    found = load_mini_imagenet(root, "red", 0.2, "skip", workers)
+    kept = [1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
+    assert found.positions.tolist() == kept
+    assert np.array_equal(found.train.paths, data.train.paths[kept])
+    assert np.array_equal(found.train.labels, data.train.labels[kept])
+    assert (found.listed, found.verified.tolist()) == (12, [-1] * 10)
+    assert found.test.labels.tolist() == [0, 2, 3]
+    assert [(path, i) for path, i, _ in found.skipped] == [
+        (str(data.train.path(0)), 0),
+        (str(data.train.path(5)), 5),
+        (str(data.test.path(1)), 1),
+    ]
+    assert decoded(found.train, 8, workers, None).shape == (10, 8, 8, 3)
+
+
+# check ----------------------------------------------------------------------------------------------------------------
+
+
+def check(root: Path, *words: str) -> None:
+    main(["check", "mini_imagenet", "--data_path", str(root), "--workers", "0", *words])
+
+
+def test_check_tells_what_every_list_holds(root, capsys):
+    check(root, "--images")
+    assert capsys.readouterr().out.splitlines() == [
+        "mini_imagenet blue_noise_nl_0.4: 12 images of 100 classes",
+        "note: the blue_noise_nl_0.4 list names 12 images, the official one 50000",
+        "mini_imagenet red_noise_nl_0.2: 12 images of 100 classes",
+        "note: the red_noise_nl_0.2 list names 12 images, the official one 50000",
+        "mini_imagenet test: 4 images of 100 classes",
+        "note: the test list names 4 images, the official one 5000",
+        f"mini_imagenet in {root}: every image is there and whole",
+    ]
+
+
+def test_check_names_each_missing_and_damaged_image_of_any_list_once(root, capsys):
+    red, blue = (load_mini_imagenet(root, *which).train for which in (("red", 0.2), ("blue", 0.4)))
+    paths = [red.path(0), red.path(1), blue.path(3), root / "validation/2/n00000002_1000.JPEG"]
+    assert paths[1] == blue.path(1)
+    for path, kind in zip(paths, ("missing", "missing", "truncated", "empty"), strict=True):
+        plant(path, kind)
+    capsys.readouterr()
+    assert "2 images missing, 2 damaged; get them from the project page" in message(check, root, "--images")
+    told = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith(("missing:", "damaged:"))
+    ]
+    assert sorted(told[:2]) == sorted(f"missing: {path}" for path in paths[:2])
+    assert told[2].startswith(f"damaged: {paths[2]} (")
+    assert told[3:] == [f"damaged: {paths[3]} (empty file)"]
+
+
+def test_check_names_missing_lists_and_finds_a_wrong_line_in_any(root, capsys):
+    write_lines(root / RED, ["a.jpg 5", "b.jpg"])
+    assert message(check, root) == (
+        f"{root / RED}: line 2: 'b.jpg' is not an image name, a blank and a class id 0..99"
+    )
+    for file in (RED, BLUE, TEST):
+        (root / file).unlink()
+    capsys.readouterr()
+    assert "2 of 2 list files missing; get them from the project page" in message(check, root)
+    assert capsys.readouterr().out.splitlines() == [
+        f"missing: {root}/split/<color>_noise_nl_<rate>",
+        f"missing: {root / TEST}",
+    ]
+
+
+def test_the_command_ends_in_one_line_and_status_2(root):
+    (root / TEST).unlink()
+    line = [sys.executable, "-m", "common.datasets", "check", "mini_imagenet", "--data_path", f"{root}/"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout.splitlines() == [f"missing: {root / TEST}"]
+    assert len(done.stderr.splitlines()) == 1
+    assert "1 of 3 list files missing" in done.stderr
+
+
+def test_it_is_neither_fetched_nor_cached(root):
+    words = ["mini_imagenet", "--data_path", str(root), "--out", str(root / "cache")]
+    with pytest.raises(UserError, match="cannot be fetched by a script: get it from the project page"):
+        main(["download", *words])
+    with pytest.raises(UserError, match="mini_imagenet needs no cache: only food101n and clothing1m have"):
+        main(["cache", *words])
+    assert not (root / "cache").exists()
+
+
+# one array of all images ----------------------------------------------------------------------------------------------
+
+
+def as_pillow_does(split: FileSplit, size: int) -> np.ndarray:
+    """int [N, size, size, 3]."""
+    images = [Image.open(split.path(i)).convert("RGB") for i in range(len(split.paths))]
+    return np.stack([np.array(image.resize((size, size), Image.BILINEAR), dtype=int) for image in images])
+
+
+def difference(split: FileSplit, size: int) -> np.ndarray:
+    """In grey levels, to what Pillow makes of the images."""
+    images = decoded(split, size, 0, None)
+    assert images.shape == (len(split.paths), size, size, 3)
+    assert images.dtype == np.uint8
+    return abs(images - as_pillow_does(split, size))
+
+
+@pytest.mark.parametrize("size", [32, 84, 7])
+def test_images_are_resized_as_pillow_does(split, size):
+    apart = difference(split, size)
+    assert apart.max() <= 1  # measured: one value in a hundred is 1 off
+    assert (apart > 0).mean() < 0.05
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_noise_of_any_shape_is_resized_as_pillow_does(tmp_path, suffix):
+    rng = np.random.default_rng(0)
+    shapes = [(500, 375), (84, 84), (32, 32), (33, 31), (20, 200), (300, 10), (5, 6)]
+    for i, shape in enumerate(shapes):
+        noise = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{i}.{suffix}")
+    split = make_split(tmp_path, [f"{i}.{suffix}" for i in range(len(shapes))], [0] * len(shapes))
+    for size in (32, 84):
+        apart = difference(split, size)
+        assert apart.max() <= 2  # measured: 2 in 84 x 84 alone
+        assert (apart > 0).mean() < 0.1
+        same = shapes.index((size, size))
+        assert not apart[same].any()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_many_images_stay_in_their_order(split, workers):
+    order = np.arange(150) * 7 % 12
+    images = decoded(split, 16, 0, None)
+    assert len(np.unique(images, axis=0)) == 12
+    assert np.array_equal(decoded(split.only(order), 16, workers, None), images[order])
+
+
+def test_no_image_gives_no_image(split):
+    assert decoded(split.only(np.arange(0)), 16, 0, None).shape == (0, 16, 16, 3)
+
+
+def test_no_random_number_is_drawn(split):
+    before = torch.get_rng_state()
+    decoded(split, 16, 0, None)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_named_and_nothing_kept(root, tmp_path, workers):
+    train = load_mini_imagenet(root, "red", 0.2).train
+    plant(train.path(5), "truncated")
+    text = message(decoded, train, 16, workers, tmp_path / "kept")
+    assert text.startswith(f"image 5 of the train list, {train.path(5)}, is damaged (")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_what_was_kept_is_read_without_the_images(root, tmp_path, capsys):
+    data = load_mini_imagenet(root, "red", 0.2)
+    folder = tmp_path / "new" / "kept"
+    expected = {part: decoded(getattr(data, part), 16, 0, folder) for part in ("train", "test")}
+    assert np.array_equal(expected["train"], decoded(data.train, 16, 0, None))
+    for part in data.splits():
+        for i in range(len(part.paths)):
+            part.path(i).unlink()
+    capsys.readouterr()
+    for part, images in expected.items():
+        again = decoded(getattr(data, part), 16, 0, folder)
+        assert again.dtype == np.uint8
+        assert np.array_equal(again, images)
+        again[:] = 0  # an array of one's own: nothing reaches the file
+        assert np.array_equal(decoded(getattr(data, part), 16, 0, folder), images)
+    assert capsys.readouterr().out == ""
+
+
+def kept(folder: Path) -> list[Path]:
+    """The files of images in a folder; nothing half-written lies there."""
+    files = [path for path in sorted(folder.iterdir()) if path.suffix != ".lock"]
+    assert {path.suffix for path in files} <= {".npz"}
+    return files
+
+
+def test_other_images_another_size_and_another_decoder_make_another_file(split, tmp_path, monkeypatch):
+    decoded(split, 16, 0, tmp_path)
+    decoded(split, 16, 0, tmp_path)
+    assert len(kept(tmp_path)) == 1
+    assert kept(tmp_path)[0].name.startswith("decoded.train_16x16_")
+    assert decoded(split, 8, 0, tmp_path).shape == (12, 8, 8, 3)
+    assert len(kept(tmp_path)) == 2
+    turned = split.only(np.arange(12)[::-1])
+    assert np.array_equal(decoded(turned, 16, 0, tmp_path), decoded(split, 16, 0, tmp_path)[::-1])
+    assert len(kept(tmp_path)) == 3
+    monkeypatch.setattr(mini_imagenet, "version", lambda package: f"{package} of tomorrow")
+    decoded(split, 16, 0, tmp_path)
+    assert len(kept(tmp_path)) == 4
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def turn_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def of_another_list(path: Path) -> None:
+    with np.load(path) as file:
+        np.savez(path, images=file["images"] ^ 1, parameters=np.array("{}"))
+
+
+def of_another_shape(path: Path) -> None:
+    with np.load(path) as file:
+        np.savez(path, images=file["images"][1:], parameters=file["parameters"])
+
+
+def without_images(path: Path) -> None:
+    np.savez(path, pictures=np.zeros(3))
+
+
+@pytest.mark.parametrize("spoil", [cut, turn_a_bit, of_another_list, of_another_shape, without_images])
+def test_a_damaged_file_is_told_and_made_anew(split, tmp_path, capsys, spoil):
+    expected = decoded(split, 16, 0, tmp_path)
+    (path,) = kept(tmp_path)
+    content = path.read_bytes()
+    spoil(path)
+    assert path.read_bytes() != content
+    capsys.readouterr()
+    assert np.array_equal(decoded(split, 16, 0, tmp_path), expected)
+    (note,) = capsys.readouterr().out.splitlines()
+    assert note.startswith(f"note: {path} ")
+    assert note.endswith("; every image is decoded again")
+    with np.load(path) as file:
+        assert np.array_equal(file["images"], expected)
+    decoded(split, 16, 0, tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def full(_file, **_arrays):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_gone_round(split, tmp_path, monkeypatch, capsys):
+    expected = decoded(split, 16, 0, None)
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert np.array_equal(decoded(split, 16, 0, folder), expected)
+        told = capsys.readouterr().out
+        assert told.startswith(f"note: {folder}/decoded.train_16x16_")
+        assert "cannot be written (" in told
+    monkeypatch.setattr(np, "savez", full)
+    assert np.array_equal(decoded(split, 16, 0, tmp_path / "full"), expected)
+    assert "cannot be written (No space left on device)" in capsys.readouterr().out
+    assert kept(tmp_path / "full") == []
+
+
+def test_something_in_the_place_of_the_file_is_left_there(split, tmp_path, capsys):
+    expected = decoded(split, 16, 0, tmp_path)
+    (path,) = kept(tmp_path)
+    path.unlink()
+    path.mkdir()
+    assert np.array_equal(decoded(split, 16, 0, tmp_path), expected)
+    notes = capsys.readouterr().out.splitlines()
+    assert [note.startswith(f"note: {path} ") for note in notes] == [True, True]
+    assert kept(tmp_path) == [path]
+    assert path.is_dir()
+
+
+def test_two_runs_do_not_write_one_file_at_a_time(split, tmp_path, capsys):
+    expected = decoded(split, 16, 0, tmp_path)
+    (path,) = kept(tmp_path)
+    path.unlink()
+    with FileLock(path.with_suffix(".lock")):
+        assert np.array_equal(decoded(split, 16, 0, tmp_path), expected)
+    assert capsys.readouterr().out == f"note: {path} is being written by another process\n"
+    assert kept(tmp_path) == []
+    decoded(split, 16, 0, tmp_path)
+    assert kept(tmp_path) == [path]
+
+
+# two processes --------------------------------------------------------------------------------------------------------
+
+
+def work(root: Path, folder: Path) -> None:
+    """Decode with a folder, and without one."""
+    processes.start(torch.device("cpu"))
+    train = load_mini_imagenet(root, "red", 0.2).train
+    decode, calls = mini_imagenet._decode, []
+
+    def slowly(*arguments):
+        calls.append(arguments)
+        time.sleep(0.5)  # a process that did not wait would be here too by now
+        return decode(*arguments)
+
+    mini_imagenet._decode = slowly
+    shared = decoded(train, 16, 0, folder / "kept")
+    with_folder = len(calls)
+    own = decoded(train, 16, 0, None)
+    decoded(train, 16, 0, folder / "file")
+    np.savez(
+        folder / f"rank{processes.rank()}.npz",
+        shared=shared,
+        own=own,
+        calls=[with_folder, len(calls) - with_folder],
+    )
+    processes.stop()
+
+
+def test_of_two_processes_the_first_decodes_for_both(split, tmp_path):
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*command, str(split.folder), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    expected = decoded(split, 16, 0, None)
+    for rank in (0, 1):
+        with np.load(tmp_path / f"rank{rank}.npz") as seen:
+            assert np.array_equal(seen["shared"], expected)
+            assert np.array_equal(seen["own"], expected)
+            # without a folder, or with one that takes nothing, each decodes for itself
+            assert seen["calls"].tolist() == [1 if rank == 0 else 0, 2]
+    assert len(kept(tmp_path / "kept")) == 1
+    assert ended.stdout.count("cannot be written") == 1  # only the first tells
+
+
+if __name__ == "__main__":
+    work(*map(Path, sys.argv[1:]))

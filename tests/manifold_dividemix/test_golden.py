@@ -1,0 +1,433 @@
+"""The cases recorded from the authors' code."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.random import RandomState
+from PIL import Image
+from torch import Tensor, nn
+
+from common import noise, policies
+from common.datasets import pools
+from common.gpu import Device
+from common.policies import AutoAugmentDraws
+from common.simclr import SimCLR
+from manifold_dividemix.losses import (
+    balance_penalty,
+    contrastive_loss,
+    labelled_loss,
+    learning_rate,
+    position,
+    ramp_up,
+    soft_symmetric_cross_entropy,
+    symmetric_cross_entropy,
+    unlabelled_loss,
+    warm_up_loss,
+)
+from manifold_dividemix.mixematch import Views, Weights, make_targets, mix, step_loss
+from manifold_dividemix.networks import Network, make_encoder
+from manifold_dividemix.outliers import (
+    kept_samples,
+    knn_scores,
+    removal_count,
+    sklearn_knn_scores,
+    split_epochs,
+)
+from manifold_dividemix.selection import clean_probability, divide, normalised
+from manifold_dividemix.training import all_logits, top_accuracy
+from tests.manifold_dividemix.toy import names, toy_from
+
+PAPER = "manifold_dividemix"
+CPU = Device(torch.device("cpu"), "fp32", "")
+
+
+def parts(case) -> list[dict[str, np.ndarray]]:
+    """The sub-cases a/..., b/... of a case, or the case itself."""
+    letters = sorted({name.split("/")[0] for name in case.arrays if "/" in name})
+    return [
+        {name.split("/", 1)[1]: value for name, value in case.arrays.items() if name.startswith(f"{letter}/")}
+        for letter in letters
+    ] or [case.arrays]
+
+
+def tensors(arrays, *wanted: str) -> list[Tensor]:
+    return [torch.from_numpy(np.asarray(arrays[name])) for name in wanted]
+
+
+def close(actual, expected, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    expected = torch.as_tensor(np.asarray(expected))
+    actual = actual if isinstance(actual, Tensor) else torch.as_tensor(np.asarray(actual))
+    torch.testing.assert_close(actual.detach().to(expected.dtype), expected, rtol=rtol, atol=atol)
+
+
+# data and noise -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["cifar_corruption", "cifar10_noise"])
+def test_corruption_to_the_last_image_label_and_draw(golden, kind):
+    for case in golden(PAPER, kind):
+        noise_type = case.description.get("mode", "sym")
+        for part in parts(case):
+            clean, rng = part["clean_labels"].astype(np.int64), RandomState(noise.OPEN_SET_SEED)
+            id_ratio, ood_ratio = float(part["id_ratio"]), float(part["ood_ratio"])
+            chosen = noise.open_set(len(clean), ood_ratio, int(part["ood_pool_size"]), rng)
+            assert np.array_equal(chosen.positions, part["ood_index"])
+            assert np.array_equal(chosen.source, part["ood_source_row"])
+            cached = RandomState()
+            cached.set_state(rng.get_state())
+            assert np.array_equal(cached.random_sample(3), part["next_numpy_uniforms_cached"])
+            python = random.Random(int(part["py_seed"]))
+            classes = int(clean.max()) + 1
+            noisy = noise.in_distribution_noise(
+                noise_type, clean, chosen.positions, id_ratio, ood_ratio, classes, rng, python
+            )
+            assert np.array_equal(noisy, part["noisy_labels"])
+            assert np.array_equal(rng.random_sample(3), part["next_numpy_uniforms_fresh"])
+
+
+def test_transition_matrix_noise(golden):
+    for case in golden(PAPER, "asymmetric_noise"):
+        rate = float(case["rate"])
+        for labels, matrix, noisy, ours in (
+            ("labels100", "matrix100", "noisy100", noise.next_in_group(np.arange(100) // noise.BLOCK, rate)),
+            ("labels10", "matrix10", "noisy10", noise.look_alike_matrix(rate)),
+            (
+                "labels10",
+                "matrix10_uniform",
+                "noisy10_uniform",
+                noise.transition_matrix("symmetric", rate, 10),
+            ),
+        ):
+            assert np.allclose(ours, case[matrix], rtol=0, atol=1e-15)
+            drawn = noise.by_matrix(case[labels], ours, RandomState(int(case["random_state"])))
+            assert np.array_equal(drawn, case[noisy]), (case.name, noisy)
+
+
+def test_a_folder_of_photographs_as_pool(golden, tmp_path):
+    for case in golden(PAPER, "places_pool"):
+        file_names = case["names_sorted"].tolist()
+        folder = tmp_path / case.name
+        folder.mkdir()
+        for number in RandomState(0).permutation(len(file_names)):  # the order in which files appear is none
+            Image.fromarray(case[f"src_{number:03d}"]).save(
+                (folder / file_names[number]).with_suffix(".png"), format="PNG"
+            )
+        pool = pools.image_folder(folder)
+        assert pool.size == int(case["n_files"])
+        chosen = noise.open_set(50000, float(case["ood_ratio"]), pool.size, RandomState(noise.OPEN_SET_SEED))
+        assert np.array_equal(chosen.positions, case["ood_index"])
+        replaced = pools.resized(pool.take(chosen.source), (32, 32, 3))
+        assert np.array_equal(replaced, case["replaced_images"]), case.name
+
+
+SIGNED = ("shearX", "shearY", "translateX", "translateY", "color", "contrast", "sharpness", "brightness")
+
+
+def test_auto_augment(golden):
+    for case in golden(PAPER, "autoaugment"):
+        image = torch.from_numpy(case["image"]).movedim(-1, -3)[None]
+        for name in case.arrays:
+            operation, _, rest = name.partition("_")
+            level, _, sign = rest.partition("_")
+            if sign not in ("pos", "neg"):
+                continue
+            magnitudes = policies.AUTO_AUGMENT_MAGNITUDES.get(operation, np.zeros(10))
+            amount = float(magnitudes[int(level)])
+            assert amount == pytest.approx(float(case[f"mag_{operation}_{level}"]), rel=1e-12)
+            ours = policies.AUTO_AUGMENT_OPERATIONS[operation](
+                image,
+                torch.tensor([amount], dtype=torch.float64),
+                torch.tensor([1.0 if sign == "pos" else -1.0], dtype=torch.float64),
+            )
+            assert torch.equal(ours[0].movedim(0, -1), torch.from_numpy(case[name])), (case.name, name)
+        seeds = case["policy_python_seeds"].tolist()
+        draws = [_drawn_policy(random.Random(seed)) for seed in seeds]
+        draws = AutoAugmentDraws(*(torch.tensor(of) for of in zip(*draws, strict=True)))
+        ours = policies.apply_auto_augment(image.expand(len(seeds), -1, -1, -1), draws)
+        assert torch.equal(ours.movedim(1, -1), torch.from_numpy(case["policy_outputs"])), case.name
+
+
+def _drawn_policy(rng: random.Random) -> tuple[int, list[bool], list[int]]:
+    """What the release's policy draws from Python's generator for one image: sub-policy, which operations, signs."""
+    number = rng.randint(0, len(policies.CIFAR10_POLICY) - 1)
+    applied, signs = [], []
+    for operation, probability, _ in policies.CIFAR10_POLICY[number]:
+        applied.append(rng.random() < probability)
+        signs.append(rng.choice([-1, 1]) if applied[-1] and operation in SIGNED else 1)
+    return number, applied, signs
+
+
+def test_listing_splits_into_labelled_and_unlabelled(golden):
+    """How the lists are read is tested with the loader."""
+    for case in golden(PAPER, "miniimagenet_listing"):
+        clean, keep = torch.from_numpy(case["clean_prob"]), torch.from_numpy(case["keep"]).bool()
+        # the case gives the flag, not the threshold: any between the two groups gives it
+        flags = torch.from_numpy(case["pred_clean"])
+        labelled, unlabelled = divide(torch.where(flags, 0.9, 0.1), keep, 0.3)
+        assert labelled.tolist() == case["labelled_index"].tolist()
+        assert unlabelled.tolist() == case["unlabelled_index"].tolist()
+        close(clean[labelled], case["labelled_prob"])
+
+
+# networks -------------------------------------------------------------------------------------------------------------
+
+
+def fixed_weights(network: nn.Module) -> nn.Module:
+    """The closed-form weights of the case, in eval mode."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            o, i, h, w = (
+                torch.arange(n, dtype=torch.float64).view([-1 if d == own else 1 for d in range(4)])
+                for own, n in enumerate(module.weight.shape)
+            )
+            outputs, inputs, *kernel = module.weight.shape
+            scale = math.sqrt(2 / (inputs * kernel[0] * kernel[1]))
+            module.weight.data = (
+                scale * torch.sin(1.3 * o + 0.7 * i + 0.5 * h + 0.3 * w + outputs / 64)
+            ).float()
+        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            c = torch.arange(module.num_features, dtype=torch.float64)
+            module.weight.data, module.bias.data = (
+                (1 + 0.1 * torch.cos(c)).float(),
+                (0.05 * torch.sin(c)).float(),
+            )
+            module.running_mean = (0.1 * torch.sin(0.5 * c)).float()
+            module.running_var = (1 + 0.2 * torch.cos(0.3 * c)).float()
+        elif isinstance(module, nn.Linear):
+            o = torch.arange(module.out_features, dtype=torch.float64)
+            i = torch.arange(module.in_features, dtype=torch.float64)
+            module.weight.data = (torch.cos(0.9 * o[:, None] + 0.4 * i) / math.sqrt(len(i))).float()
+            module.bias.data = (0.01 * o).float()
+    return network.eval()
+
+
+def relative(actual: Tensor, expected: np.ndarray) -> None:
+    expected = torch.from_numpy(expected)
+    assert float((actual - expected).abs().max() / expected.abs().max()) < 1e-3
+
+
+def size_of(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@torch.no_grad()
+def test_network(golden):
+    for case in golden(PAPER, "model_forward"):
+        facts = case.description["facts"]
+        classes = case["logits"].shape[1]
+        network = fixed_weights(Network(make_encoder(), 512, classes))
+        h = network(torch.from_numpy(case["x"]))
+        relative(h, case["embedding"])
+        relative(network.project(h), case["projection"])
+        relative(network.classify(h), case["logits"])
+        relative(network.project(h / 2), case["projection_of_half_embedding"])
+        relative(network.classify(h / 2), case["logits_of_half_embedding"])
+        ssl = fixed_weights(SimCLR(make_encoder(), 512, 128))
+        relative(ssl(torch.from_numpy(case["x"])), case["ssl_output"])
+
+        assert size_of(network.encoder) == facts["backbone_18_params"]
+        assert sum(b.numel() for b in network.encoder.buffers()) == facts["backbone_18_buffers"]
+        for classes_ in (10, 14, 100):
+            expected = facts[f"classifier_18_{classes_}classes_params"]
+            assert size_of(Network(make_encoder(), 512, classes_)) == expected
+        assert size_of(make_encoder("resnet34")) == facts["backbone_34_params"]
+        assert size_of(ssl) == facts["ssl_18_mlp_params"]
+        assert len(network.state_dict()) == facts["state_tensor_count_classifier"]
+        assert len(network.head()) == facts["head_group_tensors"]
+        assert len(list(network.encoder.parameters())) == facts["backbone_group_tensors"]
+
+
+# losses and schedules -------------------------------------------------------------------------------------------------
+
+
+def test_symmetric_cross_entropy(golden):
+    for case in golden(PAPER, "sce_loss"):
+        for part in parts(case):
+            logits, labels, targets = tensors(part, "logits", "labels", "soft_targets")
+            logits.requires_grad_()
+            hard = symmetric_cross_entropy(logits, labels)
+            close(hard, part["hard_each"])
+            close(hard.mean(), part["hard_mean"])
+            close(torch.autograd.grad(hard.mean(), logits)[0], part["grad_hard_mean"])
+            soft = soft_symmetric_cross_entropy(logits, targets)
+            close(soft, part["soft_each"])
+            close(soft.mean(), part["soft_mean"])
+            close(torch.autograd.grad(soft.mean(), logits)[0], part["grad_soft_mean"])
+            weighted = soft_symmetric_cross_entropy(logits, targets, ce_weight=0.3, rce_weight=2)
+            close(weighted, part["soft_each_a0.3_b2"])
+
+
+def test_warm_up_loss(golden):
+    for case in golden(PAPER, "warmup_loss"):
+        logits, labels, index = tensors(case, "logits", "labels", "index")
+        losses, kept = symmetric_cross_entropy(logits, labels), case["removed_flag"] == 0
+        close(losses, case["per_sample"])
+        kept = torch.from_numpy(kept)[index]
+        close(warm_up_loss(losses, kept), case["loss_intended"])
+        close(warm_up_loss(losses, kept, "batch"), case["loss_released"])
+
+
+def test_semi_supervised_losses(golden):
+    for case in golden(PAPER, "semi_loss"):
+        for part in parts(case):
+            of_x, of_u = (tensors(part, f"logits_{side}", f"targets_{side}", f"mask_{side}") for side in "xu")
+            of_x[0].requires_grad_(), of_u[0].requires_grad_()
+            loss_x, loss_u = labelled_loss(*of_x), unlabelled_loss(*of_u)
+            close(loss_x, part["Lx"])
+            close(loss_u, part["Lu"])
+            grad_x, grad_u = torch.autograd.grad(loss_x + 3 * loss_u, [of_x[0], of_u[0]])
+            close(grad_x, part["grad_logits_x"])
+            close(grad_u, part["grad_logits_u_times3"])
+
+
+def test_contrastive_loss(golden):
+    for case in golden(PAPER, "supcon_loss"):
+        for part in parts(case):
+            features, labels, pairs = tensors(part, "features", "labels", "pair_mask")
+            features.requires_grad_()
+            temperatures = float(part["temperature"]), float(part["base_temperature"])
+            loss = contrastive_loss(features, *temperatures)
+            close(loss, part["loss_unsup"])
+            close(torch.autograd.grad(loss, features)[0], part["grad_unsup"], atol=1e-5)
+            close(contrastive_loss(features, *temperatures, labels=labels), part["loss_labels"])
+            close(contrastive_loss(features, *temperatures, pairs=pairs), part["loss_mask"])
+            close(contrastive_loss(features, *temperatures, all_anchors=False), part["loss_unsup_one"])
+
+
+def test_ramp(golden):
+    for case in golden(PAPER, "linear_rampup"):
+        ours = [[ramp_up(at, warm) for at in case["current"].tolist()] for warm in case["warmup"].tolist()]
+        close(ours, case["value"])
+
+
+def test_learning_rates(golden):
+    for case in golden(PAPER, "cosine_lr"):
+        for part in parts(case):
+            epochs = int(part["epochs"])
+            bases = float(part["base_head"]), float(part["base_backbone"])
+            ours = [[learning_rate(e, base, epochs) for base in bases] for e in range(epochs)]
+            close(np.array(ours), part["lr"], atol=1e-12)
+
+
+# outliers and split ---------------------------------------------------------------------------------------------------
+
+
+def test_outlier_scores_and_who_is_removed(golden):
+    for case in golden(PAPER, "knn_ood"):
+        for letter in sorted({name.split("_")[0] for name in case.arrays}):
+            features = torch.from_numpy(case[f"{letter}_features"])
+            expected, top = torch.from_numpy(case[f"{letter}_scores"]), int(case[f"{letter}_top"])
+            for scores in (knn_scores(features), knn_scores(features, chunk=7), sklearn_knn_scores(features)):
+                torch.testing.assert_close(scores.double(), expected, rtol=0, atol=1e-5)
+                removed = ~kept_samples(scores, top)
+                assert removed.int().tolist() == case[f"{letter}_removed"].tolist(), (case.name, letter)
+
+
+def test_removal_schedule(golden):
+    for case in golden(PAPER, "removal_schedule"):
+        for part in parts(case):
+            epochs, size, share = int(part["epochs"]), int(part["n_samples"]), float(part["remove_ood"])
+            splits = split_epochs(
+                epochs, int(part["warmup"]), int(part["interval"]), bool(part["clustering"])
+            )
+            assert splits == part["split_epochs"].tolist()
+            factor = 10 if str(part["script"]) == "cifar" else 1
+            counts = [removal_count(e, size, share, factor, splits) for e in range(epochs)]
+            assert counts == part["removed_at_epoch"].tolist()
+
+
+def test_split(golden):
+    for case in golden(PAPER, "gmm_split"):
+        for part in parts(case):
+            logits, labels = tensors(part, "logits", "labels")
+            losses = F.cross_entropy(logits, labels, reduction="none")
+            close(normalised(losses), part["norm_loss"])
+            clean = clean_probability(losses, seed=0)
+            close(clean, part["clean_prob"], rtol=0, atol=2e-3)
+            threshold, kept = float(part["threshold"]), torch.ones(len(labels), dtype=torch.bool)
+            labelled, unlabelled = divide(clean, kept, threshold)
+            chosen = torch.zeros(len(labels), dtype=torch.bool)
+            chosen[labelled] = True
+            assert sorted([*labelled.tolist(), *unlabelled.tolist()]) == list(range(len(labels)))
+            sure = np.abs(part["clean_prob"] - threshold) > 2e-3
+            assert sure.mean() > 0.9 and np.array_equal(chosen.numpy()[sure], part["labelled"][sure])
+
+
+# a step, the test ------------------------------------------------------------------------------------------------------
+
+
+def test_mixematch_step(golden):
+    for case in golden(PAPER, "mixematch_step"):
+        for part in parts(case):
+            network = toy_from(part)
+            x, u = (
+                Views(
+                    tuple(tensors(part, f"{side}_view1", f"{side}_view2")),
+                    tuple(tensors(part, f"{side}_view3", f"{side}_view4")),
+                )
+                for side in "xu"
+            )
+            labels, clean, permutation = tensors(part, "labels", "clean_prob", "mix_perm")
+            arg = {name[4:]: float(value) for name, value in part.items() if name.startswith("arg_")}
+            targets = make_targets(network, x, u, labels, clean, arg["temperature"], arg["conf_threshold"])
+            close(targets.unlabelled, part["out_targets_u"])
+            close(targets.labelled, part["out_targets_x"])
+            close(targets.mask, part["out_conf_mask_u"])
+
+            share = float(part["mix_lambda"])
+            close(mix(torch.cat([*x.strong, *u.strong]), share, permutation), part["out_mixed_input"])
+            twice = [targets.labelled, targets.labelled, targets.unlabelled, targets.unlabelled]
+            close(mix(torch.cat(twice), share, permutation), part["out_mixed_target"])
+            embeddings = torch.cat([network(view) for view in (*x.strong, *u.strong)])
+            close(mix(embeddings, share, permutation), part["out_mixed_embedding"])
+
+            epoch, step, steps = (int(arg[n]) for n in ("epoch", "step_in_epoch", "steps_per_epoch"))
+            ramp = ramp_up(position(epoch, step, steps, "released"), int(arg["warmup_epochs"]))
+            close(ramp * arg["lambda_u"], part["out_ramped_lambda_u"])
+            close(ramp * arg["lambda_ue"], part["out_ramped_lambda_ue"])
+            names_of = ("lambda_x", "lambda_u", "lambda_xe", "lambda_ue", "lambda_c")
+            weights = Weights(*(arg[name] for name in names_of))
+            loss = step_loss(
+                network,
+                x,
+                u,
+                targets,
+                share=share,
+                permutation=permutation,
+                weights=weights,
+                ramp=ramp,
+            )
+            expected = ("total", "Lx", "Lu", "Lxe", "Lue", "contrastive", "penalty")
+            for ours, name in zip(loss, expected, strict=True):
+                close(ours, part[f"out_{name}"], rtol=1e-5)
+            close(balance_penalty(torch.from_numpy(part["out_logits_input"])), part["out_penalty"])
+
+            loss.total.backward()
+            parameters = dict(network.named_parameters())
+            graded = {t: o for t, o in names().items() if f"grad_{t}" in part}
+            assert len(graded) == len(parameters)
+            for theirs, ours in graded.items():
+                close(parameters[ours].grad, part[f"grad_{theirs}"], rtol=1e-4, atol=1e-5)
+
+
+def test_top_accuracy(golden):
+    for case in golden(PAPER, "topk_accuracy"):
+        logits, labels = tensors(case, "logits", "labels")
+        for k in (1, 5):
+            assert top_accuracy(logits, labels, k) == pytest.approx(float(case[f"top{k}"][0]), rel=1e-6)
+
+        class Given(nn.Module):
+            """Its images are embeddings, its embeddings logits."""
+
+            def forward(self, images: Tensor) -> Tensor:
+                return images
+
+            classify = forward
+
+        batches = [((logits[i : i + 5],), torch.arange(i, min(i + 5, len(logits)))) for i in range(0, 12, 5)]
+        together = all_logits(Given(), batches, len(logits), logits.shape[1], CPU)
+        assert top_accuracy(together, labels) == pytest.approx(float(case["top1_batched5"]), rel=1e-6)
