@@ -9,10 +9,10 @@ RUN     := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 DATASETS := cifar10 cifar100 mnist fashion_mnist
-.PHONY: help setup test lint format lock reproduce-afm reproduce-me-momentum reproduce-sanm reproduce-sfa reproduce-all speed check-data $(DATASETS:%=data-%)
+.PHONY: help setup test lint format lock reproduce-afm reproduce-manifold-dividemix reproduce-me-momentum reproduce-sanm reproduce-sfa reproduce-all speed check-data $(DATASETS:%=data-%)
 
 help:  ## list the targets
-	@awk -F':[^#]*## ' '/^[a-z0-9_ -]+:.*## /{n = split($$1, names, " "); for (i = 1; i <= n; i++) printf "%-22s %s\n", names[i], $$2}' Makefile
+	@awk -F':[^#]*## ' '/^[a-z0-9_ -]+:.*## /{n = split($$1, names, " "); for (i = 1; i <= n; i++) printf "%-29s %s\n", names[i], $$2}' Makefile
 	@echo
 	@echo "variables: PROFILE=$(PROFILE) (embedded, short or paper)  DATA=$(DATA)  SEEDS=\"$(SEEDS)\"  ARGS=\"more flags\""
 
@@ -40,6 +40,9 @@ format: setup  ## apply style
 reproduce-afm: setup  ## Attentive Feature Mixup, mixup and cross-entropy: CSV, comparison, figure
 	$(RUN) -m benchmarks.run afm --profile $(PROFILE) --data_path $(DATA) --seeds $(SEEDS) $(ARGS)
 
+reproduce-manifold-dividemix: setup  ## Manifold DivideMix, parts of it left out, and cross-entropy: CSV, comparison, figure
+	$(RUN) -m benchmarks.run manifold_dividemix --profile $(PROFILE) --data_path $(DATA) --seeds $(SEEDS) $(ARGS)
+
 reproduce-me-momentum: setup  ## Me-Momentum and cross-entropy: CSV, comparison, figure
 	$(RUN) -m benchmarks.run me_momentum --profile $(PROFILE) --data_path $(DATA) --seeds $(SEEDS) $(ARGS)
 
@@ -49,7 +52,7 @@ reproduce-sanm: setup  ## SANM on two bases, a base without masks, cross-entropy
 reproduce-sfa: setup  ## Stochastic Feature Averaging and cross-entropy: CSV, comparison, figure
 	$(RUN) -m benchmarks.run sfa --profile $(PROFILE) --data_path $(DATA) --seeds $(SEEDS) $(ARGS)
 
-reproduce-all: reproduce-afm reproduce-me-momentum reproduce-sanm reproduce-sfa  ## every method there is
+reproduce-all: reproduce-afm reproduce-manifold-dividemix reproduce-me-momentum reproduce-sanm reproduce-sfa  ## every method there is
 
 data-cifar10 data-cifar100 data-mnist data-fashion_mnist: setup  ## download a data set to DATA (torchvision's copy, md5 checked)
 	$(RUN) -m common.datasets download $(@:data-%=%) --data_path $(DATA)

@@ -65,6 +65,24 @@ def _sanm_settings() -> dict[str, tuple[str, ...]]:
     return settings | {f"clothing1m/clothing1m/{method}": ("Clothing1M", "real") for method in clothing}
 
 
+def _manifold_dividemix_settings() -> dict[str, tuple[str, ...]]:
+    methods = ("manifold-dividemix", "without-ood-removal", "without-manifold-mixup", "ce-pretrained", "ce")
+    settings = {
+        f"cifar100/cifar100-imagenet32-sym{r}-ood{o}/{method}": (
+            "CIFAR-100",
+            "symmetric + OOD ImageNet32",
+            f"r_in={r} r_out={o}",
+        )
+        for r, o in (("0.2", "0.2"), ("0.2", "0.4"), ("0.2", "0.6"), ("0.4", "0.4"))
+        for method in methods
+    }
+    return settings | {
+        f"mini_imagenet/mini_imagenet-red{r}/{method}": ("mini-ImageNet CNWL 32x32", "web (red)", r)
+        for r in ("0.2", "0.4", "0.6", "0.8")
+        for method in methods
+    }
+
+
 PAPERS = {
     "afm": Paper(
         Script("afm/train.py", ("--epochs", "10", "--schedule", "5", "8"), data_flag="--data-root"),
@@ -77,6 +95,21 @@ PAPERS = {
             "clothing1m/noisy+verified/afm": ("Clothing1M", "real: 1M noisy + 25k verified"),
             "clothing1m/noisy+clean/afm": ("Clothing1M", "real: 1M noisy + 50k clean"),
             "clothing1m/noisy+clean/ce": ("Clothing1M", "real: 1M noisy + 50k clean"),
+        },
+    ),
+    "manifold_dividemix": Paper(
+        Script(
+            "manifold_dividemix/train_semisup.py",
+            ("--epochs", "30", "--warmup-epoch", "10", "--interval", "5"),
+        ),
+        baseline=False,
+        published=_manifold_dividemix_settings(),
+        others={
+            "pretrain.py": Script("manifold_dividemix/pretrain.py", ("--epochs", "100")),
+            "train_semisup_miniimagenet.py": Script(
+                "manifold_dividemix/train_semisup_miniimagenet.py",
+                ("--epochs", "15", "--warmup-epoch", "5", "--interval", "5"),
+            ),
         },
     ),
     "me_momentum": Paper(

@@ -28,7 +28,7 @@ def load_encoder(encoder: nn.Module, path: str | Path) -> Taken:
     The file: .safetensors; or one of torch.save, a state dict of tensors or a dict with one as `model`, as SupContrast
     writes it. Prefixes `module.` and `encoder.` of the names do not matter, nor whether shortcuts of residual blocks are called
     shortcut or downsample; num_batches_tracked may be missing. Nothing in the file is run. UserError: no such file, damaged,
-    other things in it, or a tensor of the encoder that it lacks or has in another shape.
+    other things in it, a tensor of the encoder that it lacks or has in another shape, or further layers of a deeper encoder.
     """
     path = Path(path)
     found = _by_name(_read(path), path)
@@ -44,6 +44,13 @@ def load_encoder(encoder: nn.Module, path: str | Path) -> Taken:
             raise UserError(
                 f"--pretrained {path}: {name} has shape {list(weights[name].shape)}, expected {list(tensor.shape)}: "
                 "an encoder of other images or another width"
+            )
+    known = {there for name in own for there in _names(name)}
+    parts = {name.partition(".")[0] for name in own}
+    for name in found:
+        if name not in known and name.partition(".")[0] in parts:
+            raise UserError(
+                f"--pretrained {path}: has {name}, which this encoder has not: another architecture"
             )
     encoder.load_state_dict(weights, strict=False)
     counts = Taken(len(weights), len(found) - len(weights))

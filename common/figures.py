@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,11 +12,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from common.cli import UserError
 
 SUFFIXES = (".png", ".pdf", ".svg")
+COLORS = plt.colormaps["tab10"].colors
+WIDTH = 12  # inches, of a figure that has panels of curves
+IN_A_ROW = 3  # of these at most
 
 
 class Curve(NamedTuple):
@@ -25,6 +28,30 @@ class Curve(NamedTuple):
     method: str  # with its fidelity, if it is not the paper's
     arguments: dict
     accuracy: np.ndarray  # test accuracy in percent by epoch
+
+
+class RunResult(NamedTuple):
+    """A run of a training script, or of a pre-training script that measures by kNN.
+
+    The curve of a pre-training run is its kNN accuracy where it was measured, and its method names the data set too.
+    """
+
+    folder: Path
+    curve: Curve
+    epochs: np.ndarray  # of the curve, from 1
+    pretraining: bool
+
+
+class PanelGrid(NamedTuple):
+    """How panels of curves stand in a figure with the legend of each below it."""
+
+    rows: int
+    columns: int
+    in_legend: int  # entries beside each other
+    height: float  # inches, of all rows
+
+
+# reading --------------------------------------------------------------------------------------------------------------
 
 
 def read_curve(folder: Path) -> Curve:
@@ -37,9 +64,48 @@ def read_curve(folder: Path) -> Curve:
         released = arguments.get("fidelity") == "released"
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{folder} is no run directory: {Path(error.filename).name} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(f"{folder} is damaged ({type(error).__name__}: {error})") from None
     return Curve(method + (" (released)" if released else ""), arguments, accuracy)
+
+
+def read_run(folder: Path) -> RunResult:
+    """A run of training or pre-training. UserError: it is none, or damaged."""
+    if measures_knn(folder):
+        return read_pretraining(folder)
+    curve = read_curve(folder)
+    return RunResult(folder, curve, np.arange(1, len(curve.accuracy) + 1), False)
+
+
+def measures_knn(folder: Path) -> bool:
+    """Whether a run's log has a kNN accuracy, as that of common.simclr has."""
+    try:
+        with (folder / "log.csv").open(newline="") as file:
+            return "knn_accuracy" in next(csv.reader(file), [])
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return False
+
+
+def read_pretraining(folder: Path) -> RunResult:
+    """A run of pre-training, without the epochs in which nothing was measured. UserError: it is damaged."""
+    try:
+        description = json.loads((folder / "args.json").read_text())
+        with (folder / "log.csv").open(newline="") as file:
+            measured = [row for row in csv.DictReader(file) if row["knn_accuracy"]]
+        accuracy = np.array([float(row["knn_accuracy"]) for row in measured])
+        epochs = np.array([int(row["epoch"]) for row in measured])
+        arguments = description["arguments"]
+        curve = Curve(f"{description['method']} on {arguments['dataset']}", arguments, accuracy)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is no run directory: {Path(error.filename).name} is missing") from None
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"{folder} is damaged ({type(error).__name__}: {error})") from None
+    if not measured:
+        raise UserError(f"{folder} has measured no kNN accuracy yet")
+    return RunResult(folder, curve, epochs, True)
+
+
+# drawing --------------------------------------------------------------------------------------------------------------
 
 
 def draw_curves(axes: Axes, curves: Iterable[tuple[str, np.ndarray]]) -> None:
@@ -56,6 +122,82 @@ def draw_curves(axes: Axes, curves: Iterable[tuple[str, np.ndarray]]) -> None:
     axes.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 100))
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
+
+
+def panels(runs: list[RunResult], title: Callable[[RunResult], str]) -> dict[str, list[RunResult]]:
+    """The runs of each panel of curves by its title: training runs of the same title share one, pre-training comes last."""
+    by_title: dict[str, list[RunResult]] = {}
+    for run in sorted(runs, key=lambda run: run.pretraining):
+        key = "Pre-training without labels: kNN accuracy" if run.pretraining else title(run)
+        by_title.setdefault(key, []).append(run)
+    return by_title
+
+
+def panel_grid(by_title: dict[str, list[RunResult]]) -> PanelGrid:
+    """Room for the panels of curves: as many in a row as leave the longest name of a method its place in the legend."""
+    methods = [{run.curve.method for run in runs} for runs in by_title.values()]
+    entry = 1.15 + 0.06 * max(len(name) for names in methods for name in names)  # inches, at 8 points
+    columns = max(1, min(len(by_title), IN_A_ROW, int(WIDTH / entry)))
+    rows, in_legend = -(-len(by_title) // columns), max(1, int(WIDTH / columns / entry))
+    lines = -(-(1 + max(map(len, methods))) // in_legend)
+    return PanelGrid(rows, columns, in_legend, rows * (3.5 + 0.17 * lines))
+
+
+def draw_setting(axes: Axes, runs: list[RunResult], colors: dict[str, tuple], warm_up: str) -> None:
+    """Test accuracy by epoch of the runs of one setting, and where their warm-up ends if it is at the same epoch.
+
+    colors: by method. warm_up: which of the arguments has the length of the warm-up.
+    """
+    methods = dict.fromkeys(run.curve.method for run in runs)
+    axes.set_prop_cycle(color=[colors[method] for method in methods])
+    draw_curves(axes, [(run.curve.method, run.curve.accuracy) for run in runs])
+    split = [run.curve.arguments for run in runs if run.curve.arguments.get("selection") == "gmm"]
+    ends = {arguments.get(warm_up) for arguments in split}
+    if len(ends) == 1 and None not in ends:
+        axes.axvline(ends.pop() + 0.5, color="gray", linestyle=":", label="end of the warm-up")
+
+
+def draw_pretraining(axes: Axes, runs: list[RunResult]) -> None:
+    """kNN accuracy by epoch of each data set's pre-training: mean and range over the runs where all of them measured it."""
+    by_data: dict[str, list[RunResult]] = {}
+    for run in runs:
+        by_data.setdefault(run.curve.method, []).append(run)
+    for method, members in by_data.items():
+        epochs = sorted(set.intersection(*({*run.epochs.tolist()} for run in members)))
+        values = np.stack([run.curve.accuracy[np.isin(run.epochs, epochs)] for run in members])
+        label = f"{method}, {len(members)} run(s)"
+        (line,) = axes.plot(epochs, values.mean(axis=0), marker=".", markersize=4, label=label)
+        axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), alpha=0.2, color=line.get_color())
+    axes.set(xlabel="epoch", ylabel="kNN accuracy (%)", ylim=(0, 100))
+    axes.grid(alpha=0.3)
+
+
+def draw_panels(figure: SubFigure, by_title: dict[str, list[RunResult]], warm_up: str) -> None:
+    """The panels of curves, legends below them; a method has one colour throughout. warm_up: as of `draw_setting`."""
+    training = [run for members in by_title.values() for run in members if not run.pretraining]
+    methods = dict.fromkeys(run.curve.method for run in training)
+    colors = {method: COLORS[number % len(COLORS)] for number, method in enumerate(methods)}
+    rows, columns, in_legend, _ = panel_grid(by_title)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (title, members) in zip(grid, by_title.items(), strict=False):
+        if members[0].pretraining:
+            draw_pretraining(axes, members)
+        else:
+            draw_setting(axes, members, colors, warm_up)
+        axes.set_title(title, fontsize=10)
+        legend_below(axes, ncols=in_legend, fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    for axes in grid[len(by_title) :]:
+        axes.axis("off")
+
+
+def legend_below(axes: Axes, **options) -> None:
+    """A legend below the label of the horizontal axis, however high the panel is."""
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.8}
+    axes.legend(**place, frameon=False, **options)
+
+
+# writing --------------------------------------------------------------------------------------------------------------
 
 
 def checked_path(text: str) -> Path:

@@ -1,7 +1,8 @@
 """Device and precision: chosen once, printed with the reason, and used by every script in the same way."""
 
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,17 @@ class Device(NamedTuple):
     def peak_memory_mb(self) -> float | None:
         """Most memory that tensors took on the card so far, in MiB; None on CPU."""
         return torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else None
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Matrix products of float32 without TF32's rounding to three digits: for scores that samples are ranked by."""
+    usual = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(usual)
 
 
 def pick(device: str = "auto", precision: str = "auto", index: int = 0, *, several: bool = False) -> Device:

@@ -374,7 +374,7 @@ def open_set(size: int, ood_ratio: float, pool_size: int, rng: RandomState) -> O
     goes to the ascending positions. Nothing is drawn at ratio 0. RandomState(OPEN_SET_SEED) gives the benchmark's images.
     ValueError: a pool with fewer images than places.
     """
-    _check_rate(ood_ratio)
+    _check_rate(ood_ratio, "ood ratio")
     if ood_ratio == 0:
         return OpenSet(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
     positions = np.flatnonzero(rng.random_sample(size) < ood_ratio)
@@ -409,7 +409,7 @@ def in_distribution_noise(
     """
     labels = _checked_labels(labels, num_classes)
     _check_rate(rate)
-    _check_rate(ood_ratio)
+    _check_rate(ood_ratio, "ood ratio")
     if rate + ood_ratio > 1 + 1e-9:
         raise ValueError(f"noise rate {rate} and ood ratio {ood_ratio} are shares of the whole: more than 1")
     if noise_type not in ("sym", "asym", "superclass"):
@@ -451,10 +451,10 @@ def next_in_group(groups: Sequence[int], rate: float) -> np.ndarray:
     return matrix
 
 
-def look_alike_matrix(rate: float, num_classes: int = 10) -> np.ndarray:
-    """T [K, K]: a class of CIFAR-10 becomes its look-alike, if it has one, with probability `rate`."""
+def look_alike_matrix(rate: float) -> np.ndarray:
+    """T [10, 10]: a class of CIFAR-10 becomes its look-alike, if it has one, with probability `rate`."""
     _check_rate(rate)
-    matrix = np.eye(num_classes)
+    matrix = np.eye(10)
     for own, other in CIFAR10_LOOK_ALIKES.items():
         matrix[own, own], matrix[own, other] = 1 - rate, rate
     return matrix
@@ -463,9 +463,9 @@ def look_alike_matrix(rate: float, num_classes: int = 10) -> np.ndarray:
 # checks ---------------------------------------------------------------------------------------------------------------
 
 
-def _check_rate(rate: float) -> None:
+def _check_rate(rate: float, name: str = "noise rate") -> None:
     if not 0 <= rate <= 1:  # also refuses NaN
-        raise ValueError(f"noise rate must be in [0, 1], got {rate}")
+        raise ValueError(f"{name} must be in [0, 1], got {rate}")
 
 
 def _checked_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:

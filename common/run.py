@@ -272,15 +272,19 @@ class Run:
                 raise RuntimeError(f"epoch {epoch} was not logged")
             self._save()
 
-    def progress(self, batches: Iterable, description: str, training: bool = True) -> Iterator:
+    def progress(
+        self, batches: Iterable, description: str, training: bool = True, whole: bool = False
+    ) -> Iterator:
         """Go through batches (views, index) with a progress bar on a terminal, stopping where a signal asked to.
 
-        training: count the samples as trained on, for images_per_second.
+        training: count the samples as trained on, for images_per_second. whole: of several processes each has the whole
+        batches, not a piece of each.
         """
         quiet = not sys.stderr.isatty() or processes.rank() > 0
         for batch in tqdm(batches, description, leave=False, disable=quiet):
             self._stop_if_asked()
-            self.images += len(batch[1]) * processes.world() if training else 0
+            if training:
+                self.images += len(batch[1]) * (1 if whole else processes.world())
             yield batch
 
     def log(self, epoch: int, **values: float | int | None) -> None:
@@ -291,8 +295,9 @@ class Run:
         seconds = time.perf_counter() - self._epoch_started
         for name, value in values.items():
             if name.endswith("loss") and value is not None and not np.isfinite(value):
+                rate = "--lr" if "lr" in vars(self.args) else "the learning rates"
                 raise UserError(
-                    f"{name} is {value} at epoch {epoch}: lower --lr or try --precision fp32, with another --out"
+                    f"{name} is {value} at epoch {epoch}: lower {rate} or try --precision fp32, with another --out"
                 )
         row = {
             "epoch": epoch,

@@ -162,6 +162,8 @@ def load_open_set(args: Namespace) -> Corpus:
 def load_mini_imagenet(args: Namespace) -> Corpus:
     """mini-ImageNet with controlled noise from the web (Sec. 2.2), decoded at --img-size. UserError: files missing, damaged."""
     root = Path(args.data_path)
+    if not (root / "split").is_dir() and (root / "mini-imagenet").is_dir():
+        root = root / "mini-imagenet"
     files = processes.from_first(
         lambda: datasets.load_mini_imagenet(
             root, args.noise_type, args.noise_ratio, args.on_bad_image, args.workers

@@ -2,7 +2,7 @@
 
 from argparse import BooleanOptionalAction, Namespace
 
-from common import cli
+from common import cli, processes
 from manifold_dividemix.mixematch import Weights
 from manifold_dividemix.networks import ARCHITECTURES
 
@@ -170,4 +170,6 @@ def settle(parser: cli.Parser, args: Namespace, released_bn: str, released_mask:
     if args.batch_size < 2:
         parser.error(f"argument --batch-size: must be at least 2, got {args.batch_size}")
     if args.selection == "gmm" and args.warmup_epoch >= args.epochs:
-        print(f"note: warm-up only, --warmup-epoch {args.warmup_epoch} is not below --epochs {args.epochs}")
+        processes.say(
+            f"note: warm-up only, --warmup-epoch {args.warmup_epoch} is not below --epochs {args.epochs}"
+        )

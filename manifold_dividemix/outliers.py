@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from common import gpu
+
 CHUNK = 1024  # rows that are compared with all others at once: 200 MB of float32 at 50000 samples
 
 
@@ -29,7 +31,8 @@ def knn_scores(embeddings: Tensor, k: int = 10, chunk: int = CHUNK) -> Tensor:
         if euclidean:
             distances = torch.cdist(own, rows, compute_mode="donot_use_mm_for_euclid_dist")
         else:
-            distances = (1 - own @ rows.T).clamp_min(0)
+            with gpu.exact_products():
+                distances = (1 - own @ rows.T).clamp_min(0)
         here = torch.arange(len(own), device=rows.device)
         distances[here, start + here] = math.inf
         nearest = distances.topk(min(k, size - 1), dim=1, largest=False).values
@@ -72,7 +75,8 @@ def removal_count(epoch: int, size: int, share: float, start_factor: float, spli
 
 
 def outlier_auroc(scores: Tensor, ood: np.ndarray | None) -> float | None:
-    """How well low scores tell images from elsewhere, bool [N]: area under the ROC curve; None where nobody knows them."""
-    if ood is None or not 0 < ood.sum() < len(ood):
+    """How well low scores tell images from elsewhere, bool [N]: area under the ROC curve; None where nobody knows them, and of
+    scores that are not finite."""
+    if ood is None or not 0 < ood.sum() < len(ood) or not scores.isfinite().all():
         return None
     return float(roc_auc_score(ood, -scores.cpu().numpy()))

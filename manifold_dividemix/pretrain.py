@@ -82,6 +82,8 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     device = gpu.pick(args.device, args.precision, args.gpu)
     corpus = data.load_mini_imagenet(args) if args.dataset == MINI_IMAGENET else data.load_open_set(args)
+    if len(corpus.observed) < 2:
+        raise UserError("one training image has no neighbours: use a larger --limit_train or data set")
     if args.drop_last and len(corpus.observed) < args.batch_size:
         raise UserError(
             f"--drop_last: a batch of {args.batch_size} is more than all {len(corpus.observed)} images"

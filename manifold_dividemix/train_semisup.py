@@ -147,7 +147,7 @@ def warm_up_epoch(network: Network, optimizer: Optimizer, kept: Tensor, epoch: i
     """Symmetric cross-entropy on all samples that are not removed [Sec. 4.3]: mean loss, and no parts."""
     args = s.args
     set_mode(network, args.bn_mode, True, args.weights == "freeze")
-    batches = s.run.progress(s.batches(s.crop()), f"epoch {epoch} warm-up")
+    batches = s.run.progress(s.batches(s.crop()), f"epoch {epoch} warm-up", whole=True)
     losses = warm_up(
         network,
         optimizer,
@@ -192,7 +192,7 @@ def mixematch_epoch(
     losses = train_divided(
         network,
         optimizer,
-        s.run.progress(batches, f"epoch {epoch} training"),
+        s.run.progress(batches, f"epoch {epoch} training", whole=True),
         without_single(others) if network.training else others,
         step,
         labels=s.labels,
@@ -253,8 +253,7 @@ def train(network: Network, corpus: Corpus, run: Run, args: Namespace, device: g
     run.resume({**state, "memory": memory})
     kept, clean = (value if value is None else value.to(device.device) for value in list(memory.values())[:2])
     s = Setting(args, device, run, train_images, labels, loader, draws)
-    splits = split_epochs(args.epochs, args.warmup_epoch, args.interval, args.clustering)
-    splits = splits if args.selection == "gmm" else []
+    splits = splits_of(args)
 
     for number in run.epochs(args.epochs):
         epoch, auroc = number - 1, None  # the release counts from 0
@@ -283,6 +282,13 @@ def train(network: Network, corpus: Corpus, run: Run, args: Namespace, device: g
         run.log(number, **report, lr_head=optimizer.param_groups[0]["lr"])
     last = {f"last_{name}": run.rows[-1][name] for name in STATISTICS}
     run.finish(first_ood_auroc=memory["first_auroc"], last_ood_auroc=memory["auroc"], **last)
+
+
+def splits_of(args: Namespace) -> list[int]:
+    """The epochs, from 0, that begin with a split [Sec. 4.4]."""
+    if args.selection == "none":
+        return []
+    return split_epochs(args.epochs, args.warmup_epoch, args.interval, args.clustering)
 
 
 def too_small(labelled: Tensor, unlabelled: Tensor, batch_size: int) -> bool:
@@ -349,7 +355,8 @@ def split_statistics(
 def method(args: Namespace) -> str:
     """What a result row calls the method."""
     if args.selection == "none":
-        return args.warmup_loss
+        begun = "" if args.pretrained == "none" else " (pre-trained)"
+        return args.warmup_loss + begun + (" with OOD removal" if args.remove_ood else "")
     parts = {
         "OOD removal": args.remove_ood == 0,
         "manifold mixup": args.lambda_xe == args.lambda_ue == 0,
@@ -384,8 +391,9 @@ def main(argv=None) -> None:
 def check_sizes(corpus: Corpus, args: Namespace) -> None:
     """UserError: a removal that leaves too little to train on, or batches that cannot be shared out."""
     size = len(corpus.observed)
-    splits = split_epochs(args.epochs, args.warmup_epoch, args.interval, args.clustering)
-    removed = removal_count(args.epochs - 1, size, args.remove_ood, args.ood_start_factor, splits)
+    if size < 2:
+        raise UserError("one training image has no neighbours: use a larger --limit_train or data set")
+    removed = removal_count(args.epochs - 1, size, args.remove_ood, args.ood_start_factor, splits_of(args))
     if size - removed < 2:
         raise UserError(
             f"--remove-ood {args.remove_ood}: {removed} of {size} images would be removed in the end; use a smaller one"
@@ -394,21 +402,27 @@ def check_sizes(corpus: Corpus, args: Namespace) -> None:
         raise UserError(
             f"--batch-size {args.batch_size}: cannot be cut into equal pieces for {processes.world()} processes"
         )
+    if processes.world() > 1 and size < args.batch_size:
+        raise UserError(
+            f"--batch-size {args.batch_size}: more than all {size} images, which {processes.world()} processes share"
+        )
 
 
 def directory_name(args: Namespace) -> str:
     """The run directory's name: data, corruption, noise and seed, then whatever differs from the defaults."""
     always = ("dataset", "corruption", "noise_ratio", "ood_ratio", "seed")
-    return run_name(args, vars(parse_args(["--dataset", args.dataset, "--fidelity", args.fidelity])), always)
+    defaults = vars(parse_args(["--dataset", args.dataset, "--fidelity", args.fidelity]))
+    return run_name(args, {**defaults, "fidelity": "paper"}, always)
 
 
 def cell(args: Namespace, corpus: Corpus) -> dict:
     """The columns of a result row that say what was trained on, and at which profile."""
     noise = Path(args.noise_file).name if args.noise_file else args.noise_type
+    rate = args.noise_ratio if args.noise_type != "no" else 0.0
     return {
         "dataset": corpus.name,
         "noise_type": f"{noise} + {args.corruption}" if args.ood_ratio else noise,
-        "noise_rate": None if args.noise_file else args.noise_ratio,
+        "noise_rate": None if args.noise_file else rate,
         "imb_factor": None,
         "ood_ratio": args.ood_ratio,
         "profile": "embedded" if args.dataset == "digits" else "paper" if args.epochs >= 300 else "short",

@@ -3,8 +3,8 @@
     python manifold_dividemix/train_semisup_miniimagenet.py --data-dir DIR --pretrained .../encoder.safetensors
     torchrun --nproc_per_node=4 manifold_dividemix/train_semisup_miniimagenet.py ...        # the same on four cards
 
-DIR holds split/, all_images/ and validation/. Images are decoded once and stay on the device; the training is that of
-train_semisup.py. Which of them are from elsewhere nobody knows, so that the log has no figures of it.
+DIR, by default data/mini-imagenet, holds split/, all_images/ and validation/. Images are decoded once and stay on the device;
+the training is that of train_semisup.py. Which of them are from elsewhere nobody knows, so that the log has no figures of it.
 """
 
 import sys
@@ -35,9 +35,9 @@ def make_parser() -> cli.Parser:
         "--data-dir",
         "--data_path",
         dest="data_path",
-        default="./data/mini-imagenet",
+        default="./data",
         metavar="DIR",
-        help="split/, all_images/ and validation/ are in it",
+        help="split/, all_images/ and validation/ are in it, or in its mini-imagenet/",
     )
     files.add_argument("--num-class", type=cli.count, default=100, help="ignored: the data set decides")
     files.add_argument(
@@ -83,7 +83,8 @@ def main(argv=None) -> None:
 def directory_name(args: Namespace) -> str:
     """The run directory's name: list, image size and seed, then whatever differs from the defaults."""
     always = ("dataset", "noise_type", "noise_ratio", "img_size", "seed")
-    return run_name(args, vars(parse_args(["--fidelity", args.fidelity])), always)
+    defaults = vars(parse_args(["--fidelity", args.fidelity]))
+    return run_name(args, {**defaults, "fidelity": "paper"}, always)
 
 
 def cell(args: Namespace, corpus: Corpus) -> dict:

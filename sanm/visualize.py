@@ -7,8 +7,6 @@ network sees them: activation map, both masked copies, and the reconstruction. T
 description in sanm/README.md.
 """
 
-import csv
-import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -26,11 +24,11 @@ from common import checkpoint, cli, datasets, figures
 from common.cli import UserError
 from common.datasets import Data
 from common.datasets.arrays import read_npy, read_npz
+from common.figures import RunResult, read_run
 from common.loader import Images
 from sanm.masking import MaskRule, draw_masks, mask, quantised_activation
 from sanm.networks import MaskedNetwork, make_network
 
-COLORS = figures.plt.colormaps["tab10"].colors
 CLEAN, MISLABELLED = "tab:blue", "tab:orange"
 AT_MAX, AT_MIN = "tab:red", "deepskyblue"  # outlines of the masks
 NOISE = {"sym": "symmetric", "asym": "asymmetric"}
@@ -42,59 +40,10 @@ COLUMNS = {
     "rebuilt from\nmask at max.": "black",
 }
 SEED = 0  # of the samples shown, and of their masks
-PANELS = 3  # in a row
 ROW = 1.05  # inches, of a row of images
 
 
-class RunResult(NamedTuple):
-    """What a run directory says of its run.
-
-    The curve of a pre-training run is its kNN accuracy where it was measured, and its method names the data set too.
-    """
-
-    folder: Path
-    curve: figures.Curve
-    epochs: np.ndarray  # of the curve, from 1
-    pretraining: bool
-
-
 # reading --------------------------------------------------------------------------------------------------------------
-
-
-def read_run(folder: Path) -> RunResult:
-    """A run of any of the scripts. UserError: it is none, or damaged."""
-    if measures_knn(folder):
-        return read_pretraining(folder)
-    curve = figures.read_curve(folder)
-    return RunResult(folder, curve, np.arange(1, len(curve.accuracy) + 1), False)
-
-
-def measures_knn(folder: Path) -> bool:
-    """Whether a run's log has a kNN accuracy, as pretrain.py's has."""
-    try:
-        with (folder / "log.csv").open(newline="") as file:
-            return "knn_accuracy" in next(csv.reader(file), [])
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-def read_pretraining(folder: Path) -> RunResult:
-    """A run of pretrain.py, without the epochs in which nothing was measured. UserError: it is damaged."""
-    try:
-        description = json.loads((folder / "args.json").read_text())
-        with (folder / "log.csv").open(newline="") as file:
-            measured = [row for row in csv.DictReader(file) if row["knn_accuracy"]]
-        accuracy = np.array([float(row["knn_accuracy"]) for row in measured])
-        epochs = np.array([int(row["epoch"]) for row in measured])
-        arguments = description["arguments"]
-        curve = figures.Curve(f"{description['method']} on {arguments['dataset']}", arguments, accuracy)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is no run directory: {Path(error.filename).name} is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is damaged ({type(error).__name__}: {error})") from None
-    if not measured:
-        raise UserError(f"{folder} has measured no kNN accuracy yet")
-    return RunResult(folder, curve, epochs, True)
 
 
 def setting(run: RunResult) -> str:
@@ -271,64 +220,6 @@ def read_samples(run: RunResult, split: dict[str, np.ndarray], count: int, data_
 # drawing --------------------------------------------------------------------------------------------------------------
 
 
-def draw_setting(axes, runs: list[RunResult], colors: dict[str, str]) -> None:
-    """Test accuracy by epoch of the runs of one setting, and where their warm-up ends if it is at the same epoch."""
-    methods = dict.fromkeys(run.curve.method for run in runs)
-    axes.set_prop_cycle(color=[colors[method] for method in methods])
-    figures.draw_curves(axes, [(run.curve.method, run.curve.accuracy) for run in runs])
-    split = [run.curve.arguments for run in runs if run.curve.arguments.get("selection") == "gmm"]
-    ends = {arguments.get("warm_up") for arguments in split}
-    if len(ends) == 1 and None not in ends:
-        axes.axvline(ends.pop() + 0.5, color="gray", linestyle=":", label="end of the warm-up")
-    axes.set_title(f"Test accuracy: {setting(runs[0])}", fontsize=10)
-
-
-def draw_pretraining(axes, runs: list[RunResult]) -> None:
-    """kNN accuracy by epoch of each data set's pre-training: mean and range over the runs where all of them measured it."""
-    by_data: dict[str, list[RunResult]] = {}
-    for run in runs:
-        by_data.setdefault(run.curve.method, []).append(run)
-    for method, members in by_data.items():
-        epochs = sorted(set.intersection(*({*run.epochs.tolist()} for run in members)))
-        values = np.stack([run.curve.accuracy[np.isin(run.epochs, epochs)] for run in members])
-        label = f"{method}, {len(members)} run(s)"
-        (line,) = axes.plot(epochs, values.mean(axis=0), marker=".", markersize=4, label=label)
-        axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), alpha=0.2, color=line.get_color())
-    axes.set(xlabel="epoch", ylabel="kNN accuracy (%)", ylim=(0, 100))
-    axes.set_title("Pre-training without labels: kNN accuracy", fontsize=10)
-    axes.grid(alpha=0.3)
-
-
-def draw_curves(figure, runs: list[RunResult]) -> None:
-    """A panel for each setting and one for pre-training, legends below them; a method has one colour throughout."""
-    settings: dict[str, list[RunResult]] = {}
-    for run in runs:
-        if not run.pretraining:
-            settings.setdefault(setting(run), []).append(run)
-    methods = dict.fromkeys(run.curve.method for members in settings.values() for run in members)
-    colors = {method: COLORS[number % len(COLORS)] for number, method in enumerate(methods)}
-    pretraining = [run for run in runs if run.pretraining]
-    rows, columns = curve_grid(runs)
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, members in zip(grid, settings.values(), strict=False):
-        draw_setting(axes, members, colors)
-    if pretraining:
-        draw_pretraining(grid[len(settings)], pretraining)
-    for axes in grid[: len(settings) + bool(pretraining)]:
-        axes.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=5 - columns, fontsize=8, frameon=False
-        )
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    for axes in grid[len(settings) + bool(pretraining) :]:
-        axes.axis("off")
-
-
-def curve_grid(runs: list[RunResult]) -> tuple[int, int]:
-    """Rows and columns of the panels of curves."""
-    panels = len({None if run.pretraining else setting(run) for run in runs})
-    return -(-panels // PANELS), min(panels, PANELS)
-
-
 def draw_histogram(axes, probability: np.ndarray, right: np.ndarray, threshold: float) -> None:
     """One network's clean probabilities [N], of the samples with right labels, bool [N], and of the others, in two colours."""
     bins = np.linspace(0, 1, 41)
@@ -436,13 +327,14 @@ def draw(
     out: Path,
 ) -> None:
     """Write the figure: the curves of the runs, and the split and the samples of one of them, if there are any."""
-    heights = [3.8 * curve_grid(runs)[0]]
+    panels = figures.panels(runs, lambda run: f"Test accuracy: {setting(run)}")
+    heights = [figures.panel_grid(panels).height]
     heights += [2.9] if split is not None else []
     heights += [0.9 + ROW * highest(sample_blocks(shown))] if shown is not None else []
-    figure = figures.plt.figure(figsize=(12, sum(heights)), layout="constrained")
+    figure = figures.plt.figure(figsize=(figures.WIDTH, sum(heights)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08)
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    draw_curves(parts[0], runs)
+    figures.draw_panels(parts[0], panels, warm_up="warm_up")
     if split is not None:
         draw_split(parts[1], run, split)
     if shown is not None:

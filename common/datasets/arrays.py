@@ -23,7 +23,16 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (EOFError, MemoryError, OverflowError, KeyError, zlib.error, zipfile.BadZipFile) as error:
+    # zipfile: RuntimeError where a damaged entry seems to be encrypted, or compressed in a way it does not know
+    except (
+        EOFError,
+        MemoryError,
+        OverflowError,
+        KeyError,
+        RuntimeError,
+        zlib.error,
+        zipfile.BadZipFile,
+    ) as error:
         raise ValueError(f"damaged: {error}") from None
     strange = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
     if strange:

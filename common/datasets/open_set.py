@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.random import RandomState
 
 from common import noise, processes
@@ -15,7 +16,7 @@ from common.cli import UserError
 from common.datasets.arrays import read_npz
 from common.datasets.given_labels import labels_of
 from common.datasets.in_memory import Data
-from common.datasets.pools import FOLDERS, listing, open_pool, resized
+from common.datasets.pools import FOLDERS, imagenet32_note, listing, open_pool, resized
 from common.files import write_atomic
 
 
@@ -77,7 +78,9 @@ def corrupt(
                 RandomState(corruption.noise_seed),
             )
     except ValueError as error:
-        raise UserError(f"--noise-type {corruption.noise_type}: {error}") from None
+        raise UserError(
+            f"--noise-type {corruption.noise_type} --noise-ratio {corruption.noise_rate}: {error}"
+        ) from None
     images = data.train.images.copy()
     images[ood] = replaced
     is_ood = np.zeros(len(labels), dtype=bool)
@@ -99,7 +102,9 @@ def replacements(
     if corruption.ood_ratio == 0:
         return np.empty(0, dtype=np.int64), data.train.images[:0]
     if corruption.pool == data.name:
-        raise UserError(f"--corruption {corruption.pool}: these are the training images themselves")
+        raise UserError(
+            f"--corruption {corruption.pool}: these are the training images themselves; choose another pool"
+        )
     wanted = {
         "data_set": data.name,
         "images": [size, *shape],
@@ -113,6 +118,7 @@ def replacements(
         path = cache and cache / f"{data.name}-{corruption.pool}-{corruption.ood_ratio}.npz"
     kept = read_cache(path, wanted) if path and path.is_file() else None
     if kept is not None:
+        _say_note(corruption.pool, kept.pool_size)
         drawn = _draw(size, corruption, kept.pool_size, rng)
         if not np.array_equal(drawn.source, kept.source):
             raise UserError(f"{path} holds other images than the draws ask for: remove it")
@@ -120,8 +126,7 @@ def replacements(
         return drawn.positions, kept.images
 
     pool = open_pool(corruption.pool, root, pool_folder)
-    if pool.note:
-        processes.say(f"note: {pool.note}")
+    _say_note(corruption.pool, pool.size)
     drawn = _draw(size, corruption, pool.size, rng)
     images = resized(pool.take(drawn.source), shape)
     processes.say(f"{len(images)} of {size} training images replaced by images of {corruption.pool}")
@@ -135,6 +140,12 @@ def _draw(size: int, corruption: Corruption, pool_size: int, rng: RandomState) -
         return noise.open_set(size, corruption.ood_ratio, pool_size, rng)
     except ValueError as error:
         raise UserError(f"--corruption {corruption.pool}: {error}; use a smaller --ood-ratio") from None
+
+
+def _say_note(pool: str, size: int) -> None:
+    note = imagenet32_note(size) if pool == "imagenet32" else ""
+    if note:
+        processes.say(f"note: {note}")
 
 
 def _sha256(positions: np.ndarray, images: np.ndarray) -> str:
@@ -161,9 +172,14 @@ def write_cache(path: Path, kept: Kept, parameters: dict) -> None:
     np.savez(content, parameters=json.dumps(parameters), source=kept.source, images=kept.images)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, content.getvalue())
+        with FileLock(path.with_suffix(".lock"), timeout=0):
+            write_atomic(path, content.getvalue())
+    except Timeout:
+        processes.say(f"note: {path} is being written by another process")
     except OSError as error:
-        print(f"note: {path} cannot be written ({error.strerror}): the next run will read the pool again")
+        processes.say(
+            f"note: {path} cannot be written ({error.strerror}): the next run will read the pool again"
+        )
 
 
 def read_cache(path: Path, wanted: dict) -> Kept:
@@ -176,7 +192,7 @@ def read_cache(path: Path, wanted: dict) -> Kept:
         parameters = json.loads(str(arrays["parameters"]))
         kept = Kept(int(parameters["pool_size"]), arrays["source"], arrays["images"])
         whole = parameters["sha256"] == _sha256(kept.source, kept.images)
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}): remove it, and it is made anew"
         ) from None
@@ -184,6 +200,8 @@ def read_cache(path: Path, wanted: dict) -> Kept:
         name for name, value in wanted.items() if value is not None and parameters.get(name) != value
     ]
     if differing or not whole:
-        what = "its content does not match its sha256" if not differing else f"another {', '.join(differing)}"
-        raise UserError(f"{path} was not made for this run ({what}): remove it, and it is made anew")
+        what = f"other {', '.join(differing)}" if differing else "its content does not match its sha256"
+        raise UserError(
+            f"{path} was not made for this run ({what}): remove it, and it is made anew, or name another --open-set-cache"
+        )
     return kept

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from common.cli import UserError
 from common.datasets.in_memory import NAMES, load
@@ -17,7 +17,7 @@ from common.datasets.in_memory import NAMES, load
 IMAGENET32_FILES = tuple(f"train_data_batch_{number}" for number in range(1, 11))
 IMAGENET32_SIZE = 1_281_167
 FOLDERS = {"imagenet32": "imagenet32", "place365": "places365"}
-PATCH = 16  # pixels of a side of the photographs' patches, before they are resized
+PATCH = 16  # pixels of a side of the photographs' patches
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 
 
@@ -26,7 +26,6 @@ class Pool(NamedTuple):
 
     size: int
     take: Callable[[np.ndarray], list[np.ndarray]]  # rows, int [M] -> M images, uint8 [h, w, 3] or [h, w, 1]
-    note: str = ""  # to be printed, where the pool is not what the benchmark has
 
 
 def open_pool(name: str, root: Path, folder: Path | None = None) -> Pool:
@@ -62,7 +61,7 @@ def listing(name: str, root: Path, folder: Path | None = None) -> str | None:
     names = IMAGENET32_FILES if name == "imagenet32" else _image_names(place)
     files = [place / file for file in names if (place / file).is_file()]
     text = "".join(f"{file.name} {file.stat().st_size}\n" for file in files)
-    return hashlib.sha256(text.encode()).hexdigest() if files else None
+    return hashlib.sha256(os.fsencode(text)).hexdigest() if files else None
 
 
 def resized(images: list[np.ndarray], shape: tuple[int, int, int]) -> np.ndarray:
@@ -96,9 +95,6 @@ def imagenet32(folder: Path) -> Pool:
         )
     sizes = [len(_imagenet32_batch(folder / name)) for name in IMAGENET32_FILES]
     starts = np.cumsum([0, *sizes])
-    note = ""
-    if starts[-1] != IMAGENET32_SIZE:
-        note = f"{folder} holds {starts[-1]} images, ImageNet 32x32 has {IMAGENET32_SIZE}: not the benchmark's images"
 
     def take(rows: np.ndarray) -> list[np.ndarray]:
         chosen: list[np.ndarray | None] = [None] * len(rows)
@@ -108,9 +104,17 @@ def imagenet32(folder: Path) -> Pool:
                 batch = _imagenet32_batch(folder / name)
                 for place in own.tolist():
                     chosen[place] = batch[rows[place] - start].copy()
+                del batch  # before the next one is read
         return chosen
 
-    return Pool(int(starts[-1]), take, note)
+    return Pool(int(starts[-1]), take)
+
+
+def imagenet32_note(size: int) -> str:
+    """What to print of a pool of so many images: nothing of the official one."""
+    if size == IMAGENET32_SIZE:
+        return ""
+    return f"imagenet32 holds {size} images, ImageNet 32x32 has {IMAGENET32_SIZE}: not the benchmark's images"
 
 
 def _imagenet32_batch(path: Path) -> np.ndarray:
@@ -124,8 +128,9 @@ def _imagenet32_batch(path: Path) -> np.ndarray:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except Exception as error:  # a damaged pickle can raise nearly anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"{path} is damaged, or no batch of ImageNet 32x32 ({type(error).__name__}: {error}): get it again"
+            f"{path} is damaged, or no batch of ImageNet 32x32 ({reason}): get it again"
         ) from None
     return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
 
@@ -179,18 +184,28 @@ def _read(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return _as_pixels(image, (32, 32, 3))
-    except OSError as error:
-        raise UserError(f"{path} is damaged or cannot be read ({error}): mend or remove it") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is no image of a known format: mend or remove it") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can make Pillow raise nearly anything
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is damaged or cannot be read ({reason}): mend or remove it") from None
 
 
 def photographs() -> Pool:
-    """Patches of the two photographs that come with scikit-learn, 16 pixels wide, uint8 [16, 16, 3]: for digits."""
+    """Patches of the two photographs that come with scikit-learn, for digits: 16 pixels wide, uint8 [8, 8, 1] after halving.
+
+    The grey values of each are stretched to 0 to 255, a range that digits have too: patches of plain sky would all be alike.
+    """
     from sklearn.datasets import load_sample_images  # noqa: PLC0415 (a second of import, of use only here)
 
     patches = []
     for photograph in load_sample_images().images:
         rows, columns = photograph.shape[0] // PATCH, photograph.shape[1] // PATCH
         grid = photograph[: rows * PATCH, : columns * PATCH].reshape(rows, PATCH, columns, PATCH, 3)
-        patches.append(grid.swapaxes(1, 2).reshape(-1, PATCH, PATCH, 3))
-    images = np.concatenate(patches)
+        patches += list(grid.swapaxes(1, 2).reshape(-1, PATCH, PATCH, 3))
+    grey = resized(patches, (PATCH // 2, PATCH // 2, 1)).astype(np.int64)
+    darkest, brightest = (of(grey, axis=(1, 2, 3), keepdims=True) for of in (np.min, np.max))
+    images = ((grey - darkest) * 255 // np.maximum(brightest - darkest, 1)).astype(np.uint8)
     return Pool(len(images), lambda rows: list(images[rows]))

@@ -167,9 +167,17 @@ def test_a_label_outside_a_known_data_set_is_refused(tmp_path, name):
     assert "train_labels[10] is 10, outside 0..9" in text
 
 
+def in_directory(whole: bytes, offset: int) -> bytes:
+    """A .npz with one bit changed in the first entry of its zip directory."""
+    place = whole.index(b"PK\x01\x02") + offset
+    return whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+
+
 @pytest.mark.parametrize(
-    "damage", [lambda whole: whole[:300], lambda whole: whole[:-30], lambda _: b"", lambda _: b"no zip at all"],
-    ids=["head only", "end cut off", "no byte", "another kind of file"],
+    "damage",
+    [lambda whole: whole[:300], lambda whole: whole[:-30], lambda _: b"", lambda _: b"no zip at all",
+     lambda whole: in_directory(whole, 8), lambda whole: in_directory(whole, 10)],
+    ids=["head only", "end cut off", "no byte", "another kind of file", "as if encrypted", "as if packed otherwise"],
 )  # fmt: skip
 def test_a_damaged_npz_is_refused_with_its_path(tmp_path, damage):
     path = write(tmp_path)

@@ -145,6 +145,11 @@ def test_the_first_tensor_of_another_shape_is_named(tmp_path):
     refused(tmp_path / "odd.safetensors", "bn1.bias has shape [3]", "expected [16]")
 
 
+def test_a_deeper_encoder_that_has_all_its_tensors(tmp_path):
+    torch.save(FULL | {"encoder.layer2.1.conv1.weight": torch.ones(32, 32, 3, 3)}, tmp_path / "deep.pth")
+    refused(tmp_path / "deep.pth", "has layer2.1.conv1.weight, which this encoder has not: another architecture")
+
+
 def test_two_tensors_of_one_name(tmp_path):
     torch.save(BARE | FULL, tmp_path / "a.pth")
     refused(tmp_path / "a.pth", "conv1.weight twice")

@@ -9,12 +9,19 @@ from common import figures
 from common.cli import UserError
 
 
-def write_run(folder, method="SFA", accuracies=(10.0, 20.0), fidelity="paper"):
+def write_run(
+    folder, method="SFA", accuracies=(10.0, 20.0), fidelity="paper", column="test_accuracy", **arguments
+):
     folder.mkdir()
-    (folder / "args.json").write_text(json.dumps({"method": method, "arguments": {"fidelity": fidelity}}))
+    arguments |= {"fidelity": fidelity}
+    (folder / "args.json").write_text(json.dumps({"method": method, "arguments": arguments}))
     lines = [f"{i},{accuracy}" for i, accuracy in enumerate(accuracies, start=1)]
-    (folder / "log.csv").write_text("\n".join(["epoch,test_accuracy", *lines]) + "\n")
+    (folder / "log.csv").write_text("\n".join([f"epoch,{column}", *lines]) + "\n")
     return folder
+
+
+def write_pretraining(folder, accuracies):
+    return write_run(folder, "SimCLR", accuracies, column="knn_accuracy", dataset="digits")
 
 
 def test_a_curve_says_which_method_with_which_fidelity(tmp_path):
@@ -30,14 +37,80 @@ def test_a_curve_says_which_method_with_which_fidelity(tmp_path):
         ("args.json", "[]"),
         ("args.json", "{}"),
         ("log.csv", "epoch\n1\n"),
+        ("log.csv", "x" * 200_000),  # more than the csv module takes for a field
         ("log.csv", None),
     ],
 )
 def test_a_damaged_run_directory_is_refused_by_name(tmp_path, name, content):
     folder = write_run(tmp_path / "run")
     (folder / name).unlink() if content is None else (folder / name).write_text(content)
+    for read in (figures.read_curve, figures.read_run):
+        with pytest.raises(UserError, match="run"):
+            read(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("args.json", "{"),
+        ("args.json", '{"method": "SimCLR", "arguments": {}}'),
+        ("args.json", None),
+        ("log.csv", "epoch,knn_accuracy\n1,much\n"),
+        ("log.csv", "epoch,knn_accuracy\n1," + "x" * 200_000),
+        ("log.csv", "epoch,knn_accuracy\n1,\n"),
+    ],
+)
+def test_a_damaged_pretraining_run_is_refused_by_name(tmp_path, name, content):
+    folder = write_pretraining(tmp_path / "run", [50])
+    (folder / name).unlink() if content is None else (folder / name).write_text(content)
     with pytest.raises(UserError, match="run"):
-        figures.read_curve(folder)
+        figures.read_run(folder)
+
+
+def test_a_run_is_read_where_something_was_measured(tmp_path):
+    run = figures.read_run(write_run(tmp_path / "training"))
+    assert (run.curve.method, run.epochs.tolist(), run.pretraining) == ("SFA", [1, 2], False)
+    run = figures.read_run(write_pretraining(tmp_path / "pretraining", ["", 50, "", 60]))
+    assert (run.curve.method, run.epochs.tolist(), run.pretraining) == ("SimCLR on digits", [2, 4], True)
+    assert run.curve.accuracy.tolist() == [50, 60]
+
+
+def test_runs_of_one_title_share_a_panel_and_pretraining_comes_last(tmp_path):
+    knn = figures.read_run(write_pretraining(tmp_path / "knn", [50]))
+    runs = [knn] + [figures.read_run(write_run(tmp_path / str(k), noise=k % 4)) for k in range(5)]
+    by_title = figures.panels(runs, lambda run: f"noise {run.curve.arguments['noise']}")
+    assert [(title, len(members)) for title, members in by_title.items()] == [
+        *(("noise 0", 2), ("noise 1", 1), ("noise 2", 1), ("noise 3", 1)),
+        ("Pre-training without labels: kNN accuracy", 1),
+    ]
+    assert figures.panel_grid(by_title)[:2] == (2, 3)
+    assert figures.panel_grid({"noise 0": runs})[:2] == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("methods", "columns", "lines"),
+    [
+        (["CE", "AFM"], 3, 1),
+        (["AFM", "SCE (pre-trained) with OOD removal"], 3, 2),
+        (["Manifold DivideMix without OOD removal and manifold mixup", "CE", "AFM", "SFA"], 2, 4),
+    ],
+)
+def test_panels_and_their_legends_have_room_for_long_names(methods, columns, lines, tmp_path):
+    runs = [figures.read_run(write_run(tmp_path / name, name)) for name in methods]
+    by_title = {str(k): runs for k in range(6)}
+    grid = figures.panel_grid(by_title)
+    assert (grid.rows, grid.columns) == (6 // columns, columns)
+    figure = figures.plt.figure(figsize=(figures.WIDTH, grid.height), layout="constrained")
+    figures.draw_panels(figure, by_title, warm_up="warm_up")
+    figure.canvas.draw()
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        box, label = legend.get_window_extent(), axes.xaxis.label.get_window_extent()
+        assert len({round(text.get_window_extent().y0) for text in legend.get_texts()}) == lines
+        assert box.width < figure.bbox.width / columns
+        assert 0 <= box.y0 < box.y1 <= label.y0 + 1
+        assert axes.bbox.height > 2 * figure.dpi
+    figures.plt.close(figure)
 
 
 def test_a_method_is_the_mean_of_its_runs_with_the_range_over_them():

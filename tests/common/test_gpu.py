@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from common.cli import UserError
-from common.gpu import Device, pick
+from common.gpu import Device, exact_products, pick
 
 
 @pytest.fixture
@@ -106,3 +106,18 @@ def test_replay_takes_the_recorded_forward_for_training_batches_of_its_shape_alo
     assert not calls, "neither is a last, smaller batch"
     network(torch.zeros(4, 1, 8, 8))
     assert calls == [(4, 1, 8, 8)]
+
+
+def test_exact_products_end_with_what_was_before_them_also_after_an_error():
+    usual = torch.get_float32_matmul_precision()
+    try:
+        for before in ("high", "highest"):
+            torch.set_float32_matmul_precision(before)
+            with exact_products():
+                assert torch.get_float32_matmul_precision() == "highest"
+            assert torch.get_float32_matmul_precision() == before
+            with pytest.raises(RuntimeError), exact_products():
+                raise RuntimeError
+            assert torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision(usual)

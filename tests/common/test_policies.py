@@ -1,4 +1,4 @@
-"""AutoAugment and RandAugment on batches against a plain PIL pipeline and the release's results; the draws; SANM's six views."""
+"""AutoAugment and RandAugment on batches against a plain PIL pipeline and the release's results; the draws; two papers' views."""
 
 from functools import partial
 
@@ -272,8 +272,9 @@ whole_calls = pytest.mark.parametrize(
         policies.rand_augment,
         partial(policies.six_views, crop=crop_and_flip),
         partial(policies.six_views, crop=crop_and_flip, weak_reference=True),
+        partial(policies.four_views, crop=crop_and_flip),
     ],
-    ids=["auto", "rand", "views", "weak reference"],
+    ids=["auto", "rand", "six views", "weak reference", "four views"],
 )
 
 
@@ -382,5 +383,47 @@ def test_the_crop_is_applied_once_to_all_six_and_keeps_each_image_in_its_row(wea
     untouched = torch.stack([(view == images + 100).flatten(1).all(1) for view in views])
     foreign = (views[:, :, None] == (images + 100)[None, None]).flatten(3).all(3)  # [6, 8, 8]
     assert untouched.sum() >= (18 if weak_reference else 4)
+    assert torch.equal(foreign.diagonal(dim1=1, dim2=2), untouched)
+    assert foreign.sum() == untouched.sum()
+
+
+# the four views ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_two_views_are_cropped_and_the_others_auto_augment():
+    images = images_of(64, 3, 32, 32)
+    views = policies.four_views(images, generator(), lambda batch, _: batch)
+    assert views.shape == (4, *images.shape)
+    assert torch.equal(views[:2], images.expand(2, -1, -1, -1, -1))
+    assert torch.equal(views[2:].flatten(0, 1), policies.auto_augment(images.repeat(2, 1, 1, 1), generator()))
+    untouched = (views[2:] == images).flatten(2).all(2)
+    assert (untouched.float().mean(1) < 0.5).all(), "AutoAugment leaves 22 % of all images as they are"
+
+
+def test_each_image_of_each_of_the_four_views_has_draws_of_its_own():
+    image = images_of(4, 3, 32, 32)[[0]].expand(64, -1, -1, -1)
+    views = policies.four_views(image, generator(), crop_and_flip)
+    for view, least in zip(views, [48] * 2 + [56] * 2, strict=True):
+        assert len(different(view)) >= least
+    assert len(different(views.flatten(0, 1))) > 190
+
+
+def test_the_crop_is_applied_once_to_all_four_and_keeps_each_image_in_its_row():
+    seen = []
+
+    def crop(batch: Tensor, random: Generator) -> Tensor:
+        seen.append((batch, random))
+        return batch + 100
+
+    images = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(-1, 3, 16, 16).clone()
+    images[:, :, 0] = 60  # so that the histogram operations keep some order
+    g = generator()
+    views = policies.four_views(images, g, crop)
+    ((batch, random),) = seen
+    assert random is g
+    assert torch.equal(batch, images.repeat(4, 1, 1, 1))
+    untouched = torch.stack([(view == images + 100).flatten(1).all(1) for view in views])
+    foreign = (views[:, :, None] == (images + 100)[None, None]).flatten(3).all(3)  # [4, 8, 8]
+    assert untouched[:2].all() and 1 <= untouched[2:].sum() < 16
     assert torch.equal(foreign.diagonal(dim1=1, dim2=2), untouched)
     assert foreign.sum() == untouched.sum()

@@ -140,6 +140,7 @@ def rows(rank: int) -> dict[str, Any]:
     seen["gathered_leaf"], seen["gradient"] = gathered.detach(), leaf.grad
     own = torch.tensor([1.0, 10.0**rank], requires_grad=True)
     seen["total"], seen["kept"] = processes.total(own), own.detach()
+    seen["pieces"] = [processes.piece(rows) for rows in (whole, turned)]
     return seen
 
 
@@ -169,9 +170,45 @@ def networks() -> dict[str, Any]:
     with torch.no_grad():
         for tensor in (*shared.buffers(), *shared.parameters()):
             tensor.fill_(processes.rank() + 5)
+    seen["averaged"], seen["loss_gradients"] = averaged(), passes()
+
     processes.share_buffers(shared)
     seen["shared"] = {name: value.clone() for name, value in shared.state_dict().items()}
     return seen
+
+
+def averaged() -> list[Tensor | None]:
+    """Gradients of several shapes, layouts and types, some of them missing, averaged."""
+    shapes = ((), (3,), (2, 3), (2, 2, 3, 3))
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    parameters += [nn.Parameter(torch.zeros(2, dtype=torch.float64)), nn.Parameter(torch.zeros(4))]
+    for number, parameter in enumerate(parameters[:-1]):
+        values = torch.arange(parameter.numel(), dtype=parameter.dtype).view_as(parameter)
+        parameter.grad = (values + 10 * number) * (1 + 2 * processes.rank())
+    parameters[3].grad = parameters[3].grad.contiguous(memory_format=torch.channels_last)
+    before = [parameter.grad for parameter in parameters]
+    processes.average_gradients(iter(parameters))
+    assert all(parameter.grad is grad for parameter, grad in zip(parameters, before, strict=True)), "in place"
+    processes.average_gradients([parameters[-1]])  # none has a gradient
+    return [parameter.grad for parameter in parameters]
+
+
+def passes() -> list[Tensor]:
+    """Gradients of one loss of two passes, each on a piece of the batch: without DistributedDataParallel."""
+    network = make_network()
+    network.unused = None
+    images, labels = batch(0)
+    first, second = (
+        network.head(processes.gather_rows(encode(network, view))) for view in (images, images.flip(3))
+    )
+    (F.cross_entropy(first, labels) + (first - second).square().mean()).backward()
+    processes.average_gradients(network.parameters())
+    return [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+
+
+def encode(network: Mixing, images: Tensor) -> Tensor:
+    """Features of this process's piece, by the running statistics, which every process has alike."""
+    return network.backbone.eval()(processes.piece(images))
 
 
 def alone(rank: int, folder: Path) -> dict[str, Any]:
@@ -218,8 +255,11 @@ def both(launch) -> list[dict]:
 def test_in_one_process_everything_hands_back_what_it_was_given(capsys):
     assert numbers() == (False, 1, 1, 0)
     tensor = torch.arange(7.0, requires_grad=True)
-    for function in (processes.gather_rows, processes.total):
+    for function in (processes.gather_rows, processes.total, processes.piece):
         assert function(tensor) is tensor
+    tensor.grad = torch.arange(7.0)
+    processes.average_gradients([tensor, torch.zeros(2, requires_grad=True)])
+    assert torch.equal(tensor.grad, torch.arange(7.0))
     network = nn.Sequential(nn.BatchNorm2d(2))
     assert processes.parallel(network, CPU) is network
     assert processes.synchronised(network) is network and type(network[0]) is nn.BatchNorm2d
@@ -267,6 +307,11 @@ def test_pieces_of_a_batch_are_consecutive_and_gather_to_the_batch(both):
         assert torch.equal(seen["piece"], piece)
         assert torch.equal(seen["gathered"], whole)
         assert torch.equal(seen["gathered_turned"], turned)
+    for rank, seen in enumerate(both):
+        own = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+        assert all(
+            torch.equal(piece, rows[own]) for piece, rows in zip(seen["pieces"], (whole, turned), strict=True)
+        )
 
 
 def test_gathered_rows_have_the_gradient_of_the_own_piece_times_the_processes(both):
@@ -343,6 +388,27 @@ def test_batch_normalisation_under_autocast_is_that_of_one_process(both):
     for seen, piece in zip(both, expected.chunk(2), strict=True):
         assert isinstance(seen["half"], Tensor), seen["half"]
         torch.testing.assert_close(seen["half"].float(), piece, rtol=0.02, atol=0.02)
+
+
+def test_gradients_are_averaged_over_processes_each_in_its_own_shape_and_type(both):
+    for seen in both:
+        *found, missing = seen["averaged"]
+        assert missing is None
+        for number, gradient in enumerate(found):
+            expected = 2 * (
+                torch.arange(gradient.numel()).view(gradient.shape) + 10 * number
+            )  # of 1 and 3 times
+            assert torch.equal(gradient, expected.to(gradient.dtype))
+        assert [gradient.dtype for gradient in found] == [torch.float32] * 4 + [torch.float64]
+        assert [gradient.shape for gradient in found] == [(), (3,), (2, 3), (2, 2, 3, 3), (2,)]
+        assert found[3].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_averaged_gradients_of_pieces_are_those_of_the_whole_batch(both):
+    expected = passes()
+    assert len(expected) == 9, "all but the attention's"
+    for seen in both:
+        assert_close(seen["loss_gradients"], expected)
 
 
 def test_buffers_are_shared_and_weights_are_not(both):

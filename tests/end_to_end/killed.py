@@ -25,10 +25,12 @@ class MortalRun(Run):
 
     moment: tuple[int, str]
 
-    def progress(self, batches: Iterable, description: str, training: bool = True) -> Iterator:
+    def progress(
+        self, batches: Iterable, description: str, training: bool = True, whole: bool = False
+    ) -> Iterator:
         """As ever, up to the second batch of the moment."""
         what = "training" if training else description.rpartition(" ")[2]
-        for number, batch in enumerate(super().progress(batches, description, training)):
+        for number, batch in enumerate(super().progress(batches, description, training, whole)):
             if number == 1 and self.moment == (len(self.rows) + 1, what):
                 die()
             yield batch

@@ -1,0 +1,404 @@
+"""Which samples are removed as outliers: `python -m manifold_dividemix.visualize RUN [RUN ...] [--out FIGURE.png]`.
+
+Above, test accuracy by epoch for each setting (images and noise): the mean of each method over the runs given, with the range
+over seeds; and the kNN accuracy of the pre-training runs among them. Below, for one finished run, what its network made of the
+training samples when it looked at them first and last: outlier scores, a projection of the embeddings, clean probabilities; and
+how well the removal met the samples from elsewhere, by epoch. Samples are told apart by what they truly are, where that is known.
+The sections in brackets are those of the method's description in manifold_dividemix/README.md.
+"""
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.colors import to_rgb
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from sklearn.metrics import roc_auc_score
+
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import cli, figures
+from common.cli import UserError
+from common.datasets.arrays import is_integer, read_npz
+from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
+from common.figures import RunResult
+from manifold_dividemix.outliers import outlier_auroc, split_epochs
+
+PAPER = "manifold_dividemix"
+NOISE = {"sym": "symmetric", "asym": "asymmetric"}
+CLEAN, NOISY, OUTSIDE = "clean", "noisy label, in distribution", "out of distribution"
+COLORS = {CLEAN: "tab:blue", NOISY: "tab:orange", OUTSIDE: "#6a1b6a"}
+PRECISION, RECALL = "tab:green", "tab:red"
+PROJECTIONS = {"tsne": "t-SNE", "pca": "principal component"}
+SEED = 0  # of the projection
+PERPLEXITY = 30  # t-SNE's, where there are samples enough
+ROW = 3.4  # inches, of a row of panels on one run
+
+
+class Kind(NamedTuple):
+    """Samples that are alike: their name in the figure, their colour, and which they are, bool [N]."""
+
+    name: str
+    color: str
+    members: np.ndarray
+
+
+class Look(NamedTuple):
+    """What the network made of the N training samples at the first or the last removal."""
+
+    title: str  # which one, and at the start of which epoch
+    score: np.ndarray  # float [N], small: an outlier
+    kept: np.ndarray  # bool [N]: not removed
+    embedding: np.ndarray  # float32 [S, D], of the samples shown
+    shown: np.ndarray  # int [S]: their positions
+    clean: np.ndarray | None  # clean probability, float [N], where there was a split
+
+
+class Removal(NamedTuple):
+    """The removal by epoch, float [E] each; NaN where it is not defined."""
+
+    removed: np.ndarray  # samples
+    precision: np.ndarray  # share of them that are from elsewhere
+    recall: np.ndarray  # share of those from elsewhere that are removed
+
+
+class Shown(NamedTuple):
+    """The run of the lower part, and what is known of its training samples."""
+
+    run: RunResult
+    kinds: list[Kind]
+    ood: np.ndarray | None  # bool [N]: from elsewhere; None where nobody knows
+    looks: list[Look]  # one or two
+    removal: Removal | None  # None where nobody knows, and where none is from elsewhere
+
+
+# reading --------------------------------------------------------------------------------------------------------------
+
+
+def read_run(folder: Path) -> RunResult:
+    """A run of any of this directory's scripts. UserError: it is none, damaged, or of another paper."""
+    run = figures.read_run(folder)
+    description = json.loads((folder / "args.json").read_text())
+    paper = description.get("paper")
+    if paper != PAPER:
+        raise UserError(f"{folder} is a run of {paper or 'an unknown paper'}, not of {PAPER}")
+    with naming(folder / "args.json"):
+        # pre-training knows no labels, but the lists of mini-ImageNet name the images too
+        of_list = run.curve.arguments["dataset"] == MINI_IMAGENET
+        words = images(run) if run.pretraining and not of_list else setting(run)
+    method = f"{description['method']} on {words}" if run.pretraining else run.curve.method
+    return run._replace(curve=run.curve._replace(method=method))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Whatever a damaged file leads to becomes one UserError that names it."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{path} is damaged: it has no {error.args[0]}") from None
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())})") from None
+
+
+def percent(share: float) -> str:
+    """A share in percent, without digits that say nothing."""
+    return f"{100 * share:.4g} %"
+
+
+def images(run: RunResult) -> str:
+    """The training images of a run, in words."""
+    arguments = run.curve.arguments
+    name = arguments["dataset"]
+    if name == MINI_IMAGENET:
+        return f"{name} at {arguments['img_size']} pixels"
+    elsewhere = arguments["ood_ratio"]
+    return f"{name} with {percent(elsewhere)} {arguments['corruption']}" if elsewhere else name
+
+
+def noise(run: RunResult) -> str:
+    """Its label noise, in words; which list it is, of mini-ImageNet."""
+    arguments = run.curve.arguments
+    if arguments.get("noise_file"):
+        return "given labels"
+    kind, rate = arguments["noise_type"], arguments["noise_ratio"]
+    return f"{percent(rate)} {NOISE.get(kind, kind)} noise" if kind != "no" and rate else "no label noise"
+
+
+def setting(run: RunResult) -> str:
+    """Images and label noise of a run, in words."""
+    return f"{images(run)}, {noise(run)}"
+
+
+def run_to_show(runs: list[RunResult]) -> RunResult | None:
+    """The first finished run that removed samples and looked at them twice; else that removed any; else that has scores."""
+
+    def lacks(run: RunResult) -> tuple[bool, bool]:
+        return run.curve.arguments.get("remove_ood") == 0, not (run.folder / "outliers_last.npz").is_file()
+
+    files = ("outliers_first.npz", "result.json")
+    finished = [run for run in runs if all((run.folder / name).is_file() for name in files)]
+    return min(finished, key=lacks, default=None)
+
+
+def read_samples(folder: Path) -> dict[str, np.ndarray]:
+    """Observed labels int [N]; and clean labels int [N], ood bool [N], where they are known. UserError: damaged."""
+    path = folder / "samples.npz"
+    with naming(path):
+        arrays = read_npz(path)
+        samples = {name: arrays[name] for name in ("observed", "clean", "ood") if name in arrays}
+        shapes = {array.shape for array in samples.values()}
+        if len(shapes) != 1 or samples["observed"].ndim != 1 or ("clean" in samples) != ("ood" in samples):
+            raise ValueError(f"{', '.join(samples)} of shapes {sorted(shapes)}")
+        if samples.get("ood", np.zeros(1, bool)).dtype != bool:
+            raise ValueError("ood is not boolean")
+    return samples
+
+
+def make_kinds(samples: dict[str, np.ndarray]) -> list[Kind]:
+    """What the samples truly are, those kinds that there are; one kind where nobody knows."""
+    if "ood" not in samples:
+        return [Kind("training images", "tab:blue", np.ones(len(samples["observed"]), bool))]
+    right, ood = samples["observed"] == samples["clean"], samples["ood"]
+    members = {CLEAN: right & ~ood, NOISY: ~right & ~ood, OUTSIDE: ood}
+    return [Kind(name, COLORS[name], which) for name, which in members.items() if which.any()]
+
+
+def read_look(path: Path, title: str, size: int) -> Look:
+    """One file of outliers of `size` samples. UserError: damaged, or of other samples."""
+    with naming(path):
+        arrays = read_npz(path)
+        score, kept, embedding, shown = (arrays[name] for name in ("score", "kept", "embedding", "shown"))
+        clean = arrays.get("clean_probability")
+        numbers = [score, embedding] + ([] if clean is None else [clean])
+        if any(array.dtype.kind != "f" or not np.isfinite(array).all() for array in numbers):
+            raise ValueError("not all of its scores, embeddings and probabilities are finite numbers")
+        if {array.shape for array in (score, kept, score if clean is None else clean)} != {(size,)}:
+            raise ValueError(f"it is not of the {size} samples in samples.npz")
+        if kept.dtype != bool or not is_integer(shown) or embedding.ndim != 2 or min(embedding.shape) < 2:
+            raise ValueError("kept, shown or embedding is of another kind")
+        if shown.shape != embedding.shape[:1] or not 0 <= shown.min() <= shown.max() < size:
+            raise ValueError("shown is not the positions of the embeddings")
+    return Look(title, score, kept, embedding.astype(np.float32), shown, clean)
+
+
+def read_looks(run: RunResult, size: int) -> list[Look]:
+    """The first look, and the last where there were several. UserError: damaged."""
+    first = read_look(run.folder / "outliers_first.npz", "first look (epoch 1)", size)
+    path = run.folder / "outliers_last.npz"
+    if not path.is_file():
+        return [first]
+    with naming(run.folder / "args.json"):
+        flags = (run.curve.arguments[flag] for flag in ("epochs", "warmup_epoch", "interval", "clustering"))
+        epoch = 1 + max(split_epochs(*flags))  # the release counts from 0
+    return [first, read_look(path, f"last look (epoch {epoch})", size)]
+
+
+def read_removal(folder: Path) -> Removal:
+    """What log.csv says of the removal. UserError: damaged."""
+    path = folder / "log.csv"
+    with naming(path), path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+        columns = [f"removal_{name}" for name in Removal._fields[1:]]
+        return Removal(
+            *(np.array([float(row[name] or "nan") for row in rows]) for name in ("removed", *columns))
+        )
+
+
+def read_shown(run: RunResult) -> Shown:
+    """All that the lower part shows of a run. UserError: a file of it is damaged."""
+    samples = read_samples(run.folder)
+    ood = samples.get("ood")
+    with naming(run.folder / "args.json"):
+        float(run.curve.arguments["p_threshold"])
+    return Shown(
+        run=run,
+        kinds=make_kinds(samples),
+        ood=ood,
+        looks=read_looks(run, len(samples["observed"])),
+        removal=read_removal(run.folder) if ood is not None and ood.any() else None,
+    )
+
+
+# drawing --------------------------------------------------------------------------------------------------------------
+
+
+def draw_scores(axes, look: Look, kinds: list[Kind], ood: np.ndarray | None) -> None:
+    """Outlier scores of each kind, and up to which of them samples are removed [Sec. 4.2]."""
+    bins = np.linspace(float(look.score.min()), float(look.score.max()) + 1e-9, 41)
+    draw_kinds(axes, look.score, kinds, bins)
+    removed = look.score[~look.kept]
+    if len(removed):
+        axes.axvspan(bins[0], removed.max(), color="gray", alpha=0.15, linewidth=0)
+        label = f"up to here {len(removed)} removed"
+        axes.axvline(removed.max(), color="black", linestyle="--", linewidth=1, label=label)
+        axes.legend(fontsize=8)
+    axes.set(
+        xlabel="outlier score (small: far from all others)", ylabel="training images", xlim=bins[[0, -1]]
+    )
+    axes.locator_params(axis="x", nbins=5)
+    auroc = outlier_auroc(torch.from_numpy(look.score), ood)
+    known = "" if auroc is None else f"\nAUROC against true OOD {auroc:.3f}"
+    axes.set_title(f"Outlier score, {look.title}{known}", fontsize=9)
+
+
+def draw_kinds(axes, values: np.ndarray, kinds: list[Kind], bins: np.ndarray) -> None:
+    """Histograms of values [N], one for each kind of samples, over one another."""
+    for kind in kinds:
+        chosen = values[kind.members]
+        axes.hist(chosen, bins, color=kind.color, alpha=0.3)
+        axes.hist(chosen, bins, color=kind.color, histtype="step", linewidth=1.2)
+
+
+def draw_clean(axes, look: Look, kinds: list[Kind], threshold: float) -> None:
+    """Clean probabilities of each kind, removed samples too [Sec. 4.4]."""
+    draw_kinds(axes, look.clean, kinds, np.linspace(0, 1, 41))
+    axes.set_yscale("log")
+    axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
+    axes.set(xlabel="clean probability", ylabel="training images (log scale)", xlim=(0, 1), ylim=(0.5, None))
+    axes.legend(fontsize=8, loc="upper center")
+    axes.set_title(f"Clean probability, {look.title}{auc_of_clean(look.clean, kinds)}", fontsize=9)
+
+
+def auc_of_clean(clean: np.ndarray, kinds: list[Kind]) -> str:
+    """How well clean probabilities tell clean from noisy labels in distribution, as a second line of a title."""
+    by_name = {kind.name: kind.members for kind in kinds}
+    if not {CLEAN, NOISY} <= by_name.keys():
+        return ""
+    own = by_name[CLEAN] | by_name[NOISY]
+    return f"\nAUC {roc_auc_score(by_name[CLEAN][own], clean[own]):.3f} of clean against noisy labels"
+
+
+def project(embedding: np.ndarray, projection: str) -> np.ndarray:
+    """Embeddings [S, D], S >= 2, in the plane, [S, 2]; of equal length first, as the outlier score compares them by angle."""
+    rows = embedding / np.linalg.norm(embedding, axis=1, keepdims=True).clip(1e-12)
+    if (rows == rows[0]).all():  # t-SNE would divide by their spread
+        return np.zeros((len(rows), 2))
+    if projection == "pca":
+        return PCA(2, svd_solver="full").fit_transform(rows)
+    perplexity = min(PERPLEXITY, (len(rows) - 1) / 3)
+    return TSNE(2, perplexity=perplexity, init="pca", random_state=SEED).fit_transform(rows)
+
+
+def draw_projection(axes, look: Look, kinds: list[Kind], projection: str) -> None:
+    """Embeddings of the samples shown in the plane: coloured by kind, removed ones crossed."""
+    points = project(look.embedding, projection)
+    colors = np.zeros((len(look.score), 3))
+    for kind in kinds:
+        colors[kind.members] = to_rgb(kind.color)
+    kept, colors = look.kept[look.shown], colors[look.shown]
+    # all kinds at once, or the last would hide the others
+    axes.scatter(*points[kept].T, c=colors[kept], s=7, linewidth=0, alpha=0.7)
+    axes.scatter(*points[~kept].T, c=colors[~kept], s=22, marker="x", linewidth=1)
+    axes.set(
+        xticks=[], yticks=[], xlabel=f"{PROJECTIONS[projection]} 1", ylabel=f"{PROJECTIONS[projection]} 2"
+    )
+    some = "" if len(points) == len(look.score) else f"\n{len(points)} of {len(look.score)} samples"
+    axes.set_title(f"Embeddings, {look.title}{some}", fontsize=9)
+
+
+def draw_removal(axes, removal: Removal, ood: np.ndarray) -> None:
+    """Precision and recall of the removal by epoch, and what as many samples drawn at random would give."""
+    epochs = np.arange(1, len(removal.removed) + 1)
+    at_random = f"precision at random: OOD ratio {percent(ood.mean())}"
+    curves = (
+        ("precision", removal.precision, PRECISION, "-"),
+        (at_random, np.full(len(epochs), ood.mean()), PRECISION, ":"),
+        ("recall", removal.recall, RECALL, "-"),
+        ("recall at random", removal.removed / len(ood), RECALL, ":"),
+    )
+    for label, values, color, style in curves:
+        axes.step(epochs, 100 * values, style, where="mid", color=color, label=label)
+    axes.set(xlabel="epoch", ylabel="percent", ylim=(0, 102))
+    axes.set_title("Removal against true OOD", fontsize=9)
+    figures.legend_below(axes, ncols=2, fontsize=7.5)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+
+
+def panels_of(shown: Shown, projection: str) -> list[Callable]:
+    """What draws each panel on the run: histograms, then projections and the removal."""
+    kinds, looks = shown.kinds, shown.looks
+    panels = [partial(draw_scores, look=look, kinds=kinds, ood=shown.ood) for look in looks]
+    if looks[-1].clean is not None:
+        threshold = shown.run.curve.arguments["p_threshold"]
+        panels.append(partial(draw_clean, look=looks[-1], kinds=kinds, threshold=threshold))
+    panels += [partial(draw_projection, look=look, kinds=kinds, projection=projection) for look in looks]
+    if shown.removal is not None:
+        panels.append(partial(draw_removal, removal=shown.removal, ood=shown.ood))
+    return panels
+
+
+def grid_of(panels: int) -> tuple[int, int]:
+    """Rows and columns of the panels on the run: at most three in a row, four in two rows of two."""
+    columns = 2 if panels == 4 else min(panels, 3)
+    return -(-panels // columns), columns
+
+
+def draw_shown(figure, shown: Shown, panels: list[Callable]) -> None:
+    """The panels on the run, with one legend of the samples."""
+    grid = figure.subplots(*grid_of(len(panels)), squeeze=False).ravel()
+    for axes, panel in zip(grid, panels, strict=False):
+        panel(axes)
+    for axes in grid[len(panels) :]:
+        axes.axis("off")
+    marks = [Patch(color=kind.color, label=f"{kind.name}: {kind.members.sum()}") for kind in shown.kinds]
+    for marker, name in ((".", "kept"), ("x", "removed")):
+        marks.append(Line2D([], [], color="black", marker=marker, linestyle="", label=name))
+    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize=9, frameon=False)
+    curve = shown.run.curve
+    figure.suptitle(
+        f"Training images as seen by {curve.method}: {setting(shown.run)}, seed {curve.arguments.get('seed')}",
+        fontsize=10,
+    )
+
+
+def draw(runs: list[RunResult], shown: Shown | None, projection: str, out: Path) -> None:
+    """Write the figure: the curves of the runs, and what one of them removed, if any did."""
+    curves = figures.panels(runs, lambda run: f"Test accuracy: {images(run)}\n{noise(run)}")
+    panels = [] if shown is None else panels_of(shown, projection)
+    heights = [figures.panel_grid(curves).height]
+    heights += [0.7 + ROW * grid_of(len(panels))[0]] if panels else []
+    figure = figures.plt.figure(figsize=(figures.WIDTH, sum(heights)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    figures.draw_panels(parts[0], curves, warm_up="warmup_epoch")
+    if panels:
+        draw_shown(parts[1], shown, panels)
+    figures.write(figure, out)
+
+
+def main(argv=None) -> None:
+    """Parse the command line and draw."""
+    parser = cli.Parser(prog="python -m manifold_dividemix.visualize", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories of this paper's scripts")
+    parser.add_argument(
+        "--out",
+        default="manifold_dividemix.png",
+        metavar="FILE",
+        help="the figure to write (.png, .pdf or .svg)",
+    )
+    parser.add_argument(
+        "--projection", choices=list(PROJECTIONS), default="tsne", help="of the embeddings, to the plane"
+    )
+    args = parser.parse_args(argv)
+    out = figures.checked_path(args.out)
+    runs = [read_run(Path(run)) for run in args.runs]
+    run = run_to_show(runs)
+    draw(runs, None if run is None else read_shown(run), args.projection, out)
+    print(f"figure in {out}")
+
+
+if __name__ == "__main__":
+    cli.exit_cleanly(main)

@@ -1,0 +1,812 @@
+"""Training sets with images from elsewhere: the draws against a plain loop, corrupted data sets, the cache of what pools gave."""
+
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from numpy.random import RandomState
+from PIL import Image
+
+from common import datasets, noise, processes
+from common.cli import UserError
+from common.datasets import open_set, pools
+from common.datasets.in_memory import Data, Split
+from common.datasets.open_set import Corruption, OpenSetData, corrupt
+from tests.common.small_file_data import make_imagenet32
+
+N = 600
+LABELS = {classes: RandomState(1).permutation(np.arange(N) % classes) for classes in (10, 15, 100)}
+legacy_multinomial = pytest.mark.skipif(
+    np.lib.NumpyVersion(np.__version__) >= "2.5.0",
+    reason="NumPy 2.5 draws otherwise where a probability is 0",
+)
+
+
+def draw(
+    noise_type: str,
+    labels: np.ndarray,
+    rate: float,
+    ood_ratio: float,
+    classes: int,
+    seed: int = 0,
+    label_rng: str = "python",
+    pool_size: int = 10**5,
+) -> tuple[noise.OpenSet, np.ndarray]:
+    """The images from elsewhere and the noisy labels, by the generators of the benchmark."""
+    rng = RandomState(noise.OPEN_SET_SEED)
+    chosen = noise.open_set(len(labels), ood_ratio, pool_size, rng)
+    python = random.Random(seed) if label_rng == "python" else None
+    noisy = noise.in_distribution_noise(
+        noise_type, labels, chosen.positions, rate, ood_ratio, classes, rng, python, RandomState(seed)
+    )
+    return chosen, noisy
+
+
+# the draws ----------------------------------------------------------------------------------------------------------------
+
+
+def plain_loop(
+    noise_type: str, labels: list[int], rate: float, ood_ratio: float, classes: int, seed: int, label_rng: str
+) -> tuple[list[int], list[int], list[int]]:
+    """The corruption as the specification tells it (Sec. 2.1), one draw after another: positions, rows, noisy labels."""
+    numpy, python = RandomState(2718), random.Random(seed)
+    ood = [i for i in range(len(labels)) if numpy.rand() < ood_ratio]
+    rows = numpy.permutation(np.arange(1000))[: len(ood)].tolist()
+    python.shuffle(list(range(len(labels))))
+    drawn = [i for i in range(len(labels)) if i not in ood and numpy.rand() < rate / (1 - ood_ratio)]
+    noisy = list(labels)
+    for i in drawn:
+        if noise_type == "sym":
+            noisy[i] = (
+                python.randint(0, classes - 1) if label_rng == "python" else int(classes * numpy.rand())
+            )
+        elif classes == 10:
+            noisy[i] = {9: 1, 2: 0, 4: 7, 3: 5, 5: 3}.get(labels[i], labels[i])
+    if noise_type == "sym" or classes == 10:
+        return ood, rows, noisy
+    matrix_rng = RandomState(seed)
+    for i, label in enumerate(labels):
+        following = label + 1 if label % 5 < 4 else label - 4
+        if noise_type == "superclass":
+            members = [
+                c for c in range(100) if noise.CIFAR100_SUPERCLASSES[c] == noise.CIFAR100_SUPERCLASSES[label]
+            ]
+            following = members[(members.index(label) + 1) % 5]
+        row = [0.0] * classes
+        row[label], row[following] = 1 - rate, rate
+        noisy[i] = int(matrix_rng.multinomial(1, row).argmax())
+    return ood, rows, noisy
+
+
+@pytest.mark.parametrize(
+    ("noise_type", "classes", "label_rng"),
+    [
+        *(("sym", 10, "python"), ("sym", 100, "python"), ("sym", 10, "numpy"), ("sym", 100, "numpy")),
+        ("asym", 10, "python"),
+        *(
+            pytest.param(kind, classes, "python", marks=legacy_multinomial)
+            for kind, classes in (("asym", 15), ("asym", 100), ("superclass", 100))
+        ),
+    ],
+)
+@pytest.mark.parametrize(("rate", "ood_ratio"), [(0.2, 0.2), (0.2, 0.6), (0.4, 0.6), (0.05, 0.9)])
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_draws_are_those_of_a_plain_loop(noise_type, classes, label_rng, rate, ood_ratio, seed):
+    labels = LABELS[classes]
+    chosen, noisy = draw(noise_type, labels, rate, ood_ratio, classes, seed, label_rng, pool_size=1000)
+    expected = plain_loop(noise_type, labels.tolist(), rate, ood_ratio, classes, seed, label_rng)
+    assert (chosen.positions.tolist(), chosen.source.tolist(), noisy.tolist()) == expected
+    assert chosen.positions.dtype == chosen.source.dtype == noisy.dtype == np.int64
+
+
+def test_nothing_is_drawn_for_images_from_elsewhere_at_ratio_0():
+    rng = RandomState(4)
+    chosen = noise.open_set(N, 0, 10, rng)
+    assert chosen.positions.tolist() == chosen.source.tolist() == []
+    assert chosen.positions.dtype == chosen.source.dtype == np.int64
+    assert rng.random_sample() == RandomState(4).random_sample()
+    # the labels then take the first uniforms; the release has no such case
+    _, noisy = draw("asym", np.full(N, 2), 0.3, 0, 10)
+    assert np.array_equal(noisy == 0, RandomState(2718).random_sample(N) < 0.3)
+
+
+@pytest.mark.parametrize("noise_type", ["sym", "asym", "superclass"])
+def test_rate_0_is_a_copy_and_draws_nothing(noise_type):
+    states = RandomState(1), random.Random(1), RandomState(1)
+    noisy = noise.in_distribution_noise(noise_type, LABELS[100], np.arange(5), 0, 0.2, 100, *states)
+    assert np.array_equal(noisy, LABELS[100]) and not np.shares_memory(noisy, LABELS[100])
+    fresh = RandomState(1).random_sample()
+    assert (states[0].random_sample(), states[2].random_sample()) == (fresh, fresh)
+    assert states[1].random() == random.Random(1).random()
+
+
+@pytest.mark.parametrize(("ood_ratio", "count"), [(0.2, 9831), (0.4, 19870), (0.6, 29845)])
+def test_the_benchmark_replaces_the_specifications_number_of_50000_images(ood_ratio, count):
+    chosen = noise.open_set(50000, ood_ratio, 1_281_167, RandomState(noise.OPEN_SET_SEED))
+    assert len(chosen.positions) == len(chosen.source) == count
+    assert (np.diff(chosen.positions) > 0).all() and 0 <= chosen.positions[0] <= chosen.positions[-1] < 50000
+    assert (
+        len(np.unique(chosen.source)) == count and 0 <= chosen.source.min() <= chosen.source.max() < 1_281_167
+    )
+    # another pool takes the same places, and a larger ratio more of them
+    other = noise.open_set(50000, ood_ratio, 60000, RandomState(noise.OPEN_SET_SEED))
+    assert np.array_equal(other.positions, chosen.positions) and other.source.max() < 60000
+    more = noise.open_set(50000, 0.7, 60000, RandomState(noise.OPEN_SET_SEED))
+    assert np.isin(chosen.positions, more.positions).all()
+
+
+@pytest.mark.parametrize("label_rng", ["python", "numpy"])
+def test_the_draws_do_not_depend_on_the_labels(label_rng):
+    labels = LABELS[10]
+    found = {}
+    for name, own in (("clean", labels), ("others", (labels + 3) % 10), ("one", np.zeros(N, dtype=int))):
+        found[name] = draw("sym", own, 0.4, 0.3, 10, label_rng=label_rng)
+    for name, own in (("others", (labels + 3) % 10), ("one", np.zeros(N, dtype=int))):
+        chosen, noisy = found[name]
+        assert np.array_equal(chosen.positions, found["clean"][0].positions)
+        assert np.array_equal(chosen.source, found["clean"][0].source)
+        moved = (noisy != own) & (found["clean"][1] != labels)
+        assert moved.sum() > 150 and np.array_equal(noisy[moved], found["clean"][1][moved])
+
+
+@pytest.mark.parametrize("label_rng", ["python", "numpy"])
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize(("rate", "ood_ratio"), [(0.2, 0), (0.2, 0.2), (0.2, 0.6), (0.4, 0.6), (1, 0)])
+def test_symmetric_noise_realises_its_rate_but_for_the_true_class_among_all(
+    rate, ood_ratio, classes, label_rng
+):
+    labels = np.arange(50000) % classes
+    chosen, noisy = draw("sym", labels, rate, ood_ratio, classes, label_rng=label_rng)
+    inside = np.setdiff1d(np.arange(50000), chosen.positions)
+    assert np.array_equal(noisy[chosen.positions], labels[chosen.positions])
+    share = rate / (1 - ood_ratio) * (classes - 1) / classes
+    deviation = np.sqrt(share * (1 - share) / len(inside))
+    assert np.mean(noisy[inside] != labels[inside]) == pytest.approx(share, abs=4 * deviation)
+    assert noise.realised(labels, noisy, classes).rate == pytest.approx(
+        rate * (classes - 1) / classes, abs=0.01
+    )
+    counts = np.bincount(noisy[inside][noisy[inside] != labels[inside]], minlength=classes)
+    expected = counts.sum() / classes
+    assert np.abs(counts - expected).max() < 5 * np.sqrt(expected), "every class is drawn as often"
+
+
+def test_asymmetric_noise_of_10_classes_moves_look_alikes_that_are_not_from_elsewhere():
+    labels = np.arange(50000) % 10
+    chosen, noisy = draw("asym", labels, 0.4, 0.4, 10)
+    moved = noisy != labels
+    assert not moved[chosen.positions].any()
+    assert all(
+        noise.CIFAR10_LOOK_ALIKES[a] == b for a, b in set(zip(labels[moved], noisy[moved], strict=True))
+    )
+    inside = np.delete(labels, chosen.positions)
+    for own in range(10):
+        share = moved[labels == own].sum() / (inside == own).sum()
+        expected = 0.4 / 0.6 if own in noise.CIFAR10_LOOK_ALIKES else 0
+        assert share == pytest.approx(expected, abs=0.04)
+
+
+@pytest.mark.parametrize("noise_type", ["asym", "superclass"])
+@pytest.mark.parametrize("rate", [0.2, 0.4])
+def test_matrix_noise_moves_images_from_elsewhere_too_as_released(noise_type, rate):
+    labels = np.arange(50000) % 100
+    chosen, noisy = draw(noise_type, labels, rate, 0.6, 100)
+    moved = noisy != labels
+    groups = np.arange(100) // 5 if noise_type == "asym" else np.array(noise.CIFAR100_SUPERCLASSES)
+    assert np.array_equal(groups[labels], groups[noisy])
+    for part in (chosen.positions, np.setdiff1d(np.arange(50000), chosen.positions)):
+        assert moved[part].mean() == pytest.approx(rate, abs=0.015)
+    steps = np.array([np.flatnonzero(groups == groups[c]).searchsorted(c) for c in range(100)])
+    assert np.unique((steps[noisy[moved]] - steps[labels[moved]]) % 5).tolist() == [1]
+    # drawn from a generator of its own: the same whatever was replaced
+    assert np.array_equal(draw(noise_type, labels, rate, 0.2, 100)[1], noisy)
+
+
+@pytest.mark.parametrize(
+    ("rate", "ood_ratio"), [(0.4, 0.6), (0.3, 0.7), (0.1, 0.9), (np.nextafter(0.3, 1), np.nextafter(0.7, 1))]
+)
+def test_shares_that_make_up_the_whole_leave_no_image_as_it_was(rate, ood_ratio):
+    chosen, noisy = draw("asym", np.full(N, 9), rate, ood_ratio, 10)
+    assert np.array_equal(np.flatnonzero(noisy == 9), chosen.positions)
+    assert 0 < len(chosen.positions) < N
+
+
+def test_ratio_1_replaces_every_image_and_leaves_the_labels():
+    chosen, noisy = draw("sym", LABELS[10], 0, 1, 10)
+    assert np.array_equal(chosen.positions, np.arange(N))
+    assert np.array_equal(noisy, LABELS[10])
+    with pytest.raises(ValueError, match=r"rate 0\.1 and ood ratio 1 are shares of the whole: more than 1"):
+        draw("sym", LABELS[10], 0.1, 1, 10)
+    assert np.array_equal(draw("sym", LABELS[10], 1e-12, 1, 10)[1], LABELS[10]), (
+        "there is no image left to be noisy"
+    )
+
+
+@pytest.mark.parametrize("noise_type", ["sym", "asym"])
+@pytest.mark.parametrize("label_rng", ["python", "numpy"])
+def test_a_rate_too_small_for_any_label_leaves_all(noise_type, label_rng):
+    assert np.array_equal(draw(noise_type, LABELS[10], 1e-6, 0.2, 10, label_rng=label_rng)[1], LABELS[10])
+    empty = draw(noise_type, np.array([], dtype=int), 0.2, 0.2, 10, label_rng=label_rng)
+    assert [len(part) for part in (*empty[0], empty[1])] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("rate", "ood_ratio"), [(0.7, 0.4), (1, 0.1), (0.5, 0.5001)])
+def test_shares_of_more_than_the_whole_are_refused(rate, ood_ratio):
+    with pytest.raises(ValueError, match=f"noise rate {rate} and ood ratio {ood_ratio} are .* more than 1"):
+        draw("sym", LABELS[10], rate, ood_ratio, 10)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.1, float("nan")])
+def test_a_rate_outside_0_to_1_is_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=rf"^noise rate must be in \[0, 1\], got {wrong}$"):
+        noise.in_distribution_noise("sym", LABELS[10], np.arange(2), wrong, 0.2, 10, RandomState(0))
+    with pytest.raises(ValueError, match=rf"^ood ratio must be in \[0, 1\], got {wrong}$"):
+        noise.in_distribution_noise("sym", LABELS[10], np.arange(2), 0.2, wrong, 10, RandomState(0))
+    with pytest.raises(ValueError, match=rf"^ood ratio must be in \[0, 1\], got {wrong}$"):
+        noise.open_set(N, wrong, 10, RandomState(0))
+    for matrix in (noise.look_alike_matrix, lambda rate: noise.next_in_group([0, 0], rate)):
+        with pytest.raises(ValueError, match=rf"^noise rate must be in \[0, 1\], got {wrong}$"):
+            matrix(wrong)
+
+
+@pytest.mark.parametrize(
+    ("noise_type", "classes", "offending"),
+    [
+        ("no", 10, "unknown noise type 'no': choose from sym, asym, superclass"),
+        ("superclass", 10, "superclass noise has no rule for 10 classes"),
+        ("superclass", 15, "superclass noise has no rule for 15 classes"),
+        ("asym", 101, "asym noise has no rule for 101 classes"),
+        ("sym", 9, r"labels must be in 0\.\.8, got 0\.\.9"),
+    ],
+)
+def test_noise_without_a_rule_is_refused(noise_type, classes, offending):
+    with pytest.raises(ValueError, match=offending):
+        draw(noise_type, LABELS[10], 0.2, 0.2, classes)
+
+
+def test_matrix_noise_needs_its_generator():
+    with pytest.raises(ValueError, match="asym noise of 100 classes needs matrix_rng"):
+        noise.in_distribution_noise("asym", LABELS[100], np.arange(2), 0.2, 0.2, 100, RandomState(0))
+
+
+def test_a_pool_with_fewer_images_than_places_is_refused_and_one_with_as_many_is_used_up():
+    places = len(draw("sym", LABELS[10], 0, 0.4, 10)[0].positions)
+    with pytest.raises(
+        ValueError, match=f"{places} images are to be replaced, and the pool has only {places - 1}"
+    ):
+        noise.open_set(N, 0.4, places - 1, RandomState(noise.OPEN_SET_SEED))
+    chosen = noise.open_set(N, 0.4, places, RandomState(noise.OPEN_SET_SEED))
+    assert sorted(chosen.source) == list(range(places))
+
+
+@pytest.mark.parametrize(
+    ("noise_type", "classes", "label_rng"),
+    [
+        ("sym", 10, "python"),
+        ("sym", 10, "numpy"),
+        ("asym", 10, "python"),
+        ("asym", 100, "python"),
+        ("superclass", 100, "python"),
+    ],
+)
+def test_input_and_global_generators_are_left_alone(noise_type, classes, label_rng):
+    labels = LABELS[classes].astype(np.uint8)
+    before = random.getstate(), np.random.get_state()
+    noisy = draw(noise_type, labels, 0.4, 0.2, classes, label_rng=label_rng)[1]
+    after = random.getstate(), np.random.get_state()
+    assert noisy.dtype == np.int64 and not np.array_equal(noisy, labels)
+    assert np.array_equal(labels, LABELS[classes])
+    assert before[0] == after[0]
+    assert all(np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+
+
+# transition matrices --------------------------------------------------------------------------------------------------------
+
+
+def test_the_next_class_of_a_group_is_the_first_after_its_last():
+    matrix = noise.next_in_group([7, 1, 7, 3, 7, 1], 0.3)
+    expected = np.eye(6) * 0.7
+    for own, following in ((0, 2), (2, 4), (4, 0), (1, 5), (5, 1), (3, 3)):
+        expected[own, following] += 0.3  # a class that is alone in its group stays
+    assert np.allclose(matrix, expected) and np.allclose(matrix.sum(axis=1), 1)
+    assert np.array_equal(noise.next_in_group([0, 0], 0), np.eye(2))
+    assert np.array_equal(noise.next_in_group([0, 0], 1), np.eye(2)[::-1])
+
+
+def test_look_alikes_by_matrix():
+    matrix = noise.look_alike_matrix(0.25)
+    assert np.allclose(matrix.sum(axis=1), 1) and (matrix >= 0).all()
+    assert {(i, j) for i, j in np.argwhere(matrix > 0).tolist() if i != j} == set(
+        noise.CIFAR10_LOOK_ALIKES.items()
+    )
+    assert {matrix[i, j] for i, j in noise.CIFAR10_LOOK_ALIKES.items()} == {0.25}
+
+
+def test_labels_by_a_matrix_follow_its_rows():
+    matrix = np.array([[0.5, 0.5, 0, 0], [0, 1, 0, 0], [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])
+    labels = np.arange(20000) % 4
+    noisy = noise.by_matrix(labels, matrix, RandomState(3))
+    assert np.allclose(noise.realised(labels, noisy, 4).matrix, matrix, atol=0.03)
+    assert np.array_equal(noisy, noise.by_matrix(labels, matrix, RandomState(3)))
+    assert not np.array_equal(noisy, noise.by_matrix(labels, matrix, RandomState(4)))
+    assert noise.by_matrix(labels[:0], matrix, RandomState(3)).shape == (0,)
+
+
+# corrupted data sets ----------------------------------------------------------------------------------------------------------
+
+SIZE, SHAPE = 90, (32, 32, 3)
+POOL_SIZE = 40
+IMAGENET = Corruption("imagenet32", 0.3, "sym", 0.2)
+
+
+def small(classes: int = 10, shape=SHAPE, name: str = "own", size: int = SIZE, seed: int = 0) -> Data:
+    """A data set of noise."""
+    rng = RandomState(seed)
+    splits = [
+        Split(rng.randint(0, 256, (n, *shape), dtype=np.uint8), rng.permutation(np.arange(n) % classes))
+        for n in (size, 10)
+    ]
+    return Data(name, *splits, classes, (0.5,) * shape[2], (0.25,) * shape[2])
+
+
+def save(data: Data, path: Path) -> None:
+    np.savez(
+        path,
+        train_images=data.train.images, train_labels=data.train.labels,
+        test_images=data.test.images, test_labels=data.test.labels,
+    )  # fmt: skip
+
+
+def message(*arguments, **options) -> str:
+    """The one line that corrupting ends in."""
+    with pytest.raises(UserError) as error:
+        corrupt(*arguments, **options)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def assert_same(found: OpenSetData, expected: OpenSetData) -> None:
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A folder with 40 images of ImageNet 32x32, 40 photographs and the data set `other`."""
+    make_imagenet32(tmp_path / "imagenet32", sizes=(4,) * 10)
+    (tmp_path / "places365").mkdir()
+    for number in range(POOL_SIZE):
+        Image.new("RGB", (40, 36), (6 * number, number, 255)).save(
+            tmp_path / "places365" / f"{number:02}.png"
+        )
+    save(small(size=POOL_SIZE, seed=7), tmp_path / "other.npz")
+    return tmp_path
+
+
+@pytest.mark.parametrize("pool", ["imagenet32", "place365", "other"])
+def test_some_images_are_the_pools_and_some_labels_noise(root, pool):
+    data = small()
+    before = data.train.images.copy(), data.train.labels.copy()
+    found = corrupt(data, Corruption(pool, 0.3, "sym", 0.2, noise_seed=3), root)
+    (positions, source), noisy = draw("sym", data.train.labels, 0.2, 0.3, 10, seed=3, pool_size=POOL_SIZE)
+    assert found.ood.dtype == bool and np.array_equal(np.flatnonzero(found.ood), positions)
+    assert np.array_equal(found.images[positions], np.stack(pools.open_pool(pool, root).take(source)))
+    assert np.array_equal(found.images[~found.ood], data.train.images[~found.ood])
+    assert found.images.shape == data.train.images.shape and found.images.dtype == np.uint8
+    assert np.array_equal(found.observed, noisy) and found.observed.dtype == np.int64
+    assert np.array_equal(data.train.images, before[0]) and np.array_equal(data.train.labels, before[1])
+    assert not np.shares_memory(found.images, data.train.images)
+    assert_same(corrupt(data, Corruption(pool, 0.3, "sym", 0.2, noise_seed=3), root), found)
+
+
+def test_labels_decide_neither_places_nor_images_and_seeds_only_labels(root):
+    first = corrupt(small(), IMAGENET, root)
+    others = small()
+    others = others._replace(train=Split(others.train.images, (others.train.labels + 1) % 10))
+    different = [
+        corrupt(others, IMAGENET, root),
+        corrupt(small(), IMAGENET._replace(noise_seed=1), root),
+        corrupt(small(), IMAGENET._replace(label_rng="numpy"), root),
+        corrupt(small(), IMAGENET._replace(noise_type="asym"), root),
+    ]
+    for found in different:
+        assert np.array_equal(found.images, first.images) and np.array_equal(found.ood, first.ood)
+        assert found.sha256 == first.sha256
+        assert not np.array_equal(found.observed, first.observed)
+    changed = {
+        corrupt(small(), corruption, root).sha256
+        for corruption in (IMAGENET, IMAGENET._replace(ood_ratio=0.2), IMAGENET._replace(pool="place365"))
+    }
+    assert len(changed) == 3 and first.sha256 in changed
+
+
+def test_the_sha256_is_of_the_images_and_of_their_places(root):
+    first = corrupt(small(), IMAGENET, root)
+    assert corrupt(small(seed=1), IMAGENET, root).sha256 == first.sha256, "the other images do not matter"
+    ood = np.flatnonzero(first.ood)
+    images = first.images[ood]
+    assert first.sha256 == open_set._sha256(ood, images)
+    assert open_set._sha256(ood + 1, images) != first.sha256 != open_set._sha256(ood, images ^ 1)
+
+
+@pytest.mark.parametrize("noise_type", ["asym", "superclass"])
+def test_a_seed_draws_the_matrix_noise_of_100_classes(root, noise_type):
+    data = small(100)
+    found = [
+        corrupt(data, Corruption("other", 0.3, noise_type, 0.4, seed), root).observed for seed in (0, 1, 0)
+    ]
+    assert np.array_equal(found[0], found[2]) and not np.array_equal(found[0], found[1])
+    assert np.array_equal(found[1], draw(noise_type, data.train.labels, 0.4, 0.3, 100, seed=1)[1])
+
+
+def test_numpy_labels_have_no_seed_of_their_own(root):
+    """SNCF's labels come from the stream of the images: one set of labels for all."""
+    found = [corrupt(small(), IMAGENET._replace(label_rng="numpy", noise_seed=seed), root) for seed in (0, 1)]
+    assert_same(*found)
+    expected = draw("sym", small().train.labels, 0.2, 0.3, 10, label_rng="numpy", pool_size=POOL_SIZE)[1]
+    assert np.array_equal(found[0].observed, expected)
+
+
+@pytest.mark.parametrize("rate", [0, 0.2, 0.9])
+def test_noise_type_no_keeps_the_labels_whatever_the_rate(root, rate):
+    data = small()
+    found = corrupt(data, IMAGENET._replace(noise_type="no", noise_rate=rate), root)
+    assert np.array_equal(found.observed, data.train.labels)
+    assert not np.shares_memory(found.observed, data.train.labels)
+    assert np.array_equal(found.images, corrupt(data, IMAGENET, root).images)
+
+
+def test_without_images_from_elsewhere_no_pool_is_needed(tmp_path):
+    data = small()
+    for pool in ("imagenet32", "place365", "nothing", "own"):
+        found = corrupt(data, Corruption(pool, 0, "sym", 0.5), tmp_path, cache=tmp_path / "cache")
+        assert np.array_equal(found.images, data.train.images) and not found.ood.any()
+        assert not np.shares_memory(found.images, data.train.images)
+        assert np.array_equal(found.observed, draw("sym", data.train.labels, 0.5, 0, 10)[1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ratio_too_small_for_any_image_replaces_none(root):
+    found = corrupt(small(), IMAGENET._replace(ood_ratio=1e-6), root, cache=root / "cache")
+    assert not found.ood.any() and np.array_equal(found.images, small().train.images)
+    assert_same(corrupt(small(), IMAGENET._replace(ood_ratio=1e-6), root, cache=root / "cache"), found)
+
+
+def test_ratio_1_replaces_all(root):
+    data = small(size=30)
+    found = corrupt(data, Corruption("other", 1.0, "no", 0), root)
+    assert found.ood.all() and np.array_equal(found.observed, data.train.labels)
+    pool = datasets.load("other", root).train.images
+    assert len({image.tobytes() for image in found.images}) == 30
+    assert {image.tobytes() for image in found.images} <= {image.tobytes() for image in pool}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "pool", "pool_shape"),
+    [
+        *(("mnist", (28, 28, 1), "other", SHAPE), ("digits", (8, 8, 1), "imagenet32", SHAPE)),
+        *(("own", (84, 84, 3), "imagenet32", SHAPE), ("own", (20, 12, 3), "place365", SHAPE)),
+        *(("cifar10", SHAPE, "mnist", (28, 28, 1)), ("mnist", (28, 28, 1), "fashion_mnist", (28, 28, 1))),
+    ],
+    ids=str,
+)
+def test_images_take_the_shape_of_those_whose_place_they_take(root, name, shape, pool, pool_shape):
+    if pool.endswith("mnist"):
+        save(small(shape=pool_shape, size=POOL_SIZE), root / f"{pool}.npz")
+    data = small(shape=shape, name=name)
+    found = corrupt(data, Corruption(pool, 0.3, "sym", 0.2), root)
+    source = draw("sym", data.train.labels, 0.2, 0.3, 10, pool_size=POOL_SIZE)[0].source
+    assert np.array_equal(
+        found.images[found.ood], pools.resized(pools.open_pool(pool, root).take(source), shape)
+    )
+    assert found.images.shape == data.train.images.shape
+
+
+def test_either_cifar_may_stand_in_for_what_is_elsewhere(tmp_path):
+    for name, classes, folder in (("cifar10", 10, "a"), ("cifar100", 100, "b")):
+        (tmp_path / folder).mkdir()
+        save(small(classes, size=200, seed=classes), tmp_path / folder / f"{name}.npz")
+    for name, own, pool, other in (("cifar10", "a", "cifar100", "b"), ("cifar100", "b", "cifar10", "a")):
+        data = datasets.load(name, tmp_path / own)
+        found = corrupt(data, Corruption(pool, 0.4, "asym", 0.2), tmp_path / own, tmp_path / other)
+        lent = {image.tobytes() for image in datasets.load(pool, tmp_path / other).train.images}
+        assert [image.tobytes() in lent for image in found.images] == found.ood.tolist()
+        assert 60 <= found.ood.sum() <= 100
+        assert f"{pool} not found" in message(data, Corruption(pool, 0.4, "asym", 0.2), tmp_path / own)
+
+
+def test_digits_with_patches_of_photographs(tmp_path):
+    data = datasets.load("digits")
+    found = corrupt(data, Corruption("photographs", 0.4, "sym", 0.2), tmp_path, cache=tmp_path / "cache")
+    assert found.images.shape == (1437, 8, 8, 1)
+    assert found.ood.mean() == pytest.approx(0.4, abs=0.05)
+    assert noise.realised(data.train.labels, found.observed, 10).rate == pytest.approx(0.18, abs=0.04)
+    assert list(tmp_path.iterdir()) == [], "only what was read from many files is kept"
+
+
+def test_a_data_set_is_no_pool_for_itself_nor_a_pool_too_small(root):
+    save(small(), root / "own.npz")
+    text = message(small(), Corruption("own", 0.2, "sym", 0.2), root)
+    assert text.startswith("--corruption own: these are the training images themselves")
+    text = message(small(), Corruption("imagenet32", 0.6, "sym", 0.2), root, cache=root / "cache")
+    places = (RandomState(2718).random_sample(SIZE) < 0.6).sum()
+    assert text.startswith(
+        f"--corruption imagenet32: {places} images are to be replaced, and the pool has only 40; use"
+    )
+    assert text.endswith("--ood-ratio")
+    assert not (root / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("corruption", "offending"),
+    [
+        (Corruption("other", 0.3, "sym", 0.8), "--noise-type sym --noise-ratio 0.8: noise rate 0.8 and ood ratio 0.3 are shares"),
+        (Corruption("other", 0.3, "superclass", 0.2), "--noise-type superclass .*: superclass noise has no rule for 10 classes"),
+        (Corruption("other", 0.3, "uniform", 0.2), "--noise-type uniform .*: unknown noise type 'uniform'"),
+        (Corruption("nowhere", 0.3, "sym", 0.2), "--corruption nowhere: unknown data set nowhere"),
+    ],
+)  # fmt: skip
+def test_a_corruption_that_cannot_be_is_refused_in_one_line(root, corruption, offending):
+    with pytest.raises(UserError, match=f"^{offending}"):
+        corrupt(small(), corruption, root)
+
+
+def test_labels_of_a_file_take_the_place_of_drawn_ones(root):
+    data, labels = small(), (np.arange(SIZE) * 7) % 10
+    np.save(root / "labels.npy", labels)
+    file = str(root / "labels.npy")
+    for corruption in (
+        IMAGENET,
+        IMAGENET._replace(noise_type="no"),
+        IMAGENET._replace(noise_type="superclass", noise_rate=1),
+    ):
+        found = corrupt(data, corruption, root, noise_file=file)
+        assert np.array_equal(found.observed, labels)
+        assert np.array_equal(found.images, corrupt(data, IMAGENET, root).images)
+    np.save(root / "labels.npy", labels[1:])
+    text = message(data, IMAGENET, root, noise_file=file)
+    assert text == f"--noise_file {file}: holds 89 labels, the training set needs 90"
+
+
+def test_one_process_of_several_speaks_and_writes(root, capsys, monkeypatch):
+    monkeypatch.setattr(processes, "rank", lambda: 1)
+    second = corrupt(small(), IMAGENET, root, cache=root / "cache")
+    assert capsys.readouterr().out == "" and not (root / "cache").exists()
+    monkeypatch.setattr(processes, "rank", lambda: 0)
+    first = corrupt(small(), IMAGENET, root, cache=root / "cache")
+    assert (
+        f"{first.ood.sum()} of 90 training images replaced by images of imagenet32" in capsys.readouterr().out
+    )
+    assert_same(first, second)
+
+
+# the cache --------------------------------------------------------------------------------------------------------------------
+
+
+def cached(root: Path, corruption: Corruption = IMAGENET, data: Data | None = None) -> OpenSetData:
+    return corrupt(data or small(), corruption, root, cache=root / "cache")
+
+
+def refusal(root: Path, corruption: Corruption = IMAGENET, data: Data | None = None) -> str:
+    """The one line that reading the cache ends in: it names the file and says what to do."""
+    text = message(data or small(), corruption, root, cache=root / "cache")
+    assert text.startswith(str(root / "cache" / f"own-{corruption.pool}-0.3.npz"))
+    assert "remove it" in text
+    return text
+
+
+def files(root: Path) -> list[str]:
+    return sorted(path.name for path in (root / "cache").rglob("*") if path.suffix != ".lock")
+
+
+@pytest.mark.parametrize("pool", ["imagenet32", "place365"])
+def test_a_pool_of_files_is_read_once(root, capsys, pool):
+    corruption = IMAGENET._replace(pool=pool)
+    expected = corrupt(small(), corruption, root)
+    assert_same(cached(root, corruption), expected)
+    assert files(root) == [f"own-{pool}-0.3.npz"]
+    content = (root / "cache" / f"own-{pool}-0.3.npz").read_bytes()
+    capsys.readouterr()
+    for folder in ("imagenet32", "places365"):
+        shutil.rmtree(root / folder)
+    assert_same(cached(root, corruption), expected)
+    said = capsys.readouterr().out
+    assert f"{expected.ood.sum()} images of {pool} from {root / 'cache' / f'own-{pool}-0.3.npz'}" in said
+    # the images serve other labels too, and the draws that follow them are the same
+    for other in (
+        corruption._replace(label_rng="numpy"),
+        corruption._replace(noise_type="asym", noise_rate=0.5),
+    ):
+        found = cached(root, other).observed
+        noisy = draw(
+            other.noise_type, small().train.labels, other.noise_rate, 0.3, 10, 0, other.label_rng, POOL_SIZE
+        )[1]
+        assert np.array_equal(found, noisy)
+    assert (root / "cache" / f"own-{pool}-0.3.npz").read_bytes() == content
+
+
+def test_a_pool_given_by_its_folder_is_kept_under_the_same_name(root):
+    expected = cached(root)
+    shutil.move(root / "imagenet32", root / "elsewhere")
+    for _ in range(2):
+        assert_same(corrupt(small(), IMAGENET, root, root / "elsewhere", root / "cache"), expected)
+        assert files(root) == ["own-imagenet32-0.3.npz"]
+        shutil.rmtree(root / "cache")
+    make_imagenet32(root / "larger", sizes=(5,) * 10)
+    corrupt(small(), IMAGENET, root, root / "larger", root / "cache")
+    assert "(other files)" in message(small(), IMAGENET, root, root / "elsewhere", root / "cache")
+
+
+def test_another_ratio_pool_or_data_set_has_a_file_of_its_own(root):
+    cached(root)
+    cached(root, IMAGENET._replace(ood_ratio=0.2))
+    cached(root, IMAGENET._replace(pool="place365"))
+    cached(root, data=small(name="second"))
+    expected = [f"own-{kind}.npz" for kind in ("imagenet32-0.2", "imagenet32-0.3", "place365-0.3")]
+    assert files(root) == [*expected, "second-imagenet32-0.3.npz"]
+
+
+def test_without_a_folder_and_of_data_sets_nothing_is_kept(root):
+    before = sorted(root.rglob("*"))
+    corrupt(small(), IMAGENET, root)
+    cached(root, IMAGENET._replace(pool="other"))
+    assert sorted(root.rglob("*")) == before
+
+
+def test_images_of_another_pool_are_refused(root):
+    for pool, file in (("imagenet32", "train_data_batch_2"), ("place365", "07.png")):
+        cached(root, IMAGENET._replace(pool=pool))
+        path = root / pools.FOLDERS[pool] / file
+        content = path.read_bytes()
+        path.write_bytes(content + b".")
+        text = refusal(root, IMAGENET._replace(pool=pool))
+        assert "was not made for this run (other files): " in text and "--open-set-cache" in text
+        path.write_bytes(content)
+        cached(root, IMAGENET._replace(pool=pool))
+        path.unlink()
+        assert "(other files)" in refusal(root, IMAGENET._replace(pool=pool))
+
+
+def test_images_for_other_training_images_are_refused(root):
+    cached(root)
+    assert "(other images)" in refusal(root, data=small(size=SIZE + 1))
+    assert "(other images)" in refusal(root, data=small(shape=(28, 28, 1)))
+    path = root / "cache" / "own-imagenet32-0.3.npz"
+    path.rename(root / "cache" / "second-imagenet32-0.3.npz")
+    text = message(small(name="second"), IMAGENET, root, cache=root / "cache")
+    assert "(other data_set)" in text
+
+
+def rewritten(path: Path, **changes) -> None:
+    """The cache file with other arrays, its parameters as they were."""
+    arrays = {**np.load(path), **changes}
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+
+
+def test_rows_that_the_draws_do_not_ask_for_are_refused(root):
+    cached(root)
+    path = root / "cache" / "own-imagenet32-0.3.npz"
+    kept = open_set.read_cache(path, {})
+    wanted = {
+        "data_set": "own",
+        "images": [SIZE, *SHAPE],
+        "pool": "imagenet32",
+        "ood_ratio": 0.3,
+        "seed": 2718,
+    }
+    wanted["files"] = pools.listing("imagenet32", root)
+    open_set.write_cache(path, kept._replace(source=kept.source[::-1]), wanted)
+    assert "holds other images than the draws ask for" in refusal(root)
+    open_set.write_cache(path, kept, {**wanted, "seed": 1})
+    assert "(other seed)" in refusal(root)
+    open_set.write_cache(path, kept, wanted)
+    cached(root)
+
+
+def test_a_content_that_was_changed_is_refused(root):
+    cached(root)
+    path = root / "cache" / "own-imagenet32-0.3.npz"
+    content = path.read_bytes()
+    kept = open_set.read_cache(path, {})
+    rewritten(path, images=kept.images ^ 1)
+    assert "its content does not match its sha256" in refusal(root)
+    rewritten(path, images=kept.images, source=kept.source[::-1])
+    assert "its content does not match its sha256" in refusal(root)
+    for name in ("images", "source", "parameters"):
+        path.write_bytes(content)
+        rewritten(path, **{name: None})
+        assert "is damaged (" in refusal(root)
+    for parameters in ("no json", "[]", "3", "{}", '{"pool_size": 40}', '{"pool_size": null, "sha256": ""}'):
+        path.write_bytes(content)
+        rewritten(path, parameters=parameters)
+        assert "is damaged (" in refusal(root)
+
+
+def damages(content: bytes) -> Iterator[bytes]:
+    """The file cut off anywhere, or with one byte of its zip directory changed, which may make it seem encrypted or packed."""
+    yield from (
+        b"",
+        b"no zip at all",
+        *(content[:keep] for keep in (10, 300, len(content) // 2, len(content) - 1)),
+    )
+    for position in (*range(0, 40), *range(len(content) - 200, len(content))):
+        for value in (1, 64, 255):
+            yield content[:position] + bytes([content[position] ^ value]) + content[position + 1 :]
+
+
+def test_a_damaged_cache_is_refused_in_one_line_or_as_good_as_whole(tmp_path):
+    path = tmp_path / "cache.npz"
+    kept = open_set.Kept(50, np.arange(6), RandomState(0).randint(0, 256, (6, 4, 4, 3), dtype=np.uint8))
+    open_set.write_cache(path, kept, {"pool": "some"})
+    content, refused = path.read_bytes(), 0
+    for damaged in damages(content):
+        path.write_bytes(damaged)
+        try:
+            found = open_set.read_cache(path, {"pool": "some"})
+        except UserError as error:
+            assert str(error).startswith(f"{path} is damaged (") and "\n" not in str(error)
+            refused += 1
+        else:  # a byte that nobody reads, as the time of day
+            assert found.pool_size == 50
+            assert np.array_equal(found.source, kept.source) and np.array_equal(found.images, kept.images)
+    assert refused > 300
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_gone_round(root, capsys, monkeypatch):
+    expected = corrupt(small(), IMAGENET, root)
+    capsys.readouterr()
+    (root / "cache").write_text("a file where the folder should be")
+    assert_same(cached(root), expected)
+    said = capsys.readouterr().out
+    path = root / "cache" / "own-imagenet32-0.3.npz"
+    assert f"note: {path} cannot be written (" in said and "the next run will read the pool again" in said
+    (root / "cache").unlink()
+
+    path.mkdir(parents=True)  # a folder where the file should be
+    assert_same(cached(root), expected)
+    assert f"note: {path} cannot be written (Is a directory)" in capsys.readouterr().out
+    assert list(path.iterdir()) == [] and files(root) == [path.name]
+    path.rmdir()
+
+    def full(_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("common.files.os.fsync", full)
+    assert_same(cached(root), expected)
+    assert f"note: {path} cannot be written (No space left on device)" in capsys.readouterr().out
+    assert files(root) == [], "nothing half-written"
+
+
+def test_a_cache_that_another_process_writes_is_left_to_it(root, capsys):
+    path = root / "cache" / "own-imagenet32-0.3.npz"
+    path.parent.mkdir()
+    with FileLock(path.with_suffix(".lock")):
+        cached(root)
+    assert f"note: {path} is being written by another process" in capsys.readouterr().out
+    assert files(root) == []
+    cached(root)
+    assert files(root) == [path.name]
+
+
+def test_a_pool_that_fails_leaves_no_cache(root):
+    for photograph in (root / "places365").iterdir():
+        photograph.write_bytes(b"")
+    corruption = IMAGENET._replace(pool="place365")
+    assert "is no image of a known format" in message(small(), corruption, root, cache=root / "cache")
+    shutil.rmtree(root / "places365")
+    assert "no images found" in message(small(), corruption, root, cache=root / "cache")
+    assert not (root / "cache").exists()
+
+
+def test_another_number_of_imagenet_images_is_noted_with_and_without_the_cache(root, capsys, monkeypatch):
+    note = "note: imagenet32 holds 40 images, ImageNet 32x32 has 1281167: not the benchmark's images\n"
+    for _ in range(2):
+        cached(root)
+        assert note in capsys.readouterr().out
+    cached(root, IMAGENET._replace(pool="place365"))
+    monkeypatch.setattr(pools, "IMAGENET32_SIZE", POOL_SIZE)
+    cached(root)
+    assert "note" not in capsys.readouterr().out

@@ -1,0 +1,502 @@
+"""The figure of Manifold DivideMix's runs: curves by setting, what was removed, where it lies; refusals in one line."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb, to_rgba
+from PIL import Image
+
+from common import cli
+from manifold_dividemix import visualize
+from manifold_dividemix.visualize import figures, read_run
+
+ROOT = Path(__file__).resolve().parents[2]
+OPEN_SET = {
+    "dataset": "digits",
+    "corruption": "photographs",
+    "ood_ratio": 0.2,
+    "noise_type": "sym",
+    "noise_ratio": 0.25,
+}
+MINI_IMAGENET = {"dataset": "mini_imagenet", "noise_type": "red", "noise_ratio": 0.4, "img_size": 32}
+TRAINING = {
+    "epochs": 8,
+    "warmup_epoch": 3,
+    "interval": 2,
+    "clustering": True,
+    "selection": "gmm",
+    "remove_ood": 0.05,
+    "p_threshold": 0.3,
+    "seed": 1,
+}
+N, SHOWN = 60, 40
+COLUMNS = "epoch,test_accuracy,removed,removal_precision,removal_recall"
+
+
+def write_run(folder, method, values, column="test_accuracy", paper="manifold_dividemix", **arguments):
+    """A run directory as far as curves are read of it."""
+    folder.mkdir()
+    content = {"paper": paper, "method": method, "arguments": {**OPEN_SET, **arguments}}
+    (folder / "args.json").write_text(json.dumps(content))
+    rows = [f"{epoch},{value}" for epoch, value in enumerate(values, start=1)]
+    (folder / "log.csv").write_text("\n".join([f"epoch,{column}", *rows]) + "\n")
+    return folder
+
+
+def outliers(seed, removed, split):
+    """What train_semisup keeps of one look at the samples."""
+    rng = np.random.default_rng(seed)
+    score = rng.uniform(0.5, 1, N).astype(np.float32)
+    shown = np.sort(rng.permutation(N)[:SHOWN])
+    arrays = {"score": score, "kept": score > np.sort(score)[removed - 1], "shown": shown}
+    arrays |= {"embedding": rng.normal(size=(SHOWN, 8)).astype(np.float16), "loss": score}
+    return arrays | ({"clean_probability": rng.uniform(size=N)} if split else {})
+
+
+def write_finished(folder, method="Manifold DivideMix", known=True, last=True, **arguments):
+    """A finished run of eight epochs; known: whether its samples' true labels are; last: whether it looked twice."""
+    data = {} if known else MINI_IMAGENET
+    write_run(folder, method, [50], **{**TRAINING, **data, **arguments})
+    rng = np.random.default_rng(7)
+    clean = rng.integers(0, 10, N)
+    samples = {"observed": np.where(np.arange(N) % 4 == 0, (clean + 1) % 10, clean)}
+    samples |= {"clean": clean, "ood": rng.permutation(N) < N // 5} if known else {}
+    np.savez(folder / "samples.npz", **samples)
+    np.savez(folder / "outliers_first.npz", **outliers(1, 6, split=False))
+    rows = [f"{epoch},{50 + epoch},6,{'0.5,0.25' if known else ','}" for epoch in range(1, 9)]
+    if last:
+        np.savez(folder / "outliers_last.npz", **outliers(2, 12, split=True))
+        rows[4:] = [f"{epoch},{50 + epoch},12,{',0.75' if known else ','}" for epoch in range(5, 9)]
+    (folder / "log.csv").write_text("\n".join([COLUMNS, *rows]) + "\n")
+    (folder / "result.json").write_text("{}")
+    return folder
+
+
+def change(path, **arrays):
+    """Replace arrays of an .npz file; None takes one out."""
+    with np.load(path) as file:
+        content = {name: value for name, value in {**file, **arrays}.items() if value is not None}
+    np.savez(path, **content)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_finished(tmp_path / "run")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that would have been written."""
+    written = []
+    monkeypatch.setattr(visualize.figures, "write", lambda figure, out: written.append(figure))
+    yield written
+    figures.plt.close("all")
+
+
+def draw(drawn, *words):
+    """The panels that were drawn, by the first line of their titles."""
+    visualize.main([*map(str, words), "--projection", "pca", "--out", "figure.png"])
+    return {axes.get_title().split("\n")[0]: axes for axes in drawn[-1].axes if axes.axison}
+
+
+def refused(capsys, *words) -> str:
+    """The one line that a call ends in, with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        cli.exit_cleanly(visualize.main, list(map(str, words)))
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"[^\n]*error: [^\n]*\n", line)
+    return line
+
+
+# what is read -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "images", "noise"),
+    [
+        (OPEN_SET, "digits with 20 % photographs", "25 % symmetric noise"),
+        ({"noise_type": "asym", "noise_ratio": 0.125}, "digits with 20 % photographs", "12.5 % asymmetric noise"),
+        ({"noise_type": "superclass", "ood_ratio": 0}, "digits", "25 % superclass noise"),
+        ({"noise_type": "no"}, "digits with 20 % photographs", "no label noise"),
+        ({"noise_ratio": 0}, "digits with 20 % photographs", "no label noise"),
+        ({"noise_file": "own.npy"}, "digits with 20 % photographs", "given labels"),
+        (MINI_IMAGENET, "mini_imagenet at 32 pixels", "40 % red noise"),
+    ],
+)  # fmt: skip
+def test_a_setting_is_named_by_images_and_noise(arguments, images, noise, tmp_path):
+    run = read_run(write_run(tmp_path / "run", "CE", [50], **arguments))
+    assert (visualize.images(run), visualize.noise(run)) == (images, noise)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "method"),
+    [
+        ({}, "SimCLR on digits with 20 % photographs"),
+        (MINI_IMAGENET, "SimCLR on mini_imagenet at 32 pixels, 40 % red noise"),
+    ],
+)
+def test_pretraining_is_named_by_its_images(arguments, method, tmp_path):
+    """On which the list of mini-ImageNet decides, but no other label noise."""
+    run = read_run(write_run(tmp_path / "run", "SimCLR", ["", 50], "knn_accuracy", **arguments))
+    assert (run.curve.method, run.pretraining) == (method, True)
+    assert run.epochs.tolist() == [2]
+
+
+def test_the_first_finished_run_with_two_looks_and_a_removal_is_shown(run, tmp_path):
+    unfinished = write_finished(tmp_path / "unfinished")
+    (unfinished / "result.json").unlink()
+    runs = [
+        read_run(folder)
+        for folder in (
+            write_run(tmp_path / "pretraining", "SimCLR", [50], "knn_accuracy"),
+            unfinished,
+            write_finished(tmp_path / "all_kept", remove_ood=0),
+            write_finished(tmp_path / "one_look", last=False),
+            run,
+            write_finished(tmp_path / "second"),
+        )
+    ]
+    order = []
+    while (shown := visualize.run_to_show(runs)) is not None:
+        order.append(shown.folder.name)
+        runs.remove(shown)
+    assert order == ["run", "second", "one_look", "all_kept"]
+
+
+@pytest.mark.parametrize(("clustering", "epoch"), [(True, 7), (False, 4)])
+def test_a_look_is_named_by_the_epoch_that_begins_with_it(clustering, epoch, tmp_path):
+    run = read_run(write_finished(tmp_path / "run", clustering=clustering))
+    first, last = visualize.read_looks(run, N)
+    assert (first.title, last.title) == ("first look (epoch 1)", f"last look (epoch {epoch})")
+    assert first.kept.sum() == N - 6
+    assert last.kept.sum() == N - 12
+
+
+def test_samples_are_of_three_kinds_or_of_those_that_there_are():
+    samples = {"observed": np.array([0, 1, 2, 3]), "clean": np.array([0, 1, 1, 1])}
+    samples["ood"] = np.array([False, True, False, True])
+    kinds = {kind.name: kind.members.tolist() for kind in visualize.make_kinds(samples)}
+    assert kinds == {
+        "clean": [True, False, False, False],
+        "noisy label, in distribution": [False, False, True, False],
+        "out of distribution": [False, True, False, True],
+    }
+    samples["ood"] = np.zeros(4, bool)
+    assert [kind.name for kind in visualize.make_kinds(samples)] == ["clean", "noisy label, in distribution"]
+    (everything,) = visualize.make_kinds({"observed": samples["observed"]})
+    assert everything.members.all()
+
+
+# the projection ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("projection", ["tsne", "pca"])
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_few_samples_are_projected_too(size, projection):
+    embedding = np.random.default_rng(0).normal(size=(size, 8)).astype(np.float32)
+    points = visualize.project(embedding, projection)
+    assert points.shape == (size, 2)
+    assert np.isfinite(points).all()
+    assert len(np.unique(points, axis=0)) == size
+
+
+@pytest.mark.parametrize("projection", ["tsne", "pca"])
+def test_a_projection_is_the_same_each_time_and_keeps_neighbours(projection):
+    """Two directions, at lengths that are no concern of the outlier score."""
+    rng = np.random.default_rng(0)
+    side = np.arange(60) % 2
+    directions = np.eye(8)[side] + rng.normal(scale=0.05, size=(60, 8))
+    embedding = (directions * rng.uniform(0.1, 10, (60, 1))).astype(np.float32)
+    points = visualize.project(embedding, projection)
+    assert np.array_equal(points, visualize.project(embedding, projection))
+    distances = np.linalg.norm(points[:, None] - points, axis=2) + np.diag(np.full(60, np.inf))
+    assert (side[distances.argmin(axis=1)] == side).all()
+    spread = [points[side == k].std(axis=0).max() for k in (0, 1)]
+    assert np.linalg.norm(points[side == 0].mean(0) - points[side == 1].mean(0)) > 2 * max(spread)
+
+
+@pytest.mark.parametrize("projection", ["tsne", "pca"])
+@pytest.mark.parametrize("value", [0, 3])
+def test_embeddings_that_are_all_alike_meet_in_a_point(value, projection):
+    points = visualize.project(np.full((20, 8), value, np.float32), projection)
+    assert points.tolist() == [[0, 0]] * 20
+
+
+# the figure -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_curves_have_a_panel_per_setting_and_one_for_pretraining(tmp_path, drawn):
+    flags = {"selection": "gmm", "warmup_epoch": 1}
+    runs = [
+        write_run(tmp_path / "a", "CE", [10, 20], selection="none", warmup_epoch=10),
+        write_run(tmp_path / "b", "Manifold DivideMix", [30, 40], **flags),
+        write_run(tmp_path / "c", "Manifold DivideMix", [50, 80], **flags),
+        write_run(tmp_path / "d", "Manifold DivideMix", [1, 2], noise_ratio=0.5),
+        write_run(tmp_path / "e", "SimCLR", ["", 50, "", 60], "knn_accuracy"),
+        write_run(tmp_path / "f", "SimCLR", ["", 70, 75, 90], "knn_accuracy", noise_ratio=0.5),
+    ]
+    visualize.main([*map(str, runs), "--out", str(tmp_path / "figure.png")])
+    first, second, knn = drawn[0].axes
+    assert first.get_title() == "Test accuracy: digits with 20 % photographs\n25 % symmetric noise"
+    assert second.get_title() == "Test accuracy: digits with 20 % photographs\n50 % symmetric noise"
+    lines = {line.get_label(): line for line in first.get_lines()}
+    assert lines["CE, 1 run(s)"].get_ydata().tolist() == [10, 20]
+    assert lines["Manifold DivideMix, 2 run(s)"].get_ydata().tolist() == [40, 60]
+    assert lines["end of the warm-up"].get_xdata()[0] == 1.5
+    (alone,) = second.get_lines()
+    assert alone.get_color() == lines["Manifold DivideMix, 2 run(s)"].get_color()
+    (line,) = knn.get_lines()
+    assert line.get_label() == "SimCLR on digits with 20 % photographs, 2 run(s)"
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([2, 4], [60, 75])
+
+
+def filled(axes):
+    """The counts of each filled histogram, by colour."""
+    counts = {}
+    for bars in axes.containers:
+        counts[to_rgb(bars.patches[0].get_facecolor())] = sum(bar.get_height() for bar in bars.patches)
+    return counts
+
+
+@pytest.fixture
+def truth(run):
+    """Which samples are of each kind, by colour; which are from elsewhere."""
+    with np.load(run / "samples.npz") as file:
+        right, ood = file["observed"] == file["clean"], file["ood"]
+    kinds = {
+        "tab:blue": right & ~ood,
+        "tab:orange": ~right & ~ood,
+        visualize.COLORS["out of distribution"]: ood,
+    }
+    return {to_rgb(color): members for color, members in kinds.items()}, ood  # fmt: skip
+
+
+def test_outlier_scores_are_drawn_by_kind_with_the_removed_ones_marked(run, drawn, truth):
+    kinds, ood = truth
+    panels = draw(drawn, run)
+    for name, title in (("first", "first look (epoch 1)"), ("last", "last look (epoch 7)")):
+        axes = panels[f"Outlier score, {title}"]
+        with np.load(run / f"outliers_{name}.npz") as file:
+            score, kept = file["score"], file["kept"]
+        assert filled(axes) == {color: members.sum() for color, members in kinds.items()}
+        (line,) = axes.get_lines()
+        assert line.get_xdata()[0] == score[~kept].max()
+        assert line.get_label() == f"up to here {(~kept).sum()} removed"
+        pairs = score[ood][:, None] < score[~ood]  # the area under the curve, by its definition
+        assert axes.get_title().split("\n")[1] == f"AUROC against true OOD {pairs.mean():.3f}"
+
+
+def test_clean_probabilities_are_drawn_by_kind_with_the_threshold(run, drawn, truth):
+    kinds, _ = truth
+    axes = draw(drawn, run)["Clean probability, last look (epoch 7)"]
+    assert filled(axes) == {color: members.sum() for color, members in kinds.items()}
+    assert axes.get_lines()[0].get_xdata()[0] == 0.3
+    with np.load(run / "outliers_last.npz") as file:
+        clean = file["clean_probability"]
+    right, wrong, _ = kinds.values()
+    area = (clean[right][:, None] > clean[wrong]).mean()
+    assert axes.get_title().split("\n")[1] == f"AUC {area:.3f} of clean against noisy labels"
+
+
+def test_embeddings_are_coloured_by_kind_and_removed_ones_have_another_marker(run, drawn, truth):
+    kinds, _ = truth
+    axes = draw(drawn, run)["Embeddings, last look (epoch 7)"]
+    assert axes.get_title().split("\n")[1] == f"{SHOWN} of {N} samples"
+    with np.load(run / "outliers_last.npz") as file:
+        kept, shown, embedding = file["kept"], file["shown"], file["embedding"].astype(np.float32)
+    points = visualize.project(embedding, "pca")
+    crosses = axes.collections[1].get_paths()[0].vertices
+    assert not np.array_equal(axes.collections[0].get_paths()[0].vertices, crosses)
+    for drawn_points, chosen in zip(axes.collections, (kept[shown], ~kept[shown]), strict=True):
+        assert 0 < chosen.sum() == len(drawn_points.get_offsets())
+        assert np.allclose(drawn_points.get_offsets(), points[chosen])
+        shades = np.broadcast_to(drawn_points.get_facecolors(), (chosen.sum(), 4))
+        expected = [next(c for c, members in kinds.items() if members[i]) for i in shown[chosen]]
+        assert np.allclose(shades[:, :3], expected)
+
+
+def test_precision_and_recall_stand_beside_those_of_chance(run, drawn):
+    lines = {line.get_label(): line for line in draw(drawn, run)["Removal against true OOD"].get_lines()}
+    assert lines["precision"].get_xdata().tolist() == [*range(1, 9)]
+    assert np.allclose(lines["precision"].get_ydata(), [50] * 4 + [np.nan] * 4, equal_nan=True)
+    assert lines["recall"].get_ydata().tolist() == [25] * 4 + [75] * 4
+    assert np.allclose(lines["precision at random: OOD ratio 20 %"].get_ydata(), 20)
+    assert np.allclose(lines["recall at random"].get_ydata(), [100 * 6 / N] * 4 + [100 * 12 / N] * 4)
+
+
+def test_one_legend_says_how_many_samples_are_of_each_kind(run, drawn, truth):
+    draw(drawn, run)
+    (legend,) = drawn[0].subfigs[1].legends
+    numbers = [members.sum() for members in truth[0].values()]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        f"clean: {numbers[0]}",
+        f"noisy label, in distribution: {numbers[1]}",
+        f"out of distribution: {numbers[2]}",
+        *("kept", "removed"),
+    ]
+
+
+def test_where_nobody_knows_the_truth_there_is_one_colour_and_no_precision(tmp_path, drawn):
+    panels = draw(drawn, write_finished(tmp_path / "run", known=False))
+    assert list(panels)[1:] == [
+        "Outlier score, first look (epoch 1)",
+        "Outlier score, last look (epoch 7)",
+        "Clean probability, last look (epoch 7)",
+        "Embeddings, first look (epoch 1)",
+        "Embeddings, last look (epoch 7)",
+    ]
+    for name in list(panels)[1:4]:
+        assert filled(panels[name]) == {to_rgb("tab:blue"): N}
+        assert "AU" not in panels[name].get_title()
+    kept, removed = panels["Embeddings, last look (epoch 7)"].collections
+    assert len(kept.get_offsets()) + len(removed.get_offsets()) == SHOWN
+    for points in (kept, removed):
+        assert np.allclose(points.get_facecolors()[:, :3], to_rgba("tab:blue")[:3])
+
+
+def test_a_run_without_splits_has_one_look(tmp_path, drawn):
+    panels = draw(drawn, write_finished(tmp_path / "run", "SCE", last=False, selection="none"))
+    names = ["Outlier score, first look (epoch 1)", "Embeddings, first look (epoch 1)"]
+    assert list(panels)[1:] == [*names, "Removal against true OOD"]
+
+
+def test_without_warm_up_the_first_look_can_have_the_split(tmp_path, drawn):
+    folder = write_finished(tmp_path / "run", last=False, warmup_epoch=0, clustering=False)
+    np.savez(folder / "outliers_first.npz", **outliers(1, 6, split=True))
+    assert "Clean probability, first look (epoch 1)" in draw(drawn, folder)
+
+
+def test_without_images_from_elsewhere_there_is_no_precision_and_without_removal_no_line(run, drawn):
+    with np.load(run / "samples.npz") as file:
+        change(run / "samples.npz", ood=np.zeros_like(file["ood"]))
+    change(run / "outliers_first.npz", kept=np.ones(N, bool))
+    panels = draw(drawn, run)
+    assert "Removal against true OOD" not in panels
+    first = panels["Outlier score, first look (epoch 1)"]
+    assert first.get_title() == "Outlier score, first look (epoch 1)"
+    assert not first.get_lines()
+    assert panels["Outlier score, last look (epoch 7)"].get_lines()
+
+
+def test_runs_that_are_not_finished_give_curves_alone(run, drawn):
+    (run / "result.json").unlink()
+    assert list(draw(drawn, run)) == ["Test accuracy: digits with 20 % photographs"]
+
+
+def test_the_figure_is_written_whole(run, tmp_path, monkeypatch, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    visualize.main([str(run)])
+    with Image.open(tmp_path / "manifold_dividemix.png") as image:
+        assert image.width > 1000
+        assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 100
+    assert capsys.readouterr().out == "figure in manifold_dividemix.png\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifold_dividemix.png", "run"]
+    assert before == {path: path.stat().st_mtime_ns for path in run.iterdir()}, "the run is left as it is"
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "label"),
+    [([], "tsne", "t-SNE 1"), (["--projection", "pca"], "pca", "principal component 1")],
+)
+def test_the_projection_is_chosen_by_flag(flags, name, label, run, drawn):
+    visualize.main([str(run), *flags, "--out", "figure.png"])
+    panels = [axes for axes in drawn[0].axes if axes.get_title().startswith("Embeddings")]
+    assert [axes.get_xlabel() for axes in panels] == [label, label]
+    for axes, file in zip(panels, ("outliers_first.npz", "outliers_last.npz"), strict=True):
+        with np.load(run / file) as arrays:
+            points = visualize.project(arrays["embedding"].astype(np.float32), name)
+        offsets = np.concatenate([marks.get_offsets() for marks in axes.collections])
+        assert np.allclose(np.sort(offsets, axis=0), np.sort(points, axis=0))
+
+
+# mistakes ---------------------------------------------------------------------------------------------------------------
+
+
+def test_by_path_too_what_is_no_run_directory_is_refused(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "manifold_dividemix" / "visualize.py", "nosuch"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "visualize.py: error: nosuch is no run directory: args.json is missing\n"
+
+
+def test_a_run_of_another_paper_is_refused(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", "SANM(C2D)", [50], paper="sanm")
+    assert "is a run of sanm, not of manifold_dividemix" in refused(capsys, folder)
+    pretraining = write_run(tmp_path / "knn", "SimCLR", [50], "knn_accuracy", paper="sanm")
+    assert "is a run of sanm, not of manifold_dividemix" in refused(capsys, pretraining)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("args.json", b"{", "is damaged"),
+        ("args.json", b'{"paper": "manifold_dividemix", "method": "CE", "arguments": {}}', "it has no dataset"),
+        ("log.csv", None, "is no run directory: log.csv is missing"),
+        ("log.csv", b"epoch,loss\n1,0.5\n", "is damaged"),
+        ("log.csv", b"epoch,test_accuracy\n1,50\n", "log.csv is damaged: it has no removed"),
+        ("log.csv", f"{COLUMNS}\n1,50,6,much,0.5\n".encode(), "log.csv is damaged (could not convert"),
+        ("samples.npz", b"half", "samples.npz is damaged"),
+        ("samples.npz", None, "samples.npz is damaged"),
+        ("outliers_first.npz", b"half", "outliers_first.npz is damaged"),
+        ("outliers_last.npz", b"half", "outliers_last.npz is damaged"),
+    ],
+)  # fmt: skip
+def test_a_damaged_run_is_refused_in_one_line(name, content, line, run, tmp_path, capsys):
+    (run / name).unlink()
+    if content is not None:
+        (run / name).write_bytes(content)
+    message = refused(capsys, run, "--out", tmp_path / "figure.png")
+    assert line in message
+    assert str(run) in message
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arrays", "line"),
+    [
+        ("samples", {"observed": None}, "it has no observed"),
+        ("samples", {"ood": None}, "observed, clean of shapes"),
+        ("samples", {"clean": np.zeros(3, int)}, "of shapes"),
+        ("samples", {"ood": np.zeros(N, int)}, "ood is not boolean"),
+        ("outliers_last", {"score": None}, "it has no score"),
+        ("outliers_last", {"score": np.full(N, np.nan)}, "finite"),
+        ("outliers_last", {"score": np.full(N, "a")}, "finite numbers"),
+        ("outliers_last", {"clean_probability": np.full(N, np.inf)}, "finite"),
+        ("outliers_last", {"kept": np.ones(N - 1, bool)}, f"it is not of the {N} samples"),
+        ("outliers_last", {"kept": np.ones(N)}, "of another kind"),
+        ("outliers_last", {"shown": np.arange(SHOWN) * 1.0}, "of another kind"),
+        ("outliers_last", {"embedding": np.ones(SHOWN)}, "of another kind"),
+        ("outliers_last", {"shown": np.arange(SHOWN - 1)}, "not the positions"),
+        ("outliers_last", {"shown": np.arange(SHOWN) + N - SHOWN + 1}, "not the positions"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(name, arrays, line, run, capsys):
+    change(run / f"{name}.npz", **arrays)
+    message = refused(capsys, run)
+    assert f"{run / name}.npz is damaged" in message
+    assert line in message
+
+
+@pytest.mark.parametrize("flag", ["p_threshold", "warmup_epoch"])
+def test_a_flag_that_is_missing_is_named(flag, run, capsys):
+    description = json.loads((run / "args.json").read_text())
+    del description["arguments"][flag]
+    (run / "args.json").write_text(json.dumps(description))
+    assert f"args.json is damaged: it has no {flag}" in refused(capsys, run)
+
+
+@pytest.mark.parametrize("flags", [["--out", "figure.gif"], ["--projection", "umap"]])
+def test_flags_that_make_no_sense_are_refused_before_anything_is_read(flags, tmp_path, capsys):
+    assert flags[0] in refused(capsys, tmp_path / "nosuch", *flags)
