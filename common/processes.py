@@ -86,12 +86,15 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 
 def first_alone(make: Callable[[], Any]) -> Any:
-    """make(), in the first process before it is called in the others: for what fetches or writes a file once."""
+    """make(), in the first process before it is called in the others: for what fetches or writes a file once.
+
+    A UserError of the first ends them all; the first one tells it.
+    """
     if world() == 1:
         return make()
-    made = make() if rank() == 0 else None
-    wait()
-    return made if rank() == 0 else make()
+    made = []
+    from_first(lambda: made.append(make()))
+    return made[0] if rank() == 0 else make()
 
 
 # rows of a batch ------------------------------------------------------------------------------------------------------

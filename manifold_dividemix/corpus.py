@@ -130,17 +130,20 @@ def settle_corruption(args: Namespace) -> None:
 def load_open_set(args: Namespace) -> Corpus:
     """A data set in memory, corrupted (Sec. 2.1). UserError: data or pool that are not there, rates that do not fit."""
     root = Path(args.data_path)
+    drawn = args.noise_type not in ("no", "given") and not args.noise_file
+    if drawn and args.noise_ratio + args.ood_ratio > 1 + 1e-9:
+        raise UserError(
+            f"--noise-ratio {args.noise_ratio} and --ood-ratio {args.ood_ratio} are shares of all images: together at most 1"
+        )
     data = datasets.load(args.dataset, root)
     corruption = Corruption(
         args.corruption, args.ood_ratio, args.noise_type, args.noise_ratio, args.noise_seed, args.label_rng
     )
-    found = corrupt(
-        data,
-        corruption,
-        root,
-        Path(args.ood_dir) if args.ood_dir else None,
-        _folder(args.open_set_cache, root / "open_set"),
-        args.noise_file,
+    pool_folder = Path(args.ood_dir) if args.ood_dir else None
+    cache = _folder(args.open_set_cache, root / "open_set")
+    # of several processes the first reads the pool, the others what it kept
+    found = processes.first_alone(
+        lambda: corrupt(data, corruption, root, pool_folder, cache, args.noise_file)
     )
     index = datasets.limited(np.arange(len(found.observed)), args.limit_train, args.seed)
     return Corpus(

@@ -46,7 +46,7 @@ def make_parser() -> cli.Parser:
     data.add_open_set_flags(parser, f", or {MINI_IMAGENET}")
     data.add_noise_flags(
         parser,
-        ["sym", "asym", "superclass", "no", "red", "blue"],
+        ["sym", "asym", "superclass", "no", "given", "red", "blue"],
         None,
         f"red, blue: which list of {MINI_IMAGENET} (by default red); else without effect",
     )

@@ -70,10 +70,10 @@ def make_parser() -> cli.Parser:
     data.add_open_set_flags(parser)
     data.add_noise_flags(
         parser,
-        ["sym", "asym", "superclass", "no"],
+        ["sym", "asym", "superclass", "no", "given"],
         "sym",
         "sym: a class drawn from all; asym: the look-alike of 10 classes, else the next of a block of five; superclass: the next "
-        "of CIFAR-100's superclass",
+        "of CIFAR-100's superclass; given: the labels of --noise_file or of the .npz",
     )
     add_training_flags(parser, epochs=300, warm_up=5, start_factor=10)
     parser.add_argument("--workers", type=int, default=8, help="ignored: the images stay on the device")
@@ -418,7 +418,7 @@ def directory_name(args: Namespace) -> str:
 def cell(args: Namespace, corpus: Corpus) -> dict:
     """The columns of a result row that say what was trained on, and at which profile."""
     noise = Path(args.noise_file).name if args.noise_file else args.noise_type
-    rate = args.noise_ratio if args.noise_type != "no" else 0.0
+    rate = {"no": 0.0, "given": None}.get(args.noise_type, args.noise_ratio)
     return {
         "dataset": corpus.name,
         "noise_type": f"{noise} + {args.corruption}" if args.ood_ratio else noise,

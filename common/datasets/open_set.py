@@ -25,7 +25,7 @@ class Corruption(NamedTuple):
 
     pool: str  # imagenet32, place365, photographs, or a data set
     ood_ratio: float
-    noise_type: str  # sym, asym, superclass; no
+    noise_type: str  # sym, asym, superclass; no; given, the noisy labels that an .npz brings along
     noise_rate: float
     noise_seed: int = 0  # of Python's generator and of the transition matrix
     label_rng: str = "python"  # what draws symmetric labels: python (the release), or numpy (SNCF)
@@ -57,13 +57,15 @@ def corrupt(
     UserError: a pool that is not there or too small; rates or a noise type that do not fit.
     """
     labels = data.train.labels
+    if corruption.noise_type == "given" and data.noisy_labels is None and not noise_file:
+        raise UserError(f"--noise-type given: {data.name} brings no noisy_labels; use --noise_file")
     rng = RandomState(noise.OPEN_SET_SEED)
     ood, replaced = replacements(data, corruption, root, pool_folder, cache, rng)
     try:
         if noise_file:
             observed = labels_of(noise_file, np.arange(len(labels)), len(labels), data.num_classes)
-        elif corruption.noise_type == "no":
-            observed = labels.copy()
+        elif corruption.noise_type in ("no", "given"):
+            observed = (labels if corruption.noise_type == "no" else data.noisy_labels).copy()
         else:
             python = corruption.label_rng == "python"
             observed = noise.in_distribution_noise(

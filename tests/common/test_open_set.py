@@ -459,6 +459,14 @@ def test_noise_type_no_keeps_the_labels_whatever_the_rate(root, rate):
     assert np.array_equal(found.images, corrupt(data, IMAGENET, root).images)
 
 
+def test_labels_that_a_data_set_brings_along_are_taken_and_asked_for_where_it_has_none(root):
+    data, given = small(), RandomState(5).randint(0, 10, SIZE)
+    found = corrupt(data._replace(noisy_labels=given), IMAGENET._replace(noise_type="given"), root)
+    assert np.array_equal(found.observed, given) and not np.shares_memory(found.observed, given)
+    assert np.array_equal(found.images, corrupt(data, IMAGENET, root).images)
+    assert "own brings no noisy_labels" in message(data, IMAGENET._replace(noise_type="given"), root)
+
+
 def test_without_images_from_elsewhere_no_pool_is_needed(tmp_path):
     data = small()
     for pool in ("imagenet32", "place365", "nothing", "own"):

@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from common import cli
+from common import cli, processes
 from manifold_dividemix import pretrain, train_semisup, train_semisup_miniimagenet
 from manifold_dividemix.networks import make_encoder
 from manifold_dividemix.train_semisup import PRESETS
@@ -103,9 +103,9 @@ def training(epochs: int, warm_up: int, start_factor: int) -> list:
 
 
 WORKERS = (("--workers",), 8, None)
-DRAWN = ["sym", "asym", "superclass", "no"]
+TYPES = ["sym", "asym", "superclass", "no", "given"]
 FLAGS = {
-    CIFAR: [*HELP, *OPEN_SET, *noise(DRAWN, "sym"), *training(300, 5, 10), WORKERS, *SHARED],
+    CIFAR: [*HELP, *OPEN_SET, *noise(TYPES, "sym"), *training(300, 5, 10), WORKERS, *SHARED],
     MINI: [
         *HELP,
         *FILES,
@@ -119,7 +119,7 @@ FLAGS = {
     "pretrain.py": [
         *HELP,
         *OPEN_SET,
-        *noise([*DRAWN, "red", "blue"], None),
+        *noise([*TYPES, "red", "blue"], None),
         *FILES,
         (("--epochs",), 1000, None),
         (("--batch_size", "--batch-size"), 1024, None),
@@ -354,13 +354,16 @@ def test_mini_imagenet_is_the_only_data_set_of_its_script():
 
 
 @pytest.mark.parametrize("script", [CIFAR, MINI])
-def test_a_warm_up_that_never_ends_is_told_once(script, capsys):
+def test_a_warm_up_that_never_ends_is_told_once(script, capsys, monkeypatch):
     parse(script)
     parse(script, "--selection none --warmup-epoch 300")
     assert capsys.readouterr().out == ""
     parse(script, "--epochs 5 --warmup-epoch 5")
     [line] = capsys.readouterr().out.splitlines()
     assert line == "note: warm-up only, --warmup-epoch 5 is not below --epochs 5"
+    monkeypatch.setattr(processes, "rank", lambda: 1)  # of several processes the first alone tells
+    parse(script, "--epochs 5 --warmup-epoch 5")
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -516,7 +519,13 @@ REFUSED = [(script, *case) for script in (CIFAR, MINI) for case in BOTH] + [
     (CIFAR, "--noise-type symm", "--noise-type.*: .*symm.*choose from .*sym.*no"),
     (CIFAR, "--noise-type superclass", "--noise-type superclass.*10 classes"),
     (CIFAR, "--ood-ratio -0.1", "--ood-ratio.*: .*got -0.1"),
-    (CIFAR, "--ood-ratio 0.6 --noise-ratio 0.5", "0.5.*0.6|0.6.*0.5"),
+    (
+        CIFAR,
+        "--ood-ratio 0.6 --noise-ratio 0.5",
+        "--noise-ratio 0.5 and --ood-ratio 0.6 .* together at most 1",
+    ),
+    (CIFAR, "--ood-ratio 0.6 --noise-ratio 0.5 --noise_file nosuch.npy", "nosuch.npy: no such file"),
+    (CIFAR, "--noise-type given", "--noise_file"),  # digits bring no noisy labels
     (CIFAR, "--ood-ratio 0.2 --corruption nosuch", "nosuch: choose from .*imagenet32"),
     (CIFAR, "--ood-ratio 0.2 --corruption digits", "--corruption digits: .*training images themselves"),
     (

@@ -225,6 +225,7 @@ def test_a_frozen_encoder_stays_as_it_is_in_both_kinds_of_epochs(weights, mode):
     own = network()
     optimizer = train_semisup.make_optimizer(own, parsed(f"--weights {weights}"))
     assert len(optimizer.param_groups) == (1 if weights == "freeze" else 2)
+    assert all(p.requires_grad is (weights == "finetune") for p in own.encoder.parameters())
     before = {name: value.clone() for name, value in own.state_dict().items()}
     labels, frozen = torch.arange(6) % K, weights == "freeze"
     set_mode(own, mode, True, frozen)
@@ -364,6 +365,7 @@ def test_the_method_is_named_by_what_is_left_out(words, name):
         ("--noise-type asym --noise-ratio 0.4", {"noise_type": "asym + imagenet32", "noise_rate": 0.4}),
         # the ratio that stands there by default is not of labels then
         ("--noise-type no", {"noise_type": "no + imagenet32", "noise_rate": 0.0}),
+        ("--noise-type given", {"noise_type": "given + imagenet32", "noise_rate": None}),
         (
             "--noise_file elsewhere/labels.npy",
             {"noise_type": "labels.npy + imagenet32", "noise_rate": None},
