@@ -48,7 +48,7 @@ def exit_cleanly(main: Callable, argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         script = Path(sys.argv[0])
         name = script.parent.name if script.name == "__main__.py" else script.name
-        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.stderr.write(f"{name}: error: {error}\n")  # at once: lines of several processes stay whole
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

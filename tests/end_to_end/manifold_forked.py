@@ -62,7 +62,7 @@ def in_float64() -> None:
     augment.normalise = lambda *arguments: normalise(*arguments).double()
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double  # what is taken out of the autocast, embeddings among them
-    train_semisup.divide = lambda *arguments: tuple(side[: len(side) // 4 * 4] for side in divide(*arguments))
+    train_semisup.divide = lambda *arguments: tuple(side[: len(side) // 8 * 8] for side in divide(*arguments))
     train_semisup.Batches = lambda images, size, **more: batches(images, min(size, 10), **more)
 
 

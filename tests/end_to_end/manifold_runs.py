@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,14 +37,20 @@ class Ended(NamedTuple):
 
 
 def start(*words: str | Path, cwd: Path = ROOT, **environment: str) -> Ended:
-    """Start Python and wait for its end."""
+    """Start Python and wait for its end; one that hangs is killed with all processes that it started."""
     # one thread: side by side the processes do not slow each other down, and sums are always made in the same order
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    process = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, *map(str, words)], cwd=cwd, env={**variables, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True, text=True, check=False, timeout=DEADLINE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    return Ended(process.returncode, process.stdout, process.stderr)
+    try:
+        out, err = process.communicate(timeout=DEADLINE)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return Ended(process.returncode, out, err)
 
 
 def forked(script: str, log: Path, flags: list[str], *moments: str, **more: int | bool) -> list[dict]:

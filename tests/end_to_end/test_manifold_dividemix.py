@@ -1,0 +1,583 @@
+"""manifold_dividemix/train_semisup.py as a user starts it, killed and started again, by two processes; and in its variants.
+
+A process start costs seconds, so the processes that several tests look at are run once, two at a time.
+"""
+
+import json
+import math
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from shlex import split
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from sklearn.metrics import roc_auc_score
+
+from common import cli, datasets, noise
+from common.loader import Images
+from manifold_dividemix import pretrain, train_semisup
+from manifold_dividemix.networks import Network, make_encoder
+from tests.end_to_end.manifold_runs import (
+    ROOT,
+    Ended,
+    assert_same_run,
+    column,
+    content_of,
+    differences,
+    forked,
+    result,
+    run_jobs,
+    start,
+    state,
+    table,
+    wrong_copies,
+)
+from tests.end_to_end.outcome import log_without_seconds
+
+# two epochs of warm-up, splits at the third and the fifth; of 520 images, so that passes over all have a second batch
+FLAGS = split(
+    "--dataset digits --device cpu --pretrained none --epochs 6 --warmup-epoch 2 --interval 2 --clustering "
+    "--limit_train 520 --lr-head 0.1 --lr-backbone 0.02 --eval-train"
+)
+EPOCHS = 6
+# before the first checkpoint; in the first look at all samples; in the warm-up; between a row and its checkpoint; in the look at
+# a split; in MixEMatch on a split of the epoch before; in MixEMatch on a new one; in the last test, and in the pass after it
+MOMENTS = (
+    *("0:start", "1:embeddings", "1:warm-up", "2:log", "3:embeddings", "4:training", "5:training"),
+    *("6:test", "6:training accuracy"),
+)
+GONE_ON = [0, 0, 1, 2, 3, 4, 5, 5, 6]  # epochs that the starts after the second find finished
+COLUMNS = [
+    "epoch", "loss", "test_accuracy", "test_top5", "ood_auroc", "removed", "removal_precision", "removal_recall", "labelled",
+    "unlabelled", "labelled_precision", "labelled_ood", "clean_auc", "labelled_loss", "unlabelled_loss",
+    "labelled_embedding_loss", "unlabelled_embedding_loss", "contrastive_loss", "penalty_loss", "train_accuracy", "lr_head",
+    "seconds",
+]  # fmt: skip
+OF_SPLIT = COLUMNS[8:19]
+REMOVED = [52, 52, 58, 58, 64, 64]  # a tenth, and a hundredth more at each split
+
+# one epoch of warm-up and one on a split, in a fraction of a second
+TINY = split(
+    "--dataset digits --device cpu --pretrained none --epochs 2 --warmup-epoch 1 --batch-size 32 --limit_train 160 "
+    "--lr-head 0.05 --lr-backbone 0.02"
+)
+
+
+def in_turn(base: Path) -> list[int]:
+    """As a module: left alone; killed again and again, then left alone, and once more when it is finished; and by two processes
+    without a pool."""
+    for name in ("whole", "killed"):
+        (base / name).mkdir()
+    jobs = forked("train_semisup", base / "whole", FLAGS) + forked(
+        "train_semisup", base / "killed", FLAGS, *MOMENTS
+    )
+    no_pool = forked("train_semisup", base / "no_pool", [*TINY, "--corruption", "nowhere"], processes=2)
+    return run_jobs([*jobs, jobs[-1], *no_pool])
+
+
+def by_two(base: Path) -> Ended:
+    """By path under torchrun, from another folder where other copies are installed."""
+    environment = wrong_copies(base / "by_two" / "elsewhere")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    script = ROOT / "manifold_dividemix" / "train_semisup.py"
+    words = [*TINY, *split("--batch-size 40 --limit_train 520 --out ../run")]
+    return start(*torchrun, script, *words, cwd=base / "by_two" / "elsewhere", **environment)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("manifold_dividemix")
+
+
+@pytest.fixture(scope="module")
+def ends(base):
+    """By name a future of how it ended. Run directories have the same last name: it is a column of the results."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {made.__name__: pool.submit(made, base) for made in (by_two, in_turn)}
+
+
+@pytest.fixture
+def run(base, ends) -> Path:
+    """The directory of a whole run that ended well."""
+    assert ends["in_turn"].result()[0] == 0, (base / "whole.err").read_text()
+    return base / "whole" / "run"
+
+
+def small(folder: Path, *words: str) -> Path:
+    """A run in this process."""
+    train_semisup.main([*TINY, *words, "--out", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(base) -> Path:
+    """A small run, and what others are compared with."""
+    return small(base / "tiny" / "run")
+
+
+@pytest.fixture(scope="module")
+def encoder(base) -> Path:
+    """An encoder for digits whose batch norms have seen something."""
+    torch.manual_seed(5)
+    made = make_encoder("resnet18", 1, 8)
+    for _ in range(3):
+        made(torch.randn(16, 1, 8, 8))
+    safetensors.torch.save_file(made.state_dict(), base / "encoder.safetensors")
+    return base / "encoder.safetensors"
+
+
+def refused(capsys, *words: str) -> str:
+    """The one line in which a command ends."""
+    with pytest.raises(SystemExit) as stop:
+        cli.exit_cleanly(train_semisup.main, [*TINY, *words])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def write_npz(path: Path, count: int, side: int, seed: int) -> Path:
+    """A data set of colour images in three classes, each in a colour of its own."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 3
+    images = rng.integers(0, 60, (count, side, side, 3), dtype=np.uint8)
+    images[np.arange(count), :, :, labels] += 120
+    of_test = slice(0, 6)
+    np.savez(
+        path,
+        train_images=images,
+        train_labels=labels,
+        test_images=images[of_test],
+        test_labels=labels[of_test],
+    )
+    return path
+
+
+# a whole run ------------------------------------------------------------------------------------------------------------
+
+
+def test_it_runs_to_the_end_and_leaves_its_files(base, run):
+    out, err = ((base / f"whole.{name}").read_text() for name in ("out", "err"))
+    assert err == ""
+    assert f"epoch {EPOCHS}/{EPOCHS}  " in out and "\nfinished: test_accuracy best " in out
+    assert content_of(run).keys() == {
+        "args.json", "checkpoint.pt", "checkpoint.previous.pt", "images.json", "log.csv", "noise.json", "noisy_labels.npy",
+        "outliers_first.npz", "outliers_last.npz", "result.csv", "result.json", "samples.npz", "train_index.npy",
+    }  # fmt: skip
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_the_log_has_a_row_per_epoch_and_no_split_in_warm_up(run):
+    rows = table(run)
+    assert list(rows[0]) == COLUMNS
+    assert [int(row["epoch"]) for row in rows] == list(range(1, EPOCHS + 1))
+    assert all(row[name] == "" for row in rows[:2] for name in OF_SPLIT)
+    assert all(row[name] != "" for row in rows[2:] for name in OF_SPLIT)
+    assert [row["ood_auroc"] != "" for row in rows] == [True, False, True, False, True, False]
+    assert column(run, "removed") == REMOVED
+    cosine = [0.05 * (1 + math.cos(math.pi * epoch / EPOCHS)) for epoch in range(EPOCHS)]
+    assert column(run, "lr_head") == pytest.approx(cosine)
+    for before, row in ((rows[2], rows[3]), (rows[4], rows[5])):
+        assert all(row[name] == before[name] for name in COLUMNS[5:13])  # between splits nothing changes
+    for row in rows[2:]:
+        assert int(row["labelled"]) + int(row["unlabelled"]) + int(row["removed"]) == 520
+        part = {name.removesuffix("_loss"): float(row[name]) for name in COLUMNS[13:19]}
+        labelled = part["labelled"] + part["labelled_embedding"]
+        ramped = 100 * (part["unlabelled"] + part["unlabelled_embedding"])
+        factor = (float(row["loss"]) - labelled - part["contrastive"] - part["penalty"]) / ramped
+        since = int(row["epoch"]) - 3  # epochs since the warm-up: the ramp takes sixteen
+        assert since / 16 - 1e-3 <= factor <= (since + 1) / 16 + 1e-3
+
+
+def test_the_statistics_of_the_last_split_are_those_of_what_is_kept_of_it(run):
+    arrays, samples, last = np.load(run / "outliers_last.npz"), np.load(run / "samples.npz"), table(run)[-2]
+    ood, right = samples["ood"], (samples["observed"] == samples["clean"]) & ~samples["ood"]
+    removed = ~arrays["kept"]
+    assert sorted(np.flatnonzero(removed)) == sorted(
+        np.argsort(arrays["score"], kind="stable")[: REMOVED[-1]]
+    )
+    labelled = (arrays["clean_probability"] > 0.3) & arrays["kept"]
+    expected = {
+        "ood_auroc": roc_auc_score(ood, -arrays["score"]),
+        "removed": removed.sum(),
+        "removal_precision": ood[removed].mean(),
+        "removal_recall": removed[ood].mean(),
+        "labelled": labelled.sum(),
+        "unlabelled": (~labelled & arrays["kept"]).sum(),
+        "labelled_precision": right[labelled].mean(),
+        "labelled_ood": ood[labelled].mean(),
+        "clean_auc": roc_auc_score(right[~ood], arrays["clean_probability"][~ood]),
+    }
+    assert {name: float(last[name]) for name in expected} == pytest.approx(expected, rel=1e-9)
+    assert arrays["embedding"].shape == (520, 64) and arrays["shown"].tolist() == list(range(520))
+    memory = state(run)["memory"]
+    assert np.array_equal(memory["kept"].numpy(), arrays["kept"])
+    assert np.array_equal(memory["clean"].numpy(), arrays["clean_probability"])
+    first = np.load(run / "outliers_first.npz")
+    assert "clean_probability" not in first.files and (~first["kept"]).sum() == REMOVED[0]
+    assert float(table(run)[0]["ood_auroc"]) == pytest.approx(roc_auc_score(ood, -first["score"]))
+
+
+def test_images_and_labels_are_the_benchmarks(run):
+    data, rng = datasets.load("digits", "."), np.random.RandomState(2718)
+    replaced = np.flatnonzero(rng.random_sample(1437) < 0.2)
+    index = datasets.limited(np.arange(1437), 520, 123)
+    samples = np.load(run / "samples.npz")
+    assert np.array_equal(np.load(run / "train_index.npy"), index)
+    assert np.array_equal(samples["ood"], np.isin(index, replaced))
+    assert np.array_equal(samples["clean"], data.train.labels[index])
+    assert np.array_equal(samples["observed"], np.load(run / "noisy_labels.npy"))
+    assert np.array_equal(samples["observed"][samples["ood"]], samples["clean"][samples["ood"]])
+    own = ~samples["ood"]
+    assert (samples["observed"] != samples["clean"])[own].mean() == pytest.approx(0.25 * 0.9, abs=0.06)
+    assert json.loads((run / "images.json").read_text())["replaced"] == len(replaced)
+
+
+def test_accuracies_are_those_of_the_last_checkpoints_network(run):
+    data, index = datasets.load("digits", "."), np.load(run / "train_index.npy")
+    network = Network(make_encoder("resnet18", 1, 8), 64, 10).eval()
+    network.load_state_dict(state(run)["network"])
+    test = Images(data.test.images, data.mean, data.std, torch.device("cpu"))
+    with torch.no_grad():
+        best = network.classify(network(test.view(torch.arange(360)))).topk(5).indices.numpy()
+    hits, last = best == data.test.labels[:, None], table(run)[-1]
+    assert float(last["test_accuracy"]) == pytest.approx(100 * hits[:, 0].mean(), abs=0.3)  # a tie of 360
+    assert float(last["test_top5"]) == pytest.approx(100 * hits.any(axis=1).mean(), abs=0.3)
+    # the images that are not from elsewhere, which are as they are in the data set
+    samples = np.load(run / "samples.npz")
+    train = Images(data.train.images[index][~samples["ood"]], data.mean, data.std, torch.device("cpu"))
+    with torch.no_grad():
+        guess = network.classify(network(train.view(torch.arange(len(train))))).argmax(dim=1).numpy()
+    least = (guess == samples["observed"][~samples["ood"]]).sum()
+    assert least - 1 <= float(last["train_accuracy"]) * 5.2 <= least + 1 + samples["ood"].sum()
+    metrics, curve = result(run)["metrics"], column(run, "test_accuracy")
+    assert (metrics["best"], metrics["last"]) == (max(curve), curve[-1])
+    aurocs = column(run, "ood_auroc")
+    assert (metrics["first_ood_auroc"], metrics["last_ood_auroc"]) == (aurocs[0], aurocs[-1])
+    for name in ("test_top5", "removed", "removal_recall", "labelled", "labelled_precision", "clean_auc"):
+        assert metrics[f"last_{name}"] == float(last[name])
+
+
+def test_the_result_says_what_was_run(run):
+    expected = {
+        "paper": "manifold_dividemix", "method": "Manifold DivideMix", "dataset": "digits", "noise_type": "sym + photographs",
+        "noise_rate": 0.2, "ood_ratio": 0.2, "profile": "embedded+limit_train=520", "fidelity": "paper", "seed": 123,
+        "epochs": EPOCHS,
+    }  # fmt: skip
+    found = result(run)
+    assert {name: found[name] for name in expected} == expected
+    assert found["command"].startswith("python -m manifold_dividemix.train_semisup --dataset digits ")
+    # labelled samples alone count as trained on, of an epoch on a split
+    assert found["images"] == 2 * 520 + sum(column(run, "labelled"))
+
+
+def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, run, ends):
+    out, err = ((base / f"killed.{name}").read_text() for name in ("out", "err"))
+    assert ends["in_turn"].result()[1:-1] == [-9] * len(MOMENTS) + [0, 0] and err == "", err
+    assert [int(n) for n in re.findall(r"going on after epoch (\d+)\n", out)] == GONE_ON
+    # the last start had nothing to do
+    assert "\nepoch " not in out.rpartition(f"going on after epoch {EPOCHS}")[2]
+    assert len(table(run)) == EPOCHS
+    assert_same_run(base / "killed" / "run", run)
+
+
+def test_two_processes_train_on_digits_to_the_end(base, ends):
+    end, run = ends["by_two"].result(), base / "by_two" / "run"
+    assert end.status == 0, end.err
+    assert "2 processes" in end.out and end.out.count("epoch 2/2 ") == 1
+    rows, found = table(run), result(run)
+    assert rows[1]["labelled_loss"] != ""  # it has come to MixEMatch
+    assert found["environment"]["processes"] == 2
+    assert found["command"].startswith(
+        "torchrun --nproc_per_node=2 manifold_dividemix/train_semisup.py --dataset "
+    )
+    assert (
+        found["images"] == 520 + int(rows[1]["labelled"]) // 40 * 40
+    )  # an image counts once, not in each process
+
+
+def test_data_that_two_processes_lack_are_told_of_once(base, ends):
+    assert ends["in_turn"].result()[-1] == 2
+    (line,) = (base / "no_pool.err").read_text().splitlines()
+    assert "--corruption nowhere: unknown data set nowhere" in line and not (base / "no_pool").exists()
+
+
+# what it learns ---------------------------------------------------------------------------------------------------------
+
+
+def test_pre_trained_it_learns_digits(tmp_path):
+    """Seeds 1, 2, 3 ended at 71, 76 and 75 percent."""
+    data = split("--dataset digits --device cpu --limit_train 500 --seed 1")
+    recipe = split("--epochs 6 --batch_size 64 --lr 0.05 --temp 0.15 --knn_every 6")
+    pretrain.main([*data, *recipe, "--out", str(tmp_path / "encoder")])
+    file = tmp_path / "encoder" / "encoder.safetensors"
+    training = split(
+        "--epochs 8 --warmup-epoch 5 --interval 2 --clustering --lr-head 0.1 --lr-backbone 0.02 --batch-size 32"
+    )
+    train_semisup.main([*data, *training, "--pretrained", str(file), "--out", str(tmp_path / "run")])
+    assert column(tmp_path / "run", "test_accuracy")[-1] > 50
+
+
+# seeds ------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_command_gives_the_same_run_and_another_seed_another(tmp_path, tiny):
+    again = small(tmp_path / "again" / "run")
+    assert_same_run(again, tiny)
+    other = small(tmp_path / "other", "--seed", "4")
+    assert log_without_seconds(other)[1:] != log_without_seconds(tiny)[1:]
+    # the benchmark's images, whatever the seed
+    assert (other / "images.json").read_bytes() == (tiny / "images.json").read_bytes()
+
+
+def test_the_seed_of_the_noise_changes_labels_alone(tmp_path, tiny):
+    other = small(tmp_path / "run", "--noise-seed", "1", "--epochs", "1")
+    found, wanted = (np.load(of / "samples.npz") for of in (other, tiny))
+    assert np.array_equal(found["ood"], wanted["ood"]) and np.array_equal(found["clean"], wanted["clean"])
+    changed = found["observed"] != wanted["observed"]
+    assert changed.sum() > 5 and not changed[wanted["ood"]].any()
+    # which labels are wrong is drawn elsewhere: only what they become differs
+    assert not changed[(wanted["observed"] == wanted["clean"]) & (found["observed"] == found["clean"])].any()
+    assert (other / "images.json").read_bytes() == (tiny / "images.json").read_bytes()
+
+
+# variants ---------------------------------------------------------------------------------------------------------------
+
+
+def statistics(weights: dict, prefix: str = "") -> dict:
+    """The batch-norm statistics in a state dict, num_batches_tracked among them."""
+    ends = ("running_mean", "running_var", "num_batches_tracked")
+    return {
+        name.removeprefix(prefix): value
+        for name, value in weights.items()
+        if name.startswith(prefix) and name.endswith(ends)
+    }
+
+
+@pytest.mark.parametrize("words", ["--fidelity released", "--bn-mode frozen"])
+def test_frozen_batch_norms_keep_all_statistics_while_weights_are_trained(tmp_path, encoder, words):
+    run = small(tmp_path / "run", "--pretrained", str(encoder), *words.split())
+    weights, before = state(run)["network"], safetensors.torch.load_file(encoder)
+    assert len(statistics(before)) == 3 * 7  # the stem's and two of each of three blocks
+    assert differences(statistics(weights, "encoder."), statistics(before)) == []
+    assert (weights["projection_bn.running_mean"] == 0).all() and (
+        weights["projection_bn.running_var"] == 1
+    ).all()
+    assert weights["projection_bn.num_batches_tracked"] == 0
+    assert not torch.equal(weights["encoder.bn1.weight"], before["bn1.weight"])
+    assert len(column(run, "contrastive_loss")) == 1
+    arguments = json.loads((run / "args.json").read_text())["arguments"]
+    released = "released" in words
+    assert (arguments["ramp"], arguments["warmup_mask"]) == (
+        ("released", "batch") if released else ("fixed", "sample")
+    )
+    assert result(run)["fidelity"] == ("released" if released else "paper")
+
+
+def test_a_frozen_encoder_stays_as_it_is_and_the_rest_is_trained(tmp_path, encoder):
+    run = small(tmp_path / "run", "--pretrained", str(encoder), "--weights", "freeze")
+    weights, before = state(run)["network"], safetensors.torch.load_file(encoder)
+    own = {name.removeprefix("encoder."): v for name, v in weights.items() if name.startswith("encoder.")}
+    assert differences(own, before) == []
+    assert weights["projection_bn.num_batches_tracked"] > 0  # it is in train mode
+    assert len(state(run)["optimizer"]["param_groups"]) == 1
+    one_epoch = small(tmp_path / "one", "--pretrained", str(encoder), "--weights", "freeze", "--epochs", "1")
+    assert not torch.equal(weights["classifier.weight"], state(one_epoch)["network"]["classifier.weight"])
+
+
+def test_removing_none_keeps_all(tmp_path):
+    run = small(tmp_path / "run", "--remove-ood", "0")
+    assert column(run, "removed") == [0, 0] and column(run, "removal_recall") == [0, 0]
+    assert column(run, "removal_precision") == []
+    assert state(run)["memory"]["kept"].all()
+    assert result(run)["method"] == "Manifold DivideMix without OOD removal"
+    assert column(run, "labelled")[0] + column(run, "unlabelled")[0] == 160
+
+
+def test_without_a_split_there_is_cross_entropy_to_the_end(tmp_path):
+    run = small(tmp_path / "run", "--selection", "none", "--warmup-loss", "CE", "--remove-ood", "0")
+    assert result(run)["method"] == "CE"
+    rows = table(run)
+    assert list(rows[0]) == [name for name in COLUMNS if name != "train_accuracy"] and len(rows) == 2
+    assert all(row[name] == "" for row in rows for name in OF_SPLIT)
+    assert 2 < column(run, "loss")[0] < 3.5  # ln 10 = 2.3 without the reverse part, which adds up to 9.2
+    assert not (run / "outliers_last.npz").exists()
+
+
+@pytest.mark.parametrize(("threshold", "side"), [("1", "labelled"), ("0", "unlabelled")])
+def test_a_split_without_one_side_falls_back_to_the_warm_up(tmp_path, tiny, capsys, threshold, side):
+    # split before any training: no probability is so small that it is zero
+    run = small(tmp_path / "run", "--p-threshold", threshold, "--warmup-epoch", "0")
+    assert column(run, side) == [0, 0] and column(run, "removed") == [18, 18]
+    sizes = ("0 labelled and 142", "142 labelled and 0")[threshold == "0"]
+    assert (
+        capsys.readouterr().out.count(f"note: warm-up in place of MixEMatch, the split is {sizes} unlabelled")
+        == 2
+    )
+    assert column(run, "contrastive_loss") == []
+    assert len(column(run, "labelled_precision")) == (0 if side == "labelled" else 2)
+    assert all(7 < loss < 14 for loss in column(run, "loss"))  # symmetric cross-entropy, CE + 9.2 (1 - p)
+
+
+def test_last_batches_of_one_are_trained_on_but_for_unlabelled_ones(tmp_path, monkeypatch):
+    """97 labelled and 33 unlabelled samples in batches of 32, after a warm-up of 161."""
+    sizes = {"warm-up": [], "labelled": [], "unlabelled": []}
+
+    def noted(name, batches):
+        for batch in batches:
+            sizes[name].append(len(batch[1]))
+            yield batch
+
+    own, own_warm_up = train_semisup.train_divided, train_semisup.warm_up
+
+    def train_divided(network, optimizer, labelled, unlabelled, *rest, **more):
+        sides = noted("labelled", labelled), noted("unlabelled", unlabelled)
+        return own(network, optimizer, *sides, *rest, **more)
+
+    def warm_up(network, optimizer, batches, *rest, **more):
+        return own_warm_up(network, optimizer, noted("warm-up", batches), *rest, **more)
+
+    monkeypatch.setattr(train_semisup, "train_divided", train_divided)
+    monkeypatch.setattr(train_semisup, "warm_up", warm_up)
+    monkeypatch.setattr(train_semisup, "divide", lambda *_: (torch.arange(97), torch.arange(97, 130)))
+    run = small(tmp_path / "run", "--limit_train", "161")
+    assert sizes == {
+        "warm-up": [32] * 5 + [1],
+        "labelled": [32, 32, 32, 1],
+        "unlabelled": [32] * 4,
+    }
+    assert len(column(run, "contrastive_loss")) == 1
+
+
+def test_without_noise_the_labels_are_right_whatever_the_ratio(tmp_path, tiny):
+    run = small(tmp_path / "run", "--noise-type", "no")
+    samples = np.load(run / "samples.npz")
+    assert np.array_equal(samples["observed"], samples["clean"])
+    assert (result(run)["noise_type"], result(run)["noise_rate"]) == ("no + photographs", 0)
+    assert result(run)["noise"]["realised_rate"] == 0
+    assert column(run, "clean_auc") == []  # none is wrong
+    assert (run / "images.json").read_bytes() == (tiny / "images.json").read_bytes()
+
+
+def test_without_images_from_elsewhere_there_is_label_noise_alone(tmp_path):
+    run = small(tmp_path / "run", "--ood-ratio", "0", "--corruption", "nowhere")
+    assert json.loads((run / "images.json").read_text())["replaced"] == 0
+    assert not np.load(run / "samples.npz")["ood"].any()
+    assert (result(run)["noise_type"], result(run)["ood_ratio"]) == ("sym", 0)
+    assert column(run, "ood_auroc") == [] and column(run, "removal_recall") == []
+    assert column(run, "removal_precision") == [0, 0] and column(run, "labelled_ood") == [0]
+
+
+def test_asymmetric_noise_follows_the_map(tmp_path, tiny):
+    run = small(tmp_path / "run", "--noise-type", "asym", "--noise-ratio", "0.4")
+    samples = np.load(run / "samples.npz")
+    wrong = samples["observed"] != samples["clean"]
+    pairs = set(zip(samples["clean"][wrong].tolist(), samples["observed"][wrong].tolist(), strict=True))
+    assert pairs == set(noise.CIFAR10_LOOK_ALIKES.items()) and not wrong[samples["ood"]].any()
+    assert result(run)["noise_type"] == "asym + photographs"
+    assert (run / "images.json").read_bytes() == (tiny / "images.json").read_bytes()
+
+
+def test_colour_images_of_an_npz_with_those_of_another_in_the_released_network(tmp_path):
+    write_npz(tmp_path / "mine.npz", 24, 32, 0)
+    write_npz(tmp_path / "other.npz", 40, 20, 1)
+    words = split("--dataset mine --corruption other --epochs 1 --batch-size 5 --limit_train 10")
+    run = small(tmp_path / "run", *words, "--data-dir", str(tmp_path))
+    found = result(run)
+    assert (found["dataset"], found["noise_type"]) == ("mine", "sym + other")
+    assert found["profile"] == "short+limit_train=10"
+    weights = state(run)["network"]
+    assert (
+        sum(
+            value.numel()
+            for name, value in weights.items()
+            if "running" not in name and "tracked" not in name
+        )
+        > 11e6
+    )
+    assert weights["classifier.weight"].shape == (3, 512)
+    index, images = np.load(run / "train_index.npy"), json.loads((run / "images.json").read_text())
+    assert (
+        len(index) == 10 and images["replaced"] == (np.random.RandomState(2718).random_sample(24) < 0.2).sum()
+    )
+
+
+# refused ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_began_with_other_images_labels_or_arguments_is_refused(tmp_path, capsys):
+    pool, file, labels = (
+        tmp_path / "pool.npz",
+        tmp_path / "labels.npy",
+        datasets.load("digits", ".").train.labels,
+    )
+    write_npz(pool, 400, 8, 0)
+    np.save(file, np.roll(labels, 1))
+    words = ["--data-dir", str(tmp_path), "--corruption", "pool", "--noise_file", str(file), "--epochs", "1"]
+    run = small(tmp_path / "run", *words)
+    before = content_of(run)
+
+    def refused_again(*more: str) -> str:
+        copy = (
+            tmp_path / f"copy{len(list(tmp_path.iterdir()))}"
+        )  # the lock of a refused run is freed with its process
+        shutil.copytree(run, copy)
+        line = refused(capsys, *words, *more, "--out", str(copy))
+        assert content_of(copy) == before
+        return line
+
+    write_npz(pool, 400, 8, 1)
+    assert re.search(
+        "began with other images: the pool or the list changed .*choose another --out", refused_again()
+    )
+    write_npz(pool, 400, 8, 0)
+    np.save(file, np.roll(labels, 2))
+    assert re.search("began with other labels: the data or --noise_file changed", refused_again())
+    np.save(file, np.roll(labels, 1))
+    assert "alpha was 4, now 2.0" in refused_again("--alpha", "2")
+    small(run, *words)  # with everything as it was, it is finished
+    assert content_of(run) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        ("--corruption nowhere", r"--corruption nowhere: unknown data set nowhere: .* photographs"),
+        ("--corruption imagenet32", r"ImageNet 32x32 not found: looked in .*imagenet32 for train_data_batch_1, .*--ood-dir"),
+        ("--corruption place365", r"no images found in .*places365: .* --ood-dir"),
+        ("--corruption digits", "--corruption digits: these are the training images themselves"),
+        ("--corruption cifar10", r"cifar10 not found: looked in .* fetch it with: "),
+        ("--dataset cifar100", r"cifar100 not found: looked in .* fetch it with: "),
+        ("--noise-ratio 0.6 --ood-ratio 0.5", r"0\.6 and .*0\.5 are shares of "),
+        ("--noise-type superclass", "superclass noise has no rule for 10 classes"),
+        ("--batch-size 1", r"argument --batch-size: must be at least 2, got 1 \(see --help\)"),
+        ("--remove-ood 0.09", r"--remove-ood 0\.09: 159 of 160 images would be removed in the end"),
+        ("--limit_train 1", "one training image has no neighbours"),
+        ("--pretrained missing.pth", r"--pretrained missing\.pth: no such file; make an encoder with python .*pretrain\.py"),
+        ("--noise_file missing.npy", r"missing\.npy"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_ends_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, words, pattern):
+    monkeypatch.chdir(tmp_path)
+    assert re.search(pattern, refused(capsys, *words.split(), "--out", "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_encoder_of_other_images_ends_in_one_line_and_leaves_nothing(tmp_path, capsys):
+    file = tmp_path / "encoder.safetensors"
+    safetensors.torch.save_file(make_encoder("resnet18", 3, 8).state_dict(), file)
+    line = refused(capsys, "--pretrained", str(file), "--out", str(tmp_path / "run"))
+    assert f"--pretrained {file}: conv1.weight has shape [16, 3, 3, 3], expected [16, 1, 3, 3]" in line
+    safetensors.torch.save_file(make_encoder("resnet18", 1, 32).state_dict(), file)
+    line = refused(capsys, "--pretrained", str(file), "--out", str(tmp_path / "run"))
+    assert "has shape [64, 1, 3, 3], expected [16, 1, 3, 3]" in line
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_line(tmp_path, capsys):
+    words = ("--lr-head", "1e12", "--lr-backbone", "1e12", "--out", str(tmp_path / "run"))
+    assert "loss is nan at epoch 1: lower the learning rates or try" in refused(capsys, *words)
+    assert not (tmp_path / "run" / "result.json").exists()

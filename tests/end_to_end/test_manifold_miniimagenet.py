@@ -1,0 +1,368 @@
+"""manifold_dividemix/train_semisup_miniimagenet.py as processes run it: alone, killed, two together; and variants.
+
+A process start costs seconds, so the processes that several tests look at are run once, two at a time.
+"""
+
+import json
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from shlex import split
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from common import cli
+from manifold_dividemix import train_semisup_miniimagenet
+from manifold_dividemix.networks import make_encoder
+from tests.common.small_file_data import make_mini_imagenet, plant
+from tests.end_to_end.manifold_runs import (
+    ROOT,
+    Ended,
+    assert_same_run,
+    column,
+    content_of,
+    differences,
+    forked,
+    result,
+    run_jobs,
+    start,
+    state,
+    table,
+    wrong_copies,
+)
+from tests.end_to_end.outcome import log_without_seconds
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+
+# 48 training images of three classes and 24 to test on, in the narrow network; an epoch of warm-up, splits at the second and the
+# third epoch
+SETTING = (
+    "--device cpu --pretrained none --img-size 12 --workers 0 --noise-type blue --noise-ratio 0.4 --batch-size 8 "
+    "--lr-head 0.005 --lr-backbone 0.005"
+)
+FLAGS = split(f"{SETTING} --epochs 4 --warmup-epoch 1 --interval 2 --clustering --p-threshold 0.5")
+EPOCHS = 4
+# before the first checkpoint; in the warm-up; between a row and its checkpoint; in the look at a split; in MixEMatch on a new
+# split, and on that of the epoch before; in the test
+MOMENTS = ("0:start", "1:warm-up", "1:log", "2:embeddings", "3:training", "4:training", "4:test")
+GONE_ON = (0, 0, 1, 2, 3, 3)  # epochs that the starts after the second find finished
+COLUMNS = (
+    *("epoch", "loss", "test_accuracy", "test_top5", "ood_auroc", "removed", "removal_precision", "removal_recall"),
+    *("labelled", "unlabelled", "labelled_precision", "labelled_ood", "clean_auc", "labelled_loss", "unlabelled_loss"),
+    *("labelled_embedding_loss", "unlabelled_embedding_loss", "contrastive_loss", "penalty_loss", "lr_head", "seconds"),
+)  # fmt: skip
+UNKNOWN = (
+    "ood_auroc",
+    "removal_precision",
+    "removal_recall",
+    "labelled_precision",
+    "labelled_ood",
+    "clean_auc",
+)
+PARTS = tuple(name for name in COLUMNS if name.endswith("_loss"))
+
+TINY = split(f"{SETTING} --epochs 2 --warmup-epoch 1")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("manifold_miniimagenet")
+    make_mini_imagenet(folder / "data", classes=3, per_class=16, test_per_class=8)
+    return folder
+
+
+def in_float64(base: Path) -> list[int]:
+    """As a module: alone, killed again and again, and by two processes; as released; and what two processes cannot share."""
+    script, flags = "train_semisup_miniimagenet", [*FLAGS, "--data-dir", str(base / "data")]
+    for name in ("alone", "killed", "by_two", "released", "released_by_two", "one_sided", "too_few", "odd"):
+        (base / name).mkdir()
+    jobs = forked(script, base / "alone", flags, float64=True)
+    jobs += forked(script, base / "killed", flags, *MOMENTS, float64=True)
+    jobs += forked(script, base / "by_two", flags, float64=True, processes=2)
+    released = [*flags, "--fidelity", "released", "--epochs", "2"]
+    jobs += forked(script, base / "released", released, float64=True)
+    jobs += forked(script, base / "released_by_two", released, float64=True, processes=2)
+    few = [*TINY, "--data-dir", str(base / "data"), "--limit_train", "16"]
+    jobs += forked(
+        script, base / "one_sided", [*few, "--p-threshold", "1", "--warmup-epoch", "0"], processes=2
+    )
+    jobs += forked(script, base / "too_few", [*few, "--batch-size", "18"], processes=2)
+    jobs += forked(script, base / "odd", [*few, "--batch-size", "3"], processes=2)
+    return run_jobs(jobs)
+
+
+def as_a_user(base: Path) -> Ended:
+    """By path from another folder where other copies are installed, with the real network and two workers."""
+    (base / "user").mkdir()
+    environment = wrong_copies(base / "user" / "elsewhere")
+    words = split(
+        "--epochs 2 --warmup-epoch 1 --limit_train 16 --seed 1 --img-size 16 --workers 2 --fidelity released"
+    )
+    words = [*TINY, *words, "--data-dir", "../../data", "--decoded", "../decoded", "--out", "../run"]
+    script = ROOT / "manifold_dividemix" / "train_semisup_miniimagenet.py"
+    return start(script, *words, cwd=base / "user" / "elsewhere", **environment)
+
+
+@pytest.fixture(scope="module")
+def ends(base):
+    """By name a future of how it ended. Run directories have the same last name: it is a column of the results."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {"float64": pool.submit(in_float64, base), "user": pool.submit(as_a_user, base)}
+
+
+@pytest.fixture
+def statuses(ends) -> dict[str, list[int]]:
+    """The exit statuses of the starts in float64."""
+    found = iter(ends["float64"].result())
+    names = ("alone", "killed", "by_two", "released", "released_by_two", "one_sided", "too_few", "odd")
+    counts = dict.fromkeys(names, 1) | {"killed": len(MOMENTS) + 1}
+    return {name: [next(found) for _ in range(count)] for name, count in counts.items()}
+
+
+@pytest.fixture
+def alone(base, statuses) -> Path:
+    """The directory of the run by one process that nothing disturbed."""
+    assert statuses["alone"] == [0], (base / "alone.err").read_text()
+    return base / "alone" / "run"
+
+
+def small(folder: Path, data: Path, *words: str) -> Path:
+    """A run in this process."""
+    train_semisup_miniimagenet.main([*TINY, "--data-dir", str(data), *words, "--out", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(base) -> Path:
+    """A small run, and what others are compared with."""
+    return small(base / "tiny" / "run", base / "data")
+
+
+def refused(capsys, *words: str) -> str:
+    """The one line in which a command ends."""
+    with pytest.raises(SystemExit) as stop:
+        cli.exit_cleanly(train_semisup_miniimagenet.main, [*TINY, *words])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+# whole runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_logged_of_warm_up_and_mixematch(base, alone):
+    assert (base / "alone.err").read_text() == ""
+    rows = table(alone)
+    assert tuple(rows[0]) == COLUMNS and [row["epoch"] for row in rows] == list("1234")
+    assert {row[name] for row in rows for name in UNKNOWN} == {""}
+    assert {rows[0][name] for name in (*PARTS, "labelled", "unlabelled")} == {""}
+    assert column(alone, "removed") == [1, 2, 3, 3]  # a hundredth at first, and at each split
+    for row in rows[1:]:
+        assert all(float(row[name]) > 0 for name in PARTS)
+        assert min(int(row["labelled"]), int(row["unlabelled"])) >= 8
+        assert 48 - 14 - int(row["removed"]) <= int(row["labelled"]) + int(row["unlabelled"])
+    assert [rows[3][name] for name in ("labelled", "unlabelled")] == [
+        rows[2][name] for name in ("labelled", "unlabelled")
+    ]
+    found = result(alone)
+    expected = {
+        "paper": "manifold_dividemix", "method": "Manifold DivideMix", "dataset": "mini_imagenet", "noise_type": "blue",
+        "noise_rate": 0.4, "ood_ratio": None, "profile": "short", "epochs": EPOCHS, "seed": 123,
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == expected
+    assert found["command"].startswith("python -m manifold_dividemix.train_semisup_miniimagenet --device ")
+    assert found["images"] == 48 + sum(column(alone, "labelled"))
+    assert found["metrics"]["last_ood_auroc"] is None and found["metrics"]["last_removed"] == 3
+    assert sorted(np.load(alone / "samples.npz").files) == ["observed"]
+    assert json.loads((alone / "images.json").read_text())["skipped"] == 0
+
+
+def test_the_released_network_by_path_with_workers(base, ends):
+    end, run = ends["user"].result(), base / "user" / "run"
+    assert end.status == 0 and end.err == "", end.err
+    assert len(list((base / "user" / "decoded").glob("*16x16*.npz"))) == 2
+    found, weights = result(run), state(run)["network"]
+    assert (found["fidelity"], found["profile"]) == ("released", "short+limit_train=16")
+    assert weights["encoder.conv1.weight"].shape == (64, 3, 3, 3) and weights["classifier.weight"].shape == (
+        100,
+        512,
+    )
+    assert len(column(run, "contrastive_loss")) == 1
+    arguments = json.loads((run / "args.json").read_text())["arguments"]
+    assert [arguments[name] for name in ("bn_mode", "warmup_mask", "ramp")] == ["warm-up", "all", "released"]
+    # in train mode in the warm-up alone: two batches of eight
+    assert weights["encoder.layer4.1.bn2.num_batches_tracked"] == 2
+    assert weights["projection_bn.num_batches_tracked"] == 0
+
+
+def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, alone, statuses):
+    out, err = ((base / f"killed.{name}").read_text() for name in ("out", "err"))
+    assert statuses["killed"] == [-9] * len(MOMENTS) + [0] and err == "", err
+    assert tuple(int(n) for n in re.findall(r"going on after epoch (\d+)\n", out)) == GONE_ON
+    assert len(table(alone)) == EPOCHS
+    assert_same_run(base / "killed" / "run", alone)
+
+
+@pytest.mark.parametrize(
+    ("two", "one", "epochs"), [("by_two", "alone", 4), ("released_by_two", "released", 2)]
+)
+def test_two_processes_train_as_one(base, statuses, two, one, epochs):
+    """Losses to 1e-9, accuracies, splits and generators alike, weights to 1e-7: sums in another order, in float64.
+
+    As released batch norms are frozen in MixEMatch, and all views go through the encoder at once.
+    """
+    assert (statuses[two], statuses[one]) == ([0], [0]), (base / f"{two}.err").read_text()
+    rows, expected = (table(base / name / "run") for name in (two, one))
+    assert len(expected) == epochs and expected[-1]["contrastive_loss"] != ""
+    for row, wanted in zip(rows, expected, strict=True):
+        for name in set(wanted) - {"seconds"}:
+            found, value = (float(of[name] or "nan") for of in (row, wanted))
+            tolerance = 1e-9 if name.endswith("loss") else 0
+            assert found == pytest.approx(value, rel=tolerance, abs=0, nan_ok=True), (name, wanted["epoch"])
+    ours, theirs = (state(base / name / "run") for name in (two, one))
+    assert ours["network"].keys() == theirs["network"].keys()
+    for name, values in theirs["network"].items():
+        torch.testing.assert_close(ours["network"][name], values, rtol=1e-7, atol=1e-9, msg=name)
+    assert differences(ours["memory"]["kept"], theirs["memory"]["kept"]) == []
+    torch.testing.assert_close(ours["memory"]["clean"], theirs["memory"]["clean"], rtol=1e-7, atol=1e-9)
+    assert differences([ours["loader"], ours["draws"]], [theirs["loader"], theirs["draws"]]) == []
+    out = (base / f"{two}.out").read_text()
+    assert "2 processes" in out
+    assert all(out.count(f"epoch {epoch}/{epochs} ") == 1 for epoch in range(1, epochs + 1))
+    found, wanted = (result(base / name / "run") for name in (two, one))
+    assert (found["images"], found["metrics"]) == (wanted["images"], wanted["metrics"])
+
+
+def test_what_two_processes_cannot_share_falls_back_or_is_refused(base, statuses):
+    assert statuses["one_sided"] == [0], (base / "one_sided.err").read_text()
+    out = (base / "one_sided.out").read_text()
+    assert (
+        out.count("note: warm-up in place of MixEMatch, the split is 0 labelled and 14 unlabelled samples\n")
+        == 2
+    )
+    assert column(base / "one_sided" / "run", "contrastive_loss") == []
+    for name, words in {
+        "too_few": "--batch-size 18: more than all 16 images, which 2 processes share",
+        "odd": "--batch-size 3: cannot be cut into equal pieces for 2 processes",
+    }.items():
+        lines = (base / f"{name}.err").read_text().splitlines()
+        assert statuses[name] == [2] and lines, lines
+        assert all(line.endswith(words) for line in lines)  # of each process
+        assert not (base / name / "run").exists()
+
+
+# variants ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_command_gives_the_same_run_whatever_decodes_and_another_seed_another(tmp_path, base, tiny):
+    again = small(tmp_path / "again" / "run", base / "data", "--workers", "2", "--decoded", "none")
+    assert_same_run(again, tiny)
+    other = small(tmp_path / "other", base / "data", "--seed", "4")
+    assert log_without_seconds(other)[1:] != log_without_seconds(tiny)[1:]
+    assert (other / "images.json").read_bytes() == (tiny / "images.json").read_bytes()
+
+
+def test_red_and_blue_lists_are_of_other_images_and_labels(tmp_path, base, tiny):
+    red = small(
+        tmp_path / "red", base / "data", "--noise-type", "red", "--noise-ratio", "0.2", "--epochs", "1"
+    )
+    assert np.load(red / "noisy_labels.npy").tolist() == [0] * 16 + [1] * 16 + [2] * 16
+    # the first image of each class has the label of the next
+    assert np.load(tiny / "noisy_labels.npy").tolist() == [1, *[0] * 15, 2, *[1] * 15, 0, *[2] * 15]
+    assert (red / "images.json").read_bytes() != (tiny / "images.json").read_bytes()
+    given = np.arange(48) % 3
+    np.save(tmp_path / "labels.npy", given)
+    own = small(
+        tmp_path / "own", base / "data", "--noise_file", str(tmp_path / "labels.npy"), "--epochs", "1"
+    )
+    assert np.load(own / "noisy_labels.npy").tolist() == given.tolist()
+    assert (result(own)["noise_type"], result(own)["noise_rate"]) == ("labels.npy", None)
+    assert (own / "images.json").read_bytes() == (tiny / "images.json").read_bytes()
+
+
+def test_a_damaged_image_ends_the_run_or_is_left_out(tmp_path, capsys):
+    make_mini_imagenet(tmp_path / "data", classes=3, per_class=8, test_per_class=2)
+    bad = sorted((tmp_path / "data" / "all_images").glob("*_4.JPEG"))[1]
+    plant(bad, "text")
+    line = refused(capsys, "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run"))
+    assert str(bad) in line and not (tmp_path / "run").exists()
+    run = small(tmp_path / "run", tmp_path / "data", "--on_bad_image", "skip", "--epochs", "1")
+    assert json.loads((run / "images.json").read_text())["skipped"] == 1
+    assert np.load(run / "train_index.npy").tolist() == [i for i in range(24) if i != 8 + 4]
+
+
+def test_a_run_that_began_with_other_images_or_labels_is_refused(tmp_path, capsys):
+    data = tmp_path / "data"
+    make_mini_imagenet(data, classes=3, per_class=8, test_per_class=2)
+    words = ["--epochs", "1", "--decoded", "none"]
+    run = small(tmp_path / "run", data, *words)
+    before, names = content_of(run), data / "split" / "blue_noise_nl_0.4"
+    lines = names.read_text().splitlines()
+
+    def refused_with(*changed: str) -> str:
+        names.write_text("\n".join(changed) + "\n")
+        copy = (
+            tmp_path / f"copy{len(list(tmp_path.iterdir()))}"
+        )  # the lock of a refused run is freed with its process
+        shutil.copytree(run, copy)
+        line = refused(capsys, *words, "--data-dir", str(data), "--out", str(copy))
+        assert content_of(copy) == before
+        return line
+
+    # the first two images of the first class's own label change places
+    assert "began with other images: the pool or the list changed" in refused_with(
+        lines[0], lines[2], lines[1], *lines[3:]
+    )
+    assert "began with other labels" in refused_with(lines[0].replace(" 1", " 2"), *lines[1:])
+    names.write_text("\n".join(lines) + "\n")
+    small(run, data, *words)  # with everything as it was, it is finished
+    assert content_of(run) == before
+
+
+def test_encoders_of_other_architectures_are_refused(tmp_path, base, capsys):
+    file = tmp_path / "encoder.safetensors"
+    words = [
+        "--data-dir",
+        str(base / "data"),
+        "--pretrained",
+        str(file),
+        "--img-size",
+        "16",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    safetensors.torch.save_file(make_encoder("resnet34", 3, 16).state_dict(), file)
+    line = refused(capsys, *words)
+    assert re.search(r"has layer\d\.\d\.\S+, which this encoder has not: another architecture", line)
+    safetensors.torch.save_file(make_encoder("resnet18", 3, 16).state_dict(), file)
+    assert f"--pretrained {file}: has no layer1.2." in refused(capsys, *words, "--arch", "resnet34")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        ("--batch-size 1", "argument --batch-size: must be at least 2, got 1"),
+        ("--remove-ood 0.5", r"--remove-ood 0\.5: 48 of 48 images would be removed in the end"),
+        (
+            "--noise-ratio 0.2",
+            r"mini_imagenet has no .*blue_noise_nl_0\.2: there are blue_noise_nl_0\.4, red_noise_nl_0\.2",
+        ),
+        ("--data-dir nowhere", r"mini_imagenet not found: looked in .*nowhere for split/blue_noise_nl_0\.4"),
+        ("--pretrained missing.pth", r"--pretrained missing\.pth: no such file; make an encoder with "),
+        ("--noise-type sym", "invalid choice: 'sym'"),
+        ("--ood-ratio 0.2", "unrecognized arguments: --ood-ratio 0.2"),
+    ],
+)
+def test_what_cannot_be_ends_in_one_line_and_leaves_nothing(
+    tmp_path, base, monkeypatch, capsys, words, pattern
+):
+    monkeypatch.chdir(tmp_path)
+    assert re.search(
+        pattern, refused(capsys, "--data-dir", str(base / "data"), *words.split(), "--out", "run")
+    )
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,304 @@
+"""manifold_dividemix/pretrain.py as a user starts it, killed and started again; and in its variants.
+
+A process start costs seconds, so the processes that several tests look at are run once, two at a time.
+"""
+
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from shlex import split
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from sklearn.metrics import roc_auc_score
+
+from common import cli, datasets
+from common.loader import Images
+from common.simclr import knn_accuracy
+from manifold_dividemix import pretrain, train_semisup, train_semisup_miniimagenet
+from manifold_dividemix.networks import Network, make_encoder
+from manifold_dividemix.outliers import knn_scores
+from tests.common.small_file_data import make_mini_imagenet
+from tests.end_to_end.manifold_runs import (
+    ROOT,
+    Ended,
+    assert_same_run,
+    column,
+    content_of,
+    differences,
+    forked,
+    result,
+    run_jobs,
+    start,
+    table,
+    wrong_copies,
+)
+from tests.end_to_end.outcome import log_without_seconds
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+
+EPOCHS = 4
+DATA = split("--dataset digits --device cpu --limit_train 300")
+FLAGS = [*DATA, *split(f"--epochs {EPOCHS} --batch_size 64 --lr 0.05 --temp 0.15 --knn_every 2 --seed 1")]
+COLUMNS = ["epoch", "loss", "knn_accuracy", "ood_auroc", "lr", "seconds"]
+# before the first checkpoint; in training; between a row and its checkpoint; in the kNN pass
+MOMENTS = ("0:start", "1:training", "2:log", "3:training", "4:features")
+GONE_ON = [0, 1, 2, 3, 4]  # epochs that the starts after the second find finished
+
+# an epoch in a fraction of a second
+TINY = split(
+    "--dataset digits --device cpu --epochs 1 --batch_size 64 --limit_train 130 --lr 0.05 --temp 0.15"
+)
+MINI = split(
+    "--dataset mini_imagenet --device cpu --img-size 12 --workers 0 --epochs 2 --batch_size 16 --lr 0.01 --knn_every 1"
+)
+
+
+def whole(folder: Path) -> Ended:
+    """By path from another folder, where other copies are installed."""
+    folder.mkdir()
+    environment = wrong_copies(folder / "elsewhere")
+    script = ROOT / "manifold_dividemix" / "pretrain.py"
+    return start(script, *FLAGS, "--out", "../run", cwd=folder / "elsewhere", **environment)
+
+
+def killed(folder: Path) -> list[int]:
+    """As a module, killed again and again, then left alone, and once more when it is finished; last by two processes."""
+    folder.mkdir()
+    jobs = forked("pretrain", folder, FLAGS, *MOMENTS)
+    return run_jobs([*jobs, jobs[-1], *forked("pretrain", folder.with_name("by_two"), TINY, processes=2)])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("manifold_pretrain")
+
+
+@pytest.fixture(scope="module")
+def ends(base):
+    """By name a future of how it ended. Run directories have the same last name: it is a column of the results."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {made.__name__: pool.submit(made, base / made.__name__) for made in (whole, killed)}
+
+
+@pytest.fixture
+def run(base, ends) -> Path:
+    """The directory of a whole run that ended well."""
+    end = ends["whole"].result()
+    assert end.status == 0, end.err
+    return base / "whole" / "run"
+
+
+def small(folder: Path, *words: str) -> Path:
+    """A run in this process."""
+    pretrain.main([*words, "--out", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(base) -> Path:
+    """A small run, and what others are compared with."""
+    return small(base / "tiny" / "run", *TINY)
+
+
+@pytest.fixture(scope="module")
+def mini(base) -> Path:
+    """36 training images of three classes."""
+    make_mini_imagenet(base / "mini", classes=3, per_class=12, test_per_class=4)
+    return base / "mini"
+
+
+def refused(capsys, *words: str) -> str:
+    """The one line in which a command ends."""
+    with pytest.raises(SystemExit) as stop:
+        cli.exit_cleanly(pretrain.main, [*TINY, *words])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+# on digits --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_log_result_and_encoder(run, ends):
+    assert ends["whole"].result().err == ""
+    assert content_of(run).keys() == {
+        "args.json", "checkpoint.pt", "checkpoint.previous.pt", "encoder.safetensors", "images.json", "log.csv", "noise.json",
+        "noisy_labels.npy", "result.csv", "result.json", "samples.npz", "train_index.npy",
+    }  # fmt: skip
+    rows = table(run)
+    assert list(rows[0]) == COLUMNS and len(rows) == EPOCHS
+    assert [row["knn_accuracy"] != "" for row in rows] == [False, True] * 2
+    assert [row["ood_auroc"] != "" for row in rows] == [False, True] * 2
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"]) - 0.3
+    expected = {
+        "paper": "manifold_dividemix", "method": "SimCLR", "dataset": "digits", "noise_type": "photographs", "noise_rate": None,
+        "ood_ratio": 0.2, "profile": "embedded+limit_train=300", "metric": "knn_accuracy", "epochs": EPOCHS, "seed": 1,
+        "images": 300 * EPOCHS,
+    }  # fmt: skip
+    found = result(run)
+    assert {name: found[name] for name in expected} == expected
+    assert found["metrics"]["last_ood_auroc"] == float(rows[-1]["ood_auroc"])
+    assert found["metrics"]["last_loss"] == float(rows[-1]["loss"])
+    with safe_open(run / "encoder.safetensors", "pt") as file:
+        assert file.metadata() == {"dataset": "digits", "epochs": str(EPOCHS), "seed": "1"}
+
+
+def test_neighbours_are_sought_among_images_of_the_data_set_and_outliers_among_all(run):
+    data, samples = datasets.load("digits", "."), np.load(run / "samples.npz")
+    encoder = make_encoder("resnet18", 1, 8)
+    encoder.load_state_dict(load_file(run / "encoder.safetensors"))
+    network, own = Network(encoder, 64, 10).eval(), ~samples["ood"]
+    train = data.train.images[np.load(run / "train_index.npy")][own]  # which are as they are in the data set
+    assert 20 < (~own).sum() < 100
+    with torch.no_grad():
+        features, queries = (
+            network(Images(images, data.mean, data.std, torch.device("cpu")).view(torch.arange(len(images))))
+            for images in (train, data.test.images)
+        )
+    clean, test_labels = (torch.from_numpy(of) for of in (samples["clean"][own], data.test.labels))
+    found = knn_accuracy(features, clean, queries, test_labels, 10)
+    assert column(run, "knn_accuracy")[-1] == pytest.approx(found, abs=0.6)  # of 360
+
+
+def test_the_outlier_auroc_is_that_of_the_knn_score(tmp_path, monkeypatch):
+    scores = []
+    monkeypatch.setattr(pretrain, "knn_scores", lambda *rest: scores.append(knn_scores(*rest)) or scores[-1])
+    run = small(tmp_path / "run", *TINY, "--knn-k", "3")
+    (only,) = scores
+    assert only.shape == (130,)
+    found = roc_auc_score(np.load(run / "samples.npz")["ood"], -only)
+    assert column(run, "ood_auroc") == [pytest.approx(found)]
+
+
+def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, run, ends):
+    found = ends["killed"].result()[:-1]
+    err, out = ((base / f"killed.{name}").read_text() for name in ("err", "out"))
+    assert found == [-9] * len(MOMENTS) + [0, 0] and err == "", err
+    assert [int(n) for n in re.findall(r"going on after epoch (\d+)\n", out)] == GONE_ON
+    assert "\nepoch " not in out.rpartition(f"going on after epoch {EPOCHS}")[2]
+    assert_same_run(base / "killed" / "run", run)
+    encoders = [load_file(base / name / "run" / "encoder.safetensors") for name in ("killed", "whole")]
+    assert differences(*encoders) == []
+    assert result(base / "killed" / "run")["command"].startswith(
+        "python -m manifold_dividemix.pretrain --dataset "
+    )
+
+
+def test_under_torchrun_it_says_that_it_is_one_process(base, ends):
+    assert ends["killed"].result()[-1] == 2
+    lines = (base / "by_two.err").read_text().splitlines()
+    assert len(lines) == 2  # one of each process
+    assert all("runs as one process: start it with python, not with torchrun" in line for line in lines)
+    assert not (base / "by_two").exists()
+
+
+def test_no_label_is_trained_on(tmp_path, tiny):
+    words = split("--noise-type asym --noise-ratio 0.4 --noise-seed 3 --label-rng numpy")
+    run = small(tmp_path / "run", *TINY, *words)
+    assert (run / "noisy_labels.npy").read_bytes() != (tiny / "noisy_labels.npy").read_bytes()
+    assert log_without_seconds(run) == log_without_seconds(tiny)
+    assert differences(*(load_file(of / "encoder.safetensors") for of in (run, tiny))) == []
+
+
+def test_the_same_command_gives_the_same_run_and_another_seed_another(tmp_path, tiny):
+    again = small(tmp_path / "again" / "run", *TINY)
+    assert_same_run(again, tiny)
+    assert differences(*(load_file(of / "encoder.safetensors") for of in (again, tiny))) == []
+    other = small(tmp_path / "other", *TINY, "--seed", "4")
+    assert log_without_seconds(other)[1:] != log_without_seconds(tiny)[1:]
+    assert (other / "images.json").read_bytes() == (tiny / "images.json").read_bytes()
+
+
+def test_without_images_from_elsewhere_and_with_a_last_batch_of_one(tmp_path):
+    run = small(tmp_path / "run", *TINY, "--ood-ratio", "0", "--limit_train", "129")
+    assert column(run, "ood_auroc") == [] and len(column(run, "knn_accuracy")) == 1
+    found = result(run)
+    assert (found["noise_type"], found["ood_ratio"], found["images"]) == ("none", 0, 129)
+    assert json.loads((run / "images.json").read_text())["replaced"] == 0
+    # 128 of 129 images where the last batch is left out
+    assert result(small(tmp_path / "less", *TINY, "--limit_train", "129", "--drop_last"))["images"] == 128
+
+
+def test_train_semisup_begins_from_the_encoder(tiny, capsys):
+    args = train_semisup.parse_args(
+        ["--dataset", "digits", "--pretrained", str(tiny / "encoder.safetensors")]
+    )
+    network = train_semisup.initial_network(train_semisup.data.load_open_set(args), args)
+    assert "encoder.safetensors: 44 tensors taken, 0 others left" in capsys.readouterr().out
+    assert differences(dict(network.encoder.state_dict()), load_file(tiny / "encoder.safetensors")) == []
+
+
+# on mini-ImageNet -------------------------------------------------------------------------------------------------------
+
+
+def test_mini_imagenet_by_the_list_and_its_script_begins_from_the_encoder(tmp_path, mini):
+    red = small(tmp_path / "red", *MINI, "--data-dir", str(mini))
+    found = result(red)
+    assert (found["dataset"], found["noise_type"], found["noise_rate"]) == ("mini_imagenet", "red", 0.2)
+    assert (found["ood_ratio"], found["profile"], found["noise"]["realised_rate"]) == (None, "short", None)
+    assert column(red, "ood_auroc") == [] and len(column(red, "knn_accuracy")) == 2
+    assert len(list((mini / "decoded").glob("*.npz"))) == 2  # training and test
+    words = split("--noise-type blue --noise-ratio 0.4 --decoded none")
+    blue = small(tmp_path / "blue", *MINI, "--data-dir", str(mini), *words)
+    assert len(list((mini / "decoded").glob("*.npz"))) == 2
+    assert (red / "images.json").read_bytes() != (blue / "images.json").read_bytes()
+    assert column(red, "loss") != column(blue, "loss")
+    words = ["--data-dir", str(mini), "--pretrained", str(red / "encoder.safetensors"), "--img-size", "12"]
+    args = train_semisup_miniimagenet.parse_args(words)
+    corpus = train_semisup_miniimagenet.data.load_mini_imagenet(args)
+    network = train_semisup_miniimagenet.initial_network(corpus, args)
+    assert differences(dict(network.encoder.state_dict()), load_file(red / "encoder.safetensors")) == []
+
+
+# refused ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        ("--noise-type red", "argument --noise-type: red is not for --dataset digits"),
+        (
+            "--dataset mini_imagenet --noise-type sym",
+            "argument --noise-type: sym is not for --dataset mini_imagenet",
+        ),
+        ("--dataset mini_imagenet", r"mini_imagenet not found: looked in .*split/red_noise_nl_0\.2"),
+        (
+            "--noise_file labels.npy",
+            "argument --noise_file: no label is used in pre-training, got labels.npy",
+        ),
+        ("--corruption nowhere", "--corruption nowhere: unknown data set nowhere"),
+        ("--corruption imagenet32", "ImageNet 32x32 not found: looked in "),
+        ("--noise-ratio 0.6 --ood-ratio 0.5", r"0\.6 and .*0\.5 are shares of "),
+        ("--drop_last --batch_size 131", "--drop_last: a batch of 131 is more than all 130 images"),
+        ("--limit_train 1", "one training image has no neighbours"),
+    ],
+)
+def test_what_cannot_be_ends_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, words, pattern):
+    monkeypatch.chdir(tmp_path)
+    assert re.search(pattern, refused(capsys, *words.split(), "--out", "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_began_with_other_images_is_refused(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (400, 8, 8), dtype=np.uint8)
+    arrays = {"train_labels": np.arange(400) % 2, "test_labels": np.arange(4) % 2, "test_images": images[:4]}
+    np.savez(tmp_path / "pool.npz", train_images=images, **arrays)
+    words = ["--data-dir", str(tmp_path), "--corruption", "pool"]
+    run = small(tmp_path / "run", *TINY, *words)
+    before = content_of(run)
+    np.savez(tmp_path / "pool.npz", train_images=255 - images, **arrays)
+    assert "began with other images: the pool or the list changed since" in refused(
+        capsys, *words, "--out", str(run)
+    )
+    assert content_of(run) == before
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_line(tmp_path, capsys):
+    words = ("--lr", "1e12", "--limit_train", "200", "--out", str(tmp_path / "run"))
+    assert "loss is nan at epoch 1: lower --lr or try" in refused(capsys, *words)
+    assert not (tmp_path / "run" / "encoder.safetensors").exists()
