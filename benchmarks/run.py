@@ -171,7 +171,10 @@ def report(paper: str, chosen: list[Cell], rows: list[dict], out: Path) -> None:
     further = "at_best_validation"  # of methods that validate
     metrics = (*METRICS, further) if any(row["metric"] == further for row in rows) else METRICS
     print(f"\n{out / paper}.csv: every method against cross-entropy (CE), accuracy in percent\n")
-    print(format_table(against(rows, "CE", metrics), "CE", "the method"))
+    if any(row["method"] == "CE" for row in rows):
+        print(format_table(against(rows, "CE", metrics), "CE", "the method"))
+    else:
+        print("cross-entropy is not among these cells")
     reference = ROOT / "benchmarks" / "reference" / f"{paper}.csv"
     if reference.is_file():
         print(f"\nthis run against {reference.relative_to(ROOT)}, measured by this project\n")

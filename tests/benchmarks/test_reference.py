@@ -13,6 +13,7 @@ REFERENCE = ROOT / "benchmarks" / "reference"
 FILES = sorted(REFERENCE.glob("*.csv"))
 SCRIPTS = (
     *("python afm/train.py ", "python me_momentum/main.py ", "python sfa/Train_cifar.py "),
+    *("python manifold_dividemix/pretrain.py ", "python manifold_dividemix/train_semisup.py "),
     *("python sanm/pretrain.py ", "python sanm/Train_cifar.py "),
     "python -m benchmarks.baseline ",
 )
@@ -130,6 +131,65 @@ def test_the_accuracy_of_pre_training_in_sanms_text_is_that_of_the_file():
     assert (
         f"kNN accuracy {summary('sanm.csv', 'SimCLR', 'last')}" in (ROOT / "sanm" / "README.md").read_text()
     )
+
+
+MANIFOLD_DIVIDEMIX = {
+    "Manifold DivideMix": "Manifold DivideMix",
+    "Manifold DivideMix without OOD removal": "without OOD removal",
+    "Manifold DivideMix without manifold mixup": "without manifold mixup",
+    "CE (pre-trained)": "cross-entropy from the encoder",
+    "CE": "cross-entropy",
+}
+OUTLIERS = ("last_removal_precision", "last_removal_recall", "last_labelled_precision", "last_labelled_ood")
+
+
+def test_manifold_dividemix_beats_cross_entropy_on_digits_by_the_margins_we_claim():
+    rows = read_results(REFERENCE / "manifold_dividemix.csv")
+    last = {
+        method: [r["value"] for r in rows if (r["method"], r["metric"]) == (method, "last")]
+        for method in MANIFOLD_DIVIDEMIX
+    }
+    assert all(len(values) == 3 for values in last.values())
+    means = {method: statistics.mean(values) for method, values in last.items()}
+    assert means["Manifold DivideMix"] >= means["CE"] + 3
+    assert means["Manifold DivideMix"] >= means["CE (pre-trained)"] + 2
+
+
+@pytest.mark.parametrize(
+    ("file", "fidelity"),
+    [("manifold_dividemix.csv", "paper"), ("manifold_dividemix_released.csv", "released")],
+)
+def test_the_row_of_every_method_in_manifold_dividemixs_text_is_that_of_the_file(file, fidelity):
+    text, front = ((ROOT / page).read_text() for page in ("manifold_dividemix/README.md", "README.md"))
+    rows = read_results(REFERENCE / file)
+    methods = dict.fromkeys(row["method"] for row in rows if row["method"] != "SimCLR")
+    assert methods
+    for method in methods:
+        name = MANIFOLD_DIVIDEMIX[method] + (", `--fidelity released`" if fidelity == "released" else "")
+        shown = [summary(file, method, metric, fidelity=fidelity) for metric in ("best", "last", "last10")]
+        if fidelity == "paper":
+            assert f"| {name} | {' | '.join(shown)} |" in front, method
+        for metric in OUTLIERS:
+            known = any((r["method"], r["metric"]) == (method, metric) for r in rows)
+            shown.append(summary(file, method, metric, 100, fidelity) if known else "")
+        assert f"| {name} | {' | '.join(shown)} | [`{file}`]" in text, method
+
+
+def test_what_manifold_dividemixs_text_says_of_the_encoder_is_in_the_file():
+    text = (ROOT / "manifold_dividemix" / "README.md").read_text()
+    for metric, scale in (("last", 1), ("last_ood_auroc", 100)):
+        assert summary("manifold_dividemix.csv", "SimCLR", metric, scale) in text, metric
+    first, last = (
+        summary("manifold_dividemix.csv", "Manifold DivideMix", f"{which}_ood_auroc", 100)
+        for which in ("first", "last")
+    )
+    assert first in text and last in text
+
+
+def test_what_manifold_dividemixs_text_says_of_40_epochs_is_in_the_file():
+    text = (ROOT / "manifold_dividemix" / "README.md").read_text()
+    for method in ("Manifold DivideMix", "Manifold DivideMix without OOD removal"):
+        assert summary("manifold_dividemix_40epochs.csv", method, "last") in text
 
 
 ME_MOMENTUM = ("best", "last", "last10", "at_best_validation")

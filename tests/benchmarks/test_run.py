@@ -215,3 +215,15 @@ def test_a_dry_run_of_me_momentum_prints_every_cell_and_the_published_figures():
     assert "# cifar10, instance, 0.2: accuracy in percent" in lines
     assert "#   90.86 ± 0.21  Me-Momentum, published [unconfirmed: recollection]" in lines
     assert any("91.87  Me-Momentum, published [secondary: " in line for line in lines)
+
+
+def test_cells_without_cross_entropy_are_reported_without_a_comparison(tmp_path, capsys):
+    names = ("paper", "table", "cell", "method", "dataset", "profile", "fidelity", "seed", "epochs", "metric")
+    values = ("sanm", "embedded", "digits", "DivideMix", "digits", "embedded", "paper", "1", "2")
+    rows = [
+        dict(zip(names, (*values, metric), strict=True)) | {"value": 90.0}
+        for metric in ("best", "last", "last10")
+    ]
+    run.report("sanm", cells("sanm", "embedded")[:1], rows, tmp_path)
+    assert "cross-entropy is not among these cells" in capsys.readouterr().out
+    assert len((tmp_path / "sanm.csv").read_text().splitlines()) == 4

@@ -147,7 +147,9 @@ def test_the_first_tensor_of_another_shape_is_named(tmp_path):
 
 def test_a_deeper_encoder_that_has_all_its_tensors(tmp_path):
     torch.save(FULL | {"encoder.layer2.1.conv1.weight": torch.ones(32, 32, 3, 3)}, tmp_path / "deep.pth")
-    refused(tmp_path / "deep.pth", "has layer2.1.conv1.weight, which this encoder has not: another architecture")
+    refused(
+        tmp_path / "deep.pth", "has layer2.1.conv1.weight, which this encoder has not: another architecture"
+    )
 
 
 def test_two_tensors_of_one_name(tmp_path):

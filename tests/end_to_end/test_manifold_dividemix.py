@@ -18,6 +18,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from common import cli, datasets, noise
+from common.datasets import pools
 from common.loader import Images
 from manifold_dividemix import pretrain, train_semisup
 from manifold_dividemix.networks import Network, make_encoder
@@ -84,7 +85,7 @@ def by_two(base: Path) -> Ended:
     environment = wrong_copies(base / "by_two" / "elsewhere")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     script = ROOT / "manifold_dividemix" / "train_semisup.py"
-    words = [*TINY, *split("--batch-size 40 --limit_train 520 --out ../run")]
+    words = [*TINY, *split("--batch-size 20 --limit_train 160 --out ../run")]
     return start(*torchrun, script, *words, cwd=base / "by_two" / "elsewhere", **environment)
 
 
@@ -105,6 +106,15 @@ def run(base, ends) -> Path:
     """The directory of a whole run that ended well."""
     assert ends["in_turn"].result()[0] == 0, (base / "whole.err").read_text()
     return base / "whole" / "run"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def photographs():
+    """Cut into patches once for all runs of this process."""
+    made = pools.photographs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pools, "photographs", lambda: made)
+        yield
 
 
 def small(folder: Path, *words: str) -> Path:
@@ -295,7 +305,7 @@ def test_two_processes_train_on_digits_to_the_end(base, ends):
         "torchrun --nproc_per_node=2 manifold_dividemix/train_semisup.py --dataset "
     )
     assert (
-        found["images"] == 520 + int(rows[1]["labelled"]) // 40 * 40
+        found["images"] == 160 + int(rows[1]["labelled"]) // 20 * 20
     )  # an image counts once, not in each process
 
 

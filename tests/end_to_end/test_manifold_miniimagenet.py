@@ -96,11 +96,11 @@ def in_float64(base: Path) -> list[int]:
 
 
 def as_a_user(base: Path) -> Ended:
-    """By path from another folder where other copies are installed, with the real network and two workers."""
+    """By path from another folder where other copies are installed, with the real network and a worker."""
     (base / "user").mkdir()
     environment = wrong_copies(base / "user" / "elsewhere")
     words = split(
-        "--epochs 2 --warmup-epoch 1 --limit_train 16 --seed 1 --img-size 16 --workers 2 --fidelity released"
+        "--epochs 2 --warmup-epoch 1 --limit_train 16 --seed 1 --img-size 16 --workers 1 --fidelity released"
     )
     words = [*TINY, *words, "--data-dir", "../../data", "--decoded", "../decoded", "--out", "../run"]
     script = ROOT / "manifold_dividemix" / "train_semisup_miniimagenet.py"
@@ -181,7 +181,7 @@ def test_what_is_logged_of_warm_up_and_mixematch(base, alone):
     assert json.loads((alone / "images.json").read_text())["skipped"] == 0
 
 
-def test_the_released_network_by_path_with_workers(base, ends):
+def test_the_released_network_by_path_with_a_worker(base, ends):
     end, run = ends["user"].result(), base / "user" / "run"
     assert end.status == 0 and end.err == "", end.err
     assert len(list((base / "user" / "decoded").glob("*16x16*.npz"))) == 2
@@ -259,7 +259,7 @@ def test_what_two_processes_cannot_share_falls_back_or_is_refused(base, statuses
 
 
 def test_the_same_command_gives_the_same_run_whatever_decodes_and_another_seed_another(tmp_path, base, tiny):
-    again = small(tmp_path / "again" / "run", base / "data", "--workers", "2", "--decoded", "none")
+    again = small(tmp_path / "again" / "run", base / "data", "--workers", "1", "--decoded", "none")
     assert_same_run(again, tiny)
     other = small(tmp_path / "other", base / "data", "--seed", "4")
     assert log_without_seconds(other)[1:] != log_without_seconds(tiny)[1:]

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
-from common import cli, datasets
+from common import cli, datasets, simclr
+from common.datasets import pools
 from common.loader import Images
 from common.simclr import knn_accuracy
 from manifold_dividemix import pretrain, train_semisup, train_semisup_miniimagenet
@@ -93,6 +94,15 @@ def run(base, ends) -> Path:
     return base / "whole" / "run"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def photographs():
+    """Cut into patches once for all runs of this process."""
+    made = pools.photographs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pools, "photographs", lambda: made)
+        yield
+
+
 def small(folder: Path, *words: str) -> Path:
     """A run in this process."""
     pretrain.main([*words, "--out", str(folder)])
@@ -148,13 +158,12 @@ def test_a_run_leaves_its_log_result_and_encoder(run, ends):
         assert file.metadata() == {"dataset": "digits", "epochs": str(EPOCHS), "seed": "1"}
 
 
-def test_neighbours_are_sought_among_images_of_the_data_set_and_outliers_among_all(run):
+def test_the_knn_accuracy_is_that_of_the_encoder_in_the_file(run):
     data, samples = datasets.load("digits", "."), np.load(run / "samples.npz")
     encoder = make_encoder("resnet18", 1, 8)
     encoder.load_state_dict(load_file(run / "encoder.safetensors"))
     network, own = Network(encoder, 64, 10).eval(), ~samples["ood"]
     train = data.train.images[np.load(run / "train_index.npy")][own]  # which are as they are in the data set
-    assert 20 < (~own).sum() < 100
     with torch.no_grad():
         features, queries = (
             network(Images(images, data.mean, data.std, torch.device("cpu")).view(torch.arange(len(images))))
@@ -162,17 +171,24 @@ def test_neighbours_are_sought_among_images_of_the_data_set_and_outliers_among_a
         )
     clean, test_labels = (torch.from_numpy(of) for of in (samples["clean"][own], data.test.labels))
     found = knn_accuracy(features, clean, queries, test_labels, 10)
-    assert column(run, "knn_accuracy")[-1] == pytest.approx(found, abs=0.6)  # of 360
+    assert column(run, "knn_accuracy")[-1] == pytest.approx(found, abs=0.6)  # two of 360
 
 
-def test_the_outlier_auroc_is_that_of_the_knn_score(tmp_path, monkeypatch):
-    scores = []
+def test_neighbours_are_sought_among_images_of_the_data_set_and_outliers_among_all(tmp_path, monkeypatch):
+    scores, banks = [], []
+
+    def noted(features, labels, *rest):
+        banks.append((len(features), labels.tolist()))
+        return knn_accuracy(features, labels, *rest)
+
+    monkeypatch.setattr(simclr, "knn_accuracy", noted)
     monkeypatch.setattr(pretrain, "knn_scores", lambda *rest: scores.append(knn_scores(*rest)) or scores[-1])
     run = small(tmp_path / "run", *TINY, "--knn-k", "3")
-    (only,) = scores
-    assert only.shape == (130,)
-    found = roc_auc_score(np.load(run / "samples.npz")["ood"], -only)
-    assert column(run, "ood_auroc") == [pytest.approx(found)]
+    samples = np.load(run / "samples.npz")
+    own = samples["clean"][~samples["ood"]].tolist()
+    assert 80 < len(own) < 130 and banks == [(len(own), own)]
+    assert [of.shape for of in scores] == [(130,)]
+    assert column(run, "ood_auroc") == [pytest.approx(roc_auc_score(samples["ood"], -scores[0]))]
 
 
 def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, run, ends):
