@@ -113,9 +113,7 @@ def test_a_folder_of_photographs_as_pool(golden, tmp_path):
         folder = tmp_path / case.name
         folder.mkdir()
         for number in RandomState(0).permutation(len(file_names)):  # the order in which files appear is none
-            Image.fromarray(case[f"src_{number:03d}"]).save(
-                (folder / file_names[number]).with_suffix(".png"), format="PNG"
-            )
+            Image.fromarray(case[f"src_{number:03d}"]).save(folder / file_names[number], format="PNG")
         pool = pools.image_folder(folder)
         assert pool.size == int(case["n_files"])
         chosen = noise.open_set(50000, float(case["ood_ratio"]), pool.size, RandomState(noise.OPEN_SET_SEED))
