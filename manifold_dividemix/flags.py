@@ -9,6 +9,14 @@ from manifold_dividemix.networks import ARCHITECTURES
 
 def add_training_flags(parser: cli.Parser, *, epochs: int, warm_up: int, start_factor: float) -> None:
     """The flags that follow the data's. The defaults given are those that the two released scripts do not share."""
+    _network_flags(parser)
+    _schedule_flags(parser, epochs, warm_up)
+    _outlier_flags(parser, start_factor)
+    _loss_flags(parser)
+    _other_flags(parser)
+
+
+def _network_flags(parser: cli.Parser) -> None:
     network = parser.add_argument_group("network")
     network.add_argument("--arch", choices=list(ARCHITECTURES), default="resnet18", help="PreAct ResNet")
     network.add_argument(
@@ -24,6 +32,8 @@ def add_training_flags(parser: cli.Parser, *, epochs: int, warm_up: int, start_f
         help="freeze: the encoder stays as it is, batch-norm statistics included",
     )
 
+
+def _schedule_flags(parser: cli.Parser, epochs: int, warm_up: int) -> None:
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=cli.count, default=epochs, help="epochs, warm-up included")
     training.add_argument(
@@ -51,6 +61,8 @@ def add_training_flags(parser: cli.Parser, *, epochs: int, warm_up: int, start_f
     )
     training.add_argument("--gpu", type=cli.count_or_zero, default=0, help="which CUDA device")
 
+
+def _outlier_flags(parser: cli.Parser, start_factor: float) -> None:
     outliers = parser.add_argument_group("outliers and split")
     outliers.add_argument(
         "--remove-ood",
@@ -90,6 +102,8 @@ def add_training_flags(parser: cli.Parser, *, epochs: int, warm_up: int, start_f
         help="none: no split, the warm-up goes on to the end",
     )
 
+
+def _loss_flags(parser: cli.Parser) -> None:
     losses = parser.add_argument_group("losses")
     default = Weights()
     for flag, value, what in (
@@ -138,6 +152,8 @@ def add_training_flags(parser: cli.Parser, *, epochs: int, warm_up: int, start_f
         help="of the warm-up: symmetric or plain cross-entropy",
     )
 
+
+def _other_flags(parser: cli.Parser) -> None:
     other = parser.add_argument_group("logging, and flags without effect")
     other.add_argument(
         "--eval-train",

@@ -373,17 +373,15 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     device = gpu.pick(args.device, args.precision, args.gpu, several=True)
     corpus = data.load_open_set(args)
+    start(corpus, args, device, directory_name(args), cell(args, corpus))
+
+
+def start(corpus: Corpus, args: Namespace, device: gpu.Device, name: str, columns: dict) -> None:
+    """What both scripts do once the images are there; name: of the run directory; columns: of its result rows."""
     check_sizes(corpus, args)
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
     network = initial_network(corpus, args)
-    run = Run(
-        args,
-        device,
-        paper="manifold_dividemix",
-        method=method(args),
-        name=directory_name(args),
-        cell=cell(args, corpus),
-    )
+    run = Run(args, device, paper="manifold_dividemix", method=method(args), name=name, cell=columns)
     data.keep(corpus, run)
     train(network, corpus, run, args, device)
 

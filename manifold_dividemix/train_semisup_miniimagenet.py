@@ -11,18 +11,16 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import torch
-
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, gpu
 from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
-from common.run import Run, run_name
+from common.run import run_name
 from manifold_dividemix import corpus as data
 from manifold_dividemix.corpus import Corpus
 from manifold_dividemix.flags import add_training_flags, settle
-from manifold_dividemix.train_semisup import check_sizes, initial_network, method, train
+from manifold_dividemix.train_semisup import start
 
 PRESETS = Path(__file__).with_name("presets.toml")
 
@@ -65,19 +63,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     device = gpu.pick(args.device, args.precision, args.gpu, several=True)
     corpus = data.load_mini_imagenet(args)
-    check_sizes(corpus, args)
-    torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
-    network = initial_network(corpus, args)
-    run = Run(
-        args,
-        device,
-        paper="manifold_dividemix",
-        method=method(args),
-        name=directory_name(args),
-        cell=cell(args, corpus),
-    )
-    data.keep(corpus, run)
-    train(network, corpus, run, args, device)
+    start(corpus, args, device, directory_name(args), cell(args, corpus))
 
 
 def directory_name(args: Namespace) -> str:

@@ -267,7 +267,7 @@ def test_mini_imagenet_by_the_list_and_its_script_begins_from_the_encoder(tmp_pa
     words = ["--data-dir", str(mini), "--pretrained", str(red / "encoder.safetensors"), "--img-size", "12"]
     args = train_semisup_miniimagenet.parse_args(words)
     corpus = train_semisup_miniimagenet.data.load_mini_imagenet(args)
-    network = train_semisup_miniimagenet.initial_network(corpus, args)
+    network = train_semisup.initial_network(corpus, args)
     assert differences(dict(network.encoder.state_dict()), load_file(red / "encoder.safetensors")) == []
 
 
