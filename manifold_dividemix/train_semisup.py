@@ -314,7 +314,7 @@ def save_outliers(
     if clean is not None:
         arrays["clean_probability"] = clean
     shown = np.sort(np.random.default_rng(seed).permutation(len(scores))[:SHOWN])
-    embedding = seen.embeddings[torch.from_numpy(shown).to(scores.device)].half()
+    embedding = seen.embeddings[torch.from_numpy(shown).to(scores.device)]
     arrays = {key: value.cpu().numpy() for key, value in {**arrays, "embedding": embedding}.items()}
     run.save_arrays(f"outliers_{name}", **arrays, shown=shown)
 
