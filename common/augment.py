@@ -345,6 +345,16 @@ def resize_random_crop_and_flip(resize: int = 256, size: int = 224) -> Callable[
     return v2.Compose([resized, v2.RandomCrop(size), v2.RandomHorizontalFlip()])
 
 
+def resize_random_resized_crop_and_flip(resize: int = 320, size: int = 299) -> Callable[[Tensor], Tensor]:
+    """SFA's training transform of one uint8 image [3, H, W] of WebVision: a random part as [3, size, size], mirrored or not.
+
+    Shorter side to `resize`, then as `random_resized_crop_and_flip`; it draws from torch's global CPU generator.
+    """
+    from torchvision.transforms import v2  # noqa: PLC0415
+
+    return v2.Compose([v2.Resize(resize, antialias=True), random_resized_crop_and_flip(size)])
+
+
 def resize_and_center_crop(resize: int = 256, size: int = 224) -> Callable[[Tensor], Tensor]:
     """AFM's test transform of one uint8 image [3, H, W]: shorter side to `resize`, the middle [3, size, size] of it."""
     from torchvision.transforms import v2  # noqa: PLC0415

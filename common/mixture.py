@@ -1,6 +1,7 @@
-"""Two-component Gaussian mixtures of one-dimensional values, one per group, fitted all at once on the device."""
+"""Two-component Gaussian mixtures of one-dimensional values: one per group, fitted all at once on the device; or one of all."""
 
 import math
+import warnings
 
 import numpy as np
 import torch
@@ -39,6 +40,28 @@ def sklearn_upper_posterior(values: Tensor, groups: Tensor, num_groups: int) -> 
         ).fit(column)
         result[members] = torch.from_numpy(mixture.predict_proba(column)[:, mixture.means_.argmax()]).double()
     return result.to(values.device)
+
+
+def lower_posterior(values: Tensor, seed: int, max_iterations: int = 10) -> Tensor:
+    """Probability that each value belongs to the component with the smaller mean, of one mixture of them all: float64 [N].
+
+    DivideMix's mixture of losses: scikit-learn's, with tol=1e-2 and reg_covar=5e-4, in float32, stopped after max_iterations
+    whether it has converged or not. seed: of its k-means start. values [N], finite. ValueError: NaN or infinity.
+    """
+    from sklearn.exceptions import ConvergenceWarning  # noqa: PLC0415
+    from sklearn.mixture import GaussianMixture  # noqa: PLC0415
+
+    column = values.detach().float().cpu().numpy().reshape(-1, 1)
+    if not np.isfinite(column).all():
+        raise ValueError("the values of a mixture must be finite")
+    mixture = GaussianMixture(2, max_iter=max_iterations, tol=1e-2, reg_covar=5e-4, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", ConvergenceWarning
+        )  # so many iterations are all that the methods give it
+        posterior = mixture.fit(column).predict_proba(column)
+    lower = posterior[:, np.argmin(mixture.means_)].astype(np.float64)
+    return torch.from_numpy(lower).to(values.device)
 
 
 def _by_group(values: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:

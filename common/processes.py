@@ -7,7 +7,9 @@ function here hands back what it was given.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.cli import UserError
 
 PATIENCE = timedelta(hours=2)  # a process may have to wait while another looks through a million images
+_alone = ContextVar("_alone", default=False)
 
 
 def launched() -> bool:
@@ -46,8 +49,18 @@ def stop() -> None:
 
 
 def world() -> int:
-    """The number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """The number of processes that share the work: 1 inside `alone`."""
+    return dist.get_world_size() if dist.is_initialized() and not _alone.get() else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside it this process works for itself, on something that no other does: nothing here waits for another."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 def rank() -> int:
@@ -69,19 +82,22 @@ def wait() -> None:
         dist.barrier()
 
 
-def from_first(make: Callable[[], Any]) -> Any:
-    """make() as the first process made it, in every process. A UserError ends them all; the first one tells it."""
+def from_first(make: Callable[[], Any], source: int = 0) -> Any:
+    """make() as the first process (or another, `source`) made it, in every process; tensors in it are to be on the CPU.
+
+    A UserError ends them all; the process that made it tells it.
+    """
     if world() == 1:
         return make()
     outcome: list[Any] = [None, None]
-    if rank() == 0:
+    if rank() == source:
         try:
             outcome[0] = make()
         except UserError as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=source)
     if outcome[1] is not None:
-        raise outcome[1] if rank() == 0 else SystemExit(2)
+        raise outcome[1] if rank() == source else SystemExit(2)
     return outcome[0]
 
 

@@ -1,14 +1,10 @@
 """Label quality: the clean probability of each sample from its loss, and the split that it makes (Sec. 6)."""
 
-import warnings
-
-import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from common.cli import UserError
+from common.mixture import lower_posterior
 
 HISTORY = 5  # loss vectors that the 90 % rule averages
 MARGIN = 1e-5  # the threshold stays this far inside the range of the clean probabilities
@@ -37,17 +33,11 @@ def clean_probability(values: Tensor, seed: int) -> Tensor:
     scikit-learn's mixture of two Gaussians with the release's settings (ten iterations); seed: of its k-means start.
     UserError: losses that are not finite.
     """
-    column = values.detach().float().cpu().numpy().reshape(-1, 1)
-    if not np.isfinite(column).all():
+    if not torch.isfinite(values).all():
         raise UserError(
             "losses of training samples are not finite: lower --lr or try --precision fp32, with another --out"
         )
-    mixture = GaussianMixture(2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # ten iterations are all that the method gives it
-        posterior = mixture.fit(column).predict_proba(column)
-    clean = posterior[:, np.argmin(mixture.means_)].astype(np.float64)
-    return torch.from_numpy(clean).to(values.device)
+    return lower_posterior(values, seed)
 
 
 def divide(clean: Tensor, threshold: float, at_least: int = 1) -> Tensor:

@@ -4,10 +4,10 @@
 """
 
 from common import datasets
-from common.cli import Parser, UserError, count_or_zero, exit_cleanly
-from common.datasets import clothing1m, food101n, image_cache
+from common.cli import Parser, UserError, count, count_or_zero, exit_cleanly
+from common.datasets import clothing1m, food101n, image_cache, webvision
 
-CACHED = (food101n.NAME, clothing1m.NAME)
+CACHED = (food101n.NAME, clothing1m.NAME, webvision.NAME)
 
 
 def make_parser() -> Parser:
@@ -30,6 +30,13 @@ def make_parser() -> Parser:
     )
     group.add_argument("--out", metavar="DIR", help="cache: the folder to write to")
     group.add_argument(
+        "--size",
+        type=count,
+        default=image_cache.SIZE,
+        metavar="N",
+        help="cache: pixels of the shorter side; webvision is trained on at 320",
+    )
+    group.add_argument(
         "--on_bad_image",
         choices=["error", "skip"],
         default="error",
@@ -41,6 +48,11 @@ def make_parser() -> Parser:
         default="noisy",
         help="cache: the training images of clothing1m",
     )
+    group.add_argument(
+        "--imagenet",
+        metavar="DIR|none",
+        help="of webvision: where val/ of ILSVRC12 is; by default DATA_PATH/imagenet",
+    )
     return parser
 
 
@@ -49,7 +61,7 @@ def main(argv=None):
     args = make_parser().parse_args(argv)
     name = datasets.ALIASES.get(args.name, args.name)
     if args.action == "cache" and name not in CACHED:
-        raise UserError(f"{name} needs no cache: only {' and '.join(CACHED)} have large images in files")
+        raise UserError(f"{name} needs no cache: only {', '.join(CACHED)} have large images in files")
     if name in datasets.FILE_NAMES:
         image_files(name, args)
         return
@@ -68,12 +80,14 @@ def image_files(name: str, args) -> None:
     if args.action == "download":
         raise UserError(f"{name} cannot be fetched by a script: get it from {datasets.source(name)}")
     if args.action == "check":
-        datasets.check(name, args.data_path, args.images, args.workers)
+        datasets.check(name, args.data_path, args.images, args.workers, args.imagenet)
         return
     if args.out is None:
         raise UserError("cache needs --out DIR, the folder to write to")
-    data = datasets.load_files(name, args.data_path, args.train_on, args.on_bad_image, args.workers)
-    image_cache.build_caches(args.out, data, args.workers)
+    data = datasets.load_files(
+        name, args.data_path, args.train_on, args.on_bad_image, args.workers, args.imagenet
+    )
+    image_cache.build_caches(args.out, data, args.workers, args.size)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import UserError
-from common.datasets import clothing1m, food101n, mini_imagenet
+from common.datasets import clothing1m, food101n, mini_imagenet, webvision
 from common.datasets.file_lists import (
     FileData,
     FileSplit,
@@ -17,7 +17,7 @@ from common.datasets.file_lists import (
     report,
 )
 
-MODULES = {module.NAME: module for module in (food101n, clothing1m, mini_imagenet)}
+MODULES = {module.NAME: module for module in (food101n, clothing1m, mini_imagenet, webvision)}
 FILE_NAMES = tuple(MODULES)
 ALIASES = {"food": food101n.NAME}  # the value of AFM's released flag
 
@@ -28,22 +28,34 @@ def source(name: str) -> str:
 
 
 def load_files(
-    name: str, root: str | Path, train_on: str = "noisy", on_bad_image: str = "error", workers: int = 0
+    name: str,
+    root: str | Path,
+    train_on: str = "noisy",
+    on_bad_image: str = "error",
+    workers: int = 0,
+    imagenet: str | None = None,
 ) -> FileData:
-    """Food-101N or Clothing1M by name, as its own function loads it; train_on is for Clothing1M."""
+    """Food-101N, Clothing1M or mini-WebVision by name, as its own function loads it.
+
+    train_on is for Clothing1M, imagenet for mini-WebVision.
+    """
+    if name == webvision.NAME:
+        return webvision.load_webvision(root, on_bad_image=on_bad_image, workers=workers, imagenet=imagenet)
     if name == clothing1m.NAME:
         return clothing1m.load_clothing1m(root, train_on, on_bad_image, workers)
     return food101n.load_food101n(root, on_bad_image, workers)
 
 
-def check(name: str, root: str | Path, images: bool = False, workers: int = 0) -> None:
+def check(
+    name: str, root: str | Path, images: bool = False, workers: int = 0, imagenet: str | None = None
+) -> None:
     """Print what a data set holds, and each thing missing from it: list files, whole folders, single images.
 
     images: decode every image too, by `workers` processes, and print each damaged one. UserError, at the end: anything is
     missing or damaged.
     """
     root = Path(root)
-    data = _read(name, root)
+    data = _read(name, root, imagenet)
     listings: dict[bytes, set[bytes]] = {}
     missing = damaged = 0
     for split in data.splits():
@@ -63,7 +75,7 @@ def check(name: str, root: str | Path, images: bool = False, workers: int = 0) -
     print(f"{name} in {root.resolve()}: every image is there{' and whole' if images else ''}")
 
 
-def _read(name: str, root: Path) -> FileData:
+def _read(name: str, root: Path, imagenet: str | None) -> FileData:
     """What the lists name; where lists are missing, a line for each and UserError."""
     module = MODULES[name]
     folder = clothing1m.folder_of_lists(root) if module is clothing1m else root
@@ -77,7 +89,10 @@ def _read(name: str, root: Path) -> FileData:
         )
     if module is mini_imagenet:
         return mini_imagenet.read_every_list(root)
-    data = module.read_food101n(root) if module is food101n else module.read_clothing1m(root)
+    if module is webvision:
+        data = webvision.read_webvision(root, imagenet=imagenet)
+    else:
+        data = module.read_food101n(root) if module is food101n else module.read_clothing1m(root)
     report(data, module.OFFICIAL)
     return data
 

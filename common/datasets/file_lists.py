@@ -29,7 +29,7 @@ class FileSplit(NamedTuple):
     # relative to folder, UTF-8 as bytes 'S' [N]: a million strings would be copied into each worker process
     paths: np.ndarray
     labels: np.ndarray  # int64 [N]
-    part: str = "train"  # train, test, validation or clean_train
+    part: str = "train"  # train, test, validation, clean_train or imagenet
 
     def path(self, i: int) -> Path:
         """Where image i is."""
@@ -67,6 +67,7 @@ class FileData(NamedTuple):
     verified: np.ndarray  # int8 [N]: 1 the label was verified right, 0 verified wrong, -1 not verified
     validation: FileSplit | None = None
     clean_train: FileSplit | None = None  # verified images to fine-tune on
+    imagenet: FileSplit | None = None  # images of another origin to test on
     skipped: tuple[
         tuple[str, int, str], ...
     ] = ()  # images left out: path, position in the official list, reason
@@ -75,7 +76,7 @@ class FileData(NamedTuple):
 
     def splits(self) -> tuple[FileSplit, ...]:
         """Those it has."""
-        found = (self.train, self.test, self.validation, self.clean_train)
+        found = (self.train, self.test, self.validation, self.clean_train, self.imagenet)
         return tuple(split for split in found if split is not None)
 
 
@@ -133,15 +134,15 @@ def remember(seen: dict[str, int], key: str, number: int) -> None:
 
 
 def report(data: FileData, official: dict[str, int], added: int = 0) -> None:
-    """Print what the splits hold; a note where a list is not as long as the official one (by part).
+    """Print what the splits hold; a note where a list is not as long as the official one (by part, where that is known).
 
     added: images of the training split that are of another list.
     """
     for split in data.splits():
-        count, expected = len(split.paths), official[split.part]
+        count, expected = len(split.paths), official.get(split.part)
         print(f"{data.name} {split.part}: {count} images of {data.num_classes} classes")
         listed = count - added if split.part == "train" else count
-        if listed != expected:
+        if expected is not None and listed != expected:
             print(f"note: the {split.part} list names {listed} images, the official one {expected}")
 
 

@@ -7,6 +7,7 @@ the list they were made from. index.npz is written last: a folder without it hol
 import io
 import shutil
 import sys
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +25,7 @@ from common.datasets.images import in_workers
 from common.files import write_atomic, write_whole
 
 PIXELS, INDEX = "images.u8", "index.npz"
+SIZE = 256  # pixels of the shorter side, unless asked otherwise
 SAMPLE = 32  # images decoded to estimate the space that all will need
 
 
@@ -60,19 +62,19 @@ class ImageCache:
         return {**self.__dict__, "_pixels": None}
 
 
-def build(split: FileSplit, folder: str | Path, size: int = 256, workers: int = 0) -> None:
+def build(split: FileSplit, folder: str | Path, size: int = SIZE, workers: int = 0) -> None:
     """Write the images of a split into folder, the shorter side `size` pixels and the aspect kept, as the test transform does.
 
     Nothing happens where that cache is there already. UserError: a damaged image, too little space, a cache of other images
     in the folder, or another process at work on it. A training run from the cache sees other crops than one from the files
-    with the same seed: they are drawn in pixels of the image.
+    with the same seed, as they are drawn in pixels of the image; but the same where its transform begins by resizing to `size`.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
             if (folder / INDEX).exists():
-                open_cache(folder, split, size)
+                open_cache(folder, split, (size,))
                 return
             _check_space(split, folder, size)
             _write(split, folder, size, workers)
@@ -131,8 +133,8 @@ def _check_space(split: FileSplit, folder: Path, size: int) -> None:
         )
 
 
-def open_cache(folder: str | Path, split: FileSplit, size: int = 256) -> ImageCache:
-    """The cache of a split. UserError: none there, a damaged one, or one of other images or another size."""
+def open_cache(folder: str | Path, split: FileSplit, wanted: Iterable[int] = (SIZE,)) -> ImageCache:
+    """The cache of a split, of a wanted size. UserError: none there, a damaged one, or one of other images or another size."""
     folder = Path(folder)
     rebuild = "delete the folder and build it with python -m common.datasets cache"
     if not (folder / INDEX).is_file():
@@ -148,7 +150,7 @@ def open_cache(folder: str | Path, split: FileSplit, size: int = 256) -> ImageCa
         raise UserError(
             f"the image cache in {folder} is damaged ({PIXELS} is not as long as {INDEX} says): {rebuild}"
         )
-    if sha != split.sha256() or made_size != size:
+    if sha != split.sha256() or made_size not in wanted:
         raise UserError(
             f"the image cache in {folder} holds {len(sizes)} images of another list or size than the {len(split.paths)} of "
             f"the {split.part} list: {rebuild}, or choose another folder"
@@ -156,13 +158,13 @@ def open_cache(folder: str | Path, split: FileSplit, size: int = 256) -> ImageCa
     return cache
 
 
-def build_caches(folder: str | Path, data: FileData, workers: int = 0) -> None:
-    """A cache of each split of a data set, in subfolders train, test, validation and clean_train."""
+def build_caches(folder: str | Path, data: FileData, workers: int = 0, size: int = SIZE) -> None:
+    """A cache of each split of a data set, in subfolders train, test, validation, clean_train and imagenet."""
     for split in data.splits():
-        build(split, Path(folder) / split.part, workers=workers)
+        build(split, Path(folder) / split.part, size, workers)
         print(f"{data.name} {split.part}: {len(split.paths)} images in {Path(folder) / split.part}")
 
 
-def open_caches(folder: str | Path, data: FileData) -> dict[str, ImageCache]:
+def open_caches(folder: str | Path, data: FileData, sizes: Iterable[int] = (SIZE,)) -> dict[str, ImageCache]:
     """The caches that build_caches made, by the name of the split. UserError as open_cache."""
-    return {split.part: open_cache(Path(folder) / split.part, split) for split in data.splits()}
+    return {split.part: open_cache(Path(folder) / split.part, split, sizes) for split in data.splits()}

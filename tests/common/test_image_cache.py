@@ -49,7 +49,7 @@ def test_small_images_and_upright_ones_are_made_as_large(tmp_path):
     make_food101n(tmp_path / "food", classes=1, size=(30, 47))
     split = datasets.load_food101n(tmp_path / "food").train
     build(split, tmp_path / "cache", size=64)
-    cache = open_cache(tmp_path / "cache", split, size=64)
+    cache = open_cache(tmp_path / "cache", split, (64, 320))
     assert cache[0].shape == (3, 64 * 47 // 30, 64)
     with pytest.raises(UserError, match="of another list or size"):
         open_cache(tmp_path / "cache", split)

@@ -6,7 +6,6 @@ import torch
 from sklearn.mixture import GaussianMixture
 
 from common.cli import UserError
-from manifold_dividemix import selection
 from manifold_dividemix.selection import clean_probability, divide, normalised
 
 
@@ -73,8 +72,7 @@ def test_the_probability_is_that_of_scikit_learns_mixture_with_the_settings_of_t
 def test_the_mixture_is_given_twenty_iterations_from_one_start_by_k_means(monkeypatch):
     made = []
     monkeypatch.setattr(
-        selection,
-        "GaussianMixture",
+        "sklearn.mixture.GaussianMixture",
         lambda *given, **named: made.append(GaussianMixture(*given, **named)) or made[0],
     )
     clean_probability(two_kinds(), 7)
