@@ -46,6 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOT_COMPARED = (
     *("out", "resume", "data_path", "data_root", "workers", "device_ids"),
     *("ood_dir", "open_set_cache", "decoded"),
+    *("parallel", "gpuid1", "gpuid2"),
 )
 
 

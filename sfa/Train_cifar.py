@@ -2,6 +2,8 @@
 
     python sfa/Train_cifar.py --dataset digits                                # minutes on a laptop, no data needed
     python sfa/Train_cifar.py --noise_ratio 0.5 --imb_factor 0.01             # CIFAR-10 under ./data
+    python sfa/Train_cifar.py --selection gmm                                 # DivideMix's selection in the place of SFA's
+    python sfa/Train_cifar.py --loss gce                                      # SFA with a noise-robust loss
 
 The sections in brackets are those of the method's description in sfa/README.md.
 """
@@ -9,6 +11,8 @@ The sections in brackets are those of the method's description in sfa/README.md.
 import random
 import sys
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,13 +30,30 @@ from common.datasets import Data
 from common.loader import Batches, Images
 from common.mixture import sklearn_upper_posterior, upper_posterior
 from common.run import Run, run_name
+from sfa import losses as standard_losses
 from sfa.evaluation import SELECTION_STATISTICS, SHOTS, accuracies, selection_statistics
 from sfa.losses import ramp_up
-from sfa.networks import PreActResNet, preact_resnet18, preact_resnet_narrow
-from sfa.selection import Moments, Selection, confidence_threshold, stochastic_feature_averaging
-from sfa.training import features_and_confidence, summed_logits, train_semi, warm_up
+from sfa.networks import CosineHead, PreActResNet, preact_resnet18, preact_resnet_narrow
+from sfa.selection import (
+    Moments,
+    Selection,
+    confidence_threshold,
+    incoming_moments,
+    stochastic_feature_averaging,
+)
+from sfa.small_loss import SmallLoss, small_loss_selection
+from sfa.training import features_and_confidence, sample_losses, summed_logits, train_semi, warm_up
 
 PRESETS = Path(__file__).with_name("presets.toml")
+SELECTIONS = {"sfa": "SFA", "gmm": "GMM", "none": "no selection"}  # as a result row calls them
+LOSSES = {
+    "ce": "CE",
+    "ldam": "LDAM",
+    "gce": "GCE",
+    "sce": "SCE",
+    "logit_adjusted": "logit adjustment",
+    "balanced_softmax": "balanced softmax",
+}
 POSTERIORS = {"em": upper_posterior, "sklearn": sklearn_upper_posterior}
 
 
@@ -90,7 +111,34 @@ def make_parser() -> cli.Parser:
     )
     training.add_argument("--gpuid", type=cli.count_or_zero, default=0, help="which CUDA device")
 
-    selection = parser.add_argument_group("stochastic feature averaging")
+    loss = parser.add_argument_group("loss of the standard head")
+    loss.add_argument(
+        "--loss",
+        choices=list(LOSSES),
+        default="ce",
+        help="on observed labels and on the labelled rows; robust to the distribution of classes: ldam, logit_adjusted, "
+        "balanced_softmax; to label noise: gce, sce",
+    )
+    loss.add_argument("--ldam_margin", type=cli.positive, default=0.5, help="ldam: of the rarest class")
+    loss.add_argument("--ldam_scale", type=cli.positive, default=30, help="ldam: of the cosines")
+    loss.add_argument("--gce_q", type=cli.positive, default=0.7, help="gce: exponent, at most 1")
+    loss.add_argument(
+        "--sce_ce", type=cli.non_negative, help="sce: weight of CE, by default 0.1; 6 on cifar100"
+    )
+    loss.add_argument(
+        "--sce_rce", type=cli.non_negative, help="sce: weight of reverse CE, by default 1; 0.1 on cifar100"
+    )
+    loss.add_argument(
+        "--adjustment_tau", type=cli.positive, default=1, help="logit_adjusted: weight of the log prior"
+    )
+
+    selection = parser.add_argument_group("selection of clean samples")
+    selection.add_argument(
+        "--selection",
+        choices=list(SELECTIONS),
+        default="sfa",
+        help="sfa: stochastic feature averaging; gmm: DivideMix's small losses; none: all labels are trained on as they are",
+    )
     selection.add_argument(
         "--p_threshold",
         type=cli.fraction,
@@ -132,8 +180,14 @@ def parse_args(argv=None) -> Namespace:
     args = cli.parse_args(parser, argv, PRESETS)
     if args.imb_factor > 1:
         parser.error(f"argument --imb_factor: must be at most 1, got {args.imb_factor}")
+    if args.gce_q > 1:
+        parser.error(f"argument --gce_q: must be at most 1, got {args.gce_q}")
     if args.noise_file:
         args.noise_mode = "given"
+    # Wang et al. weigh the two for CIFAR-100 the other way round
+    weights = (6, 0.1) if args.dataset == "cifar100" else (0.1, 1)
+    args.sce_ce = weights[0] if args.sce_ce is None else args.sce_ce
+    args.sce_rce = weights[1] if args.sce_rce is None else args.sce_rce
     if args.ema_mode is None:
         args.ema_mode = "released" if args.fidelity == "released" else "persist"
     if args.min_draw_count is None:
@@ -144,7 +198,7 @@ def parse_args(argv=None) -> Namespace:
 
 def note_schedule(args: Namespace) -> None:
     """Say so where a schedule made for 200 epochs does not fit the number asked for."""
-    if args.warm_up >= args.num_epochs:
+    if args.warm_up >= args.num_epochs and args.selection != "none":
         print(f"note: warm-up only, --warm_up {args.warm_up} is not below --num_epochs {args.num_epochs}")
     if args.lr_drop >= args.num_epochs:
         print(
@@ -176,11 +230,28 @@ def long_tailed_noisy(data: Data, args: Namespace) -> tuple[np.ndarray, np.ndarr
     return index[kept], clean[kept], observed[kept]
 
 
-def make_network(data: Data) -> PreActResNet:
+def make_network(data: Data, args: Namespace) -> PreActResNet:
     """The two-headed network for a data set's images [Sec. 3.1]."""
     height, channels = data.train.images.shape[1], data.train.images.shape[3]
     make = preact_resnet18 if height >= 16 else preact_resnet_narrow
-    return make(data.num_classes, channels)
+    network = make(data.num_classes, channels)
+    if args.loss == "ldam":
+        network.heads.standard = CosineHead(network.heads.feature_size, data.num_classes, args.ldam_scale)
+    return network
+
+
+def standard_loss(args: Namespace) -> Callable[..., torch.Tensor]:
+    """The loss of the standard head [Sec. 9]."""
+    return {
+        "ce": standard_losses.cross_entropy,
+        "ldam": partial(standard_losses.ldam, largest_margin=args.ldam_margin, scale=args.ldam_scale),
+        "gce": partial(standard_losses.generalised_cross_entropy, q=args.gce_q),
+        "sce": partial(
+            standard_losses.symmetric_cross_entropy, ce_weight=args.sce_ce, rce_weight=args.sce_rce
+        ),
+        "logit_adjusted": partial(standard_losses.logit_adjusted, tau=args.adjustment_tau),
+        "balanced_softmax": standard_losses.balanced_softmax,
+    }[args.loss]
 
 
 class Setting(NamedTuple):
@@ -204,12 +275,18 @@ class Setting(NamedTuple):
 
 def select(
     network: PreActResNet, moments: Moments | None, num_classes: int, epoch: int, s: Setting
-) -> Selection:
-    """Clean samples in the eyes of one network [Sec. 6]: features of the plain images, then feature averaging."""
+) -> Selection | SmallLoss:
+    """Clean samples in the eyes of one network [Sec. 6]: features of the plain images, then feature averaging.
+
+    Or, to compare with, small losses of the plain images [Sec. 9].
+    """
     args = s.args
     ordered = s.run.progress(
         Batches(s.train, 4 * args.batch_size), f"epoch {epoch} selection", training=False
     )
+    if args.selection == "gmm":
+        losses, seed = sample_losses(network, ordered, s.labels, s.device), int(s.draws.integers(2**31))
+        return small_loss_selection(losses, s.labels, num_classes, p_threshold=args.p_threshold, seed=seed)
     features, confidence = features_and_confidence(network, ordered, s.labels, s.device)
     normals = s.draws.normal(size=(args.sample_rate, num_classes, features.shape[1]))
     return stochastic_feature_averaging(
@@ -227,7 +304,12 @@ def select(
 
 
 def co_divide(
-    network: PreActResNet, peer: PreActResNet, optimizer: SGD, split: Selection, epoch: int, s: Setting
+    network: PreActResNet,
+    peer: PreActResNet,
+    optimizer: SGD,
+    split: Selection | SmallLoss,
+    epoch: int,
+    s: Setting,
 ) -> torch.Tensor:
     """One epoch of semi-supervised training of a network on the split its peer made [Sec. 4]: each step's total loss."""
     args = s.args
@@ -252,14 +334,18 @@ def co_divide(
         draw_permutation=lambda rows: torch.randperm(rows, generator=s.loader, device=s.device.device),
         temperature=args.T,
         device=s.device,
+        loss=standard_loss(args),
     )
     return losses[:, 0]
 
 
 def selection_columns(
-    selections: list[Selection], observed: np.ndarray, clean: np.ndarray
+    selections: list[Selection | SmallLoss], observed: np.ndarray, clean: np.ndarray
 ) -> dict[str, float | None]:
-    """Columns net1_..., net2_... of the log: selection statistics and the number of drawn classes; None in warm-up."""
+    """Columns net1_..., net2_... of the log: selection statistics and the number of drawn classes; None in warm-up.
+
+    Without drawn classes where none was drawn, since losses were looked at.
+    """
     columns = {}
     for i in (1, 2):
         report = dict.fromkeys((*SELECTION_STATISTICS, "drawn_classes"))
@@ -267,7 +353,7 @@ def selection_columns(
             found = selections[i - 1]
             arrays = found.clean.cpu().numpy(), found.selected.cpu().numpy()
             report |= selection_statistics(*arrays, observed, clean, len(found.counts))
-            report["drawn_classes"] = int(found.drawn.sum())
+            report["drawn_classes"] = int(found.drawn.sum()) if isinstance(found, Selection) else None
         columns |= {f"net{i}_{name}": value for name, value in report.items()}
     return columns
 
@@ -279,7 +365,9 @@ def main(argv=None) -> None:
     device = gpu.pick(args.device, args.precision, args.gpuid)
     data = datasets.load(args.dataset, args.data_path)
     index, clean, observed = long_tailed_noisy(data, args)
-    run = Run(args, device, paper="sfa", method="SFA", name=directory_name(args), cell=cell(args, data))
+    run = Run(
+        args, device, paper="sfa", method=method(args), name=directory_name(args), cell=cell(args, data)
+    )
     run.save_labels(index, clean, observed, data.num_classes)
 
     train = Images(data.train.images[index], data.mean, data.std, device.device)
@@ -288,55 +376,56 @@ def main(argv=None) -> None:
     observed_counts = torch.bincount(labels, minlength=data.num_classes)
 
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
-    nets = [device.prepare(make_network(data), args.compile) for _ in range(2)]
+    nets = [device.prepare(make_network(data, args), args.compile) for _ in range(2)]
     optimizers = [SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4) for net in nets]
     loader, draws = device.generator(args.seed), np.random.default_rng(args.seed)
-    memory = {"moments": [None, None], "clean": [None, None]}
+    memory = {"moments": [None, None], "clean": [None, None], "centroids": []}
     run.resume({"nets": nets, "optimizers": optimizers, "loader": loader, "draws": draws, "memory": memory})
     s = Setting(args, device, run, train, labels, loader, draws)
+    loss = standard_loss(args)
 
     for epoch in run.epochs(args.num_epochs):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = args.lr if epoch <= args.lr_drop else args.lr / 10
-        if epoch <= args.warm_up:
+        if epoch <= args.warm_up or args.selection == "none":
             selections, losses = [], []
             for net, optimizer in zip(nets, optimizers, strict=True):
                 batches = run.progress(s.batches(2 * args.batch_size), f"epoch {epoch} warm-up")
-                losses.append(warm_up(net, optimizer, batches, labels, observed_counts, device))
+                losses.append(warm_up(net, optimizer, batches, labels, observed_counts, device, loss))
         else:
-            moments = [incoming_moments(kept, args.ema_mode, device) for kept in memory["moments"]]
+            known = [None if kept is None else Moments(*kept) for kept in memory["moments"]]
+            moments = [incoming_moments(kept, args.ema_mode, device.device) for kept in known]
             # both networks select before either is trained
             selections = [select(nets[i], moments[i], data.num_classes, epoch, s) for i in (0, 1)]
             losses = [
                 co_divide(nets[i], nets[1 - i], optimizers[i], selections[1 - i], epoch, s) for i in (0, 1)
             ]
-            memory["moments"] = [list(found.moments) for found in selections]
+            if args.selection == "sfa":
+                memory["moments"] = [list(found.moments) for found in selections]
+                memory["centroids"].append(selections[0].centroids.mean(dim=0).half().cpu())  # to look at
             memory["clean"] = [found.clean for found in selections]
-        predicted = summed_logits(nets, test, device).argmax(dim=1).cpu().numpy()
+        logits = summed_logits(nets, test, len(data.test.labels), data.num_classes, device)
+        predicted = logits.argmax(dim=1).cpu().numpy()
         report = accuracies(predicted, data.test.labels, observed_counts.cpu().numpy())
         classes = {name: report.pop(name) for name in list(report) if name.startswith("class_")}
         losses = torch.cat(losses)
-        loss = float(losses.mean()) if len(losses) else None
-        run.log(epoch, loss=loss, **report, **selection_columns(selections, observed, clean), **classes)
+        mean_loss = float(losses.mean()) if len(losses) else None
+        run.log(epoch, loss=mean_loss, **report, **selection_columns(selections, observed, clean), **classes)
 
     if memory["clean"][0] is not None:
         first, second = (probability.cpu().numpy() for probability in memory["clean"])
         run.save_arrays("clean_probability", net1=first, net2=second, observed=observed, clean=clean)
+    if memory["centroids"]:
+        run.save_arrays("centroids", net1=torch.stack(memory["centroids"]).numpy())
     last = [f"{shot}_accuracy" for shot in SHOTS] + [
         f"net1_{name}" for name in ("precision", "recall", "auc")
     ]
     run.finish(**{f"last_{name}": run.rows[-1][name] for name in last})
 
 
-def incoming_moments(kept: list[torch.Tensor] | None, ema_mode: str, device: gpu.Device) -> Moments | None:
-    """The running moments an epoch starts from; None at the first selection epoch.
-
-    The release rebinds them inside its routine, so that every later epoch starts from zeros (ema_mode released).
-    """
-    if kept is None:
-        return None
-    moments = Moments(*(tensor.to(device.device) for tensor in kept))
-    return moments if ema_mode == "persist" else Moments(*(torch.zeros_like(tensor) for tensor in moments))
+def method(args: Namespace) -> str:
+    """What a result row calls the method."""
+    return SELECTIONS[args.selection] + (f" + {LOSSES[args.loss]}" if args.loss != "ce" else "")
 
 
 def directory_name(args: Namespace) -> str:

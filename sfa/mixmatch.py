@@ -1,15 +1,18 @@
 """Semi-supervised training on a split into confident and doubtful samples (Sec. 4): MixMatch with a balanced copy.
 
-Networks map images to (features, standard logits, balanced logits); pseudo-labels come from the standard head alone.
+Networks map images to (features, standard logits, balanced logits); pseudo-labels come from the standard head alone. Under
+torchrun a step sees this process's piece of both global batches; every process computes the same loss of all their rows.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfa.losses import balanced, prior_penalty, soft_cross_entropy, squared_error
+from common import processes
+from sfa.losses import balanced, cross_entropy, prior_penalty, soft_cross_entropy, squared_error
 
 
 def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
@@ -66,13 +69,16 @@ def semi_loss(
     labelled_rows: int,
     class_counts: Tensor,
     weight: float,
+    loss: Callable[..., Tensor] = cross_entropy,
 ) -> SemiLoss:
     """L_x + lambda L_u + L_x' + lambda L_u' + penalty of mixed rows [N, K], the first labelled_rows of them labelled.
 
     The primed losses are those of the auxiliary head with the prior shift. Without unlabelled rows their losses are 0.
+    loss: L_x, another than cross-entropy if asked.
     """
     shifted, cut = balanced(auxiliary, class_counts), labelled_rows
-    parts = [soft_cross_entropy(logits[:cut], targets[:cut]) for logits in (standard, shifted)]
+    parts = [loss(standard[:cut], targets[:cut], class_counts)]
+    parts.append(soft_cross_entropy(shifted[:cut], targets[:cut]))
     if cut < len(targets):
         parts += [squared_error(logits[cut:], targets[cut:]) for logits in (standard, shifted)]
     else:
@@ -97,13 +103,16 @@ def mixmatch_loss(
     permutation: Tensor,
     temperature: float,
     forward_unlabelled: bool = True,
+    loss: Callable[..., Tensor] = cross_entropy,
+    parallel: nn.Module | None = None,
 ) -> SemiLoss:
     """One step's loss (Sec. 4, steps 2 to 6): guess, refine, mix, forward.
 
     labelled: (two views [B, ...], observed labels [B], clean probabilities [B]); unlabelled: two views, or None where
     every sample is confident. class_counts [K]: confident samples per observed class. weight: lambda of the unlabelled
-    terms. mix_weight: the Beta draw l, used as max(l, 1 - l). permutation: of all stacked rows, the mixing partners.
-    forward_unlabelled=False is WebVision's form: unlabelled rows are mixing partners only.
+    terms. mix_weight: the Beta draw l, used as max(l, 1 - l). permutation: of all stacked rows, the mixing partners; of the
+    global batch under torchrun. forward_unlabelled=False is WebVision's form: unlabelled rows are mixing partners only.
+    loss: of the standard head. parallel: the network around which gradients are averaged, under torchrun.
     """
     views, labels, clean = labelled
     inputs, targets = list(views), []
@@ -112,11 +121,14 @@ def mixmatch_loss(
         inputs += list(unlabelled)
         targets = [guessed] * len(unlabelled)
     targets = [refine_labels(network, views, labels, clean, temperature)] * len(views) + targets
-    inputs, targets = torch.cat(inputs), torch.cat(targets)
-    labelled_rows = len(labels) * len(views)
+    inputs, targets = (
+        torch.cat([processes.gather_rows(part) for part in parts]) for parts in (inputs, targets)
+    )
+    labelled_rows = processes.world() * len(labels) * len(views)
     rows = len(inputs) if forward_unlabelled else labelled_rows
     share, partner = max(mix_weight, 1 - mix_weight), permutation[:rows]
     mixed_inputs = share * inputs[:rows] + (1 - share) * inputs[partner]
     mixed_targets = share * targets[:rows] + (1 - share) * targets[partner]
-    _, standard, auxiliary = network(mixed_inputs)
-    return semi_loss(standard, auxiliary, mixed_targets, labelled_rows, class_counts, weight)
+    _, *logits = (network if parallel is None else parallel)(processes.piece(mixed_inputs))
+    standard, auxiliary = (processes.gather_rows(own) for own in logits)
+    return semi_loss(standard, auxiliary, mixed_targets, labelled_rows, class_counts, weight, loss)

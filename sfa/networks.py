@@ -11,11 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class CosineHead(nn.Linear):
+    """A classifier by angles, as LDAM wants it: scale times the cosines of the feature with the weights of the classes."""
+
+    def __init__(self, feature_size: int, num_classes: int, scale: float):
+        super().__init__(feature_size, num_classes, bias=False)
+        self.scale = scale
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B, K]."""
+        return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
+
+
 class TwoHeads(nn.Module):
     """The standard and the auxiliary balanced classifier on one feature; the gradients of both reach it."""
 
     def __init__(self, feature_size: int, num_classes: int):
         super().__init__()
+        self.feature_size = feature_size
         self.standard = nn.Linear(feature_size, num_classes)
         self.balanced = nn.Linear(feature_size, num_classes)
 
@@ -80,7 +93,7 @@ def preact_resnet_narrow(num_classes: int, in_channels: int = 1) -> PreActResNet
     return PreActResNet(num_classes, in_channels, widths=(16, 32, 64), blocks_per_stage=1)
 
 
-# WebVision: Inception-ResNet-v2 (Sec. 3.2) ----------------------------------------------------------------------------
+# WebVision: Inception-ResNet-v2 (Sec. 3.2), and torchvision's ResNets -------------------------------------------------
 
 
 class Unit(nn.Sequential):
@@ -197,3 +210,26 @@ class InceptionResNetV2(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, 3, 299, 299] -> (features [B, 1536], standard logits [B, K], balanced logits [B, K])."""
         return self.heads(self.stages(images).mean(dim=(2, 3)))
+
+
+class ResNet(nn.Module):
+    """torchvision's ResNet with two heads, from random weights: lighter than Inception-ResNet-v2."""
+
+    def __init__(self, name: str, num_classes: int):
+        """name: resnet50 (2048 features), resnet18 (512), ..."""
+        from torchvision import models  # noqa: PLC0415 (seconds to import, of use only here)
+
+        super().__init__()
+        self.encoder = models.get_model(name)
+        feature_size = self.encoder.fc.in_features
+        self.encoder.fc = nn.Identity()
+        self.heads = TwoHeads(feature_size, num_classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, 3, H, W] -> (features [B, D], standard logits [B, K], balanced logits [B, K])."""
+        return self.heads(self.encoder(images))
+
+
+def webvision_network(name: str, num_classes: int) -> nn.Module:
+    """inception_resnet_v2, or one of torchvision's ResNets by its name."""
+    return InceptionResNetV2(num_classes) if name == "inception_resnet_v2" else ResNet(name, num_classes)

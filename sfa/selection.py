@@ -69,6 +69,18 @@ def update_moments(moments: Moments | None, centroids: Tensor, present: Tensor, 
     return Moments(torch.where(keep, moments.mean, mean), torch.where(keep, moments.square, square))
 
 
+def incoming_moments(moments: Moments | None, ema_mode: str, device: torch.device) -> Moments | None:
+    """The moments an epoch starts from, on a device; None at the first selection, where there are none.
+
+    ema_mode: "persist" hands on those of the epoch before. The release rebinds them inside its routine, so that every later
+    epoch starts from zeros: "released".
+    """
+    if moments is None:
+        return None
+    moments = Moments(*(kept.to(device) for kept in moments))
+    return moments if ema_mode == "persist" else Moments(*(torch.zeros_like(kept) for kept in moments))
+
+
 def draw_centroids(moments: Moments, drawn: Tensor, normals: Tensor) -> Tensor:
     """M + std * eps for the drawn classes, M for the others; std = sqrt(clip(Q - M^2, 1e-30, 1e30)).
 

@@ -330,6 +330,6 @@ def toy_logits(case) -> torch.Tensor:
     x = tensor(case["x"])
     networks = [Toy(case, "net1"), Toy(case, "net2")]
     batches = [((x[index],), index) for index in blocks(len(x), 16)]
-    logits = summed_logits(networks, batches, CPU)
+    logits = summed_logits(networks, batches, len(x), case["summed_scores"].shape[1], CPU)
     assert_close(logits, case["summed_scores"], 1e-4, case.name)
     return logits
