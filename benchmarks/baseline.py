@@ -1,6 +1,6 @@
 """Plain cross-entropy on the very images and observed labels of another run: the row every table needs.
 
-    python -m benchmarks.baseline --like results/runs/sfa/embedded/digits-if0.1-imb0.5/seed1
+    python -m benchmarks.baseline --like results/runs/sfa/embedded/digits-if0.1-imb0.5/sfa/seed1
 
 The other run's directory says which data set, which training images and which observed labels; nothing is drawn anew. One
 pre-activation ResNet-18 (a narrow one below 16 pixels), SGD with momentum 0.9 and weight decay 5e-4, the learning rate a

@@ -24,17 +24,13 @@ class Paper(NamedTuple):
     """How a paper's cells are run."""
 
     script: Script
-    baseline: bool = True  # whether cross-entropy is a run of its own; else some of the presets are
+    baseline: str = ""  # the method beside whose runs cross-entropy is run on the same labels, where it is none of the presets
     # by preset, the setting of its published figures, as benchmarks/reported/<paper>.csv names it: data set, noise type and,
     # where one is not enough, noise rate
     published: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     others: Mapping[str, Script] = MappingProxyType(
         {}
-    )  # by the first part of a preset, if another script runs it
-
-    def script_of(self, preset: str) -> Script:
-        """The script that has a preset."""
-        return self.others.get(preset.partition("/")[0], self.script)
+    )  # by name, of presets that are not for the paper's first script
 
 
 def _me_momentum_settings() -> dict[str, tuple[str, ...]]:
@@ -86,7 +82,6 @@ def _manifold_dividemix_settings() -> dict[str, tuple[str, ...]]:
 PAPERS = {
     "afm": Paper(
         Script("afm/train.py", ("--epochs", "10", "--schedule", "5", "8"), data_flag="--data-root"),
-        baseline=False,
         published={
             "food101n/food101n/afm": ("Food-101N", "real web noise"),
             "food101n/food101n/ce": ("Food-101N", "real web noise"),
@@ -102,7 +97,6 @@ PAPERS = {
             "manifold_dividemix/train_semisup.py",
             ("--epochs", "30", "--warmup-epoch", "10", "--interval", "5"),
         ),
-        baseline=False,
         published=_manifold_dividemix_settings(),
         others={
             "pretrain.py": Script("manifold_dividemix/pretrain.py", ("--epochs", "100")),
@@ -114,7 +108,6 @@ PAPERS = {
     ),
     "me_momentum": Paper(
         Script("me_momentum/main.py", ("--n_epoch", "10", "--max_outer_loop", "1")),
-        baseline=False,
         published=_me_momentum_settings(),
         others={
             "Clothing.py": Script(
@@ -126,7 +119,6 @@ PAPERS = {
     ),
     "sanm": Paper(
         Script("sanm/Train_cifar.py", ("--num_epochs", "30", "--lr_drop", "25")),
-        baseline=False,
         published=_sanm_settings(),
         others={
             "pretrain.py": Script("sanm/pretrain.py", ("--epochs", "100")),
@@ -135,7 +127,17 @@ PAPERS = {
             ),
         },
     ),
-    "sfa": Paper(Script("sfa/Train_cifar.py", ("--num_epochs", "40", "--warm_up", "10", "--lr_drop", "30"))),
+    "sfa": Paper(
+        Script("sfa/Train_cifar.py", ("--num_epochs", "40", "--warm_up", "10", "--lr_drop", "30")),
+        baseline="sfa",
+        published={
+            f"webvision/{name}/sfa": ("webvision", "real-world")
+            for name in ("webvision", "webvision-resnet50")
+        },
+        others={
+            "Train_webvision.py": Script("sfa/Train_webvision.py", ("--num_epochs", "10", "--lr_drop", "6"))
+        },
+    ),
 }
 
 

@@ -112,7 +112,7 @@ def make_task(cell: Cell, seed: int, runs: Path, data_path: Path, extra: list[st
     if encoder is not None:
         words += ["--pretrained", _from_root(encoder / "encoder.safetensors")]
     commands = [(folder, cell.command(seed, _from_root(folder), words))]
-    if paper.baseline:
+    if paper.baseline == cell.preset.rpartition("/")[2] and cell.script == paper.script:
         # whatever chooses the device must choose it for the baseline too
         shared = ["--data_path", data, *_only(extra, ("--device", "--precision"))]
         baseline = [sys.executable, "-m", "benchmarks.baseline", "--like", _from_root(folder), *shared]

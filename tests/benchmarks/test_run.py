@@ -12,6 +12,7 @@ from benchmarks import run
 from benchmarks.cells import PAPERS, PROFILES, ROOT, cells
 from common.cli import UserError, read_presets
 from common.results import COLUMNS
+from sfa import Train_cifar
 
 
 @pytest.mark.parametrize("paper", PAPERS)
@@ -86,11 +87,33 @@ def test_the_methods_of_a_cell_share_everything_but_the_method(profile):
         assert shared == settings.setdefault(cell.preset.rpartition("/")[0], shared)
 
 
-def test_sfa_has_its_cross_entropy_as_a_run_beside_it(tmp_path):
+def test_sfa_has_its_cross_entropy_as_a_run_beside_that_of_sfa_alone(tmp_path):
+    settings = set()
     for cell in cells("sfa", "paper"):
-        method, baseline = run.make_task(cell, 1, tmp_path, ROOT / "data", []).commands
+        method, *baseline = run.make_task(cell, 1, tmp_path, ROOT / "data", []).commands
         assert method[1][method[1].index("--data_path") + 1] == "data"
-        assert "benchmarks.baseline" in baseline[1] and baseline[0] == method[0] / "baseline"
+        beside = cell.preset.endswith("/sfa") and not cell.preset.startswith("webvision/")
+        assert len(baseline) == beside, cell.preset
+        for folder, words in baseline:
+            settings.add(cell.preset.rpartition("/")[0])
+            assert "benchmarks.baseline" in words and folder == method[0] / "baseline"
+    assert len(settings) == 12  # two data sets, three long tails, two rates of noise
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_methods_of_a_cell_of_sfa_share_everything_but_the_method(profile):
+    settings, methods = {}, {}
+    for cell in cells("sfa", profile):
+        if cell.script.path == "sfa/Train_cifar.py":
+            args = Train_cifar.parse_args(["--preset", cell.preset, *cell.flags])
+            own = {"preset", "selection", "loss"}
+            shared = {name: value for name, value in vars(args).items() if name not in own}
+            name, _, short = cell.preset.rpartition("/")
+            assert shared == settings.setdefault(name, shared)
+            assert short == "-".join([args.selection, *([args.loss] if args.loss != "ce" else [])])
+            methods.setdefault(name, []).append(Train_cifar.method(args))
+    for found in methods.values():
+        assert {"SFA", "GMM", "no selection"} <= set(found) and len(set(found)) == len(found)
 
 
 def test_an_unknown_cell_is_refused_with_the_choices():
@@ -100,11 +123,13 @@ def test_an_unknown_cell_is_refused_with_the_choices():
 
 def test_commands_name_paths_relative_to_the_repository_where_they_lie_in_it(tmp_path):
     cell = cells("sfa", "embedded")[0]
+    assert cell.preset == "embedded/digits-if0.1-imb0.5/sfa"
     inside = run.make_task(
         cell, 1, ROOT / "results" / "runs", ROOT / "data", ["--device", "cpu", "--lr", "0.1"]
     )
     words = inside.commands[0][1]
-    assert words[words.index("--out") + 1] == "results/runs/digits-if0.1-imb0.5/seed1-device-cpu-lr-0.1"
+    folder = "results/runs/digits-if0.1-imb0.5/sfa/seed1-device-cpu-lr-0.1"
+    assert words[words.index("--out") + 1] == folder
     assert words[-4:] == ["--device", "cpu", "--lr", "0.1"]
     assert inside.commands[1][1][-2:] == ["--device", "cpu"], "the baseline runs where the method runs"
     joined = run.make_task(cell, 1, ROOT / "results", ROOT, ["--device=cpu", "--lr=0.1"])
@@ -122,7 +147,8 @@ def start(*words: str, paper: str = "sfa") -> subprocess.CompletedProcess:
 def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     """A whole table at the size of a test: one cell, one seed, three epochs."""
     out = tmp_path_factory.mktemp("results")
-    return out, start("--out", str(out), "--seeds", "4", "--num_epochs", "3", "--warm_up", "1")
+    words = ("--cells", "embedded/digits-if0.1-imb0.5/sfa", "--num_epochs", "3", "--warm_up", "1")
+    return out, start("--out", str(out), "--seeds", "4", *words)
 
 
 def test_a_table_is_a_csv_a_comparison_and_a_figure(finished):
@@ -141,16 +167,17 @@ def test_a_table_is_a_csv_a_comparison_and_a_figure(finished):
 
 
 def test_the_baseline_trains_on_the_very_labels_of_the_method(finished):
-    (folder,) = (finished[0] / "runs" / "sfa" / "embedded" / "digits-if0.1-imb0.5").iterdir()
+    (folder,) = (finished[0] / "runs" / "sfa" / "embedded" / "digits-if0.1-imb0.5" / "sfa").iterdir()
     for name in ("noisy_labels.npy", "train_index.npy"):
         assert (folder / name).read_bytes() == (folder / "baseline" / name).read_bytes()
 
 
 def test_a_failed_run_makes_the_command_fail_and_is_named(tmp_path):
-    process = start("--out", str(tmp_path), "--seeds", "7", "--p_threshold", "2")
+    words = ("--cells", "embedded/digits-if0.1-imb0.5/sfa", "--p_threshold", "2")
+    process = start("--out", str(tmp_path), "--seeds", "7", *words)
     assert process.returncode == 1
     (line,) = process.stderr.strip().splitlines()
-    assert line.startswith("failed: embedded/digits-if0.1-imb0.5 seed 7: exit status 2")
+    assert line.startswith("failed: embedded/digits-if0.1-imb0.5/sfa seed 7: exit status 2")
     assert "--p_threshold" in line and "between 0 and 1" in line
     assert not (tmp_path / "sfa.csv").exists()
 
