@@ -86,6 +86,13 @@ def test_a_noise_rate_keeps_settings_apart():
     assert not any("91.44" in line for line in lines), "of rate 0.2"
 
 
+def test_the_figures_of_mini_webvision_are_all_of_other_methods_and_secondary():
+    lines = beside(cells("sfa", "paper", ["webvision/webvision/sfa"]), [])
+    assert lines[1] == "webvision, real-world: accuracy in percent"
+    assert len(lines) == 2 + 12
+    assert all("published [secondary: " in line and "SFA, published" not in line for line in lines[2:])
+
+
 def test_a_paper_without_a_file_has_no_figures(tmp_path):
     assert read_published("afm", tmp_path) == []
     assert read_published("nosuch") == []
@@ -147,7 +154,8 @@ def test_runs_under_other_conditions_are_not_averaged(changed):
 
 def test_nothing_is_shown_where_nothing_is_published(monkeypatch):
     for profile in PROFILES:
-        assert beside(cells("sfa", profile), [row()]) == []
+        synthetic = [cell for cell in cells("sfa", profile) if not cell.preset.startswith("webvision/")]
+        assert beside(synthetic, [row()]) == []
     assert beside(cells("afm", "embedded"), [row(table="embedded", cell="digits-sym0.5")]) == []
     monkeypatch.setattr(published, "read_published", lambda _: [])
     assert [line for line in beside(food(), [row()]) if "published" in line] == []
