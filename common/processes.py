@@ -55,7 +55,10 @@ def world() -> int:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside it this process works for itself, on something that no other does: nothing here waits for another."""
+    """Inside it this process works for itself, on something that no other does: nothing here waits for another.
+
+    `rank` keeps its number. Networks made by `parallel` or `synchronised` outside still wait: it wants plain ones.
+    """
     token = _alone.set(True)
     try:
         yield

@@ -53,6 +53,13 @@ def make_parser() -> Parser:
         metavar="DIR|none",
         help="of webvision: where val/ of ILSVRC12 is; by default DATA_PATH/imagenet",
     )
+    group.add_argument(
+        "--num_class",
+        type=count,
+        default=webvision.CLASSES,
+        metavar="N",
+        help="of webvision: its first N classes",
+    )
     return parser
 
 
@@ -79,13 +86,18 @@ def image_files(name: str, args) -> None:
     """The same for a data set of image files."""
     if args.action == "download":
         raise UserError(f"{name} cannot be fetched by a script: get it from {datasets.source(name)}")
+    only_webvision = {"imagenet": args.imagenet, "num_class": args.num_class}
+    if not 2 <= args.num_class <= webvision.ALL_CLASSES:
+        raise UserError(
+            f"--num_class {args.num_class}: WebVision has {webvision.ALL_CLASSES} classes, 2 at least are needed"
+        )
     if args.action == "check":
-        datasets.check(name, args.data_path, args.images, args.workers, args.imagenet)
+        datasets.check(name, args.data_path, args.images, args.workers, **only_webvision)
         return
     if args.out is None:
         raise UserError("cache needs --out DIR, the folder to write to")
     data = datasets.load_files(
-        name, args.data_path, args.train_on, args.on_bad_image, args.workers, args.imagenet
+        name, args.data_path, args.train_on, args.on_bad_image, args.workers, **only_webvision
     )
     image_cache.build_caches(args.out, data, args.workers, args.size)
 

@@ -34,20 +34,26 @@ def load_files(
     on_bad_image: str = "error",
     workers: int = 0,
     imagenet: str | None = None,
+    num_class: int = webvision.CLASSES,
 ) -> FileData:
     """Food-101N, Clothing1M or mini-WebVision by name, as its own function loads it.
 
-    train_on is for Clothing1M, imagenet for mini-WebVision.
+    train_on is for Clothing1M, imagenet and num_class for mini-WebVision.
     """
     if name == webvision.NAME:
-        return webvision.load_webvision(root, on_bad_image=on_bad_image, workers=workers, imagenet=imagenet)
+        return webvision.load_webvision(root, num_class, on_bad_image, workers, imagenet)
     if name == clothing1m.NAME:
         return clothing1m.load_clothing1m(root, train_on, on_bad_image, workers)
     return food101n.load_food101n(root, on_bad_image, workers)
 
 
 def check(
-    name: str, root: str | Path, images: bool = False, workers: int = 0, imagenet: str | None = None
+    name: str,
+    root: str | Path,
+    images: bool = False,
+    workers: int = 0,
+    imagenet: str | None = None,
+    num_class: int = webvision.CLASSES,
 ) -> None:
     """Print what a data set holds, and each thing missing from it: list files, whole folders, single images.
 
@@ -55,7 +61,7 @@ def check(
     missing or damaged.
     """
     root = Path(root)
-    data = _read(name, root, imagenet)
+    data = _read(name, root, imagenet, num_class)
     listings: dict[bytes, set[bytes]] = {}
     missing = damaged = 0
     for split in data.splits():
@@ -75,7 +81,7 @@ def check(
     print(f"{name} in {root.resolve()}: every image is there{' and whole' if images else ''}")
 
 
-def _read(name: str, root: Path, imagenet: str | None) -> FileData:
+def _read(name: str, root: Path, imagenet: str | None, num_class: int) -> FileData:
     """What the lists name; where lists are missing, a line for each and UserError."""
     module = MODULES[name]
     folder = clothing1m.folder_of_lists(root) if module is clothing1m else root
@@ -90,9 +96,10 @@ def _read(name: str, root: Path, imagenet: str | None) -> FileData:
     if module is mini_imagenet:
         return mini_imagenet.read_every_list(root)
     if module is webvision:
-        data = webvision.read_webvision(root, imagenet=imagenet)
-    else:
-        data = module.read_food101n(root) if module is food101n else module.read_clothing1m(root)
+        data = webvision.read_webvision(root, num_class, imagenet)
+        report(data, webvision.official(num_class))
+        return data
+    data = module.read_food101n(root) if module is food101n else module.read_clothing1m(root)
     report(data, module.OFFICIAL)
     return data
 

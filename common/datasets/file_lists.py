@@ -250,6 +250,8 @@ def _damaged_images(
 ) -> dict[int, str]:
     """The damaged ones among those that are there, by position; images that an earlier run looked at are not read again."""
     sha = split.sha256()
+    if not split.folder.is_relative_to(root):  # another folder has other files of these names
+        sha = hashlib.sha256(os.fsencode(split.folder.resolve()) + sha.encode()).hexdigest()
     record = root / f"damaged_images.{name}_{split.part}_{sha[:8]}.json"
     damaged, unseen = _read_record(record, sha, len(split.paths))
     look = np.flatnonzero(unseen & there)

@@ -7,7 +7,7 @@ the list they were made from. index.npz is written last: a folder without it hol
 import io
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -133,7 +133,7 @@ def _check_space(split: FileSplit, folder: Path, size: int) -> None:
         )
 
 
-def open_cache(folder: str | Path, split: FileSplit, wanted: Iterable[int] = (SIZE,)) -> ImageCache:
+def open_cache(folder: str | Path, split: FileSplit, wanted: Collection[int] = (SIZE,)) -> ImageCache:
     """The cache of a split, of a wanted size. UserError: none there, a damaged one, or one of other images or another size."""
     folder = Path(folder)
     rebuild = "delete the folder and build it with python -m common.datasets cache"
@@ -152,8 +152,8 @@ def open_cache(folder: str | Path, split: FileSplit, wanted: Iterable[int] = (SI
         )
     if sha != split.sha256() or made_size not in wanted:
         raise UserError(
-            f"the image cache in {folder} holds {len(sizes)} images of another list or size than the {len(split.paths)} of "
-            f"the {split.part} list: {rebuild}, or choose another folder"
+            f"the image cache in {folder} holds {len(sizes)} images of another list or size ({made_size} pixels) than the "
+            f"{len(split.paths)} of the {split.part} list at {' or '.join(map(str, wanted))}: {rebuild}, or choose another folder"
         )
     return cache
 
@@ -165,6 +165,8 @@ def build_caches(folder: str | Path, data: FileData, workers: int = 0, size: int
         print(f"{data.name} {split.part}: {len(split.paths)} images in {Path(folder) / split.part}")
 
 
-def open_caches(folder: str | Path, data: FileData, sizes: Iterable[int] = (SIZE,)) -> dict[str, ImageCache]:
+def open_caches(
+    folder: str | Path, data: FileData, sizes: Collection[int] = (SIZE,)
+) -> dict[str, ImageCache]:
     """The caches that build_caches made, by the name of the split. UserError as open_cache."""
     return {split.part: open_cache(Path(folder) / split.part, split, sizes) for split in data.splits()}

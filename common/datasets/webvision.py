@@ -50,8 +50,7 @@ def load_webvision(
     Food-101N. UserError: what is missing, and where to get it; a list that cannot be understood, by its line.
     """
     data = read_webvision(Path(root), num_class, imagenet)
-    tests = dict.fromkeys(("test", "imagenet"), num_class * PER_CLASS)
-    report(data, OFFICIAL if num_class == CLASSES else tests)
+    report(data, official(num_class))
     return without_bad_images(data, Path(root), on_bad_image, workers)
 
 
@@ -77,6 +76,11 @@ def read_webvision(root: Path, num_class: int = CLASSES, imagenet: str | Path | 
         verified=np.full(len(paths), -1, dtype=np.int8),
         imagenet=other,
     )
+
+
+def official(num_class: int) -> dict[str, int]:
+    """How many images each split has of the first num_class classes, as far as that is known."""
+    return OFFICIAL if num_class == CLASSES else dict.fromkeys(("test", "imagenet"), num_class * PER_CLASS)
 
 
 def list_lines(lines: Iterable[str], num_class: int) -> tuple[list[str], list[int]]:
@@ -125,7 +129,10 @@ def imagenet_validation(folder: Path, num_class: int, synsets: tuple[str, ...]) 
         )
     paths, labels = [], []
     for k, name in enumerate(names):
-        files = sorted(file for file in os.listdir(folder / name) if not file.startswith("."))
+        try:
+            files = sorted(file for file in os.listdir(folder / name) if not file.startswith("."))
+        except OSError as error:
+            raise UserError(f"{folder / name} cannot be listed ({error.strerror})") from None
         paths += [f"{name}/{file}" for file in files]
         labels += [k] * len(files)
     if not paths:

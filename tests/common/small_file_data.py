@@ -1,4 +1,6 @@
-"""Small data sets in the layouts of Food-101N with Food-101, Clothing1M, mini-ImageNet and ImageNet 32x32, made on the spot."""
+"""Small data sets made on the spot, in the layouts of Food-101N with Food-101, Clothing1M, mini-ImageNet, mini-WebVision with
+ILSVRC12's validation images, and ImageNet 32x32.
+"""
 
 import pickle
 from pathlib import Path
@@ -105,6 +107,43 @@ def make_mini_imagenet(
             lists["clean_validation"].append(f"{name} {label}")
     for name, lines in lists.items():
         write_lines(root / "split" / name, lines)
+
+
+def make_webvision(
+    root: Path,
+    classes: int = 4,
+    per_class: int = 6,
+    test_per_class: int = 2,
+    seed: int = 0,
+    size=SIZE,
+    by_synset: bool = False,
+) -> None:
+    """mini-WebVision below root: per_class training images, and test_per_class in WebVision's and in ILSVRC12's test images.
+
+    The classes of the training list are mixed; the first image of each class shows the next class. Classes from 700 on stand in
+    both lists, but none of their images is there. by_synset: ILSVRC12's folders are named by synset, whose order by name is not
+    that of the class ids, and info/synsets.txt is there.
+    """
+    rng = np.random.default_rng(seed)
+    train, test = ["google/q1401/beyond.jpg 700"], ["val000001.jpg 999"]
+    synsets = [f"n{2000000 - 1000 * k:08}" for k in range(1000)]
+    for number in range(per_class):
+        for label in range(classes):
+            path = f"google/q{2 * label + number % 2 + 1:04}/{rng.bytes(6).hex()}.jpg"
+            write_image(root / path, (label + (number == 0)) % classes, rng, size)
+            train.append(f"{path} {label}")
+        train.append(f"google/q{1402 + number}/beyond.jpg {701 + number % 299}")
+    for _ in range(test_per_class):
+        for label in range(classes):
+            name = f"val{len(test) + 1:06}.jpg"
+            write_image(root / "val_images_256" / name, label, rng, size)
+            test.append(f"{name} {label}")
+            folder = root / "imagenet/val" / (synsets[label] if by_synset else str(label))
+            write_image(folder / f"ILSVRC2012_val_{len(test):08}.JPEG", label, rng, size)
+    write_lines(root / "info/train_filelist_google.txt", train)
+    write_lines(root / "info/val_filelist.txt", test)
+    if by_synset:
+        write_lines(root / "info/synsets.txt", [f"{synset} a thing, or another" for synset in synsets])
 
 
 def make_imagenet32(folder: Path, sizes=(3, 1, 4, 2, 5, 3, 6, 2, 4, 3), seed: int = 0) -> np.ndarray:

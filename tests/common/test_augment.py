@@ -528,3 +528,21 @@ def test_resize_random_crop_and_flip_of_clothing1m():
     assert augment.resize_random_crop_and_flip()(noise(3, 3, 300, 260)[2]).shape == (3, 224, 224)
     resize, crop, flip = augment.resize_random_crop_and_flip().transforms
     assert (resize.size, crop.size, flip.p) == ([256], (224, 224), 0.5)
+
+
+def test_resize_random_resized_crop_and_flip_cuts_a_part_out_of_the_resized_image():
+    image, transform = noise(3, 3, 60, 90)[2], augment.resize_random_resized_crop_and_flip(32, 28)
+    crop, resized = v2.RandomResizedCrop(28), v2.Resize(32)(image)
+    assert resized.shape == (3, 32, 48)
+    torch.manual_seed(0)
+    views = [transform(image) for _ in range(20)]
+    torch.manual_seed(0)
+    expected = [v2.RandomHorizontalFlip()(crop(resized)) for _ in range(20)]
+    assert torch.equal(torch.stack(views), torch.stack(expected))
+
+
+def test_resize_random_resized_crop_and_flip_of_webvision():
+    resize, part = augment.resize_random_resized_crop_and_flip().transforms
+    crop, flip = part.transforms
+    assert (resize.size, crop.size, flip.p) == ([320], (299, 299), 0.5)
+    assert (crop.scale, crop.ratio) == ((0.08, 1.0), (3 / 4, 4 / 3))

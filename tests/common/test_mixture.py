@@ -1,11 +1,15 @@
-"""The batched two-component mixtures against scikit-learn's, one group at a time, and the cases without a mixture."""
+"""The batched two-component mixtures against scikit-learn's, one group at a time, the mixture of all values, and no mixture."""
+
+import random
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from common.mixture import sklearn_upper_posterior, upper_posterior
+from common.mixture import lower_posterior, sklearn_upper_posterior, upper_posterior
 
 
 def two_normals(rng, low: tuple[float, float, int], high: tuple[float, float, int]) -> np.ndarray:
@@ -123,3 +127,91 @@ def test_the_values_are_not_changed():
     upper_posterior(values, groups, count)
     assert torch.equal(values, before[0])
     assert torch.equal(groups, before[1])
+
+
+# one mixture of all ---------------------------------------------------------------------------------------------------
+
+
+def of_scikit_learn(values: Tensor, seed: int, iterations: int = 10) -> Tensor:
+    """The posterior of the lower of two Gaussians, with the settings of DivideMix's release."""
+    column = values.float().numpy().reshape(-1, 1)
+    mixture = GaussianMixture(
+        n_components=2, max_iter=iterations, tol=1e-2, reg_covar=5e-4, random_state=seed
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        probability = mixture.fit(column).predict_proba(column)
+    return torch.from_numpy(probability[:, mixture.means_.argmin()]).double()
+
+
+def scaled(kind: str, seed: int = 0) -> Tensor:
+    """Values in [0, 1], as losses are given to a mixture."""
+    values, _, _ = grouped({kind: {**CLEAR, **BLURRED}[kind]}, seed)
+    return (values - values.min()) / (values.max() - values.min())
+
+
+@pytest.mark.parametrize("kind", [*CLEAR, *BLURRED])
+@pytest.mark.parametrize("seed", [0, 3])
+def test_lower_posterior_is_that_of_scikit_learn(kind, seed):
+    values = scaled(kind)
+    found = lower_posterior(values, seed)
+    assert found.dtype == torch.float64
+    assert torch.equal(found, of_scikit_learn(values, seed))
+    assert torch.equal(lower_posterior(values.double(), seed), found), "in float32 whatever is given"
+
+
+def test_the_lower_values_are_likely_of_the_lower_component():
+    values = scaled("bimodal")
+    for seed in range(6):  # whichever of the two the fit calls the first
+        assert torch.equal(lower_posterior(values, seed) > 0.5, values < 0.5)
+    assert torch.equal(lower_posterior(1 - values, 0) > 0.5, values > 0.5)
+
+
+def test_the_seed_starts_the_fit():
+    values = scaled("heavy-tailed")
+    assert len({tuple(lower_posterior(values, seed).tolist()) for seed in range(8)}) > 1
+
+
+def test_the_fit_is_stopped_after_so_many_iterations_in_silence(recwarn):
+    values = scaled("heavy-tailed")
+    found = {count: lower_posterior(values, 0, max_iterations=count) for count in (1, 3, 10)}
+    for count, probability in found.items():
+        assert torch.equal(probability, of_scikit_learn(values, 0, count))
+    assert not torch.equal(found[1], found[3]) and not torch.equal(found[3], found[10])
+    lower_posterior(torch.full((7,), 0.3), 0)  # in which there are no two clusters to start from
+    assert recwarn.list == []
+
+
+def test_the_fit_has_ten_iterations_unless_asked_otherwise(monkeypatch):
+    made = []
+
+    def make(*given, **named) -> GaussianMixture:
+        made.append(GaussianMixture(*given, **named))
+        return made[-1]
+
+    monkeypatch.setattr("sklearn.mixture.GaussianMixture", make)
+    lower_posterior(scaled("small"), 0)
+    lower_posterior(scaled("small"), 0, 20)
+    assert [mixture.max_iter for mixture in made] == [10, 20]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf"), 1e300])
+def test_losses_that_are_not_finite_are_refused(wrong):
+    values = scaled("bimodal").double()
+    values[17] = wrong
+    with pytest.raises(ValueError, match="the values of a mixture must be finite"):
+        lower_posterior(values, 0)
+
+
+def test_losses_are_not_changed_nor_any_generator_drawn_from():
+    values = scaled("bimodal").requires_grad_()
+    before = values.detach().clone()
+    for seed_all in (random.seed, np.random.seed, torch.manual_seed):
+        seed_all(0)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    found = lower_posterior(values, 0)
+    assert not found.requires_grad
+    assert torch.equal(values, before)
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -107,11 +108,15 @@ def work(folder: Path) -> None:
     seen["after"] = numbers()
     rank = processes.rank()
     processes.say(f"said by {rank}")
-    seen |= rows(rank) | networks() | alone(rank, folder)
+    seen |= rows(rank) | networks() | alone(rank, folder) | by_itself(rank)
     try:
         cli.exit_cleanly(lambda _: processes.from_first(refuse), [])
     except SystemExit as end:
         seen["status"] = end.code
+    try:
+        processes.from_first(refuse, source=1)
+    except (UserError, SystemExit) as end:
+        seen["refused_by_second"] = repr(end)
     processes.wait()
     processes.stop()
     seen["stopped"] = numbers()
@@ -228,7 +233,30 @@ def alone(rank: int, folder: Path) -> dict[str, Any]:
         return f"{rank} fetched it"
 
     made = processes.from_first(make)
-    return {"from_first": made, "calls": calls, "first_alone": processes.first_alone(fetch)}
+    seen = {"from_first": made, "calls": list(calls), "first_alone": processes.first_alone(fetch)}
+    return seen | {
+        "from_second": processes.from_first(make, source=1),
+        "calls_for_second": calls[len(seen["calls"]) :],
+    }
+
+
+def by_itself(rank: int) -> dict[str, Any]:
+    """What each process does while the other does something else; then both together again."""
+    network = nn.BatchNorm1d(3)
+    weights = nn.Linear(3, 2)
+    with processes.alone():
+        seen: dict[str, Any] = {"numbers_alone": numbers(), "made_alone": processes.from_first(lambda: rank)}
+        # unlike numbers of steps: whatever waited for the other would wait for ever
+        for _ in range(1 + 2 * rank):
+            own = processes.gather_rows(torch.full((2, 3), float(rank), requires_grad=True))
+            loss = weights(network(own)).sum() + processes.total(torch.tensor(1.0))
+            loss.backward()
+            processes.average_gradients(weights.parameters())
+            processes.share_buffers(network)
+            processes.wait()
+        seen["rows_alone"] = own.detach()
+    seen["steps"] = processes.total(network.num_batches_tracked)
+    return seen | {"numbers_afterwards": numbers()}
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +311,66 @@ def test_only_torchrun_makes_a_process_one_of_several(monkeypatch):
     assert numbers() == (True, 4, 1, 3)
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
+    assert numbers() == (False, 1, 1, 0)
+
+
+@pytest.fixture
+def two(monkeypatch) -> None:
+    """This process believes that it is the second of two, and fails where it would wait for the first."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    for name in ("barrier", "all_gather", "all_reduce", "broadcast", "broadcast_object_list"):
+        monkeypatch.setattr(dist, name, lambda *_, **__: pytest.fail("waits for the other process"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: pytest.fail("leaves the other process"))
+
+
+@pytest.mark.usefixtures("two")
+def test_alone_nothing_waits_for_another_process_and_everything_hands_back_what_it_was_given(capsys):
+    assert (processes.world(), processes.rank()) == (2, 1)
+    with processes.alone():
+        assert (processes.world(), processes.rank()) == (1, 1)
+        tensor = torch.arange(7.0, requires_grad=True)
+        for function in (processes.gather_rows, processes.total, processes.piece):
+            assert function(tensor) is tensor
+        tensor.grad = torch.arange(7.0)
+        processes.average_gradients([tensor])
+        assert torch.equal(tensor.grad, torch.arange(7.0))
+        network = nn.Sequential(nn.BatchNorm2d(2))
+        assert processes.parallel(network, CPU) is network
+        assert processes.synchronised(network) is network and type(network[0]) is nn.BatchNorm2d
+        processes.share_buffers(network)
+        made = object()
+        for source in (0, 1):
+            assert processes.from_first(lambda: made, source) is made
+        assert processes.first_alone(lambda: made) is made
+        processes.wait()
+        processes.stop()
+        with pytest.raises(UserError, match="refused by 1"):
+            processes.from_first(refuse)
+        processes.say("a word")
+    assert capsys.readouterr().out == "", "the first process alone speaks"
+
+
+@pytest.mark.usefixtures("two")
+def test_after_alone_the_processes_share_the_work_again_whatever_happened_inside():
+    with pytest.raises(KeyError), processes.alone():
+        raise KeyError
+    assert processes.world() == 2
+    with processes.alone():
+        with processes.alone():
+            assert processes.world() == 1
+        assert processes.world() == 1, "still inside the outer one"
+        with pytest.raises(SystemExit), processes.alone():
+            raise SystemExit
+        assert processes.world() == 1
+    assert processes.world() == 2
+    assert torch.equal(processes.piece(torch.arange(4)), torch.tensor([2, 3]))
+
+
+def test_alone_changes_nothing_in_one_process():
+    with processes.alone():
+        assert numbers() == (False, 1, 1, 0)
     assert numbers() == (False, 1, 1, 0)
 
 
@@ -425,6 +513,20 @@ def test_from_first_is_made_once_and_known_to_all(both):
     assert [seen["calls"] for seen in both] == [[0], []]
 
 
+def test_another_process_may_make_it_for_all(both):
+    assert [seen["from_second"] for seen in both] == [{"made_by": 1}] * 2
+    assert [seen["calls_for_second"] for seen in both] == [[], [1]]
+
+
+def test_processes_that_work_alone_do_not_wait_for_each_other(both):
+    for rank, seen in enumerate(both):
+        assert seen["numbers_alone"] == (True, 2, 1, rank)
+        assert seen["made_alone"] == rank
+        assert torch.equal(seen["rows_alone"], torch.full((2, 3), float(rank)))
+        assert seen["steps"].item() == 1 + 3, "steps of both, counted together again"
+        assert seen["numbers_afterwards"] == (True, 2, 2, rank)
+
+
 def test_first_alone_lets_the_others_in_afterwards(both):
     assert [seen["first_alone"] for seen in both] == ["0 fetched it", "1 found it"]
 
@@ -434,6 +536,10 @@ def test_a_user_error_of_the_first_ends_all_and_is_told_once(launch):
     assert [rank["status"] for rank in seen] == [2, 2]
     assert ended.stderr.count("error: refused by 0") == 1 and "refused by 1" not in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_user_error_of_another_process_ends_all_and_is_told_by_it(both):
+    assert [seen["refused_by_second"] for seen in both] == ["SystemExit(2)", "UserError('refused by 1')"]
 
 
 def test_a_script_of_one_process_refuses_torchrun_in_one_line(tmp_path):

@@ -1,0 +1,623 @@
+"""mini-WebVision: what its lists say, where ILSVRC12's validation images are, and what becomes of missing and damaged images."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common import augment, datasets
+from common.cli import UserError
+from common.datasets import load_webvision
+from common.datasets.__main__ import main
+from common.datasets.file_lists import IMAGENET_MEAN, IMAGENET_STD, FileData, FileSplit
+from common.datasets.image_cache import build, open_cache, open_caches
+from common.datasets.webvision import list_lines, read_webvision, synset_lines
+from common.loader import FileBatches
+from tests.common.small_file_data import make_webvision, plant, write_lines
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN, TEST, SYNSETS = "info/train_filelist_google.txt", "info/val_filelist.txt", "info/synsets.txt"
+VAL = "imagenet/val"
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """24 training images of 4 classes, 8 of WebVision to test on and 8 of ILSVRC12, in folders named by class id."""
+    make_webvision(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def by_synset(tmp_path) -> Path:
+    """The same images, those of ILSVRC12 in folders named by synset."""
+    make_webvision(tmp_path, by_synset=True)
+    return tmp_path
+
+
+@pytest.fixture
+def all_classes(tmp_path) -> Path:
+    """All 50 classes, with an image of each in every split."""
+    make_webvision(tmp_path, classes=50, per_class=1, test_per_class=1)
+    return tmp_path
+
+
+def message(function, *arguments, **options) -> str:
+    """The one line of the UserError that a call ends in."""
+    with pytest.raises(UserError) as error:
+        function(*arguments, **options)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+def names(split: FileSplit) -> list[str]:
+    return [path.decode() for path in split.paths.tolist()]
+
+
+def files(split: FileSplit) -> list[Path]:
+    return [split.path(i) for i in range(len(split.paths))]
+
+
+def flatten(folder: Path) -> None:
+    """Bring the images of all folders below one into it."""
+    for below in list(folder.iterdir()):
+        for path in below.iterdir():
+            path.rename(folder / path.name)
+        below.rmdir()
+
+
+def assert_same(found: FileData, expected: FileData) -> None:
+    """The same images with the same labels in all splits."""
+    assert len(found.splits()) == len(expected.splits())
+    for one, other in zip(found.splits(), expected.splits(), strict=True):
+        assert files(one) == files(other)
+        assert np.array_equal(one.labels, other.labels)
+
+
+# lists ----------------------------------------------------------------------------------------------------------------
+
+
+def test_images_and_labels_are_those_of_the_lists_in_their_order(root):
+    data = load_webvision(root, 4)
+    assert (data.name, data.num_classes, data.classes) == ("webvision", 4, ("0", "1", "2", "3"))
+    for split, file, folder in ((data.train, TRAIN, root), (data.test, TEST, root / "val_images_256")):
+        lines = [line.split() for line in lines_of(root / file) if int(line.split()[1]) < 4]
+        assert files(split) == [folder / path for path, _ in lines]
+        assert split.labels.tolist() == [int(label) for _, label in lines]
+        assert split.labels.dtype == np.int64
+        assert split.paths.dtype.kind == "S"
+        assert all(path.is_file() for path in files(split))
+    assert data.train.labels.tolist() == [0, 1, 2, 3] * 6
+    assert data.test.labels.tolist() == [0, 1, 2, 3] * 2
+    assert data.imagenet.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [split.part for split in data.splits()] == ["train", "test", "imagenet"]
+    assert data.validation is data.clean_train is None
+    assert data.positions.tolist() == list(range(24))
+    assert data.positions.dtype == np.int64
+    assert (data.listed, data.verified.tolist(), data.skipped) == (24, [-1] * 24, ())
+    assert data.verified.dtype == np.int8
+    assert (data.mean, data.std) == (IMAGENET_MEAN, IMAGENET_STD)
+
+
+def test_another_order_of_the_lines_is_another_order_of_the_images(root):
+    before = load_webvision(root, 4)
+    for file in (TRAIN, TEST):
+        write_lines(root / file, lines_of(root / file)[::-1])
+    after = load_webvision(root, 4)
+    for part in ("train", "test"):
+        assert names(getattr(after, part)) == names(getattr(before, part))[::-1]
+        assert np.array_equal(getattr(after, part).labels, getattr(before, part).labels[::-1])
+    assert names(after.imagenet) == names(before.imagenet)
+
+
+@pytest.mark.parametrize("num_class", [2, 3])
+def test_only_the_first_classes_are_there(root, num_class):
+    data, whole = load_webvision(root, num_class), load_webvision(root, 4)
+    assert (data.num_classes, len(data.classes)) == (num_class, num_class)
+    for split, other in zip(data.splits(), whole.splits(), strict=True):
+        kept = other.labels < num_class
+        assert names(split) == [name for name, keep in zip(names(other), kept, strict=True) if keep]
+        assert split.labels.tolist() == other.labels[kept].tolist()
+    # positions count the images of these classes: other lines have none
+    assert data.positions.tolist() == list(range(6 * num_class))
+    assert (data.listed, len(data.verified)) == (6 * num_class, 6 * num_class)
+
+
+def test_fifty_classes_unless_asked_otherwise(all_classes):
+    data = load_webvision(all_classes)
+    assert data.num_classes == 50
+    assert data.train.labels.tolist() == data.test.labels.tolist() == list(range(50))
+    assert data.imagenet.labels.tolist() == list(range(50))
+
+
+def test_all_thousand_classes_can_be_asked_for_and_no_more(root):
+    data = read_webvision(root, 1000, "none")  # the lists alone: the images of higher classes are not there
+    assert len(data.train.labels) == len(lines_of(root / TRAIN)) == 31
+    assert (data.train.labels.max(), data.test.labels[0], len(data.classes)) == (706, 999, 1000)
+    for wrong in (1, 0, -3, 1001):
+        with pytest.raises(ValueError, match=f"num_class must be from 2 to 1000, got {wrong}"):
+            load_webvision(root, wrong)
+
+
+def test_the_lists_may_be_of_another_system_and_the_root_end_in_a_slash(by_synset):
+    before = load_webvision(by_synset, 4)
+    for file in (TRAIN, TEST, SYNSETS):
+        text = "\r\n".join(["", *lines_of(by_synset / file), "  ", ""])
+        (by_synset / file).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert_same(load_webvision(f"{by_synset}/", 4), before)
+
+
+def test_blanks_around_and_within_a_path_are_understood():
+    lines = [" a/b.jpg 1 ", "", "a b/c d.jpg 0", "e.jpg  1"]
+    assert list_lines(lines, 2) == (["a/b.jpg", "a b/c d.jpg", "e.jpg"], [1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    "line", ["b.jpg", "7", " 7", "b.jpg x", "b.jpg 1000", "b.jpg -1", "b.jpg 1.0", "b.jpg\t1", "b.jpg 1,"]
+)
+def test_a_wrong_line_is_named_with_its_number(line):
+    offending = f"line 3: {line.strip()!r} is not a path, a blank and a class id 0..999"
+    with pytest.raises(ValueError) as error:
+        list_lines(["a.jpg 999", "", line], 1000)
+    assert str(error.value) == offending
+
+
+@pytest.mark.parametrize("file", [TRAIN, TEST])
+def test_a_list_that_cannot_be_understood_is_named(root, file):
+    lines = lines_of(root / file)
+    write_lines(root / file, [*lines, "q/1.jpg 1000"])
+    expected = (
+        f"{root / file}: line {len(lines) + 1}: 'q/1.jpg 1000' is not a path, a blank and a class id 0..999"
+    )
+    assert message(load_webvision, root, 4) == expected
+    write_lines(root / file, [line for line in lines if int(line.split()[1]) > 3])
+    assert message(load_webvision, root, 4) == f"{root / file}: no image of the first 4 classes in it"
+
+
+@pytest.mark.parametrize("file", [TRAIN, TEST, SYNSETS])
+def test_a_list_that_is_no_text_is_named(by_synset, file):
+    (by_synset / file).write_bytes(b"\xff\xfe\xfa")
+    assert message(load_webvision, by_synset, 4) == f"{by_synset / file}: not UTF-8 text"
+
+
+def test_missing_lists_are_named_with_their_source_and_the_command(root):
+    (root / TRAIN).unlink()
+    text = message(load_webvision, root)
+    assert (
+        f"webvision not found: looked in {root} for {TRAIN}; get it from WebVision 1.0 of data.vision" in text
+    )
+    assert text.endswith(f"python -m common.datasets check webvision --data_path {root}")
+    (root / TEST).unlink()
+    assert f"looked in {root} for {TRAIN}, {TEST}; get it from" in message(load_webvision, root)
+    assert f"looked in {root / 'nowhere'} for {TRAIN}, {TEST};" in message(load_webvision, root / "nowhere")
+
+
+# ILSVRC12's validation images -----------------------------------------------------------------------------------------
+
+
+def test_folders_by_synset_have_the_labels_that_the_list_of_synsets_gives_them(by_synset, tmp_path_factory):
+    by_id = tmp_path_factory.mktemp("by_id")
+    make_webvision(by_id)
+    found, expected = load_webvision(by_synset, 4), load_webvision(by_id, 4)
+    synsets = [line.split()[0] for line in lines_of(by_synset / SYNSETS)]
+    assert synsets[:4] != sorted(synsets[:4])
+    assert found.classes == tuple(synsets[:4])
+    assert [path.parent.name for path in files(found.imagenet)] == [synsets[k] for k in found.imagenet.labels]
+    assert found.imagenet.labels.tolist() == expected.imagenet.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [path.read_bytes() for path in files(found.imagenet)] == [
+        path.read_bytes() for path in files(expected.imagenet)
+    ]
+
+
+def test_folders_by_class_id_come_first(root):
+    before = load_webvision(root, 4)
+    make_webvision(root, by_synset=True)  # folders of the other kind beside them, and the list
+    after = load_webvision(root, 4)
+    assert_same(after, before)
+    assert after.classes[:2] == ("n02000000", "n01999000")  # which names the classes all the same
+
+
+def test_images_are_in_the_order_of_classes_and_names_and_hidden_files_are_none(root):
+    first = sorted((root / VAL / "0").iterdir())
+    for name in ("ILSVRC2012_val_00000000.JPEG", "A.JPEG", "z.JPEG"):
+        (root / VAL / "0" / name).write_bytes(first[0].read_bytes())
+    for name in (".DS_Store", "._ILSVRC2012_val_00000001.JPEG"):
+        (root / VAL / "0" / name).touch()
+    (root / VAL / "devkit.txt").touch()
+    expected = ["A.JPEG", "ILSVRC2012_val_00000000.JPEG", *(path.name for path in first), "z.JPEG"]
+    found = load_webvision(root, 2).imagenet
+    assert names(found)[:5] == [f"0/{name}" for name in expected]
+    assert found.labels.tolist() == [0] * 5 + [1] * 2
+    assert found.folder == root / VAL
+
+
+@pytest.mark.parametrize("none", ["none", Path("none")])
+def test_none_does_without(root, none):
+    data = load_webvision(root, 4, imagenet=none)
+    assert data.imagenet is None
+    assert [split.part for split in data.splits()] == ["train", "test"]
+    assert len(data.train.labels) == 24
+    load_webvision(root, 40, imagenet="none")  # nothing is looked for
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_they_may_be_in_another_folder(root, tmp_path_factory, kind):
+    other = tmp_path_factory.mktemp("elsewhere")
+    (root / "imagenet/val").rename(other / "val")
+    found = load_webvision(root, 4, imagenet=kind(other)).imagenet
+    assert found.folder == other / "val"
+    assert len(found.labels) == 8
+    assert all(path.is_file() for path in files(found))
+    text = message(load_webvision, root, 4)
+    assert f"looked in {root / VAL} for a folder of each of 4 classes" in text
+
+
+def test_a_missing_class_is_named(root):
+    for k in (1, 3):
+        (root / VAL / str(k)).rename(root / f"{k} is not there")
+    text = message(load_webvision, root, 4)
+    assert text == (
+        f"webvision: looked in {root / VAL} for a folder of each of 4 classes of ILSVRC12's validation images, "
+        "1 is missing (2 are): get them from image-net.org, or use --imagenet none"
+    )
+
+
+def test_a_missing_synset_is_named(by_synset):
+    (by_synset / VAL / "n01999000").rename(by_synset / "not there")
+    assert f"looked in {by_synset / VAL} for" in message(load_webvision, by_synset, 4)
+    assert "n01999000 is missing (1 are)" in message(load_webvision, by_synset, 4)
+    assert "n01999000 is missing (47 are)" in message(load_webvision, by_synset)
+
+
+def test_no_folder_at_all_is_told(root):
+    assert "0 is missing (4 are)" in message(load_webvision, root, 4, imagenet=root / "nowhere")
+    make_webvision(root, by_synset=True)
+    assert "n02000000 is missing (4 are)" in message(load_webvision, root, 4, imagenet=root / "nowhere")
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_other_folders_without_the_list_of_synsets_are_told(by_synset, flat):
+    """All images in one folder, as ILSVRC12's archive unpacks, or folders that only the list can explain."""
+    (by_synset / SYNSETS).unlink()
+    if flat:
+        flatten(by_synset / VAL)
+    text = message(load_webvision, by_synset, 4)
+    assert text == (
+        f"{by_synset / VAL} has no folder 0, 1, ..., and there is no {SYNSETS} to find the classes by their synsets with: "
+        "get it from WebVision's info archive, or use --imagenet none"
+    )
+    assert load_webvision(by_synset, 4, imagenet="none").imagenet is None
+
+
+def test_a_flat_folder_with_the_list_of_synsets_is_told(by_synset):
+    flatten(by_synset / VAL)
+    assert "n02000000 is missing (4 are)" in message(load_webvision, by_synset, 4)
+
+
+def test_folders_without_images_are_told_and_a_single_one_is_counted(root, capsys):
+    for path in (root / VAL / "2").iterdir():
+        path.unlink()
+    assert load_webvision(root, 4).imagenet.labels.tolist() == [0, 0, 1, 1, 3, 3]
+    assert "note: the imagenet list names 6 images, the official one 200" in capsys.readouterr().out
+    for path in (root / VAL).glob("*/*"):
+        path.unlink()
+        (path.parent / ".gitkeep").touch()
+    text = message(load_webvision, root, 4)
+    assert text == (
+        f"webvision: no image below {root / VAL}: get them from image-net.org, or use --imagenet none"
+    )
+
+
+def test_a_folder_that_cannot_be_listed_is_told(root, monkeypatch):
+    listdir = os.listdir
+
+    def refuse(folder):
+        if str(folder).endswith("/2"):
+            raise PermissionError(13, "Permission denied")
+        return listdir(folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert message(load_webvision, root, 4) == f"{root / VAL / '2'} cannot be listed (Permission denied)"
+
+
+@pytest.mark.parametrize(
+    ("change", "offending"),
+    [
+        (lambda lines: lines[:-1], "999 synsets in 999 lines, not 1000 in as many"),
+        (lambda lines: [*lines, "n99999999 more"], "1001 synsets in 1001 lines, not 1000 in as many"),
+        (lambda lines: [*lines[:-1], lines[0]], "999 synsets in 1000 lines, not 1000 in as many"),
+        (lambda lines: [*lines, lines[0]], "1000 synsets in 1001 lines, not 1000 in as many"),
+    ],
+)
+def test_a_damaged_list_of_synsets_is_told(by_synset, change, offending):
+    write_lines(by_synset / SYNSETS, change(lines_of(by_synset / SYNSETS)))
+    assert message(load_webvision, by_synset, 4) == f"{by_synset / SYNSETS}: {offending}"
+
+
+def test_a_synset_is_the_first_word_of_its_line():
+    lines = [f"n{k} one, two" if k % 2 else f"n{k}\tx" for k in range(1000)]
+    assert synset_lines([*lines[:3], "", *lines[3:]]) == tuple(f"n{k}" for k in range(1000))
+
+
+# what is printed ------------------------------------------------------------------------------------------------------
+
+
+def test_the_counts_are_printed_and_where_they_are_not_the_official_ones(all_classes, capsys):
+    load_webvision(all_classes)
+    assert capsys.readouterr().out.splitlines() == [
+        "webvision train: 50 images of 50 classes",
+        "note: the train list names 50 images, the official one 65944",
+        "webvision test: 50 images of 50 classes",
+        "note: the test list names 50 images, the official one 2500",
+        "webvision imagenet: 50 images of 50 classes",
+        "note: the imagenet list names 50 images, the official one 2500",
+    ]
+
+
+def test_of_another_number_of_classes_only_the_test_images_are_known(root, capsys):
+    load_webvision(root, 4)
+    assert capsys.readouterr().out.splitlines() == [
+        "webvision train: 24 images of 4 classes",
+        "webvision test: 8 images of 4 classes",
+        "note: the test list names 8 images, the official one 200",
+        "webvision imagenet: 8 images of 4 classes",
+        "note: the imagenet list names 8 images, the official one 200",
+    ]
+
+
+def test_no_note_where_the_counts_are_right(tmp_path, capsys):
+    make_webvision(tmp_path, classes=2, per_class=1, test_per_class=50, size=(8, 8))
+    load_webvision(tmp_path, 2)
+    assert capsys.readouterr().out.splitlines() == [
+        "webvision train: 2 images of 2 classes",
+        "webvision test: 100 images of 2 classes",
+        "webvision imagenet: 100 images of 2 classes",
+    ]
+
+
+# missing and damaged images -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_missing_image_is_an_error_that_names_the_first_and_counts_them(root, part):
+    split = getattr(load_webvision(root, 4), part)
+    for i in (5, 7):
+        plant(split.path(i), "missing")
+    text = message(load_webvision, root, 4)
+    assert f"image 5 of the {part} list, {split.path(5)}, is missing (2 of {len(split.labels)} are)" in text
+    assert text.endswith(
+        f"python -m common.datasets check webvision --data_path {root}, or use --on_bad_image skip"
+    )
+
+
+def test_what_the_lists_name_can_be_read_without_the_images(root):
+    expected = load_webvision(root, 4)
+    for path in (*files(expected.train), *files(expected.test)):
+        path.unlink()
+    assert_same(read_webvision(root, 4), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skip_leaves_out_missing_and_damaged_images_of_every_split(root, capsys, workers):
+    data = load_webvision(root, 4)
+    for i, kind in ((0, "empty"), (5, "truncated"), (6, "grey"), (11, "missing")):
+        plant(data.train.path(i), kind)
+    plant(data.test.path(3), "text")
+    plant(data.imagenet.path(6), "truncated")
+    # an image of the imagenet split that is gone is on no list
+    plant(data.imagenet.path(0), "missing")
+    capsys.readouterr()
+    found = load_webvision(root, 4, "skip", workers)
+    kept = np.delete(np.arange(24), [0, 5, 11])
+    assert found.positions.tolist() == kept.tolist()
+    assert (found.listed, found.verified.tolist()) == (24, [-1] * 21)
+    for part, positions in (
+        ("train", kept),
+        ("test", np.delete(np.arange(8), 3)),
+        ("imagenet", [1, 2, 3, 4, 5, 7]),
+    ):
+        split, whole = getattr(found, part), getattr(data, part)
+        assert names(split) == [names(whole)[i] for i in positions]
+        assert np.array_equal(split.labels, whole.labels[positions])
+    assert [(path, position) for path, position, _ in found.skipped] == [
+        *((str(data.train.path(i)), i) for i in (0, 5, 11)),
+        (str(data.test.path(3)), 3),
+        (str(data.imagenet.path(6)), 5),
+    ]
+    printed = capsys.readouterr().out
+    assert "webvision train: 1 missing and 2 damaged images left out, 21 kept" in printed
+    assert "webvision test: 0 missing and 1 damaged images left out, 7 kept" in printed
+    assert "webvision imagenet: 0 missing and 1 damaged images left out, 6 kept" in printed
+    with pytest.raises(ValueError, match="on_bad_image must be error or skip, got guess"):
+        load_webvision(root, 4, "guess")
+
+
+def test_the_search_for_damaged_images_is_done_once(root, monkeypatch):
+    plant(load_webvision(root, 4).imagenet.path(2), "truncated")
+    first = load_webvision(root, 4, "skip")
+    monkeypatch.setattr("common.datasets.file_lists.read_image", lambda path: pytest.fail(f"{path} was read"))
+    assert_same(load_webvision(root, 4, "skip"), first)
+
+
+def test_damaged_images_of_one_folder_are_not_those_of_another(root, tmp_path_factory):
+    other = tmp_path_factory.mktemp("elsewhere")
+    make_webvision(other)  # the same names
+    damaged = load_webvision(root, 4).imagenet.path(2)
+    plant(damaged, "truncated")
+    for _ in range(2):
+        assert [path for path, *_ in load_webvision(root, 4, "skip").skipped] == [str(damaged)]
+        assert load_webvision(root, 4, "skip", imagenet=other / "imagenet").skipped == ()
+
+
+# the command ----------------------------------------------------------------------------------------------------------
+
+
+def test_check_of_a_whole_data_set_says_so(all_classes, capsys):
+    words = ["check", "webvision", "--data_path", str(all_classes), "--workers", "0"]
+    main([*words, "--images"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "webvision imagenet: 50 images of 50 classes" in lines
+    assert "note: the train list names 50 images, the official one 65944" in lines
+    assert lines[-1] == f"webvision in {all_classes}: every image is there and whole"
+    main([*words, "--imagenet", "none"])
+    printed = capsys.readouterr().out
+    assert "webvision imagenet" not in printed
+    assert printed.endswith(f"webvision in {all_classes}: every image is there\n")
+
+
+def test_check_names_every_missing_and_damaged_file(all_classes, capsys):
+    data = read_webvision(all_classes)
+    (all_classes / "val_images_256").rename(all_classes / "not there")
+    plant(data.train.path(3), "missing")
+    plant(data.imagenet.path(7), "truncated")
+    text = message(datasets.check, "webvision", all_classes, images=True)
+    assert text.startswith(
+        f"webvision in {all_classes}: 51 images missing, 1 damaged; get them from WebVision"
+    )
+    printed = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith(("missing", "damaged"))
+    ]
+    assert printed[:2] == [
+        f"missing: {data.train.path(3)}",
+        f"missing: {all_classes / 'val_images_256'} (50 test images)",
+    ]
+    assert printed[2].startswith(f"damaged: {data.imagenet.path(7)} (")
+    assert len(printed) == 3
+
+
+def test_check_names_every_missing_list(all_classes, capsys):
+    for file in (TRAIN, TEST):
+        (all_classes / file).unlink()
+    text = message(main, ["check", "webvision", "--data_path", str(all_classes)])
+    assert f"webvision in {all_classes}: 2 of 2 list files missing; get them from WebVision 1.0" in text
+    assert capsys.readouterr().out.splitlines() == [
+        f"missing: {all_classes / TRAIN}",
+        f"missing: {all_classes / TEST}",
+    ]
+
+
+def test_check_looks_for_the_validation_images_where_it_is_told(all_classes, tmp_path_factory, capsys):
+    other = tmp_path_factory.mktemp("elsewhere")
+    (all_classes / VAL).rename(other / "val")
+    words = ["check", "webvision", "--data_path", str(all_classes)]
+    assert f"looked in {all_classes / VAL} for a folder" in message(main, words)
+    main([*words, "--imagenet", str(other)])
+    assert "webvision imagenet: 50 images" in capsys.readouterr().out
+
+
+def test_the_command_ends_in_one_line(tmp_path):
+    words = ["check", "webvision", "--data_path", str(tmp_path)]
+    line = [sys.executable, "-m", "common.datasets", *words]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout.splitlines() == [f"missing: {tmp_path / TRAIN}", f"missing: {tmp_path / TEST}"]
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_nothing_is_downloaded(tmp_path):
+    text = message(main, ["download", "webvision", "--data_path", str(tmp_path)])
+    assert text.startswith(
+        "webvision cannot be fetched by a script: get it from WebVision 1.0 of data.vision"
+    )
+    assert text.endswith(
+        "and, below imagenet/val, the validation images of ILSVRC12 from image-net.org in a folder per class"
+    )
+
+
+def test_it_is_loaded_by_its_name(all_classes):
+    assert "webvision" in datasets.FILE_NAMES
+    assert_same(datasets.load_files("webvision", all_classes), load_webvision(all_classes))
+    assert datasets.load_files("webvision", all_classes, imagenet="none").imagenet is None
+    plant(load_webvision(all_classes).test.path(2), "text")
+    found = datasets.load_files("webvision", str(all_classes), on_bad_image="skip", workers=1)
+    assert found.test.labels.tolist() == [0, 1, *range(3, 50)]
+
+
+def test_the_command_takes_another_number_of_classes(root, tmp_path_factory, capsys):
+    words = ["--data_path", str(root), "--workers", "0", "--num_class", "4"]
+    main(["check", "webvision", *words])
+    out = capsys.readouterr().out
+    assert "webvision train: 24 images of 4 classes" in out and "every image is there" in out
+    assert "note: the test list names 8 images, the official one 200" in out and "65944" not in out
+    folder = tmp_path_factory.mktemp("cache")
+    main(["cache", "webvision", *words, "--size", "20", "--out", str(folder)])
+    assert len(open_caches(folder, load_webvision(root, 4), (20,))["train"]) == 24
+    for number in ("1", "1001"):
+        text = message(main, ["check", "webvision", "--data_path", str(root), "--num_class", number])
+        assert text.startswith(f"--num_class {number}: WebVision has 1000 classes")
+
+
+# the cache ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_makes_a_cache_of_the_size_that_is_asked_for(all_classes, tmp_path_factory, capsys):
+    folder = tmp_path_factory.mktemp("cache")
+    words = ["cache", "webvision", "--data_path", str(all_classes), "--workers", "0", "--size", "20"]
+    assert "needs --out" in message(main, words)
+    main([*words, "--out", str(folder / "all")])
+    assert f"webvision imagenet: 50 images in {folder / 'all/imagenet'}" in capsys.readouterr().out
+    data = load_webvision(all_classes)
+    caches = open_caches(folder / "all", data, (320, 20))
+    assert {part: len(cache) for part, cache in caches.items()} == {"train": 50, "test": 50, "imagenet": 50}
+    for part, cache in caches.items():
+        transform = augment.resize_and_center_crop(20, 16)
+        assert torch.equal(transform(cache[9]), transform(getattr(data, part).read(9)))
+    for sizes in ((), (320,), (256, 19)):
+        assert "another list or size" in message(open_caches, folder / "all", data, sizes)
+    assert "another list or size" in message(open_caches, folder / "all", data)
+    main([*words, "--out", str(folder / "all")])  # nothing to do
+    assert "another list or size" in message(main, [*words[:-1], "21", "--out", str(folder / "all")])
+
+    plant(data.imagenet.path(4), "truncated")
+    words += ["--out", str(folder / "some")]
+    assert "image 4 of the imagenet list" in message(main, words)
+    main([*words[:-1], str(folder / "two"), "--imagenet", "none"])
+    assert sorted(path.name for path in (folder / "two").iterdir()) == ["test", "train"]
+    main([*words, "--on_bad_image", "skip"])
+    assert (
+        len(open_caches(folder / "some", load_webvision(all_classes, on_bad_image="skip"), (20,))["imagenet"])
+        == 49
+    )
+
+
+@pytest.mark.parametrize("size", [(500, 400), (330, 470), (320, 320), (90, 60)])
+def test_training_sees_the_same_pixels_in_a_cache_of_320_as_in_the_files(tmp_path, size):
+    make_webvision(tmp_path / "data", classes=2, per_class=2, test_per_class=1, size=size)
+    data = load_webvision(tmp_path / "data", 2)
+    build(data.train, tmp_path / "cache", 320)
+    cache = open_cache(tmp_path / "cache", data.train, (320,))
+    assert "another list or size" in message(open_cache, tmp_path / "cache", data.train)
+    transform = augment.resize_random_resized_crop_and_flip()
+    for whole, small in zip(views(data, transform, None), views(data, transform, cache), strict=True):
+        assert whole.shape[1:] == (3, 299, 299)
+        assert torch.equal(whole, small)
+
+
+def views(data: FileData, transform, cache) -> list[torch.Tensor]:
+    """Two views of every training image, from the files or a cache, drawn by a generator of the same state."""
+    loading = {"mean": data.mean, "std": data.std, "device": torch.device("cpu"), "workers": 0, "views": 2}
+    generator = torch.Generator().manual_seed(5)
+    batches = FileBatches(data.train, 4, transform, shuffle=True, generator=generator, cache=cache, **loading)
+    (found, _), *_ = batches
+    return list(found)
+
+
+def test_another_size_gives_other_pixels(tmp_path):
+    make_webvision(tmp_path / "data", classes=2, per_class=2, test_per_class=1, size=(500, 400))
+    data = load_webvision(tmp_path / "data", 2)
+    build(data.train, tmp_path / "cache", 256)
+    cache = open_cache(tmp_path / "cache", data.train)
+    transform = augment.resize_random_resized_crop_and_flip()
+    assert not torch.equal(views(data, transform, None)[0], views(data, transform, cache)[0])
+    assert len(open_cache(tmp_path / "cache", data.train, (320, 256))) == 4
+    assert "another list or size" in message(open_cache, tmp_path / "cache", data.train, (320,))
