@@ -81,7 +81,7 @@ def test_a_cache_of_another_list_is_refused(split, tmp_path):
     for function in (lambda: open_cache(tmp_path, fewer), lambda: build(fewer, tmp_path)):
         with pytest.raises(
             UserError,
-            match="holds 12 images of another list or size .256 pixels. than the 11 of the train list at 256",
+            match=r"holds 12 images of another list or size .256 pixels. than the 11 of the train list at 256",
         ):
             function()
     with pytest.raises(UserError, match="another list"):
