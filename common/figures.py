@@ -2,7 +2,8 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from common.cli import UserError
 
 SUFFIXES = (".png", ".pdf", ".svg")
 COLORS = plt.colormaps["tab10"].colors
+LINES = ("-", "--", "-.")  # one after the other, where there are more methods than colours
 WIDTH = 12  # inches, of a figure that has panels of curves
 IN_A_ROW = 3  # of these at most
 
@@ -105,23 +107,43 @@ def read_pretraining(folder: Path) -> RunResult:
     return RunResult(folder, curve, epochs, True)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Whatever a damaged file leads to becomes one UserError that names it."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{path} is damaged: it has no {error.args[0]}") from None
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())})") from None
+
+
 # drawing --------------------------------------------------------------------------------------------------------------
 
 
-def draw_curves(axes: Axes, curves: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Mean test accuracy by epoch of each method, shaded from the worst to the best run; curves: (method, accuracy)."""
+def draw_means(axes: Axes, curves: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Mean by epoch of each method, shaded from the lowest to the highest run; curves: (method, values by epoch, from 1)."""
     by_method: dict[str, list[np.ndarray]] = {}
-    for method, accuracy in curves:
-        by_method.setdefault(method, []).append(accuracy)
-    for method, accuracies in by_method.items():
-        length = min(map(len, accuracies))
-        stacked = np.stack([accuracy[:length] for accuracy in accuracies])
-        epochs = np.arange(1, length + 1)
-        (line,) = axes.plot(epochs, stacked.mean(axis=0), label=f"{method}, {len(stacked)} run(s)")
+    for method, values in curves:
+        by_method.setdefault(method, []).append(values)
+    for method, members in by_method.items():
+        length = min(map(len, members))
+        stacked = np.stack([values[:length] for values in members])
+        epochs, mean = np.arange(1, length + 1), stacked.mean(axis=0)
+        alone = np.isfinite(mean).sum() == 1  # no line would be seen
+        (line,) = axes.plot(
+            epochs, mean, marker="." if alone else None, label=f"{method}, {len(stacked)} run(s)"
+        )
         axes.fill_between(epochs, stacked.min(axis=0), stacked.max(axis=0), alpha=0.2, color=line.get_color())
-    axes.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 100))
-    axes.legend(loc="lower right")
+    axes.set(xlabel="epoch")
     axes.grid(alpha=0.3)
+
+
+def draw_curves(axes: Axes, curves: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Test accuracy by epoch of each method, as `draw_means`; curves: (method, accuracy in percent)."""
+    draw_means(axes, curves)
+    axes.set(ylabel="test accuracy (%)", ylim=(0, 100))
+    axes.legend(loc="lower right")
 
 
 def panels(runs: list[RunResult], title: Callable[[RunResult], str]) -> dict[str, list[RunResult]]:
@@ -143,15 +165,33 @@ def panel_grid(by_title: dict[str, list[RunResult]]) -> PanelGrid:
     return PanelGrid(rows, columns, in_legend, rows * (3.5 + 0.17 * lines))
 
 
-def draw_setting(axes: Axes, runs: list[RunResult], colors: dict[str, tuple], warm_up: str) -> None:
+def method_styles(by_title: dict[str, list[RunResult]]) -> dict[str, dict]:
+    """Colour and kind of line of each method, the same in all panels."""
+    training = [run for members in by_title.values() for run in members if not run.pretraining]
+    methods = dict.fromkeys(run.curve.method for run in training)
+    return {
+        method: {
+            "color": COLORS[number % len(COLORS)],
+            "linestyle": LINES[number // len(COLORS) % len(LINES)],
+        }
+        for number, method in enumerate(methods)
+    }
+
+
+def set_styles(axes: Axes, methods: Iterable[str], styles: dict[str, dict]) -> None:
+    """Make the next lines those of the methods; styles: of `method_styles`."""
+    chosen = [styles[method] for method in methods]
+    axes.set_prop_cycle(**{name: [style[name] for style in chosen] for name in ("color", "linestyle")})
+
+
+def draw_setting(axes: Axes, runs: list[RunResult], styles: dict[str, dict], warm_up: str) -> None:
     """Test accuracy by epoch of the runs of one setting, and where their warm-up ends if it is at the same epoch.
 
-    colors: by method. warm_up: which of the arguments has the length of the warm-up.
+    styles: of `method_styles`. warm_up: which of the arguments has the length of the warm-up.
     """
-    methods = dict.fromkeys(run.curve.method for run in runs)
-    axes.set_prop_cycle(color=[colors[method] for method in methods])
+    set_styles(axes, dict.fromkeys(run.curve.method for run in runs), styles)
     draw_curves(axes, [(run.curve.method, run.curve.accuracy) for run in runs])
-    split = [run.curve.arguments for run in runs if run.curve.arguments.get("selection") == "gmm"]
+    split = [run.curve.arguments for run in runs if run.curve.arguments.get("selection", "none") != "none"]
     ends = {arguments.get(warm_up) for arguments in split}
     if len(ends) == 1 and None not in ends:
         axes.axvline(ends.pop() + 0.5, color="gray", linestyle=":", label="end of the warm-up")
@@ -174,16 +214,14 @@ def draw_pretraining(axes: Axes, runs: list[RunResult]) -> None:
 
 def draw_panels(figure: SubFigure, by_title: dict[str, list[RunResult]], warm_up: str) -> None:
     """The panels of curves, legends below them; a method has one colour throughout. warm_up: as of `draw_setting`."""
-    training = [run for members in by_title.values() for run in members if not run.pretraining]
-    methods = dict.fromkeys(run.curve.method for run in training)
-    colors = {method: COLORS[number % len(COLORS)] for number, method in enumerate(methods)}
+    styles = method_styles(by_title)
     rows, columns, in_legend, _ = panel_grid(by_title)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (title, members) in zip(grid, by_title.items(), strict=False):
         if members[0].pretraining:
             draw_pretraining(axes, members)
         else:
-            draw_setting(axes, members, colors, warm_up)
+            draw_setting(axes, members, styles, warm_up)
         axes.set_title(title, fontsize=10)
         legend_below(axes, ncols=in_legend, fontsize=8)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -208,9 +246,25 @@ def checked_path(text: str) -> Path:
     return out
 
 
+def write_parts(parts: list[tuple[float, Callable[[SubFigure], None]]], out: Path) -> None:
+    """Write a figure of parts one below the other: the height of each in inches, and what draws it."""
+    heights = [height for height, _ in parts]
+    figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    rows = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for row, (_, draw) in zip(rows, parts, strict=True):
+        draw(row)
+    write(figure, out)
+
+
 def write(figure: Figure, out: Path) -> None:
-    """Write a figure, whole or not at all, and close it."""
+    """Write a figure, whole or not at all, and close it. UserError: it cannot be written."""
     temporary = out.with_name(f".{out.name}.tmp")
-    figure.savefig(temporary, dpi=110, format=out.suffix.lstrip("."))
-    plt.close(figure)
-    temporary.replace(out)
+    try:
+        figure.savefig(temporary, dpi=110, format=out.suffix.lstrip("."))
+        temporary.replace(out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror})") from None
+    finally:
+        plt.close(figure)
+        temporary.unlink(missing_ok=True)

@@ -10,8 +10,7 @@ The sections in brackets are those of the method's description in manifold_divid
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +31,7 @@ from common import cli, figures
 from common.cli import UserError
 from common.datasets.arrays import is_integer, read_npz
 from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
-from common.figures import RunResult
+from common.figures import RunResult, naming
 from manifold_dividemix.outliers import outlier_auroc, split_epochs
 
 PAPER = "manifold_dividemix"
@@ -99,17 +98,6 @@ def read_run(folder: Path) -> RunResult:
         words = images(run) if run.pretraining and not of_list else setting(run)
     method = f"{description['method']} on {words}" if run.pretraining else run.curve.method
     return run._replace(curve=run.curve._replace(method=method))
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Whatever a damaged file leads to becomes one UserError that names it."""
-    try:
-        yield
-    except KeyError as error:
-        raise UserError(f"{path} is damaged: it has no {error.args[0]}") from None
-    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())})") from None
 
 
 def percent(share: float) -> str:
@@ -368,15 +356,16 @@ def draw(runs: list[RunResult], shown: Shown | None, projection: str, out: Path)
     """Write the figure: the curves of the runs, and what one of them removed, if any did."""
     curves = figures.panels(runs, lambda run: f"Test accuracy: {images(run)}\n{noise(run)}")
     panels = [] if shown is None else panels_of(shown, projection)
-    heights = [figures.panel_grid(curves).height]
-    heights += [0.7 + ROW * grid_of(len(panels))[0]] if panels else []
-    figure = figures.plt.figure(figsize=(figures.WIDTH, sum(heights)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    figures.draw_panels(parts[0], curves, warm_up="warmup_epoch")
+    parts = [
+        (
+            figures.panel_grid(curves).height,
+            partial(figures.draw_panels, by_title=curves, warm_up="warmup_epoch"),
+        )
+    ]
     if panels:
-        draw_shown(parts[1], shown, panels)
-    figures.write(figure, out)
+        height = 0.7 + ROW * grid_of(len(panels))[0]
+        parts.append((height, partial(draw_shown, shown=shown, panels=panels)))
+    figures.write_parts(parts, out)
 
 
 def main(argv=None) -> None:

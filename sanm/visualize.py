@@ -8,6 +8,7 @@ description in sanm/README.md.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -328,18 +329,14 @@ def draw(
 ) -> None:
     """Write the figure: the curves of the runs, and the split and the samples of one of them, if there are any."""
     panels = figures.panels(runs, lambda run: f"Test accuracy: {setting(run)}")
-    heights = [figures.panel_grid(panels).height]
-    heights += [2.9] if split is not None else []
-    heights += [0.9 + ROW * highest(sample_blocks(shown))] if shown is not None else []
-    figure = figures.plt.figure(figsize=(figures.WIDTH, sum(heights)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08)
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    figures.draw_panels(parts[0], panels, warm_up="warm_up")
+    parts = [
+        (figures.panel_grid(panels).height, partial(figures.draw_panels, by_title=panels, warm_up="warm_up"))
+    ]
     if split is not None:
-        draw_split(parts[1], run, split)
+        parts.append((2.9, partial(draw_split, run=run, split=split)))
     if shown is not None:
-        draw_samples(parts[2], run, shown)
-    figures.write(figure, out)
+        parts.append((0.9 + ROW * highest(sample_blocks(shown)), partial(draw_samples, run=run, shown=shown)))
+    figures.write_parts(parts, out)
 
 
 def main(argv=None) -> None:
