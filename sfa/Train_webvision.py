@@ -12,6 +12,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -194,7 +195,8 @@ def parse_args(argv=None) -> Namespace:
         )
     if args.imb_factor > 1:
         parser.error(f"argument --imb_factor: must be at most 1, got {args.imb_factor}")
-    smallest = 75 if args.network == "inception_resnet_v2" else 32
+    # that leaves maps of 2 x 2: of one image with a map of one pixel batch norms have no statistics
+    smallest = 107 if args.network == "inception_resnet_v2" else 33
     if args.image_size < smallest:
         parser.error(
             f"argument --image_size: must be at least {smallest} for {args.network}, got {args.image_size}"
@@ -213,20 +215,31 @@ def parse_args(argv=None) -> Namespace:
         parser.error(
             f"argument --parallel: networks needs two processes, torchrun started {processes.planned()}"
         )
+    on_cards = args.device == "cuda" or (args.device == "auto" and torch.cuda.device_count() > 0)
+    if args.parallel == "networks" and not processes.launched() and on_cards and not _both_cards(args):
+        parser.error(
+            f"argument --parallel: networks needs two CUDA devices, {args.gpuid1} and {args.gpuid2} by --gpuid1 and --gpuid2 "
+            f"(found {torch.cuda.device_count()})"
+        )
     return args
 
 
 def _usual_parallel(args: Namespace) -> str:
     if processes.launched():
         return "data"
-    cards = torch.cuda.device_count() if args.device != "cpu" else 0
-    return "networks" if args.gpuid1 != args.gpuid2 and max(args.gpuid1, args.gpuid2) < cards else "none"
+    return "networks" if args.device != "cpu" and _both_cards(args) else "none"
+
+
+def _both_cards(args: Namespace) -> bool:
+    return args.gpuid1 != args.gpuid2 and max(args.gpuid1, args.gpuid2) < torch.cuda.device_count()
 
 
 def start_both(args: Namespace, argv: list[str]) -> None:
     """Become two processes with a network each, on both cards: this command under torchrun."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    cards = [visible[i] if i < len(visible) and visible[i] else str(i) for i in (args.gpuid1, args.gpuid2)]
+    cards = [str(i) for i in (args.gpuid1, args.gpuid2)]
+    if "CUDA_VISIBLE_DEVICES" in os.environ:  # what is hidden stays hidden
+        visible = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+        cards = [visible[i] for i in (args.gpuid1, args.gpuid2) if i < len(visible)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     sys.stdout.flush()
     command = [*launcher, str(Path(__file__).resolve()), *argv]
@@ -509,6 +522,10 @@ def select(learner: Learner, moments: Moments | None, plain: FileBatches, name: 
     classes = 50 if args.fidelity == "released" else args.num_class
 
     def found() -> Selection:
+        if not features.square().sum().isfinite():
+            raise UserError(
+                "features of training samples are not finite: lower --lr or try --precision fp32, with another --out"
+            )
         selection = stochastic_feature_averaging(
             features,
             s.labels,
@@ -550,6 +567,8 @@ def main(argv=None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     if args.parallel == "networks" and not processes.launched():
+        with redirect_stdout(None):  # what is wrong with the data is told before, in one line
+            load(args, Device(torch.device("cpu"), "fp32", ""))
         start_both(args, argv)
     device = gpu.pick(args.device, args.precision, args.gpuid1, several=True)
     data = load(args, device)

@@ -41,7 +41,8 @@ def ramp_up(lambda_u: float, position: float, warm_up: int, length: float = 16) 
 
 
 # losses of the standard head: (logits, targets, class_counts [K]) -> scalar -------------------------------------------
-# Targets are one-hot in the warm-up and soft afterwards. With soft ones each is the mean of its hard form, weighed by the target.
+# Targets are one-hot in the warm-up and soft afterwards. With soft ones each is the mean of its hard form, weighed by the target;
+# but the reverse term of SCE takes the logarithm of the target as it is.
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, _class_counts: Tensor) -> Tensor:

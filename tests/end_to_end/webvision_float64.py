@@ -1,31 +1,77 @@
-"""sfa/Train_webvision.py with a small network in float64: [EPOCH:WHERE ...] FLAGS.
+"""sfa/Train_webvision.py with a small network in float64, where two processes differ from one by the last digits: FLAGS, or JOBS.
 
-Two processes differ from one by the last digits then; in float32 a selection can tip over. With moments, as killed.py has them,
-it is started once for each, killed there, and once more to run to its end; a moment of our own: 0:start, before the first
-checkpoint.
+In float32 a selection can tip over. JOBS: a list as JSON, each the fields of `Job`, of starts that are processes of their own but
+share one import; prints the exit statuses of each.
 """
 
+import json
 import os
+import signal
+import socket
 import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch._dynamo
+import torch._dynamo  # what an optimiser imports when it is made, for seconds: here once for all
+from PIL import Image
 from torch import nn
 
 from common import augment, cli
+from common.run import Run
 from sfa import Train_webvision
 from sfa.networks import TwoHeads
-from tests.end_to_end.killed import MortalRun, die
+from tests.common.small_file_data import SIZE, image_files, make_webvision
 
 
-class MortalWebVisionRun(MortalRun):
-    """A run that may also end before its first checkpoint."""
+class Job(NamedTuple):
+    """One start of the script, by as many processes as torchrun would start."""
+
+    flags: list[str]
+    log: str  # what it prints is appended to LOG.out and LOG.err
+    moment: str = "0:never"
+    processes: int = 1
+
+
+class MortalRun(Run):
+    """A run that gets a signal in one epoch: EPOCH:WHERE or EPOCH:WHERE:SIGNAL, by default SIGKILL.
+
+    WHERE is a pass by the beginning of its name (warm-up of network 1, test, selection, ...), after its first batch; log, after
+    the epoch's row is written and before its checkpoint is; save, after that; or start, of epoch 0, before the first checkpoint.
+    """
+
+    moment = "0:never"
+
+    def at(self, epoch: int, where: str) -> None:
+        """The signal, if this is its moment."""
+        wanted, place, *name = self.moment.split(":")
+        if int(wanted) == epoch and where.startswith(place):
+            os.kill(os.getpid(), getattr(signal, *(name or ["SIGKILL"])))
 
     def resume(self, state: dict) -> None:
-        """As ever, but for a run that is to end at its start."""
-        if self.moment == (0, "start"):
-            die()
+        """As ever, but it may not come to it."""
+        self.at(0, "start")
         super().resume(state)
+
+    def progress(self, batches: Iterable, description: str, *how: bool, **more: bool) -> Iterator:
+        """As ever, but the first batch may be the last."""
+        where = description.split(" ", 2)[2]  # after the epoch and its number
+        for number, batch in enumerate(super().progress(batches, description, *how, **more)):
+            yield batch
+            if number == 0:
+                self.at(len(self.rows) + 1, where)
+
+    def log(self, epoch: int, **values: float | int | None) -> None:
+        """As ever, but it may be the last."""
+        super().log(epoch, **values)
+        self.at(epoch, "log")
+
+    def _save(self) -> None:
+        super()._save()
+        self.at(len(self.rows), "save")
 
 
 class SmallNetwork(nn.Module):
@@ -42,19 +88,74 @@ class SmallNetwork(nn.Module):
         return self.heads(self.layers(images).mean(dim=(2, 3)))
 
 
+def make_doubtful_webvision(root: Path, classes: int, per_class: int, test_per_class: int = 2) -> None:
+    """make_webvision's with training images whose colours overlap: networks disagree, and selections change with the epochs."""
+    make_webvision(root, classes, per_class, test_per_class)
+    rng = np.random.default_rng(1)
+    for path in image_files(root / "google"):
+        colour = np.asarray(Image.open(path)).mean(axis=(0, 1))
+        pattern = rng.normal(0, 30, size=3) + rng.normal(0, 60, size=(5, 6, 3))
+        coarse = np.clip(128 + (colour - 128) / 2 + pattern, 0, 255).astype(np.uint8)
+        Image.fromarray(coarse).resize(SIZE, Image.Resampling.BICUBIC).save(path, quality=90)
+
+
+def run(job: Job) -> None:
+    """Be a process that the script runs in."""
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+        stream.flush()
+        file = os.open(f"{job.log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, stream.fileno())
+    MortalRun.moment, status = job.moment, 0
+    try:
+        cli.exit_cleanly(Train_webvision.main, job.flags)
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def started(job: Job) -> list[int]:
+    """Start the processes of a job with what torchrun gives them to know; their ids."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # free in a moment
+    children = []
+    for rank in range(job.processes):
+        children.append(os.fork())
+        if children[-1] == 0:
+            if job.processes > 1:
+                names = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": port}
+                names |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), job.processes)
+                os.environ |= {name: str(value) for name, value in names.items()}
+                os.environ["MASTER_ADDR"] = "127.0.0.1"
+            run(job)
+    return children
+
+
+def ended(children: list[int]) -> list[int]:
+    """Their exit statuses in the order in which they end; where one fails the others are killed, as by torchrun."""
+    left, statuses = set(children), []
+    while left:
+        child, status = os.wait()
+        left.remove(child)
+        statuses.append(os.waitstatus_to_exitcode(status))
+        if statuses[-1] not in (0, 128 + signal.SIGTERM):
+            for other in left:
+                os.kill(other, signal.SIGKILL)
+    return statuses
+
+
 if __name__ == "__main__":
-    start = next(number for number, word in enumerate(sys.argv) if word.startswith("--"))
-    words, normalise = sys.argv[start:], augment.normalise
+    normalise = augment.normalise
     augment.normalise = lambda *arguments: normalise(*arguments).double()
-    Train_webvision.webvision_network = SmallNetwork
+    Train_webvision.webvision_network, Train_webvision.Run = SmallNetwork, MortalRun
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double  # what the heads take out of the autocast
-    for moment in sys.argv[1:start]:
-        child = os.fork()
-        if child == 0:
-            epoch, where = moment.split(":")
-            Train_webvision.Run, MortalRun.moment = MortalWebVisionRun, (int(epoch), where)
-            cli.exit_cleanly(Train_webvision.main, words)
-            os._exit(0)
-        print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-    cli.exit_cleanly(Train_webvision.main, words)
+    if not sys.argv[1].startswith("["):
+        cli.exit_cleanly(Train_webvision.main, sys.argv[1:])
+        sys.exit()
+    for fields in json.loads(sys.argv[1]):
+        print("status", *ended(started(Job(**fields))), flush=True)

@@ -1,11 +1,13 @@
 """The command line of Train_cifar.py: the release's flags, ours, and what is refused before anything is written."""
 
 import re
+from functools import partial
 
 import pytest
+import torch
 
 from common import cli
-from sfa import Train_cifar
+from sfa import Train_cifar, losses
 from sfa.Train_cifar import PRESETS, make_parser, parse_args
 
 # frozen: a change of a name or a default is a change for every user
@@ -28,6 +30,14 @@ FLAGS = [
     (("--T",), 0.5),
     (("--arch",), "resnet18"),
     (("--gpuid",), 0),
+    (("--loss",), "ce"),
+    (("--ldam_margin",), 0.5),
+    (("--ldam_scale",), 30),
+    (("--gce_q",), 0.7),
+    (("--sce_ce",), None),
+    (("--sce_rce",), None),
+    (("--adjustment_tau",), 1),
+    (("--selection",), "sfa"),
     (("--p_threshold",), 0.5),
     (("--beta",), 0.99),
     (("--phi",), 1.005),
@@ -108,12 +118,30 @@ def test_help_exits_0_and_shows_every_flag(capsys):
 # presets and settled defaults -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", cli.read_presets(PRESETS))
-def test_every_preset_parses_and_its_values_arrive(name):
+OURS = [name for name, section in cli.read_presets(PRESETS).items() if "script" not in section]
+OTHERS = [name for name in cli.read_presets(PRESETS) if name not in OURS]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_preset_of_the_script_parses_and_its_values_arrive(name):
     section = cli.read_presets(PRESETS)[name]
     args = vars(parse_args(["--preset", name]))
     assert section
     assert {flag: args.get(flag) for flag in section} == section
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_name_of_a_preset_ends_in_its_selection_and_its_loss(name):
+    args = parse_args(["--preset", name])
+    assert name.split("/")[2] == args.selection + (f"-{args.loss}" if args.loss != "ce" else "")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_presets_of_the_other_script_are_refused(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["--preset", name])
+    assert stop.value.code == 2
+    assert f"preset {name} is for Train_webvision.py, not for Train_cifar.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -148,6 +176,99 @@ def test_a_noise_file_means_given_labels():
     assert parse_args(["--noise_file", "labels.npy"]).noise_mode == "given"
 
 
+@pytest.mark.parametrize(
+    ("argv", "weights"),
+    [
+        ([], (0.1, 1)),
+        (["--dataset", "digits"], (0.1, 1)),
+        (["--dataset", "cifar100"], (6, 0.1)),
+        (["--dataset", "cifar100", "--sce_ce", "0.5"], (0.5, 0.1)),
+        (["--dataset", "cifar100", "--sce_rce", "2"], (6, 2)),
+        (["--sce_ce", "0"], (0, 1)),
+        (["--sce_rce", "0"], (0.1, 0)),
+    ],
+)
+def test_the_weights_of_sce_follow_the_data_set_unless_they_are_typed(argv, weights):
+    args = parse_args(argv)
+    assert (args.sce_ce, args.sce_rce) == weights
+
+
+def test_the_choices_of_selection_and_loss_are_the_frozen_ones():
+    choices = {action.option_strings[-1]: action.choices for action in actions() if action.choices}
+    assert choices["--selection"] == ["sfa", "gmm", "none"]
+    assert choices["--loss"] == ["ce", "ldam", "gce", "sce", "logit_adjusted", "balanced_softmax"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("ce", losses.cross_entropy),
+        ("ldam", partial(losses.ldam, largest_margin=0.5, scale=30)),
+        ("ldam --ldam_margin 0.2", partial(losses.ldam, largest_margin=0.2, scale=30)),
+        ("ldam --ldam_scale 5", partial(losses.ldam, largest_margin=0.5, scale=5)),
+        ("gce", partial(losses.generalised_cross_entropy, q=0.7)),
+        ("gce --gce_q 1", partial(losses.generalised_cross_entropy, q=1)),
+        ("sce", partial(losses.symmetric_cross_entropy, ce_weight=0.1, rce_weight=1)),
+        ("sce --dataset cifar100", partial(losses.symmetric_cross_entropy, ce_weight=6, rce_weight=0.1)),
+        ("sce --sce_ce 2", partial(losses.symmetric_cross_entropy, ce_weight=2, rce_weight=1)),
+        ("sce --sce_rce 3", partial(losses.symmetric_cross_entropy, ce_weight=0.1, rce_weight=3)),
+        ("logit_adjusted", losses.balanced_softmax),
+        ("logit_adjusted --adjustment_tau 0.5", partial(losses.logit_adjusted, tau=0.5)),
+        ("balanced_softmax", losses.balanced_softmax),
+    ],
+)
+def test_the_loss_asked_for_is_the_one_trained_with_and_its_flags_arrive(words, expected):
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(4, 3, generator=generator), torch.rand(4, 3, generator=generator)
+    given = (logits, targets, torch.tensor([50, 9, 2]))
+    loss = Train_cifar.standard_loss(parse_args(["--loss", *words.split()]))
+    torch.testing.assert_close(loss(*given), expected(*given))
+
+
+@pytest.mark.parametrize(
+    ("words", "method"),
+    [
+        ("", "SFA"),
+        ("--selection gmm", "GMM"),
+        ("--selection none", "no selection"),
+        ("--loss ldam", "SFA + LDAM"),
+        ("--loss gce", "SFA + GCE"),
+        ("--loss sce", "SFA + SCE"),
+        ("--loss logit_adjusted", "SFA + logit adjustment"),
+        ("--selection gmm --loss balanced_softmax", "GMM + balanced softmax"),
+        ("--selection none --loss gce", "no selection + GCE"),
+    ],
+)
+def test_results_name_the_selection_and_the_loss(words, method):
+    assert Train_cifar.method(parse_args(words.split())) == method
+
+
+def test_the_run_directory_names_what_differs_from_the_defaults_of_the_data_set():
+    always = "dataset_cifar100-imb_type_exp-imb_factor_0.01-noise_mode_imb-noise_ratio_0.5-seed_123"
+    for words, name in (
+        ("", ""),
+        ("--sce_ce 6", ""),
+        ("--selection gmm --loss sce", "-loss_sce-selection_gmm"),
+    ):
+        args = parse_args(["--dataset", "cifar100", *words.split()])
+        assert Train_cifar.directory_name(args) == always + name
+
+
+@pytest.mark.parametrize(
+    ("words", "notes"),
+    [
+        ("", 0),
+        ("--warm_up 200", 1),
+        ("--warm_up 200 --selection gmm", 1),
+        ("--warm_up 200 --selection none", 0),
+        ("--lr_drop 200 --selection none", 1),
+    ],
+)
+def test_a_warm_up_to_the_end_is_said_unless_nothing_is_to_be_selected(words, notes, capsys):
+    Train_cifar.note_schedule(parse_args(words.split()))
+    assert capsys.readouterr().out.count("note: ") == notes
+
+
 # refusals ---------------------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +297,19 @@ def test_a_noise_file_means_given_labels():
         ("--preset", "nosuch", "preset nosuch: choose from .*embedded/"),
         ("--fidelity", "both", "--fidelity: .*both.*choose from .*paper.*released"),
         ("--resume", "30", "--resume: .*30.*choose from .*auto.*never"),
+        ("--selection", "dividemix", "--selection: .*dividemix.*choose from .*sfa.*gmm.*none"),
+        (
+            "--loss",
+            "focal",
+            "--loss: .*focal.*choose from .*ce.*ldam.*gce.*sce.*logit_adjusted.*balanced_softmax",
+        ),
+        ("--gce_q", "2", "--gce_q: .*got 2"),
+        ("--gce_q", "0", "--gce_q: .*got 0"),
+        ("--ldam_margin", "-0.5", "--ldam_margin: .*got -0.5"),
+        ("--ldam_scale", "0", "--ldam_scale: .*got 0"),
+        ("--sce_ce", "-1", "--sce_ce: .*got -1"),
+        ("--sce_rce", "nan", "--sce_rce: .*got nan"),
+        ("--adjustment_tau", "0", "--adjustment_tau: .*got 0"),
     ],
 )
 def test_a_bad_value_ends_in_status_2_and_one_line_naming_it(flag, value, line, tmp_path, capsys):

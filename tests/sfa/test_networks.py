@@ -1,9 +1,24 @@
 """Shapes and sizes of the networks."""
 
+from argparse import Namespace
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
+from torchvision import models
 
-from sfa.networks import preact_resnet18, preact_resnet_narrow
+from sfa.networks import (
+    CosineHead,
+    InceptionResNetV2,
+    ResNet,
+    TwoHeads,
+    preact_resnet18,
+    preact_resnet_narrow,
+    webvision_network,
+)
+from sfa.Train_cifar import make_network
 
 
 @pytest.mark.parametrize(("num_classes", "parameters"), [(10, 11_176_404), (100, 11_268_744)])
@@ -35,3 +50,132 @@ def test_both_heads_reach_the_features():
         network.zero_grad()
         network(torch.randn(4, 1, 8, 8))[head].sum().backward()
         assert network.stem.weight.grad.abs().sum() > 0
+
+
+# a head of angles -------------------------------------------------------------------------------------------------------
+
+
+def test_a_cosine_head_gives_scale_times_the_cosines():
+    head, features = CosineHead(6, 4, scale=7), torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    found = head(features).detach().numpy()
+    for f, row in zip(features.numpy(), found, strict=True):
+        for w, value in zip(head.weight.detach().numpy(), row, strict=True):
+            assert value == pytest.approx(7 * (f @ w) / np.sqrt((f @ f) * (w @ w)), abs=1e-5)
+    assert head.bias is None and [name for name, _ in head.named_parameters()] == ["weight"]
+
+
+def test_lengths_of_features_and_weights_do_not_matter_to_a_cosine_head():
+    head, features = CosineHead(6, 4, scale=30), torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    found = head(features)
+    assert float(found.detach().abs().max()) <= 30 * (1 + 1e-6)
+    lengths = torch.tensor([1e-3, 0.1, 1, 10, 1e6])[:, None]
+    torch.testing.assert_close(head(features * lengths), found)
+    with torch.no_grad():
+        head.weight.mul_(torch.tensor([1e-3, 0.1, 10, 1e6])[:, None])
+    torch.testing.assert_close(head(features), found)
+
+
+def test_a_feature_of_zeros_has_finite_logits_and_gradients():
+    head, features = CosineHead(6, 4, scale=30), torch.zeros(2, 6)
+    features[1] = 1
+    features.requires_grad_()
+    logits = head(features)
+    assert not logits[0].any() and logits[1].any()
+    logits.logsumexp(dim=1).sum().backward()
+    assert torch.isfinite(features.grad).all() and torch.isfinite(head.weight.grad).all()
+
+
+@pytest.mark.parametrize("size", [8, 32])
+def test_only_ldam_exchanges_the_standard_head_and_leaves_the_rest_of_the_initial_weights(size):
+    images = np.zeros((1, size, size, 1), np.uint8)
+    data = SimpleNamespace(train=SimpleNamespace(images=images), num_classes=5)
+    made = {}
+    for loss in ("ce", "ldam", "gce"):
+        torch.manual_seed(0)
+        made[loss] = make_network(data, Namespace(loss=loss, ldam_scale=11.0))
+    heads = made["ldam"].heads
+    assert type(heads.standard) is CosineHead and heads.standard.scale == 11
+    assert heads.standard.weight.shape == (5, heads.feature_size)
+    plain = made["ce"].state_dict()
+    for loss in ("ldam", "gce"):
+        state = made[loss].state_dict()
+        differing = {name for name in plain if name not in state or not torch.equal(plain[name], state[name])}
+        ldam = {"heads.standard.weight", "heads.standard.bias"}
+        assert differing == (ldam if loss == "ldam" else set()) and set(state) <= set(plain)
+    assert type(made["gce"].heads.standard) is nn.Linear and type(heads.balanced) is nn.Linear
+    logits = made["ldam"](torch.randn(3, 1, size, size))[1]
+    assert float(logits.detach().abs().max()) <= 11 * (1 + 1e-6)
+
+
+def test_a_cosine_head_is_float32_under_autocast():
+    heads = TwoHeads(6, 4)
+    heads.standard = CosineHead(6, 4, scale=30)
+    features = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = heads(features)
+    assert [t.dtype for t in found] == [torch.float32] * 3
+    torch.testing.assert_close(found, heads(features), rtol=0, atol=0)
+
+
+# torchvision's ResNets --------------------------------------------------------------------------------------------------
+
+HEADS = ["heads.standard.weight", "heads.standard.bias", "heads.balanced.weight", "heads.balanced.bias"]
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet18", 512), ("resnet50", 2048)])
+def test_a_resnet_is_torchvisions_without_its_last_layer_and_with_two_heads(name, size):
+    network, plain = ResNet(name, 50), models.get_model(name)
+    assert network.heads.feature_size == size
+    count = sum(p.numel() for p in plain.parameters()) - (size + 1) * 1000 + 2 * (size + 1) * 50
+    assert sum(p.numel() for p in network.parameters()) == count
+    # 11 689 512 and 25 557 032 parameters for 1000 classes
+    assert count == {"resnet18": 11_227_812, "resnet50": 23_712_932}[name]
+    names = [f"encoder.{own}" for own in plain.state_dict() if not own.startswith("fc.")]
+    assert list(network.state_dict()) == names + HEADS
+
+
+def test_a_resnet_gives_the_encoders_features_and_both_heads_logits_in_float32():
+    network = ResNet("resnet18", 7).eval()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features, standard, balanced = network(images)
+        plain = models.get_model("resnet18").eval()
+        plain.fc = nn.Identity()
+        plain.load_state_dict(
+            {k.removeprefix("encoder."): v for k, v in network.state_dict().items() if k not in HEADS}
+        )
+        torch.testing.assert_close(features, plain(images))
+        torch.testing.assert_close(standard, network.heads.standard(features))
+        torch.testing.assert_close(balanced, network.heads.balanced(features))
+        with torch.autocast("cpu", torch.bfloat16):
+            half = network(images)
+    assert features.shape == (2, 512) and standard.shape == balanced.shape == (2, 7)
+    assert [t.dtype for t in half] == [torch.float32] * 3
+
+
+def test_the_weights_of_a_resnet_are_random_as_torchvision_draws_them():
+    made = []
+    for make in (lambda: ResNet("resnet18", 5), lambda: models.get_model("resnet18")):
+        torch.manual_seed(0)
+        made.append(make().state_dict())
+    network, plain = made
+    assert all(torch.equal(network[f"encoder.{n}"], plain[n]) for n in plain if not n.startswith("fc."))
+    other = ResNet("resnet18", 5).state_dict()
+    assert not torch.equal(other["encoder.conv1.weight"], network["encoder.conv1.weight"])
+
+
+def test_the_webvision_network_is_chosen_by_its_name():
+    with torch.device("meta"):
+        inception, resnet = (webvision_network(name, 50) for name in ("inception_resnet_v2", "resnet18"))
+    assert type(inception) is InceptionResNetV2 and type(resnet) is ResNet
+    assert sum(p.numel() for p in inception.parameters()) == 54_460_164
+    assert inception.heads.feature_size == 1536 and resnet.heads.feature_size == 512
+    assert [network.heads.standard.out_features for network in (inception, resnet)] == [50, 50]
+
+
+@pytest.mark.parametrize(("make", "size"), [(preact_resnet18, 512), (preact_resnet_narrow, 64)])
+def test_the_names_in_a_checkpoint_stay(make, size):
+    network = make(10)
+    names = list(network.state_dict())
+    assert names[0] == "stem.weight" and names[-4:] == HEADS
+    assert network.heads.feature_size == size

@@ -1,12 +1,16 @@
 """Stochastic feature averaging where the recorded cases do not go: guards, the fast steps against plain ones, state."""
 
+import ast
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from common import checkpoint
 from common.mixture import sklearn_upper_posterior, upper_posterior
 from sfa import selection
-from sfa.selection import Moments, stochastic_feature_averaging
+from sfa.selection import Moments, Selection, incoming_moments, stochastic_feature_averaging
 
 NUM_CLASSES, SIZE, DIM = 4, 200, 8
 
@@ -179,3 +183,80 @@ def test_clean_samples_are_found_where_features_tell_them_apart():
         found = average(observed, confidence, features=features, posterior=posterior)
         assert torch.equal(found.selected, ~wrong)
         assert torch.equal(found.counts, torch.bincount(observed[~wrong], minlength=NUM_CLASSES))
+
+
+# the state from epoch to epoch ------------------------------------------------------------------------------------------
+
+
+def epoch_by_epoch(between=lambda memory: memory) -> list[Selection]:
+    """Three epochs of plain random tensors, the state kept as the scripts keep it. between: what happens to it on the way."""
+    memory, found = {"moments": [None]}, []
+    for epoch in range(3):
+        generator = torch.Generator().manual_seed(epoch)
+        kept = memory["moments"][0]
+        selection = stochastic_feature_averaging(
+            torch.randn(SIZE, DIM, generator=generator),
+            torch.randint(NUM_CLASSES, (SIZE,), generator=generator),
+            torch.rand(SIZE, generator=generator),
+            None if kept is None else Moments(*kept),
+            normals=torch.randn(2, NUM_CLASSES, DIM, generator=generator, dtype=torch.float64),
+            threshold=0.3,
+            beta=0.8,
+            min_draw_count=0,
+        )
+        found.append(selection)
+        memory = between({"moments": [list(selection.moments)]})
+    return found
+
+
+def test_plain_tensors_and_the_state_of_the_epoch_before_are_all_it_needs():
+    first, second, third = epoch_by_epoch()
+    assert torch.equal(first.moments.square, first.moments.mean**2)
+    for before, after in ((first, second), (second, third)):
+        # M' = 0.8 M + 0.2 c, so c can be found again, and with it Q'
+        centroids = (after.moments.mean - 0.8 * before.moments.mean) / 0.2
+        square = 0.8 * before.moments.square + 0.2 * centroids**2
+        torch.testing.assert_close(after.moments.square, square)
+        assert not torch.equal(after.moments.mean, before.moments.mean)
+    assert all(0 < int(found.selected.sum()) < SIZE for found in (first, second, third))
+
+
+def test_the_state_may_go_through_a_checkpoint_between_epochs(tmp_path):
+    def through_a_checkpoint(memory):
+        checkpoint.save(tmp_path, {"state": checkpoint.collect(memory)})
+        fresh = {"moments": [None]}
+        checkpoint.restore(fresh, checkpoint.load(tmp_path)["state"])
+        return fresh
+
+    for found, expected in zip(epoch_by_epoch(through_a_checkpoint), epoch_by_epoch(), strict=True):
+        *tensors, moments = found
+        *expected_tensors, expected_moments = expected
+        for own, other in zip([*tensors, *moments], [*expected_tensors, *expected_moments], strict=True):
+            assert own.dtype == other.dtype and torch.equal(own, other)
+
+
+def test_moments_are_handed_on_or_begin_from_zeros_as_in_the_release():
+    cpu = torch.device("cpu")
+    assert [incoming_moments(None, mode, cpu) for mode in ("persist", "released")] == [None, None]
+    kept = epoch_by_epoch()[-1].moments
+    before = [tensor.clone() for tensor in kept]
+    persist, released = (incoming_moments(kept, mode, cpu) for mode in ("persist", "released"))
+    assert isinstance(persist, Moments) and isinstance(released, Moments)
+    for own, handed, zeros in zip(before, persist, released, strict=True):
+        assert torch.equal(handed, own)
+        assert zeros.shape == own.shape and zeros.dtype == own.dtype and not zeros.any()
+    assert all(torch.equal(own, other) for own, other in zip(before, kept, strict=True))
+
+
+def test_moments_are_brought_to_the_device_of_the_features():
+    kept = Moments(torch.ones(2, 3, dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64))
+    for mode in ("persist", "released"):
+        found = incoming_moments(kept, mode, torch.device("meta"))
+        assert [tensor.device.type for tensor in found] == ["meta", "meta"]
+
+
+def test_it_knows_no_network_no_script_and_nothing_else_of_the_method():
+    tree = ast.parse(Path(selection.__file__).read_text())
+    names = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert sorted(names) == ["collections.abc", "common.mixture", "torch", "torch", "typing"]
