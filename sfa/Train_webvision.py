@@ -120,7 +120,8 @@ def make_parser() -> cli.Parser:
         "--batch_size",
         type=cli.count,
         default=32,
-        help="labelled = unlabelled batch, over all processes; the warm-up uses twice that. A smaller last batch is left out",
+        help="labelled = unlabelled batch, over all processes; the warm-up uses twice that. A smaller last batch is left out, so "
+        "that any number of processes trains alike; under --fidelity released one process keeps it",
     )
     training.add_argument(
         "--lr", "--learning_rate", type=cli.positive, default=0.01, help="initial learning rate"
@@ -278,15 +279,14 @@ class Data(NamedTuple):
     ) -> "Part | None":
         """Shuffled batches of augmented training images at `positions` [n], whose index counts within the training set.
 
-        Of batch_size or, where that is more, of all that there are; None without any. A smaller last batch is left out, so
-        that any number of processes trains alike.
+        Of batch_size or, where that is more, of all that there are; None without any.
         """
         world = processes.world()
         size = min(batch_size, len(positions) // world * world)
         if size == 0:
             return None
         transform = resize_random_resized_crop_and_flip(before_crop(args), args.image_size)
-        options = {"shuffle": True, "drop_last": True, "generator": generator, "views": views}
+        options = {"shuffle": True, "drop_last": drops_last(args), "generator": generator, "views": views}
         batches = self.batches(*self._only(positions), transform, size, **options)
         return Part(batches, torch.from_numpy(positions).to(batches.device))
 
@@ -315,6 +315,11 @@ class Part(NamedTuple):
         """Pass after pass, without end."""
         while True:
             yield from self
+
+
+def drops_last(args: Namespace) -> bool:
+    """Whether a smaller last batch of training images is left out: it cannot be cut into equal pieces for processes."""
+    return args.fidelity != "released" or processes.world() > 1
 
 
 def before_crop(args: Namespace) -> int:
@@ -522,10 +527,6 @@ def select(learner: Learner, moments: Moments | None, plain: FileBatches, name: 
     classes = 50 if args.fidelity == "released" else args.num_class
 
     def found() -> Selection:
-        if not features.square().sum().isfinite():
-            raise UserError(
-                "features of training samples are not finite: lower --lr or try --precision fp32, with another --out"
-            )
         selection = stochastic_feature_averaging(
             features,
             s.labels,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.cli import UserError
 from common.mixture import upper_posterior
 
 
@@ -139,8 +140,13 @@ def stochastic_feature_averaging(
     features float32 [N, D] (evaluation mode, un-augmented); labels: observed, int [N]; confidence [N]: softmax of the
     auxiliary head at the observed label; moments: of the epoch before, None at the first one; normals [draws, K, D]:
     standard normal draws; threshold: tau of this epoch. A class is drawn from its Gaussian if it has more than
-    min_draw_count confident samples (0: every class is).
+    min_draw_count confident samples (0: every class is). UserError: features that are not finite.
     """
+    # the sum of squares too: it is divided by
+    if not features.square().sum().isfinite():
+        raise UserError(
+            "features of training samples are not finite: lower --lr or try --precision fp32, with another --out"
+        )
     num_classes = normals.shape[1]
     unit = centred_unit_features(features)
     confident = confidence > threshold

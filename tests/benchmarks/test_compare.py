@@ -233,6 +233,8 @@ def test_csv_that_cannot_be_written(tmp_path, capsys):
     assert "cannot be written" in mistake(capsys, a, a, "--csv", tmp_path)
     before = a.read_bytes()
     assert "is one of the result files" in mistake(capsys, a, a, "--csv", tmp_path / "." / "a.csv")
+    assert "--markdown" in mistake(capsys, a, a, "--markdown", a)
+    assert "--markdown the name of a file" in mistake(capsys, a, a, "--markdown", tmp_path)
     assert a.read_bytes() == before
 
 
@@ -279,7 +281,7 @@ def test_number_of_files(tmp_path, capsys):
     a = write(tmp_path / "a.csv", runs(70))
     assert "1 result file" in mistake(capsys, a)
     assert "2 result file" in mistake(capsys, a, a, "--against", "ce")
-    assert "3 result file" in mistake(capsys, a, a, a)
+    assert "3 result file" in mistake(capsys, a, a, a, "--against", "ce")
 
 
 @pytest.mark.parametrize("words", [["a.csv", "none.csv"], ["a.csv", "nan.csv"], ["a.csv", "--metri", "best"]])
@@ -306,3 +308,81 @@ def test_command_line_against(tmp_path):
         "ce",
         "10.5",
     )
+
+
+def test_each_further_file_is_compared_with_the_first(tmp_path):
+    for name, value in (("a", 70), ("b", 71), ("c", 68)):
+        write(tmp_path / f"{name}.csv", runs(value, value + 2))
+    done = run("a.csv", "b.csv", "c.csv", "--csv", "out.csv", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line for line in done.stdout.splitlines() if line.startswith(("a: ", "b: "))] == [
+        *("a: a.csv", "b: b.csv"),
+        *("a: a.csv", "b: c.csv"),
+    ]
+    with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:
+        rows = [(row["file"], float(row["difference"])) for row in csv.DictReader(file)]
+    assert rows == [("b.csv", 1), ("c.csv", -2)]
+
+
+def test_markdown_holds_what_the_text_holds(tmp_path):
+    left = runs(70, 72) + runs(60, metric="last") + runs(50, method="other|one")
+    write(tmp_path / "a.csv", left + runs(1, cell="gone") + runs(1, cell="longer"))
+    write(tmp_path / "b.csv", left + runs(2, cell="longer", epochs="9"))
+    done = run("a.csv", "b.csv", "--markdown", "out.md", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "out.md").read_text()
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert table[:2] == [
+        "| method | metric | n a | mean a | std a | n b | mean b | std b | b - a | 95% interval |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    assert "| sfa | best | 2 | 71.00 | 1.41 | 2 | 71.00 | 1.41 | +0.00 | [-6.08, +6.08] |" in table
+    assert "| other&#124;one | best | 1 | 50.00 |  | 1 | 50.00 |  | +0.00 |  |" in table
+    assert len(table) == 2 + 3
+    assert "\nnot compared: epochs 3 against 9\n- cell longer" in text
+    assert "\n- only in a.csv: cell gone" in text
+
+
+def test_fail_below_names_every_mean_that_is_lower_by_more(tmp_path):
+    write(tmp_path / "a.csv", runs(70, 72) + runs(60, 60, metric="last"))
+    write(tmp_path / "b.csv", runs(69, 71) + runs(58.9, 58.9, metric="last") + runs(1, cell="new"))
+    done = run("a.csv", "b.csv", "--fail-below", "1", folder=tmp_path)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("worse in b.csv: ") and line.endswith(": 60.00 to 58.90 (-1.10)")
+    assert "metric last" in line and "-1.10" in done.stdout
+    assert run("a.csv", "b.csv", "--fail-below", "1.2", folder=tmp_path).returncode == 0
+    assert run("a.csv", "b.csv", "--fail-below", "1", "--metric", "best", folder=tmp_path).returncode == 0
+    assert run("b.csv", "b.csv", "--fail-below", "0", folder=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [({"cell": "other"}, ": missing"), ({"epochs": "9"}, "epochs 3: missing under this condition")],
+)
+def test_fail_below_fails_where_a_cell_is_missing(tmp_path, capsys, other, text):
+    a = write(tmp_path / "a.csv", runs(70) + runs(70, cell="common"))
+    b = write(tmp_path / "b.csv", runs(70, **other) + runs(70, cell="common"))
+    with pytest.raises(SystemExit) as stop:
+        main([str(a), str(b), "--fail-below", "5"])
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(text)
+
+
+def test_fail_below_against_a_method(tmp_path):
+    write(
+        tmp_path / "a.csv",
+        runs(60, 61, method="ce") + runs(59, 61, method="better") + runs(50, method="worse"),
+    )
+    done = run("a.csv", "--against", "ce", "--fail-below", "2", folder=tmp_path)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("worse in the other methods: ") and "method worse" in line
+
+
+@pytest.mark.parametrize("points", ["-1", "nan", "few"])
+def test_fail_below_wants_a_number(tmp_path, points):
+    write(tmp_path / "a.csv", runs(70))
+    done = run("a.csv", "a.csv", f"--fail-below={points}", folder=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and points in done.stderr

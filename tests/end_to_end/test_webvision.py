@@ -298,14 +298,17 @@ def test_both_networks_in_both_processes_of_torchrun_train_as_in_one(base, alone
 # as released ----------------------------------------------------------------------------------------------------------
 
 
-def test_as_released_processes_make_no_difference_either(base, alone, ends):
+def test_as_released_a_network_in_each_process_makes_no_difference_either(base, alone, ends):
     one, two = ends["in_one"].result(), ends["in_two"].result()
     assert (one["released"], two["released_networks"], two["released_data"]) == ([[0]], [[0, 0]], [[0, 0]])
     run = base / "released" / "run"
     arguments = json.loads((run / "args.json").read_text())["arguments"]
     assert (arguments["ema_mode"], arguments["reset_momentum"]) == ("released", "yes")
     assert_same_training(base / "released_networks" / "run", run)
-    assert_nearly_same(base / "released_data" / "run", run)
+    # with pieces of batches the smaller last ones are left out, of which the warm-up has none
+    (first, second, *_), (wanted, other, *_) = (table(r) for r in (base / "released_data" / "run", run))
+    assert float(first["loss"]) == pytest.approx(float(wanted["loss"]), rel=1e-9)
+    assert float(second["loss"]) != pytest.approx(float(other["loss"]), rel=1e-4)
     # the moments, and so the centroids, are others from epoch 3 on; the momentum from epoch 2 on
     assert log_without_seconds(run)[1].split(",")[1] == log_without_seconds(alone)[1].split(",")[1]
     assert log_without_seconds(run)[2:] != log_without_seconds(alone)[2:]

@@ -1,6 +1,7 @@
 """Stochastic feature averaging where the recorded cases do not go: guards, the fast steps against plain ones, state."""
 
 import ast
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from common import checkpoint
+from common.cli import UserError
 from common.mixture import sklearn_upper_posterior, upper_posterior
 from sfa import selection
 from sfa.selection import Moments, Selection, incoming_moments, stochastic_feature_averaging
@@ -255,8 +257,16 @@ def test_moments_are_brought_to_the_device_of_the_features():
         assert [tensor.device.type for tensor in found] == ["meta", "meta"]
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_features_that_are_not_finite_or_whose_squares_are_not_are_refused(labels, value):
+    features = features_of(labels)
+    features[3, 2] = value
+    with pytest.raises(UserError, match="features of training samples are not finite: lower --lr"):
+        average(labels, torch.ones(SIZE), features=features)
+
+
 def test_it_knows_no_network_no_script_and_nothing_else_of_the_method():
     tree = ast.parse(Path(selection.__file__).read_text())
     names = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert sorted(names) == ["collections.abc", "common.mixture", "torch", "torch", "typing"]
+    assert sorted(names) == ["collections.abc", "common.cli", "common.mixture", "torch", "torch", "typing"]

@@ -553,6 +553,16 @@ def test_a_part_has_whole_batches_or_one_of_all_that_there_are(count, world, siz
         assert all(torch.equal(view.long(), index) for view in views)
 
 
+@pytest.mark.parametrize(
+    ("fidelity", "world", "drops"), [("paper", 1, True), ("released", 1, False), ("released", 2, True)]
+)
+def test_as_released_one_process_keeps_a_smaller_last_batch(fidelity, world, drops, monkeypatch):
+    monkeypatch.setattr(processes, "world", lambda: world)
+    data, asked = stub_data(40)
+    data.training(np.arange(10), 4, 2, torch.Generator(), parse_args([*ARGS, "--fidelity", fidelity]))
+    assert asked[0]["drop_last"] is drops
+
+
 def test_a_part_can_be_gone_through_without_end():
     data, _ = stub_data(40)
     part = data.training(np.array([7, 3, 9, 1, 5, 8, 30, 31, 2]), 4, 1, torch.Generator(), parse_args(ARGS))
