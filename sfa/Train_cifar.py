@@ -417,9 +417,8 @@ def main(argv=None) -> None:
         run.save_arrays("clean_probability", net1=first, net2=second, observed=observed, clean=clean)
     if memory["centroids"]:
         run.save_arrays("centroids", net1=torch.stack(memory["centroids"]).numpy())
-    last = [f"{shot}_accuracy" for shot in SHOTS] + [
-        f"net1_{name}" for name in ("precision", "recall", "auc")
-    ]
+    last = [f"{shot}_accuracy" for shot in SHOTS]
+    last += [f"net1_{name}" for name in ("precision", "recall", "auc", *(f"{shot}_recall" for shot in SHOTS))]
     run.finish(**{f"last_{name}": run.rows[-1][name] for name in last})
 
 
