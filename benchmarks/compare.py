@@ -1,7 +1,8 @@
-"""Two result files side by side, cell by cell, or every method of one file beside a baseline.
+"""Result files side by side with a first one, cell by cell, or every method of one file beside a baseline.
 
-    python -m benchmarks.compare a.csv b.csv [--metric best last] [--csv OUT.csv]
-    python -m benchmarks.compare a.csv --against ce
+    python -m benchmarks.compare a.csv b.csv [c.csv ...] [--metric best last] [--csv OUT.csv] [--markdown OUT.md]
+    python -m benchmarks.compare a.csv --against CE
+    python -m benchmarks.compare reference.csv new.csv --metric last --fail-below 1      # status 1 where new.csv is worse
 
 Means and standard deviations are over seeds; the interval is Welch's, of the difference of the two means.
 Only runs of the same profile and the same number of epochs are compared; what is left out is listed.
@@ -10,6 +11,7 @@ Only runs of the same profile and the same number of epochs are compared; what i
 import csv
 import math
 import statistics
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
@@ -18,7 +20,7 @@ from typing import NamedTuple
 
 from scipy.stats import t as student_t
 
-from common.cli import Parser, UserError, exit_cleanly
+from common.cli import Parser, UserError, exit_cleanly, non_negative
 from common.files import write_atomic
 from common.results import COLUMNS, to_csv
 
@@ -91,7 +93,8 @@ class Unpaired(NamedTuple):
 
 
 CSV_NUMBERS = ("n_a", "mean_a", "std_a", "n_b", "mean_b", "std_b", "difference", "low", "high")
-CSV_COLUMNS = (*Key._fields, *Condition._fields, "baseline", "baseline_fidelity", *CSV_NUMBERS)
+CSV_COLUMNS = (*Key._fields, *Condition._fields, "baseline", "baseline_fidelity", *CSV_NUMBERS, "file")
+NUMBERS = ("n a", "mean a", "std a", "n b", "mean b", "std b", "b - a", f"{CONFIDENCE:.0%} interval")
 
 
 class Comparison(NamedTuple):
@@ -287,22 +290,28 @@ def welch_interval(a: Sample, b: Sample) -> tuple[float, float] | None:
     return difference - margin, difference + margin
 
 
-def format_table(comparison: Comparison, name_a: str, name_b: str) -> str:
-    """The comparison as text, without a last line break: a table, then what was not compared and why."""
+def format_table(comparison: Comparison, name_a: str, name_b: str, markdown: bool = False) -> str:
+    """The comparison as text, without a last line break: a table, then what was not compared and why.
+
+    markdown: as Markdown, the table with bars and the rest as lists.
+    """
     labels = [_labels(line) for line in comparison.lines]
     # the metric stays in every line and in every listed key, so that none is ever without a name
     varying = {name for label in labels for name in label if label[name] != labels[0][name]} | {"metric"}
     common = {name: text for name, text in (labels[0] if labels else {}).items() if name not in varying}
     stated = ", ".join(f"{name} {text}" for name, text in common.items() if text)
-    text = [f"a: {name_a}", f"b: {name_b}"]
+    text = [f"a: {name_a}", *([""] if markdown else []), f"b: {name_b}"]
     if stated:
-        text += textwrap.wrap(f"the same in every line: {stated}", LINE_LENGTH, subsequent_indent="  ")
-    text += ["", *(_table(comparison.lines, labels, varying) if labels else ["no line to compare"])]
-    text += _mismatch_text(comparison.mismatches, common)
+        stated = f"the same in every line: {stated}"
+        text += ["", stated] if markdown else textwrap.wrap(stated, LINE_LENGTH, subsequent_indent="  ")
+    table = _markdown_table if markdown else _table
+    text += ["", *(table(*_columns(comparison.lines, labels, varying)) if labels else ["no line to compare"])]
+    text += _mismatch_text(comparison.mismatches, common, "- " if markdown else "  ")
     unpaired = [(name_a, only) for only in comparison.only_a] + [(name_b, only) for only in comparison.only_b]
     if unpaired:
         text.append("")
-    text += [f"only in {name}: {_label(common, only.key, only.condition)}" for name, only in unpaired]
+    only_in = "- only in" if markdown else "only in"
+    text += [f"{only_in} {name}: {_label(common, only.key, only.condition)}" for name, only in unpaired]
     return "\n".join(text)
 
 
@@ -323,16 +332,29 @@ def _label(common: dict[str, str], *parts: Key | Condition) -> str:
     return ", ".join(f"{name} {text or '(blank)'}" for name, text in fields if text != common.get(name, ""))
 
 
-def _table(lines: Sequence[Line], labels: Sequence[dict[str, str]], varying: set[str]) -> list[str]:
+def _columns(
+    lines: Sequence[Line], labels: Sequence[dict[str, str]], varying: set[str]
+) -> tuple[list[tuple[str, ...]], int]:
+    """The columns of the table, each with its heading first, and how many of them are words; the others are numbers."""
     names = [name for name in labels[0] if name in varying]
-    numbers = ["n a", "mean a", "std a", "n b", "mean b", "std b", "b - a", f"{CONFIDENCE:.0%} interval"]
     cells = [
         [label[name] for name in names] + _numbers(line) for line, label in zip(lines, labels, strict=True)
     ]
-    columns = list(zip([*names, *numbers], *cells, strict=True))
-    padded = [_pad(column, str.ljust) for column in columns[: len(names)]]
-    padded += [_pad(column, str.rjust) for column in columns[len(names) :]]
+    return list(zip([*names, *NUMBERS], *cells, strict=True)), len(names)
+
+
+def _table(columns: list[tuple[str, ...]], words: int) -> list[str]:
+    padded = [_pad(column, str.ljust) for column in columns[:words]]
+    padded += [_pad(column, str.rjust) for column in columns[words:]]
     return ["  ".join(row).rstrip() for row in zip(*padded, strict=True)]
+
+
+def _markdown_table(columns: list[tuple[str, ...]], words: int) -> list[str]:
+    heading, *rows = zip(*columns, strict=True)
+    rule = ["---"] * words + ["---:"] * (len(columns) - words)
+    return [
+        f"| {' | '.join(text.replace('|', '&#124;') for text in row)} |" for row in (heading, rule, *rows)
+    ]
 
 
 def _pad(column: Sequence[str], justify: Callable[[str, int], str]) -> list[str]:
@@ -349,7 +371,7 @@ def _sample_text(sample: Sample) -> list[str]:
     return [str(sample.n), f"{sample.mean:.2f}", "" if sample.std is None else f"{sample.std:.2f}"]
 
 
-def _mismatch_text(mismatches: Sequence[Mismatch], common: dict[str, str]) -> list[str]:
+def _mismatch_text(mismatches: Sequence[Mismatch], common: dict[str, str], indent: str) -> list[str]:
     """The keys under the reason they share."""
     reasons: dict[str, list[str]] = {}
     for mismatch in mismatches:
@@ -360,23 +382,42 @@ def _mismatch_text(mismatches: Sequence[Mismatch], common: dict[str, str]) -> li
         reasons.setdefault(reason, []).append(_label(common, mismatch.key_b))
     text = []
     for reason, keys in reasons.items():
-        text += ["", f"not compared: {reason}", *(f"  {key}" for key in dict.fromkeys(keys))]
+        text += ["", f"not compared: {reason}", *(f"{indent}{key}" for key in dict.fromkeys(keys))]
     return text
 
 
-def write_csv(comparison: Comparison, path: str | Path) -> None:
+def regressions(comparison: Comparison, points: float) -> list[str]:
+    """What is worse in b than in a: each line whose mean is lower by more than `points`, and each cell that b lacks."""
+    found = [
+        f"{_label({}, line.key_b, line.condition)}: {line.a.mean:.2f} to {line.b.mean:.2f} ({line.difference:+.2f})"
+        for line in comparison.lines
+        if line.difference < -points
+    ]
+    found += [f"{_label({}, only.key, only.condition)}: missing" for only in comparison.only_a]
+    return found + [
+        f"{_label({}, x.key_a, x.condition_a)}: missing under this condition" for x in comparison.mismatches
+    ]
+
+
+def write_csv(comparisons: Iterable[tuple[str, Comparison]], path: str | Path) -> None:
     """The compared lines as a CSV, numbers unrounded; a file already there is replaced whole or not at all.
 
-    Raises UserError where the file cannot be written.
+    comparisons: each with the name of b, a column of its own. Raises UserError where the file cannot be written.
     """
+    rows = [_csv_row(line) | {"file": file} for file, found in comparisons for line in found.lines]
+    write_text(to_csv(rows, CSV_COLUMNS), path, "--csv")
+
+
+def write_text(text: str, path: str | Path, flag: str) -> None:
+    """A file written whole or not at all. Raises UserError, which names the flag, where it cannot be written."""
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"{path} cannot be written: give --csv the name of a file in an existing folder")
+        raise UserError(f"{path} cannot be written: give {flag} the name of a file in an existing folder")
     try:
-        write_atomic(path, to_csv(map(_csv_row, comparison.lines), CSV_COLUMNS).encode())
+        write_atomic(path, text.encode())
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror}): give --csv a writable folder"
+            f"{path} cannot be written ({error.strerror}): give {flag} a writable folder"
         ) from None
 
 
@@ -388,7 +429,12 @@ def _csv_row(line: Line) -> dict:
 def parse_args(argv: Sequence[str] | None):
     """The command line. Raises UserError where the number of files does not fit --against."""
     parser = Parser(prog="python -m benchmarks.compare", description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", metavar="FILE", help="two result CSVs; one with --against")
+    parser.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="two or more result CSVs, of which the first is compared with each; one with --against",
+    )
     parser.add_argument(
         "--metric", nargs="+", metavar="NAME", help="metrics to compare; all there are if not given"
     )
@@ -398,27 +444,48 @@ def parse_args(argv: Sequence[str] | None):
     parser.add_argument(
         "--csv", metavar="OUT.csv", help="also write the compared lines to this file, unrounded"
     )
+    parser.add_argument(
+        "--markdown", metavar="OUT.md", help="also write what is printed to this file, as Markdown"
+    )
+    parser.add_argument(
+        "--fail-below",
+        type=non_negative,
+        metavar="POINTS",
+        help="exit with status 1 where a mean is lower than the first file's (or METHOD's) by more than this, or is missing",
+    )
     args = parser.parse_args(argv)
-    expected = 2 if args.against is None else 1
-    if len(args.files) != expected:
-        given = f"{len(args.files)} result file(s) given ({', '.join(args.files)})"
-        raise UserError(f"{given}: give two to compare, or one with --against METHOD")
-    if args.csv is not None and any(Path(args.csv).resolve() == Path(file).resolve() for file in args.files):
-        raise UserError(f"--csv {args.csv} is one of the result files: give another name")
+    given = f"{len(args.files)} result file(s) given ({', '.join(args.files)})"
+    if (len(args.files) == 1) != (args.against is not None):
+        raise UserError(f"{given}: give two or more to compare, or one with --against METHOD")
+    for flag, out in (("--csv", args.csv), ("--markdown", args.markdown)):
+        if out is not None and any(Path(out).resolve() == Path(file).resolve() for file in args.files):
+            raise UserError(f"{flag} {out} is one of the result files: give another name")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the comparison of two result files, or of one file's methods with a baseline."""
+    """Print the comparison of result files with the first, or of one file's methods with a baseline."""
     args = parse_args(argv)
-    results = [read_results(path) for path in args.files]
+    first, *others = [read_results(path) for path in args.files]
     if args.against is None:
-        comparison, names = compare(*results, args.metric), args.files
+        name = args.files[0]
+        found = [
+            (file, compare(first, rows, args.metric))
+            for file, rows in zip(args.files[1:], others, strict=True)
+        ]
     else:
-        comparison, names = against(*results, args.against, args.metric), [args.against, "the other methods"]
+        name, found = args.against, [("the other methods", against(first, args.against, args.metric))]
     if args.csv is not None:
-        write_csv(comparison, args.csv)
-    print(format_table(comparison, *names))
+        write_csv(found, args.csv)
+    if args.markdown is not None:
+        tables = [format_table(one, name, other, markdown=True) for other, one in found]
+        write_text("\n\n".join(tables) + "\n", args.markdown, "--markdown")
+    print("\n\n".join(format_table(one, name, other) for other, one in found))
+    if args.fail_below is not None:
+        worse = [f"{other}: {text}" for other, one in found for text in regressions(one, args.fail_below)]
+        for text in worse:
+            print(f"worse in {text}", file=sys.stderr)
+        sys.exit(1 if worse else 0)
 
 
 if __name__ == "__main__":
