@@ -15,7 +15,7 @@ from common.cli import UserError
 from common.datasets import FileData, FileSplit
 from common.datasets.image_cache import open_caches
 from common.gpu import Device
-from common.loader import Batches, FileBatches, Images
+from common.loader import Batches, FileBatches, Images, Labelled
 
 ON_DISK = ("food", "clothing1m")
 FOLDERS = {"food": "./data/food", "clothing1m": "./data/clothing1m"}
@@ -23,13 +23,6 @@ IMAGE_SIZE = 224  # of crops of image files
 SAMPLED = (
     20_000  # so many training images at most are gone through again for their attention at the end of a run
 )
-
-
-class Labelled(NamedTuple):
-    """Batches of a split, and its labels by the positions that come with the batches."""
-
-    batches: Iterable
-    labels: Tensor  # int64 [N], on the device
 
 
 class Data(NamedTuple):

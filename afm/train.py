@@ -40,7 +40,6 @@ from afm.training import (
 )
 from common import cli, gpu, processes
 from common.noise import NOISE_TYPES
-from common.results import to_csv
 from common.run import Run, run_name
 
 PRESETS = Path(__file__).with_name("presets.toml")
@@ -393,9 +392,7 @@ def main(argv=None) -> None:
         args, device, paper="afm", method=method(args), name=directory_name(args), cell=cell(args, data)
     )
     run.save_labels(data.index, data.clean, data.observed, data.num_classes)
-    if data.skipped:
-        rows = [dict(zip(("path", "position", "reason"), image, strict=True)) for image in data.skipped]
-        run.save_file("skipped_images.csv", to_csv(rows, rows[0]).encode())
+    run.save_skipped(data.skipped)
 
     network = device.prepare(network)
     if args.compile:

@@ -163,6 +163,27 @@ def add_shared_flags(parser: Parser, default_seed: int) -> None:
     )
 
 
+def add_image_file_flags(group, workers: int, how: str = "") -> None:
+    """The flags of a script whose images come from files, to an argument group. how: behind the command that makes a cache."""
+    group.add_argument(
+        "--on_bad_image",
+        choices=["error", "skip"],
+        default="error",
+        help="images that are missing or damaged: stop, or leave them out from the start",
+    )
+    group.add_argument(
+        "--image_cache",
+        metavar="DIR",
+        help=f"read images from a cache made by python -m common.datasets cache{how}",
+    )
+    group.add_argument(
+        "--workers",
+        type=count_or_zero,
+        default=workers,
+        help="processes that decode images, for each of the passes",
+    )
+
+
 def read_presets(path: Path) -> dict[str, dict]:
     """The named sections of a presets.toml: {name: {flag: value}}."""
     return tomllib.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,9 @@
 """Mini-batches, as many views as asked: of images that stay on the device (Batches), of image files (FileBatches)."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -235,6 +236,32 @@ class FileBatches:
         pixels = pixels.to(self.device, non_blocking=True).permute(0, 1, 4, 2, 3)  # channels-last in memory
         views = tuple(augment.normalise(view, self.mean, self.std) for view in pixels)
         return views, torch.from_numpy(batch).to(self.device, non_blocking=True)
+
+
+class Labelled(NamedTuple):
+    """Batches of a split in its order, and its labels by the positions that come with the batches."""
+
+    batches: Iterable
+    labels: Tensor  # int [N], on the device
+
+
+class Part(NamedTuple):
+    """Batches of a part of the samples that are trained on, whose index is made to count within all of them."""
+
+    batches: FileBatches
+    numbers: Tensor  # int [n]: of the part's samples within all, on the device
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        for views, index in self.batches:
+            yield views, self.numbers[index]
+
+    def endless(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        """Pass after pass, without end."""
+        while True:
+            yield from self
 
 
 def _views(

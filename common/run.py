@@ -184,6 +184,12 @@ class Run:
         if processes.rank() == 0:
             write_atomic(self.folder / name, content)
 
+    def save_skipped(self, skipped: Iterable[tuple[str, int, str]]) -> None:
+        """List images that were left out in skipped_images.csv, if there are any: path, position in its list, reason."""
+        rows = [dict(zip(("path", "position", "reason"), image, strict=True)) for image in skipped]
+        if rows:
+            self.save_file("skipped_images.csv", results.to_csv(rows, rows[0]).encode())
+
     def save_weights(self, name: str, weights: dict[str, torch.Tensor]) -> None:
         """Write a state dict of tensors into the run directory, as tensors on the CPU."""
         content = io.BytesIO()

@@ -30,8 +30,7 @@ from common.datasets.clothing1m import CLASSES, NAME, folder_of_lists
 from common.datasets.file_lists import missing_files, without_bad_images
 from common.datasets.image_cache import ImageCache, open_caches
 from common.gpu import Device
-from common.loader import FileBatches
-from common.results import to_csv
+from common.loader import FileBatches, Labelled
 from common.run import Run, run_name
 from me_momentum.ClothingData import DATA_ROOT, INDEX, LISTS, read_index
 from me_momentum.confident import confident_examples
@@ -74,23 +73,7 @@ def make_parser() -> cli.Parser:
         default=256,
         help="pixels of both sides; training crops pad an eighth of it (32)",
     )
-    data.add_argument(
-        "--on_bad_image",
-        choices=["error", "skip"],
-        default="error",
-        help="images that are missing or damaged: stop, or leave them out from the start",
-    )
-    data.add_argument(
-        "--image_cache",
-        metavar="DIR",
-        help="read images from a cache made by python -m common.datasets cache",
-    )
-    data.add_argument(
-        "--workers",
-        type=cli.count_or_zero,
-        default=8,
-        help="processes that decode images, for each of the passes",
-    )
+    cli.add_image_file_flags(data, workers=8)
 
     network = parser.add_argument_group("network")
     network.add_argument(
@@ -188,13 +171,6 @@ def parse_args(argv=None) -> Namespace:
 
 
 # data -----------------------------------------------------------------------------------------------------------------
-
-
-class Labelled(NamedTuple):
-    """Batches of a split in its order, and its labels by the positions that come with the batches."""
-
-    batches: FileBatches
-    labels: Tensor  # int [N], on the device
 
 
 class Data(NamedTuple):
@@ -438,9 +414,7 @@ def main(argv=None) -> None:
         args, device, paper="me_momentum", method=method(args), name=directory_name(args), cell=cell(args)
     )
     run.save_labels(data.index, None, data.observed, args.num_classes)
-    if data.skipped:
-        rows = [dict(zip(("path", "position", "reason"), image, strict=True)) for image in data.skipped]
-        run.save_file("skipped_images.csv", to_csv(rows, rows[0]).encode())
+    run.save_skipped(data.skipped)
 
     network = device.prepare(network, args.compile)
     if args.sync_bn:

@@ -10,7 +10,7 @@ method's description in sanm/README.md.
 import random
 import sys
 from argparse import BooleanOptionalAction, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +29,7 @@ from common.datasets import FileData, FileSplit
 from common.datasets.clothing1m import CLASSES, NAME
 from common.datasets.image_cache import ImageCache, open_caches
 from common.gpu import Device
-from common.loader import FileBatches
-from common.results import to_csv
+from common.loader import FileBatches, Labelled, Part
 from common.run import Run, run_name
 from sanm import clothing
 from sanm.flags import add_mask_flags, check_mask_flags, mask_rule
@@ -74,23 +73,7 @@ def make_parser() -> cli.Parser:
         default=224,
         help="pixels of both sides of a crop; images are resized to 8/7 of it (256) before",
     )
-    data.add_argument(
-        "--on_bad_image",
-        choices=["error", "skip"],
-        default="error",
-        help="images that are missing or damaged: stop, or leave them out from the start",
-    )
-    data.add_argument(
-        "--image_cache",
-        metavar="DIR",
-        help="read images from a cache made by python -m common.datasets cache",
-    )
-    data.add_argument(
-        "--workers",
-        type=cli.count_or_zero,
-        default=5,
-        help="processes that decode images, for each of the passes",
-    )
+    cli.add_image_file_flags(data, workers=5)
     data.add_argument("--id", default="clothing1m", help="ignored: logs go to --out")
 
     network = parser.add_argument_group("network")
@@ -157,13 +140,6 @@ def parse_args(argv=None) -> Namespace:
 
 
 # data -----------------------------------------------------------------------------------------------------------------
-
-
-class Labelled(NamedTuple):
-    """Batches of a split in its order, and its labels by the positions that come with the batches."""
-
-    batches: FileBatches
-    labels: Tensor  # int [N], on the device
 
 
 class Data(NamedTuple):
@@ -327,25 +303,6 @@ def two_samples(views: tuple[Tensor, ...], clean: Tensor) -> Samples:
     return Samples(views, views, clean)
 
 
-class Part(NamedTuple):
-    """Batches of a part of the subset, whose index is made to count within the subset."""
-
-    batches: FileBatches
-    numbers: Tensor  # int [n]: of the part's images within the subset, on the device
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator:
-        for views, index in self.batches:
-            yield views, self.numbers[index]
-
-    def endless(self) -> Iterator:
-        """Pass after pass, without end."""
-        while True:
-            yield from self
-
-
 def co_divide(
     networks: list[nn.Module], parallel: nn.Module, optimizer: SGD, peers: Division, name: str, s: Setting
 ) -> tuple[list[float], int]:
@@ -402,9 +359,7 @@ def main(argv=None) -> None:
     nets = [clothing_network(args.network, args.num_class, args.pretrained) for _ in range(2)]
     run = Run(args, device, paper="sanm", method=method(args), name=directory_name(args), cell=cell(args))
     run.save_labels(data.index, None, data.split.labels, args.num_class)
-    if data.skipped:
-        rows = [dict(zip(("path", "position", "reason"), image, strict=True)) for image in data.skipped]
-        run.save_file("skipped_images.csv", to_csv(rows, rows[0]).encode())
+    run.save_skipped(data.skipped)
 
     nets = [device.prepare(net, args.compile) for net in nets]
     if args.sync_bn:

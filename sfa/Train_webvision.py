@@ -11,7 +11,7 @@ import io
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from copy import deepcopy
 from functools import partial
@@ -33,8 +33,7 @@ from common.datasets import FileData, FileSplit
 from common.datasets.image_cache import ImageCache, open_caches
 from common.datasets.webvision import NAME
 from common.gpu import Device
-from common.loader import FileBatches
-from common.results import to_csv
+from common.loader import FileBatches, Labelled, Part
 from common.run import Run, run_name
 from sfa.evaluation import accuracies, top_k_accuracy
 from sfa.networks import webvision_network
@@ -86,23 +85,7 @@ def make_parser() -> cli.Parser:
         default=299,
         help="pixels of both sides of a crop; images are resized to 320/299 of it (320) before",
     )
-    data.add_argument(
-        "--on_bad_image",
-        choices=["error", "skip"],
-        default="error",
-        help="images that are missing or damaged: stop, or leave them out from the start",
-    )
-    data.add_argument(
-        "--image_cache",
-        metavar="DIR",
-        help="read images from a cache made by python -m common.datasets cache webvision --size 320 (or 256)",
-    )
-    data.add_argument(
-        "--workers",
-        type=cli.count_or_zero,
-        default=8,
-        help="processes that decode images, for each of the passes",
-    )
+    cli.add_image_file_flags(data, workers=8, how=" webvision --size 320 (or 256)")
 
     network = parser.add_argument_group("network")
     network.add_argument(
@@ -250,13 +233,6 @@ def start_both(args: Namespace, argv: list[str]) -> None:
 # data -----------------------------------------------------------------------------------------------------------------
 
 
-class Labelled(NamedTuple):
-    """Batches of a split in its order, and its labels by the positions that come with the batches."""
-
-    batches: FileBatches
-    labels: Tensor  # int [N], on the device
-
-
 class Data(NamedTuple):
     """What a run trains and tests on."""
 
@@ -276,7 +252,7 @@ class Data(NamedTuple):
         views: int,
         generator: torch.Generator,
         args: Namespace,
-    ) -> "Part | None":
+    ) -> Part | None:
         """Shuffled batches of augmented training images at `positions` [n], whose index counts within the training set.
 
         Of batch_size or, where that is more, of all that there are; None without any.
@@ -296,25 +272,6 @@ class Data(NamedTuple):
 
     def _only(self, positions: np.ndarray) -> tuple[FileSplit, ImageCache | None]:
         return self.split.only(positions), None if self.cache is None else self.cache.only(positions)
-
-
-class Part(NamedTuple):
-    """Batches of a part of the training set, whose index is made to count within all of it."""
-
-    batches: FileBatches
-    numbers: Tensor  # int [n]: of the part's images within the training set, on the device
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator:
-        for views, index in self.batches:
-            yield views, self.numbers[index]
-
-    def endless(self) -> Iterator:
-        """Pass after pass, without end."""
-        while True:
-            yield from self
 
 
 def drops_last(args: Namespace) -> bool:
@@ -575,9 +532,7 @@ def main(argv=None) -> None:
     data = load(args, device)
     run = Run(args, device, paper="sfa", method="SFA", name=directory_name(args), cell=cell(args))
     run.save_labels(data.index, None, data.split.labels, args.num_class)
-    if data.skipped:
-        rows = [dict(zip(("path", "position", "reason"), image, strict=True)) for image in data.skipped]
-        run.save_file("skipped_images.csv", to_csv(rows, rows[0]).encode())
+    run.save_skipped(data.skipped)
 
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
     learners = [make_learner(i, args, device) for i in (0, 1)]
