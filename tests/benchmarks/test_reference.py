@@ -77,6 +77,12 @@ def test_the_row_of_every_method_in_sfas_text_is_that_of_the_file():
             assert f" | {' | '.join(shown)} | [`{file}`]" in text, f"{method} {fidelity}"
 
 
+def test_the_quality_of_the_selection_on_cifar100_in_sfas_text_is_that_of_the_file():
+    text = (ROOT / "sfa" / "README.md").read_text()
+    for metric in ("last_net1_auc", "last_net1_precision"):
+        assert summary("sfa_cifar100_cpu.csv", "SFA", metric, scale=100) in text
+
+
 @pytest.mark.parametrize(("method", "name"), SFA.items())
 def test_the_front_page_shows_sfas_figures(method, name):
     fidelity = "" if method == "CE" else "paper"  # the baseline has no such choice
