@@ -32,6 +32,7 @@ from common.mixture import sklearn_upper_posterior, upper_posterior
 from common.run import Run, run_name
 from sfa import losses as standard_losses
 from sfa.evaluation import SELECTION_STATISTICS, SHOTS, accuracies, selection_statistics
+from sfa.flags import add_averaging_flags
 from sfa.losses import ramp_up
 from sfa.networks import CosineHead, PreActResNet, preact_resnet18, preact_resnet_narrow
 from sfa.selection import (
@@ -139,30 +140,8 @@ def make_parser() -> cli.Parser:
         default="sfa",
         help="sfa: stochastic feature averaging; gmm: DivideMix's small losses; none: all labels are trained on as they are",
     )
-    selection.add_argument(
-        "--p_threshold",
-        type=cli.fraction,
-        default=0.5,
-        help="clean probability above which a sample is selected",
-    )
-    selection.add_argument(
-        "--beta", type=cli.fraction, default=0.99, help="smoothing factor of the running moments"
-    )
-    selection.add_argument(
-        "--phi", type=cli.positive, default=1.005, help="growth of the confidence threshold per epoch"
-    )
-    selection.add_argument(
-        "--sample_rate", type=cli.count, default=1, help="Gaussian draws per class and epoch"
-    )
-    selection.add_argument(
-        "--min_draw_count",
-        type=cli.count_or_zero,
-        help="classes with more confident samples are drawn; 0: all; by default 300, and 9 on digits",
-    )
-    selection.add_argument(
-        "--ema_mode",
-        choices=["persist", "released"],
-        help="whether the running moments outlive the epoch; by default released under --fidelity released",
+    add_averaging_flags(
+        selection, beta=0.99, min_draw_count=None, classes_drawn="; by default 300, and 9 on digits"
     )
     selection.add_argument(
         "--mixture",

@@ -36,6 +36,7 @@ from common.gpu import Device
 from common.loader import FileBatches, Labelled, Part
 from common.run import Run, run_name
 from sfa.evaluation import accuracies, top_k_accuracy
+from sfa.flags import add_averaging_flags
 from sfa.networks import webvision_network
 from sfa.selection import (
     Moments,
@@ -139,32 +140,7 @@ def make_parser() -> cli.Parser:
     )
 
     selection = parser.add_argument_group("stochastic feature averaging")
-    selection.add_argument(
-        "--p_threshold",
-        type=cli.fraction,
-        default=0.5,
-        help="clean probability above which a sample is selected",
-    )
-    selection.add_argument(
-        "--beta", type=cli.fraction, default=0.9, help="smoothing factor of the running moments"
-    )
-    selection.add_argument(
-        "--phi", type=cli.positive, default=1.005, help="growth of the confidence threshold per epoch"
-    )
-    selection.add_argument(
-        "--sample_rate", type=cli.count, default=1, help="Gaussian draws per class and epoch"
-    )
-    selection.add_argument(
-        "--min_draw_count",
-        type=cli.count_or_zero,
-        default=0,
-        help="classes with more confident samples are drawn; 0: all",
-    )
-    selection.add_argument(
-        "--ema_mode",
-        choices=["persist", "released"],
-        help="whether the running moments outlive the epoch; by default released under --fidelity released",
-    )
+    add_averaging_flags(selection, beta=0.9, min_draw_count=0)
     cli.add_shared_flags(parser, default_seed=123)
     return parser
 
