@@ -158,8 +158,8 @@ class Cell(NamedTuple):
         return [*words, *self.flags, "--seed", str(seed), "--out", str(out), *extra]
 
 
-def cells(paper: str, profile: str, names: list[str] | None = None) -> list[Cell]:
-    """The cells of a paper in a profile; names picks some by preset.
+def cells(paper: str, profile: str, names: list[str] | None = None, table: str | None = None) -> list[Cell]:
+    """The cells of a paper in a profile; names picks some by preset, table those whose preset begins with it.
 
     The presets under embedded/ are the embedded profile, those under short/ (data the paper has no protocol for) are in
     short alone; all others are the published protocol, or with the paper's shortening flags the profile short. UserError: a
@@ -172,6 +172,10 @@ def cells(paper: str, profile: str, names: list[str] | None = None) -> list[Cell
         for name, folder in folders.items()
         if profile == folder or (folder not in PROFILES and profile != "embedded")
     ]
+    tables = list(dict.fromkeys(folders[name] for name in found))
+    if table is not None and table not in tables:
+        raise UserError(f"no table {table} in profile {profile} of {paper}: choose from {', '.join(tables)}")
+    found = [name for name in found if table in (None, folders[name])]
     unknown = [name for name in names or [] if name not in found]
     if unknown:
         raise UserError(

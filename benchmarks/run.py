@@ -1,14 +1,16 @@
 """Run the cells of a paper, each method and the cross-entropy baseline, with several seeds; write one CSV and one figure.
 
     python -m benchmarks.run afm                                     # the embedded profile: digits, minutes on a laptop
-    python -m benchmarks.run sfa --profile paper --seeds 123 --data_path ./data --fidelity released
+    python -m benchmarks.run sfa --profile paper --table grid --seeds 123 --data_path ./data --fidelity released
 
 Every run is a process of its own, started through its command line as a user would; flags that are not listed here are
-handed to the paper's script. Finished runs are not done again, interrupted ones go on. If any run fails, so does this command.
+handed to the paper's script. A run whose own result.json says that the same command came to its end is not done again, one
+cut short goes on. If any run fails, so does this command.
 """
 
 import csv
 import itertools
+import json
 import os
 import re
 import shlex
@@ -70,6 +72,10 @@ class Runner:
 
     def _process(self, command: list[str], folder: Path, name: str) -> str | None:
         """Run one process, its output kept in <folder>/console.txt: None, or the last line it wrote before it failed."""
+        if is_finished(folder, command):
+            self.bar.update()
+            tqdm.write(f"{name}: finished before: {_headline(folder)}")
+            return None
         folder.mkdir(parents=True, exist_ok=True)
         with self.lock:
             if self.stopping:
@@ -98,6 +104,15 @@ class Runner:
             self.stopping = True
             for child in self.children:
                 child.terminate()
+
+
+def is_finished(folder: Path, command: list[str]) -> bool:
+    """Whether the run directory's result.json says that this very command came to its end; all else is the script's to judge."""
+    try:
+        ended = json.loads((folder / "result.json").read_text())["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return ended == shlex.join(["python", *command[1:]]) and (folder / "result.csv").is_file()
 
 
 def make_task(cell: Cell, seed: int, runs: Path, data_path: Path, extra: list[str]) -> Task:
@@ -151,6 +166,9 @@ def make_parser() -> cli.Parser:
         "--cells", nargs="+", metavar="PRESET", help="these cells only; by default all of the profile"
     )
     parser.add_argument(
+        "--table", metavar="NAME", help="the cells of this table only: the first part of their names"
+    )
+    parser.add_argument(
         "--seeds", nargs="+", type=cli.seed, default=[1, 2, 3], metavar="N", help="one run each"
     )
     parser.add_argument(
@@ -160,7 +178,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument(
         "--out", default="results", metavar="DIR", help="where the CSV, the figure and runs/ go"
     )
-    parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print the commands and stop")
     return parser
 
 
@@ -208,7 +226,7 @@ def main(argv=None) -> None:
     """Run, collect, compare, draw."""
     args, extra = make_parser().parse_known_args(argv)
     out, data_path = Path(args.out).resolve(), Path(args.data_path).resolve()
-    chosen = cells(args.paper, args.profile, args.cells)
+    chosen = cells(args.paper, args.profile, args.cells, args.table)
     runs = out / "runs" / args.paper / args.profile
     makers = {cell.encoder for cell in chosen}
     # the runs that make encoders come first

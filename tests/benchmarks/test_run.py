@@ -1,6 +1,7 @@
 """The table runner: which cells there are, what it starts, and what it says when a run fails."""
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,44 @@ def test_a_table_is_a_csv_a_comparison_and_a_figure(finished):
     assert {r["epochs"] for r in rows} == {"3"}, "the baseline takes the method's epochs"
     assert (out / "sfa.png").read_bytes().startswith(b"\x89PNG")
     assert "every method against cross-entropy" in process.stdout
+
+
+def test_what_is_finished_is_not_started_again_and_a_changed_record_is(finished, tmp_path):
+    out, first = finished
+    words = ("--cells", "embedded/digits-if0.1-imb0.5/sfa", "--num_epochs", "3", "--warm_up", "1")
+    before = (out / "sfa.csv").read_bytes()
+    folder = next((out / "runs/sfa/embedded/digits-if0.1-imb0.5/sfa").iterdir())
+    consoles = [(f / "console.txt").read_bytes() for f in (folder, folder / "baseline")]
+    again = start("--out", str(out), "--seeds", "4", *words)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("finished before: ") == 2 and "finished before" not in first.stdout
+    assert [(f / "console.txt").read_bytes() for f in (folder, folder / "baseline")] == consoles
+    assert (out / "sfa.csv").read_bytes() == before
+    command = json.loads((folder / "result.json").read_text())["command"].split()
+    assert run.is_finished(folder, command)
+    assert not run.is_finished(folder, [*command, "--lr", "1"])
+    for damage in (b"{}", b"half", None):
+        copy = tmp_path / str(damage)
+        copy.mkdir()
+        (copy / "result.csv").write_bytes((folder / "result.csv").read_bytes())
+        if damage is not None:
+            (copy / "result.json").write_bytes(damage)
+        assert not run.is_finished(copy, command)
+
+
+def test_a_table_is_picked_by_its_name():
+    found = {cell.preset for cell in cells("sfa", "paper", table="webvision")}
+    assert found == {"webvision/webvision/sfa", "webvision/webvision-resnet50/sfa"}
+    every = {cell.preset for cell in cells("sfa", "paper")}
+    assert found | {cell.preset for cell in cells("sfa", "paper", table="grid")} == every
+    with pytest.raises(
+        UserError, match="no table nosuch in profile paper of sfa: choose from grid, webvision"
+    ):
+        cells("sfa", "paper", table="nosuch")
+    with pytest.raises(UserError, match=r"no cell grid/cifar10-if0\.1-imb0\.2/sfa"):
+        cells("sfa", "paper", ["grid/cifar10-if0.1-imb0.2/sfa"], table="webvision")
+    dry = start("--profile", "paper", "--table", "webvision", "--seeds", "1", "--dry-run")
+    assert dry.returncode == 0 and dry.stdout.count("python sfa/Train_webvision.py ") == 2
 
 
 def test_the_baseline_trains_on_the_very_labels_of_the_method(finished):

@@ -1,0 +1,188 @@
+"""Write benchmarks/README.md: what this project measured for every table of the papers, and every cell with its command.
+
+    make tables                                  # or python -m benchmarks.tables
+    python -m benchmarks.tables --check          # status 1 where the page is not what the files say
+
+Figures come from reference/*.csv alone, cells from the papers' presets.toml. Nothing is run.
+"""
+
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from benchmarks.cells import PAPERS, ROOT, cells
+from benchmarks.compare import read_results
+from common.cli import Parser, exit_cleanly
+from common.files import write_atomic
+
+REFERENCE, PAGE = ROOT / "benchmarks" / "reference", ROOT / "benchmarks" / "README.md"
+METRICS = {
+    "best": "best",
+    "last": "last",
+    "last10": "mean of last 10",
+    "at_best_validation": "at best validation",
+}
+HEAD = """# Benchmarks
+
+This page is written by `make tables` from the files that it names; a test fails where it is out of date.
+
+## Regenerate a table
+
+    make reproduce-sfa                                              # the embedded cells of a paper: digits, minutes, no data
+    python -m benchmarks.run sfa --profile paper --table grid       # a table by the published protocol, data under ./data
+    python -m benchmarks.run sfa --profile short --cells grid/cifar10-if0.01-imb0.5/sfa --seeds 1
+    python -m benchmarks.run sfa --profile paper --dry-run          # only print the commands
+
+A cell is a section of the paper's `presets.toml`; its name is table/setting/method. It is run once per seed (`--seeds`, by
+default 1 2 3), each time as a process started by the command line that the CSV then names. What is finished by its own
+`result.json` is not done again, what was cut short goes on from its last epoch, and a failed run is named and makes the command
+fail. Profiles: `embedded`, digits on a CPU; `short`, the paper's data on a shortened schedule; `paper`, the published protocol.
+Further flags are handed on to the script and become part of the names of the run directories.
+
+## Read one
+
+Test accuracy in percent, mean ± standard deviation over seeds. best: the highest of all epochs, which is seen on the test set and
+no estimate of anything; last: after the last epoch; mean of last 10: over the last ten; at best validation: at the epoch that is
+best on validation samples, where a method has some. SimCLR's rows are the accuracy of nearest neighbours in its features. A
+profile with `+limit_train=N` is of a subset. `python -m benchmarks.compare a.csv b.csv` lines up two files; runs of different
+profiles or numbers of epochs are never compared. Machines, dates and commands are in
+[`reference/README.md`](reference/README.md), published figures in [`reported`](reported).
+"""
+
+
+class Row(NamedTuple):
+    """One method in one setting under one condition."""
+
+    table: str
+    cell: str
+    noise_type: str
+    noise_rate: str
+    profile: str
+    fidelity: str
+    epochs: str
+    method: str
+    file: str
+
+
+def measured() -> dict[str, dict[Row, dict[str, list[float]]]]:
+    """The values over seeds by paper, row and metric, of all reference files in the order of their names."""
+    found: dict[str, dict[Row, dict[str, list[float]]]] = {}
+    for path in sorted(REFERENCE.glob("*.csv")):
+        for row in read_results(path):
+            if row["metric"] in METRICS:
+                key = Row(*(row[name] for name in Row._fields[:-1]), path.name)
+                metrics = found.setdefault(row["paper"], {}).setdefault(key, {})
+                metrics.setdefault(row["metric"], []).append(row["value"])
+    return found
+
+
+def figure(values: Sequence[float]) -> str:
+    """Mean and, of several seeds, the standard deviation."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def table(rows: dict[Row, dict[str, list[float]]]) -> list[str]:
+    """The measured rows of a paper as Markdown, without the metrics that none of them has."""
+    metrics = [name for name in METRICS if any(name in values for values in rows.values())]
+    heading = [
+        "setting",
+        "noise",
+        "method",
+        "profile",
+        "epochs",
+        "seeds",
+        *(METRICS[m] for m in metrics),
+        "rows",
+    ]
+    lines = [f"| {' | '.join(heading)} |", "|" + "---|" * len(heading)]
+    for row, values in rows.items():
+        released = ", as released" if row.fidelity == "released" else ""
+        seeds = len(next(iter(values.values())))
+        noise = f"{row.noise_type} {row.noise_rate}".strip()
+        cells_of_row = [row.cell, noise, row.method + released, row.profile, row.epochs, str(seeds)]
+        cells_of_row += [figure(values.get(metric, [])) for metric in metrics]
+        lines.append(f"| {' | '.join(cells_of_row)} | [`{row.file}`](reference/{row.file}) |")
+    return lines
+
+
+def commands(paper: str) -> list[str]:
+    """Every cell of a paper by the command that runs it, those of the published tables by their protocol."""
+    short = [cell for cell in cells(paper, "short") if cell.preset.startswith("short/")]
+    every = [*cells(paper, "embedded"), *short, *cells(paper, "paper")]
+    return [f"    {shlex.join(['python', cell.script.path, '--preset', cell.preset])}" for cell in every]
+
+
+def not_measured(paper: str, rows: dict[Row, dict[str, list[float]]]) -> list[str]:
+    """For each table of the published protocol how many of its settings have no row of the profile paper yet."""
+    known = {(row.table, row.cell) for row in rows if row.profile == "paper"}
+    settings: dict[str, set[str]] = {}
+    for cell in cells(paper, "paper"):
+        name, setting = cell.preset.split("/")[:2]
+        settings.setdefault(name, set()).add(setting)
+    return [
+        f"- {paper}, {name}: {len(all_of_it) - sum((name, cell) in known for cell in all_of_it)} of {len(all_of_it)} settings"
+        for name, all_of_it in settings.items()
+    ]
+
+
+def page() -> str:
+    """The whole of benchmarks/README.md."""
+    found = measured()
+    lines = [HEAD, "## Measured", ""]
+    for paper in PAPERS:
+        lines += [f"### [{paper}](../{paper}/README.md)", "", *table(found[paper]), ""]
+    lines += [
+        "## Not measured yet",
+        "",
+        "Settings of the published protocols without a run by that protocol:",
+        "",
+    ]
+    lines += [line for paper in PAPERS for line in not_measured(paper, found[paper])]
+    lines += ["", "Nothing has been measured on a GPU yet.", ""] if not _on_cards() else [""]
+    lines += [
+        "## Every cell",
+        "",
+        "`benchmarks.run` adds `--seed`, `--out`, where the data are, and `--pretrained` where a cell begins from the encoder of another.",
+        "",
+    ]
+    for paper in PAPERS:
+        own = commands(paper)
+        lines += [
+            "<details>",
+            f"<summary>{paper}: {len(own)} cells</summary>",
+            "",
+            *own,
+            "",
+            "</details>",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _on_cards() -> bool:
+    return any(row["device"] != "cpu" for path in REFERENCE.glob("*.csv") for row in read_results(path))
+
+
+def main(argv=None) -> None:
+    """Write the page, or look whether it is up to date."""
+    parser = Parser(prog="python -m benchmarks.tables", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with status 1 where the page is out of date"
+    )
+    args = parser.parse_args(argv)
+    text = page()
+    if not args.check:
+        write_atomic(PAGE, text.encode())
+        print(f"{PAGE.relative_to(ROOT)} is written")
+    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
+        print(f"{PAGE.relative_to(ROOT)} is out of date: run make tables", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
