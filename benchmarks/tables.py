@@ -147,7 +147,7 @@ def page() -> str:
     lines += [
         "## Every cell",
         "",
-        "`benchmarks.run` adds `--seed`, `--out`, where the data are, and `--pretrained` where a cell begins from the encoder of another.",
+        "`benchmarks.run` adds `--seed`, `--out`, the data's folder, and `--pretrained` to cells that begin from an encoder.",
         "",
     ]
     for paper in PAPERS:

@@ -212,9 +212,7 @@ def start_both(args: Namespace, argv: list[str]) -> None:
 class Data(NamedTuple):
     """What a run trains and tests on."""
 
-    index: (
-        np.ndarray
-    )  # int64 [N]: where the training images stand in the list of the classes trained on, ascending
+    index: np.ndarray  # int64 [N]: where the training images stand in the list of these classes, ascending
     split: FileSplit  # the training images with the labels of the search
     cache: ImageCache | None  # of `split`
     tests: dict[str, Labelled]  # test, and imagenet if it is there
