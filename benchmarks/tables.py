@@ -132,7 +132,7 @@ def not_measured(paper: str, rows: dict[Row, dict[str, list[float]]]) -> list[st
 
 def page() -> str:
     """The whole of benchmarks/README.md."""
-    found = measured()
+    found = {paper: {} for paper in PAPERS} | measured()
     lines = [HEAD, "## Measured", ""]
     for paper in PAPERS:
         lines += [f"### [{paper}](../{paper}/README.md)", "", *table(found[paper]), ""]

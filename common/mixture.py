@@ -56,9 +56,8 @@ def lower_posterior(values: Tensor, seed: int, max_iterations: int = 10) -> Tens
         raise ValueError("the values of a mixture must be finite")
     mixture = GaussianMixture(2, max_iter=max_iterations, tol=1e-2, reg_covar=5e-4, random_state=seed)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ConvergenceWarning
-        )  # so many iterations are all that the methods give it
+        # so many iterations are all that the methods give it
+        warnings.simplefilter("ignore", ConvergenceWarning)
         posterior = mixture.fit(column).predict_proba(column)
     lower = posterior[:, np.argmin(mixture.means_)].astype(np.float64)
     return torch.from_numpy(lower).to(values.device)

@@ -26,7 +26,7 @@ TRAIN, TEST, SYNSETS = "info/train_filelist_google.txt", "info/val_filelist.txt"
 FILES = (TRAIN, TEST)
 TEST_IMAGES = "val_images_256"
 CLASSES, ALL_CLASSES, PER_CLASS = 50, 1000, 50  # of mini-WebVision; of WebVision; test images of each class
-# the training images as the literature counts them: nobody's list states it
+# of the training images the count that the literature gives, not checked against the list by us
 OFFICIAL = {"train": 65_944, "test": CLASSES * PER_CLASS, "imagenet": CLASSES * PER_CLASS}
 SOURCE = (
     "WebVision 1.0 of data.vision.ee.ethz.ch/cvl/webvision (the Google images, val_images_256 and info) and, below imagenet/val, "
