@@ -278,6 +278,7 @@ class Run:
             if len(self.rows) != epoch:
                 raise RuntimeError(f"epoch {epoch} was not logged")
             self._save()
+            processes.wait()  # none begins an epoch before the last one's checkpoint is there
 
     def progress(
         self, batches: Iterable, description: str, training: bool = True, whole: bool = False
