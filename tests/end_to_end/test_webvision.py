@@ -64,7 +64,7 @@ def jobs_of(base: Path, name: str, *words: str, moments: tuple[str, ...] = (), p
     (base / name).mkdir(exist_ok=True)
     flags = [*FLAGS, "--data_path", str(base / "data"), "--out", str(base / name / "run"), *words]
     job = {"flags": flags, "log": str(base / name / "log"), "processes": processes}
-    return [*({**job, "moment": moment} for moment in moments), job]
+    return [*({**job, "moment": moment, "slow": processes > 1} for moment in moments), job]
 
 
 def run_jobs(jobs: list[dict]) -> list[list[int]]:

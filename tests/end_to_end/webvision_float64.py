@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch._dynamo  # what an optimiser imports when it is made, for seconds: 
 from PIL import Image
 from torch import nn
 
-from common import augment, cli
+from common import augment, cli, processes
 from common.run import Run
 from sfa import Train_webvision
 from sfa.networks import TwoHeads
@@ -34,6 +35,7 @@ class Job(NamedTuple):
     log: str  # what it prints is appended to LOG.out and LOG.err
     moment: str = "0:never"
     processes: int = 1
+    slow: bool = False  # the first process's checkpoints take half a second: the others must not be ahead of them
 
 
 class MortalRun(Run):
@@ -43,7 +45,7 @@ class MortalRun(Run):
     the epoch's row is written and before its checkpoint is; save, after that; or start, of epoch 0, before the first checkpoint.
     """
 
-    moment = "0:never"
+    moment, slow = "0:never", False
 
     def at(self, epoch: int, where: str) -> None:
         """The signal, if this is its moment."""
@@ -70,6 +72,8 @@ class MortalRun(Run):
         self.at(epoch, "log")
 
     def _save(self) -> None:
+        if self.slow and processes.rank() == 0:
+            time.sleep(0.5)
         super()._save()
         self.at(len(self.rows), "save")
 
@@ -105,7 +109,7 @@ def run(job: Job) -> None:
         stream.flush()
         file = os.open(f"{job.log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(file, stream.fileno())
-    MortalRun.moment, status = job.moment, 0
+    MortalRun.moment, MortalRun.slow, status = job.moment, job.slow, 0
     try:
         cli.exit_cleanly(Train_webvision.main, job.flags)
     except SystemExit as end:
