@@ -93,7 +93,10 @@ class Unpaired(NamedTuple):
 
 
 CSV_NUMBERS = ("n_a", "mean_a", "std_a", "n_b", "mean_b", "std_b", "difference", "low", "high")
-CSV_COLUMNS = (*Key._fields, *Condition._fields, "baseline", "baseline_fidelity", *CSV_NUMBERS, "file")
+CSV_COLUMNS = (
+    *(*Key._fields, *Condition._fields, "baseline", "baseline_fidelity", *CSV_NUMBERS),
+    *("file", "status"),
+)
 NUMBERS = ("n a", "mean a", "std a", "n b", "mean b", "std b", "b - a", f"{CONFIDENCE:.0%} interval")
 
 
@@ -375,15 +378,16 @@ def _mismatch_text(mismatches: Sequence[Mismatch], common: dict[str, str], inden
     """The keys under the reason they share."""
     reasons: dict[str, list[str]] = {}
     for mismatch in mismatches:
-        columns = zip(Condition._fields, mismatch.condition_a, mismatch.condition_b, strict=True)
-        reason = ", ".join(
-            f"{name} {a or '(blank)'} against {b or '(blank)'}" for name, a, b in columns if a != b
-        )
-        reasons.setdefault(reason, []).append(_label(common, mismatch.key_b))
+        reasons.setdefault(_differing(mismatch), []).append(_label(common, mismatch.key_b))
     text = []
     for reason, keys in reasons.items():
         text += ["", f"not compared: {reason}", *(f"{indent}{key}" for key in dict.fromkeys(keys))]
     return text
+
+
+def _differing(mismatch: Mismatch) -> str:
+    columns = zip(Condition._fields, mismatch.condition_a, mismatch.condition_b, strict=True)
+    return ", ".join(f"{name} {a or '(blank)'} against {b or '(blank)'}" for name, a, b in columns if a != b)
 
 
 def regressions(comparison: Comparison, points: float) -> list[str]:
@@ -400,11 +404,12 @@ def regressions(comparison: Comparison, points: float) -> list[str]:
 
 
 def write_csv(comparisons: Iterable[tuple[str, Comparison]], path: str | Path) -> None:
-    """The compared lines as a CSV, numbers unrounded; a file already there is replaced whole or not at all.
+    """Everything found as a CSV, numbers unrounded; a file already there is replaced whole or not at all.
 
-    comparisons: each with the name of b, a column of its own. Raises UserError where the file cannot be written.
+    comparisons: each with the name of b, a column of its own. status: compared, or why there are no numbers: under which
+    conditions the two stand, or on which side alone. Raises UserError where the file cannot be written.
     """
-    rows = [_csv_row(line) | {"file": file} for file, found in comparisons for line in found.lines]
+    rows = [row | {"file": file} for file, found in comparisons for row in _csv_rows(found)]
     write_text(to_csv(rows, CSV_COLUMNS), path, "--csv")
 
 
@@ -421,9 +426,17 @@ def write_text(text: str, path: str | Path, flag: str) -> None:
         ) from None
 
 
-def _csv_row(line: Line) -> dict:
-    numbers = (*line.a, *line.b, line.difference, line.low, line.high)
-    return _labels(line) | dict(zip(CSV_NUMBERS, numbers, strict=True))
+def _csv_rows(comparison: Comparison) -> list[dict]:
+    rows = []
+    for line in comparison.lines:
+        numbers = (*line.a, *line.b, line.difference, line.low, line.high)
+        rows.append(_labels(line) | dict(zip(CSV_NUMBERS, numbers, strict=True)) | {"status": "compared"})
+    for x in comparison.mismatches:
+        status = f"not compared: {_differing(x)}"
+        rows.append(x.key_b._asdict() | x.condition_b._asdict() | {"status": status})
+    for side, unpaired in (("a", comparison.only_a), ("b", comparison.only_b)):
+        rows += [x.key._asdict() | x.condition._asdict() | {"status": f"only in {side}"} for x in unpaired]
+    return rows
 
 
 def parse_args(argv: Sequence[str] | None):
@@ -442,7 +455,7 @@ def parse_args(argv: Sequence[str] | None):
         "--against", metavar="METHOD", help="compare the other methods of one file to this one"
     )
     parser.add_argument(
-        "--csv", metavar="OUT.csv", help="also write the compared lines to this file, unrounded"
+        "--csv", metavar="OUT.csv", help="also write all that is found to this file, unrounded"
     )
     parser.add_argument(
         "--markdown", metavar="OUT.md", help="also write what is printed to this file, as Markdown"

@@ -227,6 +227,25 @@ def test_csv_holds_the_unrounded_numbers(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "b.csv", "out.csv"]
 
 
+def test_csv_says_what_was_not_compared_and_what_is_on_one_side_alone(tmp_path, capsys):
+    a = write(tmp_path / "a.csv", runs(70) + runs(60, metric="last", profile="paper"))
+    b = write(tmp_path / "b.csv", runs(71) + runs(61, metric="last") + runs(5, cell="new"))
+    out = tmp_path / "out.csv"
+    main([str(a), str(b), "--csv", str(out)])
+    with open(out, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["metric"], row["status"]) for row in rows] == [
+        ("best", "compared"),
+        ("last", "not compared: profile paper against embedded"),
+        ("best", "only in b"),
+    ]
+    assert rows[1]["difference"] == rows[2]["mean_b"] == "" and rows[2]["cell"] == "new"
+    main([str(b), str(a), "--csv", str(out)])
+    with open(out, newline="", encoding="utf-8") as file:
+        assert [row["status"] for row in csv.DictReader(file)][-1] == "only in a"
+    capsys.readouterr()
+
+
 def test_csv_that_cannot_be_written(tmp_path, capsys):
     a = write(tmp_path / "a.csv", runs(70))
     assert "none/out.csv" in mistake(capsys, a, a, "--csv", tmp_path / "none" / "out.csv")
