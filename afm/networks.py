@@ -1,10 +1,12 @@
 """ResNets (Sec. 3.1) and the network around the attention: pooled features, mixtures, classifiers (Sec. 3.2, 3.3)."""
 
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afm.attention import GroupAttention, mix
@@ -12,7 +14,8 @@ from common import processes
 from common.cli import UserError
 from common.weights import imagenet_resnet, read_weights
 
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+PREACT = ("preact_resnet18", "preact_narrow")
+NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", *PREACT)
 # the parts of the release's checkpoints by their names here
 RELEASED_NAMES = {
     "fc_a.": "attention.projections.0.",
@@ -103,9 +106,14 @@ def make_backbone(
     """A ResNet that ends in its pooled features, and their width D.
 
     name: resnet18 to resnet152, torchvision's for images of 64 pixels and more; below that with a 3x3 stem of stride 1
-    and no max-pooling, as is usual on CIFAR; below 16 pixels a narrow one whatever the name. pretrained: imagenet
-    (torchvision's download) or none; a path is for `load_weights`. UserError: the weights cannot be fetched.
+    and no max-pooling, as is usual on CIFAR; below 16 pixels a narrow one whatever the number. Or preact_resnet18, with
+    that stem for images of any size and a narrow form of its own, which preact_narrow is at any size. pretrained: imagenet
+    (torchvision's download) or none; a path is for `load_weights`. UserError: the weights cannot be fetched, or there are none.
     """
+    if name in PREACT:
+        if pretrained == "imagenet":
+            raise UserError(f"--pretrained imagenet: there is none for --network {name}; use a path or none")
+        return preact_resnet(channels, narrow=name == "preact_narrow" or image_size < 16)
     if image_size < 16:
         if pretrained == "imagenet":
             raise UserError("--pretrained imagenet: there is none for images below 16 pixels; use none")
@@ -138,6 +146,54 @@ def narrow_resnet(channels: int) -> nn.Sequential:
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class PreActBlock(nn.Module):
+    """Basic pre-activation block. Its shortcut begins from the activated tensor, not from the block's input."""
+
+    def __init__(self, width_in: int, width: int, stride: int):
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(width_in)
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        changes = stride != 1 or width_in != width
+        self.shortcut = nn.Conv2d(width_in, width, 1, stride, bias=False) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, width_in, H, W] -> [B, width, H / stride, W / stride]."""
+        activated = F.relu(self.norm1(x))
+        shortcut = activated if self.shortcut is None else self.shortcut(activated)
+        return self.conv2(F.relu(self.norm2(self.conv1(activated)))) + shortcut
+
+
+class PreActResNet(nn.Module):
+    """Pre-activation ResNet for small images, up to its pooled features; no norm or activation after the last block.
+
+    It keeps PyTorch's own initialisation, as it has in most work on noisy labels.
+    """
+
+    def __init__(self, channels: int, widths: Sequence[int], blocks_per_stage: int):
+        """widths: of the stages; each but the first halves the resolution. The stem has the first one's width."""
+        super().__init__()
+        self.stem = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
+        self.stem_norm = nn.BatchNorm2d(widths[0])
+        blocks, width_in = [], widths[0]
+        for stage, width in enumerate(widths):
+            for block in range(blocks_per_stage):
+                blocks.append(PreActBlock(width_in, width, stride=2 if stage > 0 and block == 0 else 1))
+                width_in = width
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, channels, H, W] -> pooled features [B, D]."""
+        return self.blocks(F.relu(self.stem_norm(self.stem(images)))).mean(dim=(2, 3))
+
+
+def preact_resnet(channels: int, narrow: bool) -> tuple[PreActResNet, int]:
+    """PreAct ResNet-18, or three narrow stages of one block each; and the width of its features."""
+    widths, blocks_per_stage = ((16, 32, 64), 1) if narrow else ((64, 128, 256, 512), 2)
+    return PreActResNet(channels, widths, blocks_per_stage), widths[-1]
 
 
 def load_weights(network: AttentiveFeatureMixup, path: Path) -> list[str]:

@@ -26,7 +26,7 @@ from afm.attention import ATTENTIONS, INTERACTIONS, WEIGHTS, drawn_weights
 from afm.data import ON_DISK, Data, load
 from afm.grouping import ORDERS, draw_groups
 from afm.losses import TARGETS
-from afm.networks import RESNETS, AttentiveFeatureMixup, load_weights, make_network
+from afm.networks import NETWORKS, AttentiveFeatureMixup, load_weights, make_network
 from afm.training import (
     Epoch,
     attention_of_samples,
@@ -90,9 +90,10 @@ def make_parser() -> cli.Parser:
     network = parser.add_argument_group("network")
     network.add_argument(
         "--network",
-        choices=RESNETS,
+        choices=NETWORKS,
         default="resnet50",
-        help="backbone; with a 3x3 stem below 64 pixels, and a narrow one whatever the name below 16",
+        help="backbone; torchvision's have a 3x3 stem below 64 pixels and are one narrow ResNet below 16; preact_resnet18 "
+        "always has that stem, and a narrow form of its own below 16; preact_narrow is that form at any size",
     )
     network.add_argument(
         "--pretrained",

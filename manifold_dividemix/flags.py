@@ -4,7 +4,7 @@ from argparse import BooleanOptionalAction, Namespace
 
 from common import cli, processes
 from manifold_dividemix.mixematch import Weights
-from manifold_dividemix.networks import ARCHITECTURES
+from manifold_dividemix.networks import ARCH_HELP, ARCHS
 
 
 def add_training_flags(parser: cli.Parser, *, epochs: int, warm_up: int, start_factor: float) -> None:
@@ -18,7 +18,7 @@ def add_training_flags(parser: cli.Parser, *, epochs: int, warm_up: int, start_f
 
 def _network_flags(parser: cli.Parser) -> None:
     network = parser.add_argument_group("network")
-    network.add_argument("--arch", choices=list(ARCHITECTURES), default="resnet18", help="PreAct ResNet")
+    network.add_argument("--arch", choices=list(ARCHS), default="resnet18", help=ARCH_HELP)
     network.add_argument(
         "--pretrained",
         metavar="FILE|none",

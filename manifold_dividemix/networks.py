@@ -1,6 +1,7 @@
 """The encoder f1, and beside it on its embedding a linear classifier f2 and a projection (Sec. 3).
 
-Layers of the encoder have the names that PreAct ResNets usually have in checkpoints: conv1, bn1, layer1 to layer4, shortcut.0.
+Layers of the encoder have the names that PreAct ResNets usually have in checkpoints: conv1, bn1, layer1 to layer4, shortcut.0;
+of the narrow one that is asked for by name, narrow1 to narrow3 in place of layers.
 """
 
 from collections.abc import Sequence
@@ -17,9 +18,12 @@ ARCHITECTURES = {
     "resnet50": ((3, 4, 6, 3), True),
     "resnet101": ((3, 4, 23, 3), True),
 }
-# widths and strides of the stages; below 16 pixels narrow ones, of a block each
+ARCHS = (*ARCHITECTURES, "narrow")
+ARCH_HELP = "PreAct ResNet, a narrow one below 16 pixels; narrow: one of three blocks at any size"
+# widths and strides of the stages; below 16 pixels narrow ones, of a block each; and those of --arch narrow, at any size
 USUAL = (64, 128, 256, 512), (1, 2, 2, 2)
 NARROW = (16, 32, 64), (1, 2, 1)
+HALVING = (16, 32, 64), (1, 2, 2)
 
 
 class PreActBlock(nn.Module):
@@ -82,32 +86,40 @@ class Encoder(nn.Module):
         strides: Sequence[int],
         blocks: Sequence[int],
         bottleneck: bool = False,
+        prefix: str = "layer",
     ):
-        """widths, strides, blocks: of the stages."""
+        """widths, strides, blocks: of the stages, which are called prefix1, prefix2, ..."""
         super().__init__()
         kind = PreActBottleneck if bottleneck else PreActBlock
         self.conv1 = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
-        self.stages = len(widths)
+        self.stages, self.prefix = len(widths), prefix
         width_in = widths[0]
         for stage, (width, stride, count) in enumerate(zip(widths, strides, blocks, strict=True), start=1):
             layers = []
             for number in range(count):
                 layers.append(kind(width_in, width, stride if number == 0 else 1))
                 width_in = width * kind.expansion
-            self.add_module(f"layer{stage}", nn.Sequential(*layers))
+            self.add_module(f"{prefix}{stage}", nn.Sequential(*layers))
         self.width = width_in
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> maps [B, D, h, w]; 32 pixels give 512 x 4 x 4."""
         x = F.relu(self.bn1(self.conv1(images)))
         for stage in range(1, self.stages + 1):
-            x = self.get_submodule(f"layer{stage}")(x)
+            x = self.get_submodule(f"{self.prefix}{stage}")(x)
         return x
 
 
 def make_encoder(arch: str = "resnet18", channels: int = 3, size: int = 32) -> Encoder:
-    """The encoder of images [channels, size, size]; below 16 pixels a narrow one of three blocks, whatever the architecture."""
+    """The encoder of images [channels, size, size], of one of ARCHS.
+
+    A PreAct ResNet, below 16 pixels a narrow one of three blocks whatever its number; or narrow, at any size three blocks whose
+    last map is a quarter of the image.
+    """
+    if arch == "narrow":
+        # below 16 pixels a stride alone tells it from the other narrow one: only by its names is its file refused there
+        return Encoder(channels, *HALVING, blocks=(1, 1, 1), prefix="narrow")
     blocks, bottleneck = ARCHITECTURES[arch]
     if size < 16:
         return Encoder(channels, *NARROW, blocks=(1, 1, 1))

@@ -28,7 +28,7 @@ from common.run import Run, run_name
 from common.simclr import SimCLR
 from manifold_dividemix import corpus as data
 from manifold_dividemix.corpus import Corpus
-from manifold_dividemix.networks import ARCHITECTURES, make_encoder
+from manifold_dividemix.networks import ARCH_HELP, ARCHS, make_encoder
 from manifold_dividemix.outliers import knn_scores, outlier_auroc
 
 PRESETS = Path(__file__).with_name("presets.toml")
@@ -52,7 +52,7 @@ def make_parser() -> cli.Parser:
     )
     data.add_mini_imagenet_flags(parser)
     training = simclr.add_recipe_flags(parser)
-    training.add_argument("--arch", choices=list(ARCHITECTURES), default="resnet18", help="PreAct ResNet")
+    training.add_argument("--arch", choices=list(ARCHS), default="resnet18", help=ARCH_HELP)
     training.add_argument("--gpu", type=cli.count_or_zero, default=0, help="which CUDA device")
     training.add_argument("--knn-k", "--knn_k", type=cli.count, default=10, help="of the outlier score")
     training.add_argument(

@@ -71,13 +71,15 @@ def make_parser() -> cli.Parser:
         choices=["auto", *NETWORKS],
         default="auto",
         help="auto: LeNet for mnist and grey images, ResNet-34 for cifar100, ResNet-18 for cifar10 and colour images, a "
-        "small one for digits",
+        "small one for digits; never chosen by auto: preact_resnet18, narrow below 16 pixels, and preact_narrow, narrow at any "
+        "size",
     )
     training.add_argument(
         "--stem_padding",
         type=cli.count_or_zero,
         default=0,
-        help="of the ResNets' first convolution; 0 as released: 32 pixels become 30",
+        help="of the first convolution of resnet18 and resnet34; 0 as released: 32 pixels become 30; that of "
+        "the PreAct ResNets is always 1",
     )
     training.add_argument("--lr", type=cli.positive, default=0.01, help="learning rate of SGD")
     training.add_argument("--weight_decay", type=cli.non_negative, default=1e-4, help="of SGD, on everything")

@@ -1,5 +1,5 @@
-"""The released networks (Sec. 3): LeNet, ResNet-18/34 with a stem without padding, ResNet-50 for Clothing1M; PyTorch's own
-initialisation. Layers are made in the release's order."""
+"""The released networks (Sec. 3): LeNet, ResNet-18/34 with a stem without padding, ResNet-50 for Clothing1M; beside them
+a PreAct ResNet-18. PyTorch's own initialisation. Layers are made in the release's order."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,19 +10,27 @@ from torch import Tensor, nn
 from common.cli import UserError
 from common.weights import imagenet_resnet, read_weights
 
-NETWORKS = ("lenet", "resnet18", "resnet34", "small")
+PREACT = ("preact_resnet18", "preact_narrow")
+NETWORKS = ("lenet", "resnet18", "resnet34", "small", *PREACT)
 
 
 def make_network(name: str, num_classes: int, channels: int, size: int, stem_padding: int = 0) -> nn.Module:
-    """One of NETWORKS for images [channels, size, size]. UserError: images that are too small for it."""
+    """One of NETWORKS for images [channels, size, size]. UserError: images that are too small for it.
+
+    preact_resnet18 is narrow below 16 pixels, preact_narrow always. stem_padding is for resnet18 and resnet34 alone.
+    """
     # the ResNets' last maps must have more than one pixel, or batch normalisation fails on a last batch of one image
-    smallest = {"lenet": 14, "small": 4}.get(name, 11 - 2 * stem_padding)
+    smallest = {"lenet": 14, "small": 4, **dict.fromkeys(PREACT, 5)}.get(name, 11 - 2 * stem_padding)
     if size < smallest:
         raise UserError(f"--network {name}: images of {size} pixels are too small for it; use small")
     if name == "lenet":
         return LeNet(num_classes, channels, size)
     if name == "small":
         return SmallNet(num_classes, channels)
+    if name in PREACT:
+        narrow = name == "preact_narrow" or size < 16
+        widths, blocks_per_stage = ((16, 32, 64), 1) if narrow else ((64, 128, 256, 512), 2)
+        return PreActResNet(num_classes, channels, widths, blocks_per_stage)
     blocks = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}[name]
     return ResNet(blocks, num_classes, channels, stem_padding)
 
@@ -111,6 +119,47 @@ class ResNet(nn.Module):
                 layers.append(BasicBlock(width_in, width, stride=2 if stage > 0 and block == 0 else 1))
                 width_in = width
         self.blocks = nn.Sequential(*layers)
+        self.classifier = nn.Linear(width_in, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, channels, H, W] -> logits [B, C]."""
+        maps = self.blocks(F.relu(self.stem_norm(self.stem(images))))
+        return self.classifier(maps.mean(dim=(2, 3)))
+
+
+class PreActBlock(nn.Module):
+    """Basic pre-activation block. Its shortcut begins from the activated tensor, not from the block's input."""
+
+    def __init__(self, width_in: int, width: int, stride: int):
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(width_in)
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        changes = stride != 1 or width_in != width
+        self.shortcut = nn.Conv2d(width_in, width, 1, stride, bias=False) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, width_in, H, W] -> [B, width, H / stride, W / stride]."""
+        activated = F.relu(self.norm1(x))
+        shortcut = activated if self.shortcut is None else self.shortcut(activated)
+        return self.conv2(F.relu(self.norm2(self.conv1(activated)))) + shortcut
+
+
+class PreActResNet(nn.Module):
+    """Pre-activation ResNet with a padded stem, which other methods have on CIFAR; no norm or activation after the last block."""
+
+    def __init__(self, num_classes: int, channels: int, widths: Sequence[int], blocks_per_stage: int):
+        """widths: of the stages; each but the first halves the resolution. The stem has the first one's width."""
+        super().__init__()
+        self.stem = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
+        self.stem_norm = nn.BatchNorm2d(widths[0])
+        blocks, width_in = [], widths[0]
+        for stage, width in enumerate(widths):
+            for block in range(blocks_per_stage):
+                blocks.append(PreActBlock(width_in, width, stride=2 if stage > 0 and block == 0 else 1))
+                width_in = width
+        self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(width_in, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from sanm.flags import add_mask_flags, check_mask_flags, mask_rule
 from sanm.losses import ramp_up
 from sanm.masking import MaskRule, draw_masks, mask
 from sanm.mixmatch import Samples
-from sanm.networks import BASES, MaskedNetwork, make_network
+from sanm.networks import ARCHS, BASES, MaskedNetwork, make_network
 from sanm.selection import averages_history, clean_probability, divide, normalised, remember
 from sanm.training import (
     Masks,
@@ -86,6 +86,13 @@ def make_parser() -> cli.Parser:
         choices=BASES,
         default="c2d",
         help="c2d: SimCLR-style ResNet-18 from a pre-trained encoder; dividemix: PreAct ResNet-18 from random weights",
+    )
+    base.add_argument(
+        "--arch",
+        choices=ARCHS,
+        default="auto",
+        help="auto: the base's network, narrow below 16 pixels; narrow: of --base dividemix, a PreAct ResNet of three blocks at "
+        "any size",
     )
     base.add_argument(
         "--pretrained",
@@ -163,6 +170,10 @@ def parse_args(argv=None) -> Namespace:
     check_mask_flags(parser, args)
     if args.noise_file:
         args.noise_mode = "given"
+    if args.arch == "narrow" and args.base == "c2d":
+        parser.error(
+            "argument --arch: narrow is for --base dividemix; encoders for --base c2d are of another shape"
+        )
     if args.base == "dividemix" and args.pretrained not in (None, "none"):
         parser.error(f"argument --pretrained: is for --base c2d, got {args.pretrained} with --base dividemix")
     if args.released_softmax is None:
@@ -206,7 +217,7 @@ def initial_network(data: Data, args: Namespace) -> MaskedNetwork:
     UserError: no pre-trained encoder there, or one that does not fit.
     """
     channels, size = data.train.images.shape[3], data.train.images.shape[1]
-    network = make_network(args.base, data.num_classes, channels, size, args.released_softmax)
+    network = make_network(args.base, data.num_classes, channels, size, args.released_softmax, args.arch)
     if args.base == "c2d" and args.pretrained != "none":
         load_encoder(network.encoder, pretrained_file(args))
     return network

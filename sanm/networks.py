@@ -17,9 +17,12 @@ from common.simclr import SimCLR
 from common.weights import imagenet_resnet
 
 BASES = ("dividemix", "c2d")
+ARCHS = ("auto", "narrow")
 # widths and strides of the stages, and blocks of each; below 16 pixels the narrow ones
 USUAL = (64, 128, 256, 512), (1, 2, 2, 2), 2
 NARROW = (16, 32, 32), (1, 2, 1), 1
+# of --arch narrow, at any size
+HALVING = (16, 32, 64), (1, 2, 2), 1
 
 
 class Outputs(NamedTuple):
@@ -67,19 +70,23 @@ class MaskedNetwork(nn.Module):
 
 
 def make_network(
-    base: str, num_classes: int, channels: int = 3, size: int = 32, softmax: bool = False
+    base: str, num_classes: int, channels: int = 3, size: int = 32, softmax: bool = False, arch: str = "auto"
 ) -> MaskedNetwork:
     """The network of a base for images [channels, size, size], narrow below 16 pixels (Sec. 3 A and B).
 
     c2d: SimCLR-style ResNet-18, to begin from pre-trained weights; softmax makes its scores probabilities. dividemix:
-    PreAct ResNet-18, which has logits in the release too.
+    PreAct ResNet-18, which has logits in the release too. arch: auto, or narrow: at any size three blocks whose last map is a
+    quarter of the image.
     """
     kind = SimCLREncoder if base == "c2d" else PreActEncoder
-    encoder = kind(channels, *stages(size))
-    width = width_of(size)
-    return MaskedNetwork(
-        encoder, width, num_classes, decoder(width, channels, narrow=size < 16), softmax and base == "c2d"
+    widths, strides, blocks = HALVING if arch == "narrow" else stages(size)
+    encoder, width = kind(channels, widths, strides, blocks), widths[-1]
+    rebuild = (
+        quadrupling_decoder(width, channels)
+        if arch == "narrow"
+        else decoder(width, channels, narrow=size < 16)
     )
+    return MaskedNetwork(encoder, width, num_classes, rebuild, softmax and base == "c2d")
 
 
 def clothing_network(name: str, num_classes: int, pretrained: str = "none") -> MaskedNetwork:
@@ -233,6 +240,15 @@ def decoder(width: int, channels: int, narrow: bool) -> nn.Sequential:
         nn.ConvTranspose2d(width, 256, 4, stride=2),
         nn.ConvTranspose2d(256, 128, 6),
         nn.ConvTranspose2d(128, channels, 4, stride=2),
+    )
+
+
+def quadrupling_decoder(width: int, channels: int) -> nn.Sequential:
+    """n -> 2 n -> 4 n -> 4 n pixels, for a map that is a quarter of the image: 2 -> 8, 7 -> 28, 8 -> 32."""
+    return nn.Sequential(
+        nn.ConvTranspose2d(width, 32, 4, stride=2, padding=1),
+        nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1),
+        nn.ConvTranspose2d(16, channels, 3, padding=1),
     )
 
 

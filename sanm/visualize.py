@@ -117,7 +117,10 @@ def load_data(run: RunResult, data_path: str | None) -> Data:
 def load_network(run: RunResult, data: Data) -> MaskedNetwork:
     """Network 1 with the weights of the last epoch, in eval mode on the CPU. UserError: none there, or of another shape."""
     arguments, (size, channels) = run.curve.arguments, data.train.images.shape[2:]
-    network = make_network(arguments["base"], data.num_classes, channels, size, arguments["released_softmax"])
+    arch = arguments.get("arch", "auto")  # runs of before this choice have none
+    network = make_network(
+        arguments["base"], data.num_classes, channels, size, arguments["released_softmax"], arch
+    )
     try:
         saved = checkpoint.load(run.folder)
         network.load_state_dict(saved["state"]["nets"][0])

@@ -106,9 +106,9 @@ def make_parser() -> cli.Parser:
     training.add_argument("--T", type=cli.positive, default=0.5, help="sharpening temperature")
     training.add_argument(
         "--arch",
-        choices=["resnet18"],
+        choices=["resnet18", "narrow"],
         default="resnet18",
-        help="PreAct ResNet-18; its narrow form on images below 16 pixels",
+        help="resnet18: PreAct ResNet-18, its narrow form on images below 16 pixels; narrow: that form at any size",
     )
     training.add_argument("--gpuid", type=cli.count_or_zero, default=0, help="which CUDA device")
 
@@ -212,7 +212,7 @@ def long_tailed_noisy(data: Data, args: Namespace) -> tuple[np.ndarray, np.ndarr
 def make_network(data: Data, args: Namespace) -> PreActResNet:
     """The two-headed network for a data set's images [Sec. 3.1]."""
     height, channels = data.train.images.shape[1], data.train.images.shape[3]
-    make = preact_resnet18 if height >= 16 else preact_resnet_narrow
+    make = preact_resnet_narrow if args.arch == "narrow" or height < 16 else preact_resnet18
     network = make(data.num_classes, channels)
     if args.loss == "ldam":
         network.heads.standard = CosineHead(network.heads.feature_size, data.num_classes, args.ldam_scale)

@@ -89,7 +89,7 @@ def preact_resnet18(num_classes: int, in_channels: int = 3) -> PreActResNet:
 
 
 def preact_resnet_narrow(num_classes: int, in_channels: int = 1) -> PreActResNet:
-    """Its narrow relative for 8-pixel images: three stages, so that the last map is still 2x2; 64 features."""
+    """Its narrow relative: three stages, so that the last map of 8-pixel images is still 2x2; 64 features at any size."""
     return PreActResNet(num_classes, in_channels, widths=(16, 32, 64), blocks_per_stage=1)
 
 

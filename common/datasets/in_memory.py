@@ -57,16 +57,16 @@ class Data(NamedTuple):
 
 
 def load(name: str, root: str | Path = "./data", download: bool = False) -> Data:
-    """The data set `name`: digits, or <root>/<name>.npz where there is one, else torchvision's copy under root.
+    """The data set `name`: <root>/<name>.npz where there is one, else digits or torchvision's copy under root.
 
     root may also be the very folder of the CIFAR batches, as the releases have it. download fetches torchvision's copy
     first. UserError: unknown name, missing or damaged files, an .npz of wrong shapes, types or ranges.
     """
     root = Path(root)
-    if name == "digits":
-        return _load_digits()
     if (root / f"{name}.npz").is_file():
         return _load_npz(name, root / f"{name}.npz")
+    if name == "digits":
+        return _load_digits()
     if name not in TORCHVISION:
         raise UserError(
             f"unknown data set {name}: choose from {', '.join(NAMES)}, or put your own at {root / name}.npz"

@@ -68,6 +68,9 @@ FLAGS = [
     (("--limit_train",), None),
 ]
 
+# frozen too: the networks to choose from
+NETWORKS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "preact_resnet18", "preact_narrow"]
+
 # the release's flags: option, default there, a typed value and what it is read as
 RELEASED = [
     ("--network", "resnet50", "resnet152", "resnet152"),
@@ -95,6 +98,11 @@ def test_every_flag_has_a_help_line(action):
 
 def test_flags_and_defaults_are_the_frozen_ones():
     assert [(tuple(action.option_strings), action.default) for action in actions()] == FLAGS
+
+
+def test_the_networks_to_choose_from_are_the_frozen_ones():
+    [choices] = [action.choices for action in actions() if action.option_strings == ["--network"]]
+    assert list(choices) == NETWORKS
 
 
 @pytest.mark.parametrize(("option", "default", "text", "value"), RELEASED)
@@ -379,7 +387,15 @@ def test_the_place_of_the_data_is_no_part_of_what_was_run(tmp_path):
         ("--weights equal", "--weights: .*equal.*choose from .*attentive"),
         ("--group-order quarters", "--group-order: .*quarters.*choose from .*halves"),
         ("--pair-chunks 0", "--pair-chunks: .*got 0"),
-        ("--network resnet20", "--network: .*resnet20.*choose from .*resnet18"),
+        ("--network resnet20", "--network: .*resnet20.*choose from .*resnet18.*preact_resnet18"),
+        (
+            "--network preact_resnet18 --pretrained imagenet",
+            "--pretrained imagenet: .*--network preact_resnet18; use a path or none",
+        ),
+        (
+            "--network preact_narrow --pretrained imagenet",
+            "--pretrained imagenet: .*--network preact_narrow; use a path or none",
+        ),
         ("--noise-rate nan", "--noise-rate: .*got nan"),
         ("--noise-type web", "--noise-type: .*web.*choose from"),
         ("--noise-type given", "--noise-type given: .*--noise_file"),

@@ -58,6 +58,54 @@ def test_images_of_64_pixels_and_more_have_torchvisions_network():
     assert isinstance(backbone.maxpool, nn.MaxPool2d)
 
 
+@pytest.mark.parametrize(
+    ("size", "channels", "width", "maps"),
+    [
+        (8, 1, 64, [8, 2]),
+        (8, 3, 64, [8, 2]),
+        (28, 1, 512, [28, 4]),
+        (32, 3, 512, [32, 4]),
+        (64, 2, 512, [64, 8]),
+    ],
+)
+def test_the_preact_network_takes_images_of_any_size_and_is_narrow_below_16_pixels(
+    size, channels, width, maps
+):
+    backbone, found = make_backbone("preact_resnet18", size, channels)
+    seen = []
+    for module in (backbone.stem, backbone.blocks[-1]):
+        module.register_forward_hook(lambda _module, _input, output: seen.append(output.shape[2]))
+    with torch.no_grad():
+        features = backbone.eval()(images_of(2, size, channels))
+    assert (found, features.shape, seen) == (width, (2, width), maps)
+    assert (features < 0).any()  # no activation after the last block
+
+
+@pytest.mark.parametrize(("size", "channels", "maps"), [(8, 1, 2), (28, 1, 7), (32, 3, 8), (224, 3, 56)])
+def test_the_narrow_preact_network_is_the_same_at_any_size(size, channels, maps):
+    backbone, width = make_backbone("preact_narrow", size, channels)
+    with torch.no_grad():
+        x = backbone.eval().blocks(backbone.stem(images_of(2, size, channels)))
+        assert backbone(images_of(2, size, channels)).shape == (2, width) == (2, 64)
+    assert x.shape == (2, 64, maps, maps)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("preact_resnet18", 8), ("preact_resnet18", 32), ("preact_narrow", 32)]
+)
+def test_the_preact_network_trains_under_the_attention(name, size):
+    network = network_of("--network", name, size=size)
+    outputs = network.train()(images_of(4, size), groups_by_halves(4, 2))
+    (outputs.mixed.sum() + outputs.plain.square().sum()).backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in network.backbone.parameters())
+
+
+@pytest.mark.parametrize("size", [8, 32, 224])
+def test_there_are_no_imagenet_weights_for_the_preact_network(size):
+    with pytest.raises(UserError, match=r"--pretrained imagenet: .* preact_resnet18; use a path or none"):
+        make_backbone("preact_resnet18", size, 3, "imagenet")
+
+
 @pytest.mark.parametrize("blank", [["--lam", "0"], ["--weights", "uniform"], ["--weights", "random"]])
 def test_there_is_no_attention_where_none_is_learnt(blank):
     assert network_of(*blank).attention is None
@@ -165,6 +213,16 @@ def test_the_weights_of_another_resnet_are_refused_and_change_nothing(tmp_path):
     with pytest.raises(UserError, match=r"layer1\.2\..* does not fit the backbone"):
         load_weights(network, tmp_path / "model_best.pt")
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_weights_of_an_earlier_run_with_the_preact_network_and_of_no_other(tmp_path):
+    preact = ["--network", "preact_resnet18"]
+    earlier, network = network_of(*preact, seed=1), network_of(*preact)
+    torch.save(earlier.state_dict(), tmp_path / "model_best.pt")
+    assert load_weights(network, tmp_path / "model_best.pt") == []
+    assert same_state(network, earlier)
+    with pytest.raises(UserError, match="does not fit the backbone; name the --network it is of"):
+        load_weights(network_of(), tmp_path / "model_best.pt")
 
 
 def test_a_file_for_other_classes_gives_all_but_the_classifier(tmp_path):

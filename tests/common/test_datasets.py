@@ -114,6 +114,13 @@ def test_an_npz_of_a_known_name_has_that_data_sets_classes_and_constants(tmp_pat
     assert data.std == (0.267, 0.256, 0.276)
 
 
+def test_an_npz_of_the_name_digits_goes_before_the_embedded_ones(tmp_path):
+    write(tmp_path, "digits")
+    data = datasets.load("digits", tmp_path)
+    assert data.num_classes == 10 and np.array_equal(data.train.images, GOOD["train_images"])
+    assert len(datasets.load("digits", tmp_path / "elsewhere").train.labels) == 1437
+
+
 def test_constant_pixels_have_a_deviation_to_divide_by(tmp_path):
     write(tmp_path, train_images=np.full((20, 6, 5, 3), 7, np.uint8))
     assert min(datasets.load("own", tmp_path).std) > 0

@@ -31,7 +31,7 @@ FILES = [
     (("--on_bad_image",), "error", ["error", "skip"]),
     (("--decoded",), None, None),
 ]
-ARCH = (("--arch",), "resnet18", ["resnet18", "resnet34", "resnet50", "resnet101"])
+ARCH = (("--arch",), "resnet18", ["resnet18", "resnet34", "resnet50", "resnet101", "narrow"])
 SHARED = [
     (("--out",), None, None),
     (("--seed",), 123, None),

@@ -126,6 +126,14 @@ def test_an_architecture_that_is_not_there():
         make_encoder("resnet20")
 
 
+@pytest.mark.parametrize(("channels", "size", "maps"), [(1, 8, 2), (1, 28, 7), (3, 32, 8), (3, 84, 21)])
+def test_the_narrow_encoder_that_is_asked_for_is_the_same_at_any_size(channels, size, maps):
+    network = made("narrow", channels, size).eval()
+    with torch.no_grad():
+        assert network.encoder(images(2, channels, size)).shape == (2, 64, maps, maps)
+        assert network(images(2, channels, size)).shape == (2, network.encoder.width) == (2, 64)
+
+
 # blocks -----------------------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +195,8 @@ def test_layers_have_the_names_of_checkpoints():
     assert names == expected
     stages = [names_of_block(f"layer{stage}.0", stage > 1) for stage in (1, 2, 3)]
     assert narrow == [*stem, *stages[0], *stages[1], *stages[2]]
+    by_name = [name for name, _ in make_encoder("narrow", size=8).named_parameters()]
+    assert by_name == [name.replace("layer", "narrow") for name in narrow]
 
 
 def test_the_head_is_all_but_the_encoder():
@@ -295,3 +305,13 @@ def test_an_encoder_of_another_architecture_is_refused(tmp_path):
     safetensors.torch.save_file(make_encoder("resnet18").state_dict(), tmp_path / "encoder.safetensors")
     with pytest.raises(UserError, match=r"has no layer1\.2"):
         load_encoder(make_encoder("resnet34"), tmp_path / "encoder.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("size", "of", "to"), [(8, "resnet18", "narrow"), (8, "narrow", "resnet18"), (32, "narrow", "resnet18")]
+)
+def test_an_encoder_is_refused_where_a_stride_alone_is_another(size, of, to, tmp_path):
+    """Below 16 pixels the shapes of all layers are alike."""
+    safetensors.torch.save_file(make_encoder(of, 1, size).state_dict(), tmp_path / "encoder.safetensors")
+    with pytest.raises(UserError, match=r"not an encoder of this kind|conv1\.weight has shape"):
+        load_encoder(make_encoder(to, 1, size), tmp_path / "encoder.safetensors")

@@ -46,6 +46,9 @@ FLAGS = [
     (("--limit_train",), None),
 ]
 
+# frozen too: the networks to choose from
+NETWORKS = ["auto", "lenet", "resnet18", "resnet34", "small", "preact_resnet18", "preact_narrow"]
+
 # the release's flags: option, default there, a typed value and what it is read as. Not here: --model_dir, a name for --out
 RELEASED = [
     ("--seed", 1, "5", 5),
@@ -89,6 +92,11 @@ def test_every_flag_has_a_help_line(action):
 
 def test_flags_and_defaults_are_the_frozen_ones():
     assert [(tuple(action.option_strings), action.default) for action in actions()] == FLAGS
+
+
+def test_the_networks_to_choose_from_are_the_frozen_ones():
+    [choices] = [action.choices for action in actions() if action.option_strings == ["--network"]]
+    assert list(choices) == NETWORKS
 
 
 @pytest.mark.parametrize(("option", "default", "text", "value"), RELEASED)
@@ -258,7 +266,7 @@ def refused(argv: list[str], capsys) -> str:
         ("--model_dir here", "--model_dir: is a name for --out.*here.*run"),
         ("--dataset nosuch", "nosuch: choose from .*mnist"),
         ("--dataset mnist --data_path nosuch", "mnist not found.*nosuch"),
-        ("--network resnet50", "--network: .*resnet50.*choose from .*lenet.*resnet34"),
+        ("--network resnet50", "--network: .*resnet50.*choose from .*lenet.*resnet34.*preact_resnet18"),
         ("--network lenet", "--network lenet: images of 8 pixels.*use small"),
         ("--stem_padding -1", "--stem_padding: .*got -1"),
         ("--lr 0", "--lr: .*got 0"),

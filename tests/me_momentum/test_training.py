@@ -15,7 +15,9 @@ from me_momentum.networks import ResNet, make_network
 from me_momentum.training import predict, train_epoch
 
 CPU = Device(torch.device("cpu"), "fp32", "tests")
-NETWORKS = {"lenet": (1, 16), "small": (1, 8), "resnet18": (3, 12)}  # channels and pixels of small images
+# channels and pixels of small images
+NETWORKS = {"lenet": (1, 16), "small": (1, 8), "resnet18": (3, 12)}
+NETWORKS |= {"preact_resnet18": (1, 8), "preact_narrow": (1, 20)}
 
 
 def network_and_images(name: str, count: int) -> tuple[torch.nn.Module, Images]:
@@ -83,7 +85,7 @@ def test_labels_are_looked_up_by_position_in_the_training_part_and_only_the_subs
         torch.testing.assert_close(value, other_value)
 
 
-@pytest.mark.parametrize("name", ["lenet", "small", "resnet18"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_last_batch_of_one_row_trains_and_predicts(name):
     network, images = network_and_images(name, 9)
     before = {key: value.clone() for key, value in network.state_dict().items()}
@@ -97,14 +99,16 @@ def test_a_last_batch_of_one_row_trains_and_predicts(name):
     assert predict(network, Batches(images, 8), 9, CPU).shape == (9,)
 
 
-@pytest.mark.parametrize("padding", [0, 1])
-def test_a_last_batch_of_one_row_of_the_smallest_images_that_are_taken_trains_too(padding):
-    size = 11 - 2 * padding
+@pytest.mark.parametrize(
+    ("name", "padding", "size"),
+    [("resnet18", 0, 11), ("resnet18", 1, 9), ("preact_resnet18", 0, 5), ("preact_narrow", 0, 5)],
+)
+def test_a_last_batch_of_one_row_of_the_smallest_images_that_are_taken_trains_too(name, padding, size):
     images = Images(np.zeros((3, size, size, 3), np.uint8), (0.5,) * 3, (0.25,) * 3, torch.device("cpu"))
-    network = make_network("resnet18", 4, 3, size, padding)
+    network = make_network(name, 4, 3, size, padding)
     train_epoch(network, sgd(network), Batches(images, 2), observed(3), CPU)
-    with pytest.raises(UserError, match=rf"--network resnet18: images of {size - 1} pixels are too small"):
-        make_network("resnet18", 4, 3, size - 1, padding)
+    with pytest.raises(UserError, match=rf"--network {name}: images of {size - 1} pixels are too small"):
+        make_network(name, 4, 3, size - 1, padding)
 
 
 # predictions ------------------------------------------------------------------------------------------------------------
@@ -138,7 +142,7 @@ def test_predicting_leaves_the_network_as_it_is_and_builds_no_graph():
 # networks ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["lenet", "small", "resnet18"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_seed_gives_the_same_initial_weights_and_another_one_others(name):
     weights = []
     for seed in (1, 1, 2):
@@ -177,3 +181,16 @@ def test_the_stem_has_no_padding_unless_it_is_asked_for(padding, maps):
         stem = network.stem(torch.zeros(1, 3, 32, 32))
         assert stem.shape == (1, 64, maps, maps)
         assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize(
+    ("size", "channels", "maps"), [(8, 1, [8, 2]), (8, 3, [8, 2]), (28, 1, [28, 4]), (32, 3, [32, 4])]
+)
+def test_the_preact_network_has_a_padded_stem_whatever_the_flag_says(size, channels, maps, padding):
+    network, seen = make_network("preact_resnet18", 10, channels, size, padding).eval(), []
+    for module in (network.stem, network.blocks[-1]):
+        module.register_forward_hook(lambda _module, _input, output: seen.append(output.shape[2]))
+    with torch.no_grad():
+        assert network(torch.zeros(1, channels, size, size)).shape == (1, 10)
+    assert seen == maps

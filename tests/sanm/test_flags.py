@@ -24,6 +24,7 @@ FLAGS = [
     (("--check_path",), ""),
     (("--id",), ""),
     (("--base",), "c2d"),
+    (("--arch",), "auto"),
     (("--pretrained",), None),
     (
         ("--released-softmax", "--no-released-softmax", "--released_softmax", "--no-released_softmax"),
@@ -97,6 +98,11 @@ def test_every_flag_has_a_help_line(action):
 
 def test_flags_and_defaults_are_the_frozen_ones():
     assert [(tuple(action.option_strings), action.default) for action in actions()] == FLAGS
+
+
+def test_the_networks_to_choose_from_are_the_frozen_ones():
+    [choices] = [action.choices for action in actions() if action.option_strings == ["--arch"]]
+    assert list(choices) == ["auto", "narrow"]
 
 
 @pytest.mark.parametrize(("option", "default", "text", "value"), RELEASED)
@@ -290,6 +296,8 @@ QUICK = "--dataset digits --base dividemix --num_epochs 1 --warm_up 1 --limit_tr
             "--base c2d",
             "pretrained/ckpt_digits_resnet18.pth: make one with .*pretrain.py --dataset digits.*--pretrained",
         ),
+        ("--arch wide", "--arch: .*wide.*choose from .*auto.*narrow"),
+        ("--arch narrow --base c2d --pretrained none", "--arch: narrow is for --base dividemix"),
         ("--base c2d --fidelity released", "no pretrained/ckpt_cifar10_resnet18.pth"),
         ("--base c2d --pretrained nosuch.pth", "--pretrained nosuch.pth: no such file"),
         ("--pretrained encoder.safetensors", "--pretrained: is for --base c2d, got encoder.safetensors"),

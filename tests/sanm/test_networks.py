@@ -18,6 +18,7 @@ from sanm.networks import (
     decoder,
     make_network,
     make_simclr,
+    quadrupling_decoder,
     simclr_resnet,
 )
 
@@ -70,10 +71,27 @@ def test_maps_scores_and_reconstructions_fit_the_images(base, channels, size, ma
     assert network(torch.zeros(1, channels, size, size)).reconstruction is None
 
 
+@pytest.mark.parametrize(
+    ("channels", "size", "maps"), [(1, 8, 2), (3, 8, 2), (3, 10, 3), (1, 28, 7), (3, 32, 8), (1, 33, 9)]
+)
+def test_the_narrow_network_that_is_asked_for_has_a_map_of_a_quarter_at_any_size(channels, size, maps):
+    torch.manual_seed(0)
+    network = make_network("dividemix", 7, channels, size, arch="narrow")
+    images = torch.randn(3, channels, size, size)
+    out = network(images[:2], images)
+    assert out.maps.shape == (2, 64, maps, maps) and out.scores.shape == (2, 7)
+    assert out.reconstruction.shape == images.shape
+    (out.scores.sum() + (out.reconstruction - images).square().sum()).backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in network.parameters())
+
+
 def test_decoders_make_images_of_their_size_without_resizing_and_with_nothing_between_their_layers():
     for made, maps, sizes in (
         (decoder(512, 3, narrow=False), (512, 4, 4), [10, 15, 32]),
         (decoder(64, 1, narrow=True), (64, 4, 4), [5, 7, 8]),
+        (quadrupling_decoder(64, 1), (64, 2, 2), [4, 8, 8]),
+        (quadrupling_decoder(64, 1), (64, 7, 7), [14, 28, 28]),
+        (quadrupling_decoder(64, 3), (64, 8, 8), [16, 32, 32]),
         (clothing_decoder(64), (64, 7, 7), [25, 75, 224]),
     ):
         assert all(type(layer) is nn.ConvTranspose2d and layer.bias is not None for layer in made)

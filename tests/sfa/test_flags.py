@@ -98,6 +98,11 @@ def test_flags_and_defaults_are_the_frozen_ones():
     assert [(tuple(action.option_strings), action.default) for action in actions()] == FLAGS
 
 
+def test_the_networks_to_choose_from_are_the_frozen_ones():
+    [choices] = [action.choices for action in actions() if action.option_strings == ["--arch"]]
+    assert list(choices) == ["resnet18", "narrow"]
+
+
 @pytest.mark.parametrize(("option", "default", "text", "value"), RELEASED)
 def test_the_released_flags_keep_their_names_defaults_and_types(option, default, text, value):
     [name] = [action.dest for action in actions() if option in action.option_strings]

@@ -92,7 +92,7 @@ def test_only_ldam_exchanges_the_standard_head_and_leaves_the_rest_of_the_initia
     made = {}
     for loss in ("ce", "ldam", "gce"):
         torch.manual_seed(0)
-        made[loss] = make_network(data, Namespace(loss=loss, ldam_scale=11.0))
+        made[loss] = make_network(data, Namespace(arch="resnet18", loss=loss, ldam_scale=11.0))
     heads = made["ldam"].heads
     assert type(heads.standard) is CosineHead and heads.standard.scale == 11
     assert heads.standard.weight.shape == (5, heads.feature_size)

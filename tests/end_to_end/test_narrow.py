@@ -1,0 +1,78 @@
+"""All five scripts with the narrow network that is asked for by its name, on digits, for an epoch or two each."""
+
+import json
+from pathlib import Path
+from shlex import split
+
+import pytest
+import torch
+
+import afm.train
+import me_momentum.main
+import sanm.Train_cifar
+import sanm.visualize
+import sfa.Train_cifar
+from common import cli
+from manifold_dividemix import pretrain, train_semisup
+
+COMMON = split("--dataset digits --device cpu --limit_train 160")
+MANIFOLD = [*COMMON, *split("--ood-ratio 0 --epochs 2 --lr-backbone 0.01 --warmup-epoch 1 --batch-size 32")]
+RUNS = {
+    "sfa": (sfa.Train_cifar, "--imb_factor 0.5 --num_epochs 2 --warm_up 1 --arch narrow"),
+    "sanm": (sanm.Train_cifar, "--base dividemix --num_epochs 1 --warm_up 1 --batch_size 32 --arch narrow"),
+    "afm": (afm.train, "--epochs 1 --train-batch 32 --pretrained none --network preact_narrow"),
+    "me_momentum": (
+        me_momentum.main,
+        "--n_epoch 1 --max_outer_loop 1 --data_percent 0.5 --network preact_narrow",
+    ),
+}
+
+
+def content(run: Path, name: str) -> dict:
+    return json.loads((run / name).read_text())
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    """The weights of the run's network, of several the first one's."""
+    found = torch.load(run / "checkpoint.pt", weights_only=True)["state"]
+    return found["nets"][0] if "nets" in found else found["network"]
+
+
+def widths(weights: dict[str, torch.Tensor]) -> list[int]:
+    """Of the encoder's 3x3 convolutions, in their order."""
+    return [
+        len(value)
+        for name, value in weights.items()
+        if value.dim() == 4 and value.shape[2] == 3 and not name.startswith("decoder.")
+    ]
+
+
+@pytest.mark.parametrize("paper", RUNS)
+def test_a_run_with_the_narrow_network_ends_and_says_so(paper, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script, flags = RUNS[paper]
+    script.main([*COMMON, *flags.split()])
+    [run] = (tmp_path / "results" / "runs" / paper).iterdir()
+    assert run.name.endswith(flags.split()[-1]) or f"{flags.split()[-1]}-" in run.name
+    arguments = content(run, "args.json")["arguments"]
+    assert flags.split()[-1] in (arguments.get("arch"), arguments.get("network"))
+    assert widths(state(run)) == [16, 16, 16, 32, 32, 64, 64]
+    assert 0 < content(run, "result.json")["metrics"]["last"] <= 100
+    if paper == "sanm":  # its figure shows masks, for which the network is made again
+        sanm.visualize.main([str(run), "--out", str(tmp_path / "sanm.png")])
+        assert (tmp_path / "sanm.png").is_file()
+
+
+def test_manifold_dividemix_begins_from_the_narrow_encoder_and_no_other_network_does(tmp_path, capsys):
+    flags = split("--ood-ratio 0 --epochs 1 --batch_size 64 --lr 0.05 --arch narrow --out")
+    pretrain.main([*COMMON, *flags, str(tmp_path / "encoder")])
+    file = tmp_path / "encoder" / "encoder.safetensors"
+    words = [*MANIFOLD, "--pretrained", str(file), "--out"]
+    train_semisup.main([*words, str(tmp_path / "run"), "--arch", "narrow"])
+    assert "encoder.safetensors: 44 tensors taken, 0 others left" in capsys.readouterr().out
+    assert content(tmp_path / "run", "result.json")["metrics"]["last"] > 0
+    assert widths(state(tmp_path / "run")) == [16, 16, 16, 32, 32, 64, 64]
+    with pytest.raises(SystemExit) as stop:
+        cli.exit_cleanly(train_semisup.main, [*words, str(tmp_path / "other")])
+    [line] = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "has no layer1.0." in line and not (tmp_path / "other").exists()
