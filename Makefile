@@ -9,7 +9,7 @@ RUN     := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 DATASETS := cifar10 cifar100 mnist fashion_mnist
-.PHONY: help setup test lint format lock reproduce-afm reproduce-manifold-dividemix reproduce-me-momentum reproduce-sanm reproduce-sfa reproduce-all tables speed check-data $(DATASETS:%=data-%)
+.PHONY: help setup test lint format lock reproduce-afm reproduce-manifold-dividemix reproduce-me-momentum reproduce-sanm reproduce-sfa reproduce-all cross tables report speed check-data $(DATASETS:%=data-%)
 
 help:  ## list the targets
 	@awk -F':[^#]*## ' '/^[a-z0-9_ -]+:.*## /{n = split($$1, names, " "); for (i = 1; i <= n; i++) printf "%-29s %s\n", names[i], $$2}' Makefile
@@ -54,8 +54,14 @@ reproduce-sfa: setup  ## Stochastic Feature Averaging and cross-entropy: CSV, co
 
 reproduce-all: reproduce-afm reproduce-manifold-dividemix reproduce-me-momentum reproduce-sanm reproduce-sfa  ## every method there is
 
+cross: setup  ## all methods and cross-entropy on the same images, labels, backbone and epochs
+	$(RUN) -m benchmarks.cross --data_path $(DATA) --seeds $(SEEDS) $(ARGS)
+
 tables: setup  ## write benchmarks/README.md anew: the measured figures of every table, every cell with its command
 	$(RUN) -m benchmarks.tables $(ARGS)
+
+report: setup  ## one HTML page of all results, measured and published, in results/report.html
+	$(RUN) -m benchmarks.report $(ARGS)
 
 data-cifar10 data-cifar100 data-mnist data-fashion_mnist: setup  ## download a data set to DATA (torchvision's copy, md5 checked)
 	$(RUN) -m common.datasets download $(@:data-%=%) --data_path $(DATA)
@@ -63,9 +69,10 @@ data-cifar10 data-cifar100 data-mnist data-fashion_mnist: setup  ## download a d
 check-data: setup  ## look whether a data set is whole: make check-data ARGS="food101n --images" DATA=./data/food
 	$(RUN) -m common.datasets check $(firstword $(ARGS)) --data_path $(DATA) $(wordlist 2, $(words $(ARGS)), $(ARGS))
 
-speed: setup  ## measure how fast images are read, from their files and from a cache, and augmented, beside PIL
-	$(RUN) -m benchmarks.speed images $(ARGS)
-	$(RUN) -m benchmarks.speed views $(ARGS)
+speed: setup  ## measure training steps of every method beside a plain path, and reading and augmenting of images
+	$(RUN) -m benchmarks.speed steps $(ARGS)
+	$(RUN) -m benchmarks.speed images
+	$(RUN) -m benchmarks.speed views
 
 lock: setup  ## resolve the dependencies of pyproject.toml anew
 	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra dev pyproject.toml -o requirements.lock

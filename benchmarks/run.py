@@ -10,109 +10,20 @@ cut short goes on. If any run fails, so does this command.
 
 import csv
 import itertools
-import json
-import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
-
-from tqdm import tqdm
 
 from benchmarks.cells import PAPERS, PROFILES, ROOT, Cell, cells
 from benchmarks.compare import against, compare, format_table, read_results
+from benchmarks.engines import Task, add_engine_flags, run_all
 from benchmarks.published import beside
 from common import cli
 from common.results import write_results
 
 METRICS = ("best", "last", "last10")
-
-
-class Task(NamedTuple):
-    """One cell with one seed: the method's run, then, where the paper has none among its presets, the baseline on its labels."""
-
-    name: str
-    folder: Path
-    commands: tuple[tuple[Path, list[str]], ...]  # run directory and command line of each, in order
-
-
-class Outcome(NamedTuple):
-    """How a task ended: the run directories that are finished, and what went wrong, if something did."""
-
-    finished: list[Path]
-    failure: str | None
-
-
-class Runner:
-    """Starts the runs of tasks side by side, shows how far they are, and ends them all when it is ended itself."""
-
-    def __init__(self, total: int, environment: dict[str, str]):
-        self.environment = environment
-        self.bar = tqdm(total=total, unit="run", disable=not sys.stderr.isatty())
-        self.children: set[subprocess.Popen] = set()
-        self.lock = threading.Lock()
-        self.stopping = False
-
-    def run(self, task: Task) -> Outcome:
-        """Run the method and then its baseline, which needs the labels of the method's run."""
-        finished = []
-        for folder, command in task.commands:
-            failure = self._process(
-                command, folder, f"{task.name}{' baseline' if folder != task.folder else ''}"
-            )
-            if failure is not None:
-                return Outcome(finished, f"{task.name}: {failure}")
-            finished.append(folder)
-        return Outcome(finished, None)
-
-    def _process(self, command: list[str], folder: Path, name: str) -> str | None:
-        """Run one process, its output kept in <folder>/console.txt: None, or the last line it wrote before it failed."""
-        if is_finished(folder, command):
-            self.bar.update()
-            tqdm.write(f"{name}: finished before: {_headline(folder)}")
-            return None
-        folder.mkdir(parents=True, exist_ok=True)
-        with self.lock:
-            if self.stopping:
-                return "not started"
-            child = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )  # fmt: skip
-            self.children.add(child)
-        last = ""
-        with (folder / "console.txt").open("a") as console:
-            for line in child.stdout:
-                console.write(line)
-                last = line.strip() or last
-                if line.startswith("epoch "):
-                    self.bar.set_postfix_str(f"{name} {' '.join(line.split()[:6])}")
-        code = child.wait()
-        with self.lock:
-            self.children.discard(child)
-        self.bar.update()
-        tqdm.write(f"{name}: {last if code else _headline(folder)}")
-        return f"exit status {code}: {last} (see {folder / 'console.txt'})" if code else None
-
-    def stop(self) -> None:
-        """End the runs under way; they leave their checkpoints."""
-        with self.lock:
-            self.stopping = True
-            for child in self.children:
-                child.terminate()
-
-
-def is_finished(folder: Path, command: list[str]) -> bool:
-    """Whether the run directory's result.json says that this very command came to its end; all else is the script's to judge."""
-    try:
-        ended = json.loads((folder / "result.json").read_text())["command"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return ended == shlex.join(["python", *command[1:]]) and (folder / "result.csv").is_file()
 
 
 def make_task(cell: Cell, seed: int, runs: Path, data_path: Path, extra: list[str]) -> Task:
@@ -122,20 +33,20 @@ def make_task(cell: Cell, seed: int, runs: Path, data_path: Path, extra: list[st
         preset and runs / preset.split("/", 1)[1] / f"seed{seed}{suffix}"
         for preset in (cell.preset, cell.encoder)
     )
-    paper, data = PAPERS[cell.paper], _from_root(data_path)
+    paper, data = PAPERS[cell.paper], from_root(data_path)
     words = [cell.script.data_flag, data, *extra]
     if encoder is not None:
-        words += ["--pretrained", _from_root(encoder / "encoder.safetensors")]
-    commands = [(folder, cell.command(seed, _from_root(folder), words))]
+        words += ["--pretrained", from_root(encoder / "encoder.safetensors")]
+    commands = [(folder, cell.command(seed, from_root(folder), words))]
     if paper.baseline == cell.preset.rpartition("/")[2] and cell.script == paper.script:
         # whatever chooses the device must choose it for the baseline too
         shared = ["--data_path", data, *_only(extra, ("--device", "--precision"))]
-        baseline = [sys.executable, "-m", "benchmarks.baseline", "--like", _from_root(folder), *shared]
+        baseline = [sys.executable, "-m", "benchmarks.baseline", "--like", from_root(folder), *shared]
         commands.append((folder / "baseline", baseline))
     return Task(f"{cell.preset} seed {seed}", folder, tuple(commands))
 
 
-def _from_root(path: Path) -> str:
+def from_root(path: Path) -> str:
     """A path as the runs are told it: relative to the repository where it lies in it, so that commands can be shared."""
     path = path.resolve()
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
@@ -144,12 +55,6 @@ def _from_root(path: Path) -> str:
 def _only(words: list[str], flags: tuple[str, ...]) -> list[str]:
     """The given flags and their values, out of a list of command-line words."""
     return [w for i, w in enumerate(words) if w.split("=")[0] in flags or (i > 0 and words[i - 1] in flags)]
-
-
-def _headline(folder: Path) -> str:
-    rows = {row["metric"]: row for row in collect([folder])}
-    best, last = (float(rows[metric]["value"]) for metric in ("best", "last"))
-    return f"{rows['last']['method']} best {best:.2f}, last {last:.2f} in {rows['last']['seconds']} s"
 
 
 def make_parser() -> cli.Parser:
@@ -171,14 +76,12 @@ def make_parser() -> cli.Parser:
     parser.add_argument(
         "--seeds", nargs="+", type=cli.seed, default=[1, 2, 3], metavar="N", help="one run each"
     )
-    parser.add_argument(
-        "--jobs", type=cli.count, help="runs at a time; by default one per core on digits, else one"
-    )
     parser.add_argument("--data_path", default="./data", metavar="DIR", help="where the data sets are")
     parser.add_argument(
         "--out", default="results", metavar="DIR", help="where the CSV, the figure and runs/ go"
     )
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print the commands and stop")
+    add_engine_flags(parser)
     return parser
 
 
@@ -199,27 +102,6 @@ def report(paper: str, chosen: list[Cell], rows: list[dict], out: Path) -> None:
         print(format_table(compare(read_results(reference), rows, metrics), "the reference", "this run"))
     for line in beside(chosen, rows):
         print(line)
-
-
-def run_all(tasks: list[Task], jobs: int, one_thread: bool) -> list[Path]:
-    """Run the tasks, `jobs` at a time: the finished run directories. Exits with status 1 where any run failed."""
-    environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if one_thread else {})}
-    runner = Runner(sum(len(task.commands) for task in tasks), environment)
-    try:
-        with ThreadPoolExecutor(jobs) as pool:
-            try:
-                outcomes = list(pool.map(runner.run, tasks))
-            except BaseException:
-                runner.stop()
-                raise
-    finally:
-        runner.bar.close()
-    failures = [outcome.failure for outcome in outcomes if outcome.failure]
-    for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
-    if failures:
-        sys.exit(1)
-    return [folder for outcome in outcomes for folder in outcome.finished]
 
 
 def main(argv=None) -> None:
@@ -246,9 +128,7 @@ def main(argv=None) -> None:
         return
     # small networks gain nothing from threads, and with one thread each the figures do not depend on the number of cores
     embedded = args.profile == "embedded"
-    jobs = args.jobs or (os.cpu_count() or 1 if embedded else 1)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    folders = [folder for tasks in waves for folder in run_all(tasks, jobs, one_thread=embedded)]
+    folders = [folder for tasks in waves for folder in run_all(tasks, args, one_thread=embedded)]
     report(args.paper, chosen, collect(folders), out)
     figure = [sys.executable, "-m", f"{args.paper}.visualize", *map(str, folders)]
     subprocess.run([*figure, "--out", str(out / f"{args.paper}.png")], cwd=ROOT, check=True)

@@ -9,6 +9,7 @@ Figures come from reference/*.csv alone, cells from the papers' presets.toml. No
 import shlex
 import statistics
 import sys
+import tomllib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from benchmarks.compare import read_results
 from common.cli import Parser, exit_cleanly
 from common.files import write_atomic
 
+CROSS = "cross"  # the table of benchmarks.cross
 REFERENCE, PAGE = ROOT / "benchmarks" / "reference", ROOT / "benchmarks" / "README.md"
 METRICS = {
     "best": "best",
@@ -52,6 +54,18 @@ profiles or numbers of epochs are never compared. Machines, dates and commands a
 """
 
 
+CROSS_SETTINGS = ROOT / "benchmarks" / "cross.toml"
+CROSS_HEAD = """## All methods on the same data
+
+    make cross                                                      # digits, on a CPU
+    python -m benchmarks.cross --data cifar10 --data_path ./data    # 7 settings, CIFAR-10N's human labels among them
+
+The same images, observed labels and backbone (one PreAct ResNet) and the same number of epochs, pre-training and rounds
+included, for all; no value is tuned for a setting. [`cross.toml`](cross.toml) has the settings and every flag. An epoch is not
+the same work in each method: the last table says how long they take.
+"""
+
+
 class Row(NamedTuple):
     """One method in one setting under one condition."""
 
@@ -67,11 +81,14 @@ class Row(NamedTuple):
 
 
 def measured() -> dict[str, dict[Row, dict[str, list[float]]]]:
-    """The values over seeds by paper, row and metric, of all reference files in the order of their names."""
+    """The values over seeds by paper, row and metric, of all reference files in the order of their names.
+
+    Without the table of all methods, which is no paper's.
+    """
     found: dict[str, dict[Row, dict[str, list[float]]]] = {}
     for path in sorted(REFERENCE.glob("*.csv")):
         for row in read_results(path):
-            if row["metric"] in METRICS:
+            if row["metric"] in METRICS and row["table"] != CROSS:
                 key = Row(*(row[name] for name in Row._fields[:-1]), path.name)
                 metrics = found.setdefault(row["paper"], {}).setdefault(key, {})
                 metrics.setdefault(row["metric"], []).append(row["value"])
@@ -110,6 +127,55 @@ def table(rows: dict[Row, dict[str, list[float]]]) -> list[str]:
     return lines
 
 
+def cross_rows() -> list[dict]:
+    """The rows of the table of all methods in the reference files, in the order of their names."""
+    return [
+        row for path in sorted(REFERENCE.glob("*.csv")) for row in read_results(path) if row["table"] == CROSS
+    ]
+
+
+def cross_section(rows: Sequence[dict]) -> list[str]:
+    """What was measured of the table of all methods, and what of it was not."""
+    described = tomllib.loads(CROSS_SETTINGS.read_text(encoding="utf-8"))
+    wanted = [
+        f"{data}-{name}" for data in described if data != "settings" for name in described[data]["settings"]
+    ]
+    whole = {row["cell"] for row in rows if "+limit_train" not in row["profile"]}
+    lines = [CROSS_HEAD]
+    lines += ["After the last epoch:", "", *cross_table(rows), ""]
+    lines += ["At the best epoch, which is seen on the test set:", "", *cross_table(rows, "best"), ""]
+    lines += [
+        "Minutes of a run, pre-training included:",
+        "",
+        *cross_table(rows, column="seconds", scale=1 / 60),
+        "",
+    ]
+    missing = [cell for cell in wanted if cell not in whole]
+    return [*lines, f"Not measured yet in full: {', '.join(missing)}.", ""] if missing else lines
+
+
+def cross_table(
+    rows: Sequence[dict], metric: str = "last", column: str = "value", scale: float = 1
+) -> list[str]:
+    """Result rows of benchmarks.cross as Markdown: settings down, methods across; in the cells a column of a metric's rows."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    values: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for row in rows:
+        if row["metric"] == metric:
+            key = (row["cell"], row["profile"], row["epochs"])
+            values.setdefault(key, {}).setdefault(row["method"], []).append(scale * float(row[column]))
+    lines = [
+        f"| setting | profile | epochs | seeds | {' | '.join(methods)} |",
+        "|---" * (4 + len(methods)) + "|",
+    ]
+    for key, own in values.items():
+        seeds = max(map(len, own.values()))
+        lines.append(
+            f"| {' | '.join(key)} | {seeds} | {' | '.join(figure(own.get(m, [])) for m in methods)} |"
+        )
+    return lines
+
+
 def commands(paper: str) -> list[str]:
     """Every cell of a paper by the command that runs it, those of the published tables by their protocol."""
     short = [cell for cell in cells(paper, "short") if cell.preset.startswith("short/")]
@@ -136,6 +202,7 @@ def page() -> str:
     lines = [HEAD, "## Measured", ""]
     for paper in PAPERS:
         lines += [f"### [{paper}](../{paper}/README.md)", "", *table(found[paper]), ""]
+    lines += cross_section(cross_rows())
     lines += [
         "## Not measured yet",
         "",

@@ -11,6 +11,7 @@ import pytest
 from afm import train
 from benchmarks import run
 from benchmarks.cells import PAPERS, PROFILES, ROOT, cells
+from benchmarks.engines import is_finished
 from common.cli import UserError, read_presets
 from common.results import COLUMNS
 from sfa import Train_cifar
@@ -179,15 +180,15 @@ def test_what_is_finished_is_not_started_again_and_a_changed_record_is(finished,
     assert [(f / "console.txt").read_bytes() for f in (folder, folder / "baseline")] == consoles
     assert (out / "sfa.csv").read_bytes() == before
     command = json.loads((folder / "result.json").read_text())["command"].split()
-    assert run.is_finished(folder, command)
-    assert not run.is_finished(folder, [*command, "--lr", "1"])
+    assert is_finished(folder, command)
+    assert not is_finished(folder, [*command, "--lr", "1"])
     for damage in (b"{}", b"half", None):
         copy = tmp_path / str(damage)
         copy.mkdir()
         (copy / "result.csv").write_bytes((folder / "result.csv").read_bytes())
         if damage is not None:
             (copy / "result.json").write_bytes(damage)
-        assert not run.is_finished(copy, command)
+        assert not is_finished(copy, command)
 
 
 def test_a_table_is_picked_by_its_name():

@@ -35,7 +35,7 @@ class Job(NamedTuple):
     log: str  # what it prints is appended to LOG.out and LOG.err
     moment: str = "0:never"
     processes: int = 1
-    slow: bool = False  # the first process's checkpoints take half a second: the others must not be ahead of them
+    slow: bool = False  # checkpoints take the first process half a second: do the others wait?
 
 
 class MortalRun(Run):

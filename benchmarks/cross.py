@@ -1,0 +1,276 @@
+"""All five methods and cross-entropy on the same images, observed labels, backbone and epochs: the table none of the papers has.
+
+    make cross                                            # digits: no data, no GPU
+    python -m benchmarks.cross --data cifar10 --data_path ./data
+    python -m benchmarks.cross --data mnist --settings sym0.5 --limit_train 3000 --seeds 1
+
+What is compared stands in benchmarks/cross.toml. Label noise is drawn once for each setting and seed, before any script starts,
+and handed to all of them: as a file for --noise_file, or, where the training set itself is a part of the data set (long tails,
+--limit_train), as an .npz that replaces it. Labels that people gave (CIFAR-10N) are read from DATA_PATH/cifar10n_worse_label.npy
+and DATA_PATH/cifar10n_aggre_label.npy; they are not part of this repository. Every run is a process started by its command line.
+"""
+
+import io
+import itertools
+import json
+import random
+import shlex
+import sys
+import tomllib
+from argparse import Namespace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.cells import ROOT
+from benchmarks.compare import read_results
+from benchmarks.engines import Task, add_engine_flags, run_all
+from benchmarks.run import collect, from_root
+from benchmarks.tables import cross_table
+from common import cli, datasets, noise
+from common.cli import UserError
+from common.datasets.limit import limited
+from common.files import write_atomic
+from common.results import write_results
+
+TABLE = "cross"
+DESCRIPTION = ROOT / "benchmarks" / "cross.toml"
+
+
+class Script(NamedTuple):
+    """How a method's script is told where the images are and that the labels come with them."""
+
+    path: str
+    data_flag: str
+    given: tuple[str, ...]  # labels that an .npz brings along
+    always: tuple[str, ...] = ()
+
+
+METHODS = {
+    "ce": Script("afm/train.py", "--data-root", ("--noise-type", "given")),
+    "afm": Script("afm/train.py", "--data-root", ("--noise-type", "given")),
+    "sfa": Script("sfa/Train_cifar.py", "--data_path", ("--noise_mode", "given"), ("--imb_type", "none")),
+    "me_momentum": Script("me_momentum/main.py", "--data_path", ("--noise_type", "given")),
+    "sanm": Script("sanm/Train_cifar.py", "--data_path", ("--noise_mode", "given")),
+    "manifold_dividemix": Script(
+        "manifold_dividemix/train_semisup.py", "--data_path", ("--noise-type", "given"), ("--ood-ratio", "0")
+    ),
+}
+# reads no labels
+PRETRAIN = Script("manifold_dividemix/pretrain.py", "--data_path", (), ("--ood-ratio", "0"))
+
+
+class Setting(NamedTuple):
+    """One row of the table: a data set and what is wrong with its labels."""
+
+    data: str
+    name: str
+    noise_type: str
+    noise_rate: float | None = None
+    imb_factor: float | None = None
+    labels: str | None = None  # the file of labels that people gave
+
+    @property
+    def cell(self) -> str:
+        """Its name in the results."""
+        return f"{self.data}-{self.name}"
+
+
+class Inputs(NamedTuple):
+    """What all methods are given for one setting and seed: a file of labels, or a folder with a data set of its own."""
+
+    labels: Path | None
+    folder: Path | None
+
+
+def settings_of(data: str, names: list[str] | None, description: dict) -> list[Setting]:
+    """The settings of a data set, or those of them that are named. UserError: a name that is none of them."""
+    known = description[data]["settings"]
+    unknown = [name for name in names or [] if name not in known]
+    if unknown:
+        raise UserError(
+            f"--settings {unknown[0]}: {data} has no such setting, choose from {', '.join(known)}"
+        )
+    return [Setting(data, name, **description["settings"][name]) for name in names or known]
+
+
+# the same images and labels for all -----------------------------------------------------------------------------------
+
+
+def inputs_of(setting: Setting, seed: int, out: Path, data_path: Path, limit: int | None) -> Inputs:
+    """Where the images and labels of a setting are, there already or not."""
+    if setting.imb_factor is not None or limit is not None:
+        part = f"-limit{limit}" if limit is not None else ""
+        return Inputs(None, out / "cross_data" / f"{setting.cell}{part}-seed{seed}")
+    if setting.labels is not None:
+        return Inputs(data_path / setting.labels, None)
+    return Inputs(out / "cross_data" / f"{setting.cell}-seed{seed}.npy", None)
+
+
+def prepare(setting: Setting, seed: int, inputs: Inputs, data_path: Path, limit: int | None) -> None:
+    """Draw the labels of a setting and write them, with the images where these are a part of the data set.
+
+    UserError: the data set or the labels that people gave are not there.
+    """
+    target = inputs.labels if inputs.labels is not None else inputs.folder / f"{setting.data}.npz"
+    if target.is_file():  # drawn before, by the same seed
+        return
+    if setting.labels is not None and not (data_path / setting.labels).is_file():
+        raise UserError(
+            f"{data_path / setting.labels} is not there: put CIFAR-10N's labels into it, 50000 whole numbers in the order of "
+            "CIFAR-10's training set, or leave the setting out with --settings"
+        )
+    data = datasets.load(setting.data, data_path)
+    index, observed = draw(setting, seed, data, data_path)
+    kept = limited(np.arange(len(index)), limit, seed)
+    buffer = io.BytesIO()
+    if inputs.folder is None:
+        np.save(buffer, observed, allow_pickle=False)
+    else:
+        arrays = {
+            "train_images": data.train.images[index[kept]],
+            "train_labels": data.train.labels[index[kept]],
+        }
+        arrays |= {"test_images": data.test.images, "test_labels": data.test.labels}
+        np.savez_compressed(buffer, **arrays, noisy_labels=observed[kept])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(target, buffer.getvalue())
+
+
+def draw(setting: Setting, seed: int, data: datasets.Data, data_path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The training images of a setting, int [n], ascending, and their observed labels, int [n]."""
+    labels, every = data.train.labels, np.arange(len(data.train.labels))
+    if setting.labels is not None:
+        return every, datasets.labels_of(data_path / setting.labels, every, len(labels), data.num_classes)
+    if setting.imb_factor is None:
+        images = data.train.images
+        return every, noise.add_noise(
+            setting.noise_type, labels, setting.noise_rate, data.num_classes, seed, images
+        )
+    python_rng, rng = random.Random(seed), np.random.RandomState(seed)
+    counts = noise.class_counts(len(labels), data.num_classes, "exp", setting.imb_factor)
+    index = noise.long_tailed(labels, counts, rng)
+    observed = noise.long_tailed_noise(
+        setting.noise_type, labels[index], data.num_classes, setting.noise_rate, python_rng, rng
+    )
+    order = index.argsort()  # class by class would do harm where a method does not shuffle
+    return index[order], observed[order]
+
+
+# the runs -------------------------------------------------------------------------------------------------------------
+
+
+def make_task(method: str, setting: Setting, seed: int, inputs: Inputs, args: Namespace, flags: dict) -> Task:
+    """The run of a method, and before it that of its pre-training where it has one."""
+    where = setting.name + (f"-limit{args.limit_train}" if args.limit_train else "")
+    folder = Path(args.out) / "runs" / TABLE / setting.data / where / method / f"seed{seed}"
+    shared = ["--dataset", setting.data, "--seed", str(seed)]
+    shared += [
+        word
+        for name in ("device", "precision")
+        if (value := getattr(args, name))
+        for word in (f"--{name}", value)
+    ]
+
+    def command(script: Script, own: str, out: Path, *more: str) -> list[str]:
+        data = from_root(inputs.folder or Path(args.data_path))
+        words = [sys.executable, script.path, *shared, script.data_flag, data, *script.always, *more]
+        return [*words, *shlex.split(own), "--out", from_root(out)]
+
+    labels = ["--noise_file", from_root(inputs.labels)] if inputs.labels else METHODS[method].given
+    commands, more = [], []
+    if method == "manifold_dividemix":
+        first = folder / "pretrain"
+        commands.append((first, command(PRETRAIN, flags["pretrain"], first)))
+        more = ["--pretrained", from_root(first / "encoder.safetensors")]
+    commands.append((folder, command(METHODS[method], flags[method], folder, *labels, *more)))
+    return Task(f"{setting.cell} {method} seed {seed}", folder, tuple(commands))
+
+
+def rows_of(task: Task, setting: Setting, description: dict, limit: int | None) -> list[dict]:
+    """The result rows of a finished task as rows of this table; seconds and images per second are of all its runs."""
+    results = [json.loads((folder / "result.json").read_text()) for folder, _ in task.commands]
+    seconds, images = (
+        sum(values) for values in zip(*((r["timing"]["seconds"], r["images"]) for r in results), strict=True)
+    )
+    subset = f"+limit_train={limit}" if limit else ""
+    columns = {"table": TABLE, "cell": setting.cell, "dataset": setting.data, "ood_ratio": ""}
+    for name in ("noise_type", "noise_rate", "imb_factor"):
+        value = getattr(setting, name)
+        columns[name] = "" if value is None else value
+    columns |= {"profile": description["profile"] + subset, "epochs": description["epochs"]}
+    columns |= {"seconds": round(seconds, 3), "images_per_second": round(images / seconds, 1)}
+    return [row | columns for row in collect([task.folder])]
+
+
+# the command line -----------------------------------------------------------------------------------------------------
+
+
+def make_parser(description: dict) -> cli.Parser:
+    """The command line."""
+    parser = cli.Parser(prog="python -m benchmarks.cross", description=__doc__.splitlines()[0])
+    names = [name for name in description if name != "settings"]
+    parser.add_argument("--data", choices=names, default="digits", help="the data set")
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        metavar="NAME",
+        help="these only, such as sym0.5; by default all of the data set's",
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="these only"
+    )
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=cli.seed,
+        default=[1, 2, 3],
+        metavar="N",
+        help="one run each; the noise differs too",
+    )
+    parser.add_argument(
+        "--limit_train", type=cli.count, metavar="N", help="a seeded subset, the same for all methods"
+    )
+    parser.add_argument("--data_path", default="./data", metavar="DIR", help="where the data sets are")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], help="where to train; handed to the scripts"
+    )
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], help="handed to the scripts")
+    parser.add_argument(
+        "--out", default="results", metavar="DIR", help="where cross_DATA.csv, cross_data/ and runs/ go"
+    )
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print the commands and stop")
+    add_engine_flags(parser)
+    return parser
+
+
+def main(argv=None) -> None:
+    """Draw, run, collect, print the table."""
+    description = tomllib.loads(DESCRIPTION.read_text(encoding="utf-8"))
+    args = make_parser(description).parse_args(argv)
+    own, out, data_path = description[args.data], Path(args.out).resolve(), Path(args.data_path).resolve()
+    chosen = list(itertools.product(settings_of(args.data, args.settings, description), args.seeds))
+    tasks = []
+    for setting, seed in chosen:
+        inputs = inputs_of(setting, seed, out, data_path, args.limit_train)
+        if not args.dry_run:
+            prepare(setting, seed, inputs, data_path, args.limit_train)
+        for method in args.methods:
+            tasks.append((make_task(method, setting, seed, inputs, args, own["flags"]), setting))
+    if args.dry_run:
+        for _, command in itertools.chain(*(task.commands for task, _ in tasks)):
+            print(shlex.join(["python", *command[1:]]))
+        return
+    run_all([task for task, _ in tasks], args, one_thread=own["profile"] == "embedded")
+    rows = [row for task, setting in tasks for row in rows_of(task, setting, own, args.limit_train)]
+    target = out / f"{TABLE}_{args.data}.csv"
+    write_results(target, rows)
+    print(
+        f"\n{target}: test accuracy after the last epoch, mean ± standard deviation over seeds, in percent\n"
+    )
+    print("\n".join(cross_table(read_results(target))))
+
+
+if __name__ == "__main__":
+    cli.exit_cleanly(main)

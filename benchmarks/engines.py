@@ -1,0 +1,457 @@
+"""Starts runs and waits for them: side by side on this machine, or as tasks of a Ray cluster.
+
+The engine `ray` joins a cluster (--ray_address, else the variable RAY_ADDRESS) or starts one on this machine. On a cluster of
+several machines the clone and the --out folder stand at the same path on a file system that all of them share: the run
+directories with their checkpoints are there, and what a lost machine began another one ends.
+"""
+
+import json
+import logging
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from benchmarks.cells import ROOT
+from benchmarks.compare import read_results
+from common import cli
+from common.cli import UserError
+
+RETRIES = 3
+# bytes, of a cluster that is started here: about the least that Ray takes, as nothing is kept in it
+OBJECT_STORE = 80 * 2**20
+# what a lost run may take to leave its directory: a process that is still dying, a network file system's lease
+SECONDS_IN_USE = 120.0
+# how runs end that are stopped from outside: with the machine they are on, or for want of memory
+STOPPED = (-signal.SIGTERM, -signal.SIGKILL, 128 + signal.SIGTERM)
+# A Ray worker starts this in place of a script, with its process id before the command: have the kernel kill this process when
+# the worker dies, however it dies, then become the script. A worker that died before the call is seen by the parent's id.
+BOUND_TO_PARENT = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+if sys.platform == "linux" and ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+    sys.exit("prctl failed: this process cannot be bound to its worker")
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(128 + signal.SIGKILL)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class Task(NamedTuple):
+    """One cell with one seed: the method's run, and those that it needs before it or that need its labels after it."""
+
+    name: str
+    folder: Path
+    commands: tuple[tuple[Path, list[str]], ...]  # run directory and command line of each, in order
+
+
+class Outcome(NamedTuple):
+    """How a task ended: the run directories that are finished, and what went wrong, if something did."""
+
+    finished: list[Path]
+    failure: str | None
+
+
+def add_engine_flags(parser: cli.Parser) -> None:
+    """The flags that `run_all` reads: where runs are started, and how many at a time."""
+    group = parser.add_argument_group("where the runs are started")
+    group.add_argument(
+        "--engine",
+        choices=["local", "ray"],
+        default="local",
+        help="this machine, or a Ray cluster, whose machines need the clone and --out at the same path on a shared file system",
+    )
+    group.add_argument(
+        "--jobs",
+        type=cli.count,
+        metavar="N",
+        help="local: runs at a time; by default one per core on digits, else one",
+    )
+    group.add_argument(
+        "--ray_address",
+        metavar="HOST:PORT",
+        help="ray: the cluster to join; by default the variable RAY_ADDRESS, else one is started on this machine",
+    )
+    group.add_argument(
+        "--cpus_per_cell",
+        type=cli.count,
+        metavar="N",
+        help="ray: CPUs of a run; by default 1 on digits, else a machine's share for a run per GPU, or for one run",
+    )
+    group.add_argument(
+        "--gpus_per_cell",
+        type=cli.non_negative,
+        metavar="N",
+        help="ray: GPUs of a run, or a part of one such as 0.5; by default 1 if the cluster has GPUs, else 0",
+    )
+    group.add_argument(
+        "--retries",
+        type=cli.count_or_zero,
+        metavar="N",
+        help=f"ray: how often a run goes on elsewhere after its worker is lost, {RETRIES} by default; "
+        "a script that fails is not run again",
+    )
+
+
+def run_all(tasks: list[Task], args: Namespace, one_thread: bool) -> list[Path]:
+    """Run the tasks: the finished run directories, in the order of the tasks. Exits with status 1 where any run failed.
+
+    args: the flags of `add_engine_flags`. one_thread: the runs use one thread each, so that their figures do not depend on
+    the number of cores. A run that its own result.json calls finished is not done again, one cut short goes on. SIGTERM
+    (exit status 143) and Ctrl-C end the runs under way; their checkpoints stay. UserError: flags of the other engine, no Ray,
+    no cluster, or none of its machines has what a run is to get.
+    """
+    for name in (
+        ("jobs",) if args.engine == "ray" else ("ray_address", "cpus_per_cell", "gpus_per_cell", "retries")
+    ):
+        if getattr(args, name) is not None:
+            other = "local" if args.engine == "ray" else "ray"
+            raise UserError(f"--{name} is for --engine {other}: leave it out, or choose that engine")
+    signal.signal(signal.SIGTERM, _end)
+    outcomes = (_run_with_ray if args.engine == "ray" else _run_here)(tasks, args, one_thread)
+    failures = [outcome.failure for outcome in outcomes if outcome.failure]
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    if failures:
+        sys.exit(1)
+    return [folder for outcome in outcomes for folder in outcome.finished]
+
+
+def _end(number: int, _frame) -> None:
+    sys.exit(128 + number)
+
+
+def is_finished(folder: Path, command: list[str]) -> bool:
+    """Whether the run directory's result.json says that this very command came to its end; all else is the script's to judge."""
+    try:
+        ended = json.loads((folder / "result.json").read_text())["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return ended == shlex.join(["python", *command[1:]]) and (folder / "result.csv").is_file()
+
+
+def follow(
+    child: subprocess.Popen, folder: Path, on_line: Callable[[str], None] = lambda _: None
+) -> str | None:
+    """Keep a process's output in <folder>/console.txt until it ends: None, or its exit status and the last line it wrote."""
+    last = ""
+    with (folder / "console.txt").open("a") as console:
+        for line in child.stdout:
+            console.write(line)
+            last = line.strip() or last
+            on_line(line)
+    code = child.wait()
+    return f"exit status {code}: {last} (see {folder / 'console.txt'})" if code else None
+
+
+def run_name(task: Task, folder: Path) -> str:
+    """What a run of a task is called in messages."""
+    return task.name if folder == task.folder else f"{task.name} {folder.name}"
+
+
+def headline(folder: Path) -> str:
+    """What a finished run came to, in a line."""
+    rows = {row["metric"]: row for row in read_results(folder / "result.csv")}
+    best, last = (rows[metric]["value"] for metric in ("best", "last"))
+    return f"{rows['last']['method']} best {best:.2f}, last {last:.2f} in {rows['last']['seconds']} s"
+
+
+# on this machine ------------------------------------------------------------------------------------------------------
+
+
+class Runner:
+    """Starts the runs of tasks side by side, shows how far they are, and ends them all when it is ended itself."""
+
+    def __init__(self, total: int, environment: dict[str, str]):
+        self.environment = environment
+        self.bar = tqdm(total=total, unit="run", disable=not sys.stderr.isatty())
+        self.children: set[subprocess.Popen] = set()
+        self.lock = threading.Lock()
+        self.stopping = False
+
+    def run(self, task: Task) -> Outcome:
+        """Run the method and then its baseline, which needs the labels of the method's run."""
+        finished = []
+        for folder, command in task.commands:
+            failure = self._process(command, folder, run_name(task, folder))
+            if failure is not None:
+                return Outcome(finished, f"{task.name}: {failure}")
+            finished.append(folder)
+        return Outcome(finished, None)
+
+    def _process(self, command: list[str], folder: Path, name: str) -> str | None:
+        """Run one process: None, or how it failed."""
+        if is_finished(folder, command):
+            self.bar.update()
+            tqdm.write(f"{name}: finished before: {headline(folder)}")
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.lock:
+            if self.stopping:
+                return "not started"
+            child = subprocess.Popen(
+                command, cwd=ROOT, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )  # fmt: skip
+            self.children.add(child)
+        failure = follow(child, folder, lambda line: self._show(name, line))
+        with self.lock:
+            self.children.discard(child)
+        self.bar.update()
+        tqdm.write(f"{name}: {failure or headline(folder)}")
+        return failure
+
+    def _show(self, name: str, line: str) -> None:
+        if line.startswith("epoch "):
+            self.bar.set_postfix_str(f"{name} {' '.join(line.split()[:6])}")
+
+    def stop(self) -> None:
+        """End the runs under way; they leave their checkpoints."""
+        with self.lock:
+            self.stopping = True
+            for child in self.children:
+                child.terminate()
+
+
+def _run_here(tasks: list[Task], args: Namespace, one_thread: bool) -> list[Outcome]:
+    environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if one_thread else {})}
+    jobs = args.jobs or (os.cpu_count() or 1 if one_thread else 1)
+    runner = Runner(sum(len(task.commands) for task in tasks), environment)
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                return list(pool.map(runner.run, tasks))
+            except BaseException:
+                runner.stop()
+                raise
+    finally:
+        runner.bar.close()
+
+
+# with Ray -------------------------------------------------------------------------------------------------------------
+
+
+class Machine(NamedTuple):
+    """What a machine of the cluster has."""
+
+    cpus: float
+    gpus: float
+
+
+def cell_resources(args: Namespace, one_thread: bool, machines: list[Machine]) -> Machine:
+    """What every run is to get. UserError: no machine has as much, or more than one GPU and a part of another are asked for."""
+    gpus = args.gpus_per_cell
+    if gpus is None:
+        gpus = 1 if any(machine.gpus for machine in machines) else 0
+    if gpus > 1 and gpus % 1:
+        raise UserError(f"--gpus_per_cell {gpus:g} cannot be: give a whole number, or a part of one GPU")
+    cpus = args.cpus_per_cell or 1
+    if args.cpus_per_cell is None and not one_thread:
+        shares = [
+            m.cpus // max(1, m.gpus // gpus if gpus else 1) for m in machines if m.cpus and m.gpus >= gpus
+        ]
+        cpus = max(1, min(shares, default=1))
+    if not any(machine.cpus >= cpus and machine.gpus >= gpus for machine in machines):
+        has = "; ".join(f"{m.cpus:g} and {m.gpus:g}" for m in sorted(set(machines), reverse=True)[:5])
+        raise UserError(
+            f"no machine of the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs for a run (they have {has}): "
+            "lower --cpus_per_cell or --gpus_per_cell"
+        )
+    return Machine(cpus, gpus)
+
+
+def _run_with_ray(tasks: list[Task], args: Namespace, one_thread: bool) -> list[Outcome]:
+    """Every run is a Ray task; a baseline's takes the outcome of its method's, so Ray starts it after that one."""
+    outcomes = [Outcome([], None) for _ in tasks]
+    todo = []
+    for i, task in enumerate(tasks):
+        for folder, command in task.commands:
+            if is_finished(folder, command):
+                outcomes[i].finished.append(folder)
+                print(f"{run_name(task, folder)}: finished before: {headline(folder)}")
+            else:
+                todo.append((i, folder, command))
+    if not todo:
+        return outcomes
+    ray = _connect(args.ray_address)
+    # not raised in the handler, as Ray's calls change the exit status of what is raised within them
+    asked_to_end: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: asked_to_end.append(number))
+    refs = _submit(ray, todo, args, one_thread)
+    try:
+        with tqdm(total=len(todo), unit="run", disable=not sys.stderr.isatty()) as bar:
+            while refs:
+                if asked_to_end:
+                    sys.exit(128 + asked_to_end[0])
+                ready, _ = ray.wait(list(refs), timeout=1.0)
+                for ref in ready:
+                    i, folder, _ = refs.pop(ref)
+                    outcomes[i] = _after(outcomes[i], tasks[i], folder, *_result(ray, ref))
+                    bar.update()
+                if not bar.disable:
+                    bar.set_postfix_str(_latest(folder for _, folder, _ in refs.values()))
+    except BaseException:
+        _cancel(ray, list(refs))
+        raise
+    signal.signal(signal.SIGTERM, _end)
+    return outcomes
+
+
+def _connect(address: str | None) -> ModuleType:
+    """Ray, connected to the cluster at the address, else to that of RAY_ADDRESS, else to a new one on this machine."""
+    # results are said by us; what Ray has to say about lost workers, it says in its own log files
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "^"}
+    os.environ.setdefault(
+        "RAY_worker_niceness", "0"
+    )  # of a cluster started here: the runs are no background work
+    try:
+        import ray  # noqa: PLC0415  only this engine needs it
+    except ModuleNotFoundError:
+        raise UserError(
+            '--engine ray needs Ray: pip install "ray>=2.50", or the extra `ray` of pyproject.toml'
+        ) from None
+    if ray.is_initialized():
+        return ray
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    new = {"include_dashboard": False, "object_store_memory": OBJECT_STORE} if address == "local" else {}
+    try:
+        _reach(address)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **new)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"no Ray cluster at {address} ({reason}): start one with `ray start --head`, or mend --ray_address or "
+            "RAY_ADDRESS; one that wants a token, as it says when it starts, needs RAY_AUTH_MODE=token here too"
+        ) from None
+    return ray
+
+
+def _reach(address: str) -> None:
+    """OSError where nobody listens at host:port: Ray itself would try for minutes."""
+    host, separator, port = address.rpartition(":")
+    if separator and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def _submit(ray: ModuleType, runs: list[tuple], args: Namespace, one_thread: bool) -> dict[Any, tuple]:
+    """Hand the runs to Ray: by what ray.wait takes, the run. The runs of a task follow one another."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    machines = [Machine(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
+    cpus, gpus = cell_resources(args, one_thread, machines)
+    environment = {"OMP_NUM_THREADS": "1"} if one_thread else {}
+    if not gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # of a run that was given none
+    retries = RETRIES if args.retries is None else args.retries
+    remote = ray.remote(
+        num_cpus=cpus, num_gpus=gpus, max_retries=retries, retry_exceptions=[InterruptedError]
+    )(_shipped())  # fmt: skip
+    refs: dict[Any, tuple] = {}
+    before: dict[int, Any] = {}
+    for run in runs:
+        i, folder, command = run
+        folder.mkdir(parents=True, exist_ok=True)
+        before[i] = remote.remote(str(ROOT), str(folder), command, environment, before.get(i))
+        refs[before[i]] = run
+    return refs
+
+
+def _shipped() -> Callable:
+    """The function of a Ray task, made here so that Ray ships it whole: it can say even that the clone is missing."""
+
+    def start(root: str, folder: str, command: list[str], environment: dict[str, str], before: tuple | None):
+        import os  # noqa: PLC0415
+        import socket  # noqa: PLC0415
+        import sys  # noqa: PLC0415
+
+        missing = [path for path in (root, folder, command[0]) if not os.path.exists(path)]
+        if missing:
+            return False, (
+                f"{missing[0]} does not exist on {socket.gethostname()}: the clone, its Python and --out must be at the "
+                "same path on a file system that all machines share"
+            )
+        sys.path.insert(0, root)
+        from benchmarks.engines import run_on_worker  # noqa: PLC0415
+
+        return run_on_worker(folder, command, environment, before)
+
+    return start
+
+
+def run_on_worker(
+    folder: str | Path, command: list[str], environment: dict[str, str], before: tuple[bool, str] | None
+) -> tuple[bool, str]:
+    """On a Ray worker, do a run, unless the one before it failed: whether it is finished, and its headline or what failed.
+
+    The process dies with this one, so that the run can go on elsewhere. InterruptedError: it was stopped from outside.
+    """
+    folder = Path(folder)
+    if before is not None and not before[0]:
+        return before
+    try:  # what a lost worker has left behind may still be dying
+        with FileLock(folder / ".lock").acquire(SECONDS_IN_USE, poll_interval=0.2):
+            pass
+    except Timeout:
+        return False, f"{folder} is in use by another process: wait, or choose another --out"
+    if is_finished(folder, command):
+        return True, headline(folder)
+    with (folder / "console.txt").open("a") as console:
+        console.write(f"{time.strftime('%F %T')} on {socket.gethostname()}, Ray worker {os.getpid()}\n")
+    # the thread that starts it waits for it: the kernel takes the end of that thread for the end of the parent
+    child = subprocess.Popen(
+        [command[0], "-c", BOUND_TO_PARENT, str(os.getpid()), *command],
+        cwd=ROOT, env={**os.environ, **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    failure = follow(child, folder)
+    if child.returncode in STOPPED:
+        raise InterruptedError(failure)
+    return (False, failure) if failure else (True, headline(folder))
+
+
+def _result(ray: ModuleType, ref: Any) -> tuple[bool, str]:
+    """What run_on_worker returned, or that no worker came to its end."""
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayError as error:
+        return False, f"given up: {str(error).strip().splitlines()[-1]}"
+
+
+def _after(outcome: Outcome, task: Task, folder: Path, finished: bool, text: str) -> Outcome:
+    """The outcome of a task after one more of its runs, which is reported; what follows a failure fails with it, unsaid."""
+    if outcome.failure is not None:
+        return outcome
+    tqdm.write(f"{run_name(task, folder)}: {text}")
+    if not finished:
+        return outcome._replace(failure=f"{task.name}: {text}")
+    return outcome._replace(finished=[*outcome.finished, folder])
+
+
+def _latest(folders: Iterable[Path]) -> str:
+    """The last epoch that any of the runs has finished."""
+    consoles = [folder / "console.txt" for folder in folders]
+    latest = max(
+        (path for path in consoles if path.exists()), key=lambda path: path.stat().st_mtime, default=None
+    )
+    if latest is None:
+        return "waiting for the cluster"
+    epochs = [line for line in latest.read_text().splitlines() if line.startswith("epoch ")]
+    return " ".join([*latest.parts[-3:-1], *(epochs[-1].split()[:6] if epochs else ["begins"])])
+
+
+def _cancel(ray: ModuleType, refs: list) -> None:
+    """End the workers, and with them their runs; their checkpoints are those of the last epochs they finished."""
+    for ref in refs:
+        ray.cancel(ref, force=True)
+    if refs:
+        ray.wait(refs, num_returns=len(refs), timeout=5.0)

@@ -1,0 +1,641 @@
+"""Write one self-contained HTML page of all results: every table, published figures beside ours, curves, logs, wall times.
+
+    python -m benchmarks.report                       # benchmarks/reference/*.csv, results/*.csv and results/runs, if any
+    python -m benchmarks.report a.csv b.csv --runs results/runs --out report.html
+
+The page needs no network and no server. A difference to a published figure is coloured where the row is of the profile
+`paper` and the figure's source could be read; in all other cases it is grey and says why, and an unconfirmed figure gets none.
+A run directory is shown with a row where its figures are those of the row, so never that of a later run of the same command.
+"""
+
+import base64
+import csv
+import hashlib
+import json
+import math
+import re
+import shlex
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.cells import PAPERS, ROOT, cells
+from benchmarks.compare import NUMERIC, Sample, read_results, summarise, welch_interval, write_text
+from benchmarks.published import read_published
+from benchmarks.tables import METRICS, REFERENCE
+from common.cli import Parser, UserError, exit_cleanly, read_presets
+from common.figures import naming
+from common.results import COLUMNS
+
+TEMPLATE = ROOT / "benchmarks"
+RESULTS, RUNS, OUT = Path("results"), Path("results/runs"), Path("results/report.html")
+ORIGIN_REFERENCE, ORIGIN_OWN = "reference", "this machine"
+RUN_DIRECTORIES = "run directories"  # in place of a file's name, of runs that no result file has
+BASELINE, CROSS = "CE", "cross"
+SETTING = ("paper", "table", "cell", "dataset", "noise_type", "noise_rate", "imb_factor", "ood_ratio")
+CONDITION = ("profile", "epochs")
+KEY = (*SETTING, *CONDITION, "method", "fidelity")
+FIGURES = ("best", "last")  # by which a row and a run are known to be the same
+FACTS = ("seconds", "images_per_second", "peak_memory_mb", "device", "precision", "torch", "git", "command")
+ACCURACIES = ("test_accuracy", "knn_accuracy")  # columns of a log: of training, of pre-training
+# what published tables call a method of ours, in small letters and digits alone
+ALIASES = {
+    "ce": ("crossentropy", "crossentropyresnet50", "resnet50crossentropy", "softmaxcrossentropy"),
+    "afmk2": ("afm",),
+    "dividemix": ("dividemixpreactresnet18", "dividemixvanillaasquotedbyaugdesc"),
+}
+FIGURE = ("table", "method", "metric", "value", "std", "status", "source")
+STATUSES = ("confirmed", "secondary", "unconfirmed")
+
+
+class Source(NamedTuple):
+    """A result file, or the runs that no result file has."""
+
+    name: str
+    origin: str
+    rows: list[dict]
+
+
+class RunDirectory(NamedTuple):
+    """A run: its folder, what result.json says (None: not finished), its command, its log."""
+
+    path: Path
+    result: dict | None
+    command: str
+    log: dict
+
+
+# reading --------------------------------------------------------------------------------------------------------------
+
+
+def shown_path(path: Path) -> str:
+    """A path relative to the repository or the working directory where it lies in one of them."""
+    path = path.resolve()
+    for base in (ROOT, Path.cwd().resolve()):
+        if path.is_relative_to(base):
+            return path.relative_to(base).as_posix()
+    return str(path)
+
+
+def read_source(path: Path) -> Source:
+    """A result file. UserError as of read_results."""
+    reference = path.resolve().parent == REFERENCE.resolve()
+    return Source(shown_path(path), ORIGIN_REFERENCE if reference else ORIGIN_OWN, read_results(path))
+
+
+def default_files() -> tuple[list[Path], list[Path], list[str]]:
+    """The reference files and the user's own: result files, speed files, and what is neither and left out, as text."""
+    own, speed, other = [], [], []
+    for path in sorted(RESULTS.glob("*.csv")):
+        with naming(path), path.open(newline="", encoding="utf-8-sig") as file:
+            heading = next(csv.reader(file), [])
+        if set(COLUMNS) <= set(heading):
+            own.append(path)
+        elif heading[:1] == ["what"]:
+            speed.append(path)
+        else:
+            other.append(f"{shown_path(path)} is left out: it is no result file")
+    return sorted(REFERENCE.glob("*.csv")) + own, sorted((REFERENCE / "speed").glob("*.csv")) + speed, other
+
+
+def read_table(path: Path) -> dict:
+    """Any CSV as {name, columns, rows}, numbers as numbers of six digits. UserError: it is damaged."""
+    with naming(path), path.open(newline="", encoding="utf-8-sig") as file:
+        columns, *rows = csv.reader(file, strict=True)
+        if any(len(row) != len(columns) for row in rows):
+            raise ValueError("not every line has as many fields as the first")
+    return {
+        "name": shown_path(path),
+        "columns": columns,
+        "rows": [[_plain(field) for field in row] for row in rows],
+    }
+
+
+def _plain(text: str) -> float | int | str | None:
+    """A field of a CSV: a number rounded to six digits, None where it is empty or no finite number can be shown."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text or None
+    if not math.isfinite(number):
+        return text
+    return int(number) if number.is_integer() and abs(number) < 1e15 else float(f"{number:.6g}")
+
+
+def read_run_directory(folder: Path) -> RunDirectory:
+    """A run directory with an args.json. UserError: one of its files is damaged."""
+    path = folder / "args.json"
+    with naming(path):
+        command = str(json.loads(path.read_text())["command"])
+    result, path = None, folder / "result.json"
+    if path.exists():
+        with naming(path):
+            result = json.loads(path.read_text())
+            result = {name: result[name] for name in (*KEY, "seed", "command")} | result
+            result["figures"] = {name: float(result["metrics"][name]) for name in FIGURES}
+    log = read_table(folder / "log.csv") if (folder / "log.csv").exists() else {"columns": [], "rows": []}
+    return RunDirectory(folder, result, command, log)
+
+
+def read_runs(runs: Path) -> tuple[list[RunDirectory], list[str]]:
+    """All run directories below a folder in the order of their names, and what is wrong with those that are damaged."""
+    found, damaged = [], []
+    for path in sorted(runs.rglob("args.json")):
+        try:
+            found.append(read_run_directory(path.parent))
+        except UserError as error:  # one damaged run is no reason to show none: it is named on the page
+            damaged.append(str(error))
+    return found, damaged
+
+
+# rows -----------------------------------------------------------------------------------------------------------------
+
+
+def field(row: dict, name: str) -> str:
+    """A field as text that compares: 0.50, "0.5" and 0.5 are the same."""
+    text = "" if row[name] is None else str(row[name]).strip()
+    if name in NUMERIC:
+        try:
+            return f"{float(text):.15g}"
+        except ValueError:
+            return text
+    return text
+
+
+def number(text: Any) -> float | None:
+    """A number of a fact such as seconds; None where there is none."""
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def grouped(sources: Iterable[Source]) -> list[dict]:
+    """One entry for each method, setting, condition and file: metrics over seeds, and the facts of each run.
+
+    Runs without a result file are apart where their commands differ in more than the seed and the directory.
+    """
+    groups: dict[tuple, dict] = {}
+    for source in sources:
+        for row in source.rows:
+            key = {name: field(row, name) for name in KEY}
+            apart = _without_seed(row["command"]) if source.name == RUN_DIRECTORIES else ""
+            identity = (source.origin, source.name, *key.values(), apart)
+            group = groups.setdefault(
+                identity,
+                {"id": _short_hash(identity), "origin": source.origin, "file": source.name, **key}
+                | {"noise": noise_text(key), "metrics": {}, "runs": {}},
+            )
+            seed = field(row, "seed")
+            group["metrics"].setdefault(row["metric"], {})[seed] = row["value"]
+            facts = {name: number(row[name]) if name in FACTS[:3] else row[name] for name in FACTS}
+            group["runs"].setdefault(seed, {"seed": seed, **facts, "folder": None, "log": None})
+    for group in groups.values():
+        group["metrics"] = {name: _over_seeds(values) for name, values in group["metrics"].items()}
+        group["runs"] = list(group["runs"].values())
+        for name in FACTS[:3]:
+            known = [run[name] for run in group["runs"] if run[name] is not None]
+            group[name] = statistics.fmean(known) if known else None
+    return list(groups.values())
+
+
+def _over_seeds(values: dict[str, float]) -> dict:
+    return {**summarise(values.values())._asdict(), "values": values}
+
+
+def _short_hash(identity: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(identity).encode()).hexdigest()[:10]
+
+
+def _without_seed(command: str) -> str:
+    return re.sub(r"(?<=\s)--(seed|out|pretrained|like)[ =]\S+", "", command)
+
+
+def noise_text(key: dict[str, str]) -> str:
+    """The noise of a setting in words."""
+    parts = [f"{key['noise_type']} {key['noise_rate']}".strip()]
+    parts += [f"imbalance {key['imb_factor']}"] if key["imb_factor"] else []
+    parts += [f"OOD {key['ood_ratio']}"] if key["ood_ratio"] else []
+    return ", ".join(part for part in parts if part)
+
+
+def add_baselines(rows: list[dict]) -> None:
+    """Set every row's `against`: its differences to cross-entropy in the same setting, profile and number of epochs.
+
+    Of the same file and paper where there is one, else of another file of the same origin.
+    """
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        row["panel"] = _short_hash((row["origin"], *condition(row)))
+        if row["method"] == BASELINE:
+            found.setdefault((row["origin"], *condition(row)), []).append(row)
+    for row in rows:
+        candidates = found.get((row["origin"], *condition(row)), [])
+        row["against"] = None
+        if candidates and row["method"] != BASELINE:
+            nearest = min(candidates, key=lambda b: (b["file"] != row["file"], b["paper"] != row["paper"]))
+            row["against"] = {
+                "row": nearest["id"],
+                "file": nearest["file"],
+                "metrics": differences(nearest["metrics"], row["metrics"]),
+            }
+
+
+def condition(row: dict) -> tuple[str, ...]:
+    """What rows that are compared must share; in the table `cross` all but the paper, which there is the method's."""
+    return tuple(
+        "" if name == "paper" and row["table"] == CROSS else row[name] for name in (*SETTING, *CONDITION)
+    )
+
+
+def differences(a: dict, b: dict) -> dict[str, dict]:
+    """By metric of accuracy that both have: b - a with its Welch interval, None where one of them has one seed."""
+    found = {}
+    for name in METRICS:
+        if name in a and name in b:
+            first, second = _sample(a[name]), _sample(b[name])
+            low, high = welch_interval(first, second) or (None, None)
+            found[name] = {"difference": second.mean - first.mean, "low": low, "high": high}
+    return found
+
+
+def _sample(metric: dict) -> Sample:
+    return Sample(metric["n"], metric["mean"], metric["std"])
+
+
+# published figures ----------------------------------------------------------------------------------------------------
+
+
+def published_settings() -> dict[tuple[str, str, str], tuple[str, ...]]:
+    """The published setting of each (paper, table, cell) that has one."""
+    return {
+        (paper, *preset.split("/")[:2]): setting
+        for paper, about in PAPERS.items()
+        for preset, setting in about.published.items()
+    }
+
+
+def plain_name(method: str) -> str:
+    """A method's name without what writers vary: capitals, blanks, signs."""
+    return re.sub(r"[^a-z0-9]", "", method.lower())
+
+
+def same_method(ours: str, published: str) -> bool:
+    """Whether a published figure is of the method that one of our rows is of."""
+    ours, published = plain_name(ours), plain_name(published)
+    return ours == published or published in ALIASES.get(ours, ())
+
+
+def metric_of(published: str) -> str | None:
+    """Which of our metrics a published one is: its name, "" where the source leaves it open, None where it is another."""
+    text = published.lower()
+    kinds = {"top-5": None, "last 10": "last10", "best": "best", "peak": "best", "highest": "best"}
+    kinds |= {"final": "last", "last": "last"}
+    return next((kind for word, kind in kinds.items() if word in text), "")
+
+
+def add_published(rows: list[dict]) -> list[dict]:
+    """Set every row's `published`: the figures of its setting and of its own method, as places in the list that is returned."""
+    settings = published_settings()
+    figures = [figure for paper in PAPERS for figure in _figures_of(paper)]
+    for row in rows:
+        setting = settings.get((row["paper"], row["table"], row["cell"]))
+        of_setting = [
+            place
+            for place, figure in enumerate(figures)
+            if setting and figure["paper"] == row["paper"] and figure["setting"][: len(setting)] == setting
+        ]
+        row["published"] = {"figures": of_setting} | beside(row, {p: figures[p] for p in of_setting})
+    return figures
+
+
+def _figures_of(paper: str) -> list[dict]:
+    return [
+        {"paper": paper, "setting": (figure["dataset"], figure["noise_type"], figure["noise_rate"])}
+        | {name: figure[name] for name in FIGURE}
+        for figure in read_published(paper)
+    ]
+
+
+def beside(row: dict, figures: dict[int, dict]) -> dict:
+    """Which published figure to show beside a row, `shown`; which of our metrics it is set against, `ours`; the difference.
+
+    One whose source could be read comes before an unconfirmed one, which gets no difference; one that says which epoch it is
+    of before one that does not, which is set against the epoch best on validation, where the row has it, else the last.
+    comparable: whether the row is of the published protocol; `why` says what the difference suffers from.
+    """
+    own = [
+        (STATUSES.index(figure["status"]), said == "", place)
+        for place, figure in figures.items()
+        if same_method(row["method"], figure["method"]) and (said := metric_of(figure["metric"])) is not None
+    ]
+    nothing = {"shown": None, "ours": None, "difference": None, "comparable": False, "why": ""}
+    if not own:
+        return nothing
+    place = min(own)[-1]
+    figure = figures[place]
+    if figure["status"] == "unconfirmed":
+        return nothing | {"shown": place, "why": "unconfirmed, so not compared"}
+    said = metric_of(figure["metric"])
+    ours = said or ("at_best_validation" if "at_best_validation" in row["metrics"] else "last")
+    if ours not in row["metrics"]:
+        return nothing | {"shown": place}
+    comparable = row["profile"] == "paper"
+    why = [] if comparable else [f"profile {row['profile'] or '(blank)'}, not the published protocol"]
+    why += [] if said else ["the source does not say of which epoch"]
+    difference = row["metrics"][ours]["mean"] - float(figure["value"])
+    found = {"shown": place, "ours": ours, "difference": difference}
+    return found | {"comparable": comparable, "why": "; ".join(why)}
+
+
+def not_measured(rows: list[dict]) -> list[dict]:
+    """Entries without metrics for the cells of the published protocols that no row of the profile paper is of."""
+    known = {
+        (row["paper"], preset)
+        for row in rows
+        if row["profile"] == "paper"
+        for run in row["runs"]
+        for preset in re.findall(r"--preset[ =](\S+)", run["command"])
+    }
+    found = []
+    for paper in PAPERS:
+        presets = read_presets(ROOT / paper / "presets.toml")
+        for cell in cells(paper, "paper"):
+            if (paper, cell.preset) in known:
+                continue
+            table, setting, method = cell.preset.split("/")
+            command = ["python", "-m", "benchmarks.run", paper, "--profile", "paper", "--cells", cell.preset]
+            key = dict.fromkeys(KEY, "") | {"paper": paper, "table": table, "cell": setting}
+            key |= {"dataset": str(presets[cell.preset].get("dataset", table)), "method": method}
+            key |= {"profile": "paper", "id": _short_hash(("not measured", paper, cell.preset))}
+            found.append(
+                {**key, "origin": "", "file": "", "noise": "", "metrics": {}, "runs": [], "against": None}
+                | {**dict.fromkeys(FACTS[:3]), "command": shlex.join(command)}
+            )
+    return found
+
+
+# runs and their rows --------------------------------------------------------------------------------------------------
+
+
+def add_runs(rows: list[dict], runs: list[RunDirectory], logs: list[dict]) -> list[RunDirectory]:
+    """Give every run of the rows the directory whose figures it has, and list the finished ones that no row is of.
+
+    The directory is one of the row's own command or, where there is none, of its setting, method and seed; a row of the table
+    `cross` names the setting otherwise than its runs do, so that there the command alone decides. logs: to be filled with the
+    logs; a run then holds its place in this list. A run that lies in a row's run, as its pre-training, is a part of that.
+    """
+    places: dict[object, list[RunDirectory]] = {}
+    for run in runs:
+        if run.result is not None:
+            for place in (run.result["command"], _run_key(run.result)):
+                places.setdefault(place, []).append(run)
+    used = set()
+    for row in rows:
+        for entry in row["runs"]:
+            key = _run_key(row | {"seed": entry["seed"]})
+            candidates = [*places.get(entry["command"], []), *places.get(key, [])]
+            found = [r for r in candidates if _same_figures(row, entry["seed"], r.result["figures"])]
+            if found:
+                run = found[0]
+                used.update(other.path for other in found)
+                _attach(entry, shown_path(run.path), run.log, logs)
+                entry["realised_rate"] = (run.result.get("noise") or {}).get("realised_rate")
+                entry["best_epoch"] = run.result.get("best_epoch")
+    left = [run for run in runs if run.result is not None and run.path not in used]
+    return [run for run in left if used.isdisjoint(run.path.parents)]
+
+
+def _run_key(values: dict) -> tuple[str, ...]:
+    return tuple(field(values, name) for name in (*KEY, "seed"))
+
+
+def _same_figures(row: dict, seed: str, figures: dict) -> bool:
+    ours = (row["metrics"].get(name, {}).get("values", {}).get(seed) for name in FIGURES)
+    theirs = (figures[name] for name in FIGURES)
+    return all(a is not None and abs(a - b) < 1e-6 for a, b in zip(ours, theirs, strict=True))
+
+
+def _attach(entry: dict, name: str, log: dict, logs: list[dict]) -> None:
+    entry["folder"] = name
+    if log["rows"]:
+        entry["log"] = len(logs)
+        logs.append({"columns": log["columns"], "rows": log["rows"]})
+
+
+def add_reference_logs(rows: list[dict], folder: Path, logs: list[dict]) -> list[str]:
+    """Give the reference rows the logs kept beside them, by the paper in the file's name and by the figures; what fits none."""
+    notes = []
+    for path in sorted(folder.glob("*.csv")):
+        log = read_table(path)
+        if "test_accuracy" not in log["columns"]:
+            notes.append(f"{shown_path(path)} is left out: it has no test_accuracy")
+            continue
+        place = log["columns"].index("test_accuracy")
+        curve = [line[place] for line in log["rows"] if line[place] is not None]
+        fitting = [
+            entry
+            for row in rows
+            if row["origin"] == ORIGIN_REFERENCE and path.name.startswith(row["paper"] + "_")
+            for entry in row["runs"]
+            if curve and _same_to_six_digits(row, entry["seed"], {"best": max(curve), "last": curve[-1]})
+        ]
+        if len(fitting) == 1:
+            _attach(fitting[0], log["name"], log, logs)
+        else:
+            notes.append(f"{log['name']} is left out: {len(fitting)} rows have its figures")
+    return notes
+
+
+def _same_to_six_digits(row: dict, seed: str, figures: dict) -> bool:
+    rounded = {
+        name: {"values": {s: float(f"{v:.6g}") for s, v in metric["values"].items()}}
+        for name, metric in row["metrics"].items()
+    }
+    return _same_figures({"metrics": rounded}, seed, figures)
+
+
+def runs_as_source(runs: list[RunDirectory]) -> Source:
+    """The rows of finished runs, as if a result file had them. UserError: a result.csv that cannot be read."""
+    rows = [row for run in runs for row in read_results(run.path / "result.csv")]
+    return Source(RUN_DIRECTORIES, ORIGIN_OWN, rows)
+
+
+# pivot, environment ---------------------------------------------------------------------------------------------------
+
+
+def pivot(rows: list[dict]) -> dict:
+    """The rows of the table `cross`: settings down, methods across. Each line has, by metric, the column that is best, if any.
+
+    A second row of the same method in a setting, as of another file, gets a line of its own.
+    """
+    crossed = [row for row in rows if row["table"] == CROSS and row["metrics"]]
+    columns = list(dict.fromkeys((row["paper"], row["method"], row["fidelity"]) for row in crossed))
+    names = ("origin", "cell", "dataset", "noise", "imb_factor", "profile", "epochs")
+    lines: dict[tuple, dict[int, dict]] = {}
+    for row in crossed:
+        column = columns.index((row["paper"], row["method"], row["fidelity"]))
+        setting = tuple(row[name] for name in names)
+        slot = (*setting, "")
+        if column in lines.get(slot, {}):
+            slot = (*setting, row["file"])
+        lines.setdefault(slot, {})[column] = row
+    return {
+        "columns": [dict(zip(("paper", "method", "fidelity"), column, strict=True)) for column in columns],
+        "lines": [
+            dict(zip((*names, "file"), slot, strict=True))
+            | {"cells": {column: row["id"] for column, row in members.items()}}
+            | {"best": {metric: best_column(members, metric) for metric in METRICS}}
+            for slot, members in lines.items()
+        ],
+    }
+
+
+def best_column(members: dict[int, dict], metric: str) -> int | None:
+    """The column with the highest mean, if the Welch interval of its lead over the runner-up is above zero; else None."""
+    ranked = sorted(
+        (column for column in members if metric in members[column]["metrics"]),
+        key=lambda column: -members[column]["metrics"][metric]["mean"],
+    )
+    if len(ranked) < 2:
+        return None
+    first, second = (_sample(members[column]["metrics"][metric]) for column in ranked[:2])
+    interval = welch_interval(second, first)
+    return ranked[0] if interval is not None and interval[0] > 0 else None
+
+
+def environment(rows: list[dict]) -> list[dict]:
+    """The devices, precisions, versions of torch and commits of the rows, with the number of runs of each."""
+    counts = Counter(
+        (row["origin"], *(run[name] for name in ("device", "precision", "torch", "git")))
+        for row in rows
+        for run in row["runs"]
+    )
+    names = ("origin", "device", "precision", "torch", "git")
+    return [dict(zip(names, key, strict=True)) | {"runs": count} for key, count in counts.items()]
+
+
+# the page -------------------------------------------------------------------------------------------------------------
+
+
+def collect(files: Sequence[str], runs: Path | None) -> dict:
+    """All that the page shows, as plain data. files: result files; none: the reference and the user's own.
+
+    runs: the folder of run directories, None for none. UserError: a file that is missing or damaged, or no rows at all.
+    """
+    paths, speed, notes = ([Path(name) for name in files], [], []) if files else default_files()
+    sources = [read_source(path) for path in dict.fromkeys(paths)]
+    directories, damaged = read_runs(runs) if runs is not None else ([], [])
+    notes += damaged
+    logs: list[dict] = []
+    rows = grouped(sources)
+    others = add_runs(rows, directories, logs)
+    if others and not files:
+        further = grouped([runs_as_source(others)])
+        add_runs(further, others, logs)
+        rows += further
+    if not rows:
+        raise UserError("there are no results: give a result file, or run make reproduce-afm first")
+    unplaced = add_reference_logs(rows, REFERENCE / "logs", logs)
+    notes += [] if files else unplaced
+    add_baselines(rows)
+    rows += not_measured(rows)
+    figures = add_published(rows)
+    order = {paper: place for place, paper in enumerate(PAPERS)}
+    tables = list(dict.fromkeys((row["paper"], row["table"]) for row in rows))
+    rows.sort(key=lambda r: (order.get(r["paper"], len(order)), tables.index((r["paper"], r["table"]))))
+    return {
+        "metrics": METRICS,
+        "papers": {row["paper"]: title(row["paper"]) for row in rows},
+        "files": [{"name": source.name, "origin": source.origin} for source in sources],
+        "runs": None if runs is None else shown_path(runs),
+        "unfinished": [
+            {"folder": shown_path(run.path), "epochs": len(run.log["rows"]), "command": run.command}
+            for run in directories
+            if run.result is None
+        ],
+        "accuracies": ACCURACIES,
+        "rows": rows,
+        "figures": figures,
+        "logs": logs,
+        "cross": pivot(rows),
+        "environment": environment(rows),
+        "speed": [read_table(path) for path in speed],
+        "notes": notes,
+    }
+
+
+def title(paper: str) -> str:
+    """The heading of a paper's README, or its directory's name where there is none."""
+    path = ROOT / paper / "README.md"
+    if paper not in PAPERS or not path.is_file():
+        return paper or "(no paper)"
+    with path.open(encoding="utf-8") as file:
+        return file.readline().lstrip("# ").strip()
+
+
+def page(data: dict) -> str:
+    """The HTML page. No text of the data can end the script element it stands in, or be read as a tag."""
+    html, style, script = (
+        (TEMPLATE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+    )
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":  # inside JSON these stand in strings alone
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    parts = {"@STYLE@": style, "@SCRIPT@": script, "@DIGEST@": digest, "@DATA@": text}
+    return re.sub("|".join(parts), lambda found: parts[found[0]], html)
+
+
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "files",
+        nargs="*",
+        metavar="FILE.csv",
+        help=f"result files; without any, the reference files and those in {RESULTS}/ if there are any",
+    )
+    parser.add_argument("--runs", metavar="DIR", help=f"folder of run directories; {RUNS} if it is there")
+    parser.add_argument("--out", default=str(OUT), metavar="FILE.html", help="the page")
+    return parser
+
+
+def runs_folder(given: str | None) -> Path | None:
+    """The folder of --runs, or the default where it is there. UserError: the given one is no folder."""
+    if given is None:
+        return RUNS if RUNS.is_dir() else None
+    if not Path(given).is_dir():
+        raise UserError(f"--runs {given} is no folder: give the one that holds the run directories")
+    return Path(given)
+
+
+def main(argv=None) -> None:
+    """Collect and write the page."""
+    args = make_parser().parse_args(argv)
+    out = Path(args.out)
+    if any(out.resolve() == Path(file).resolve() for file in args.files):
+        raise UserError(f"--out {out} is one of the result files: give another name")
+    data = collect(args.files, runs_folder(args.runs))
+    for note in data["notes"]:
+        print(f"note: {note}", file=sys.stderr)
+    if out == OUT:
+        _make_folder(out.parent)
+    write_text(page(data), out, "--out")
+    measured = [row for row in data["rows"] if row["metrics"]]
+    print(f"{out}: {len(measured)} rows of {len(data['files'])} files, {len(data['logs'])} logs")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}): give --out another place") from None
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,225 @@
+"""The page of benchmarks.report in a browser: it draws itself, loads nothing, sorts, filters, opens, keeps its state."""
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from benchmarks import report
+from common.results import COLUMNS
+
+playwright = pytest.importorskip("playwright.sync_api")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+HOSTILE = "<img src=x onerror=\"document.title='run'\"></script><script>document.title='run'</script>"
+CELL = {
+    **{"paper": "me_momentum", "table": "cifar10", "cell": "cifar10-sym0.2", "dataset": "cifar10"},
+    **{"noise_type": "symmetric", "noise_rate": "0.2", "profile": "paper", "fidelity": "paper"},
+    **{"epochs": "3", "device": "cpu", "precision": "fp32", "torch": "2.15.0", "git": "abc"},
+}
+
+
+def rows(method, *values, **changed):
+    """Rows of best and last, one pair per seed."""
+    return [
+        dict.fromkeys(COLUMNS, "")
+        | CELL
+        | {"method": method, "seed": str(seed), "metric": metric, "value": str(value)}
+        | {"seconds": "9.5", "images_per_second": "1000", "command": f"python x.py --seed {seed}"}
+        | changed
+        for seed, value in enumerate(values, start=1)
+        for metric in ("best", "last")
+    ]
+
+
+def write(path, content):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(content)
+
+
+def run_directory(folder, row, curve):
+    folder.mkdir(parents=True)
+    result = row | {"metrics": {"best": float(row["value"]), "last": float(row["value"])}}
+    (folder / "args.json").write_text(json.dumps({"command": row["command"]}))
+    (folder / "result.json").write_text(json.dumps(result))
+    lines = [f"{epoch},{value},0.{epoch}" for epoch, value in enumerate(curve, start=1)]
+    (folder / "log.csv").write_text("\n".join(["epoch,test_accuracy,confident_precision", *lines]) + "\n")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    executable = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if executable is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on the path")
+    with playwright.sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=executable, args=ARGUMENTS)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory) -> str:
+    """The page of made-up results: accuracies that sort otherwise as text, a hostile method, a run directory, a cross table."""
+    folder = tmp_path_factory.mktemp("report")
+    ours = rows("Me-Momentum", 92, 94)
+    content = ours + rows("CE", 80, 81) + rows("low", 9, 9.5) + rows(HOSTILE, 100, 100)
+    content += rows("SFA", 88, 89, paper="sfa", table="grid", profile="short", dataset="cifar100")
+    content += rows("SFA", 93, 93.1, paper="sfa", table="cross") + rows("AFM", 50, 51, table="cross")
+    write(folder / "a.csv", content)
+    for place, curve in ((0, [50, 70, 92]), (2, [52, 72, 94])):
+        run_directory(folder / "runs" / str(place), ours[place], curve)
+    out = folder / "page.html"
+    report.main([str(folder / "a.csv"), "--runs", str(folder / "runs"), "--out", str(out)])
+    return out.as_uri()
+
+
+@pytest.fixture
+def page(browser, address) -> Iterator:
+    """The page, just loaded; at the end nothing may have gone wrong in it, and nothing been loaded but itself."""
+    context = browser.new_context(viewport={"width": 1300, "height": 900})
+    opened = context.new_page()
+    wrong, loaded = [], []
+    opened.on("console", lambda message: wrong.append(message.text))
+    opened.on("pageerror", lambda error: wrong.append(str(error)))
+    opened.on("request", lambda request: loaded.append(request.url.split("#")[0]))
+    opened.goto(address)
+    yield opened
+    assert wrong == []
+    assert set(loaded) == {address}
+    assert opened.title() == "Learning with noisy labels: results"  # nothing of the data has run
+    context.close()
+
+
+def methods(page) -> list[str]:
+    return page.locator("#table tr.row .toggle").all_inner_texts()
+
+
+def test_the_page_draws_its_rows_and_panels(page):
+    assert methods(page).count("Me-Momentum") == 1
+    assert page.locator("#count").inner_text() == "7 of 7 rows"
+    assert page.locator("#panels .panel").count() == 2
+    assert page.locator("#time-panels .bar i").count() == 14
+    assert "7 measured rows" in page.locator("#lede").inner_text()
+
+
+def test_a_hostile_method_is_only_text(page):
+    assert HOSTILE in methods(page)
+    assert page.locator("img").count() == 0
+    page.locator("#table .toggle", has_text="onerror").click()
+    assert page.locator("tr.details").count() == 1 and page.locator("img").count() == 0
+    page.locator("#f-method").select_option(HOSTILE)
+    assert methods(page) == [HOSTILE]
+
+
+def test_it_sorts_numbers_as_numbers_and_says_so(page):
+    button = page.locator('[data-sort="last"]')
+    heading = page.locator("th", has=button)
+    assert heading.get_attribute("aria-sort") == "none"
+    button.click()
+    assert heading.get_attribute("aria-sort") == "descending"
+    assert methods(page)[0] == HOSTILE and methods(page)[-1] == "low"  # as text 9 would come before 100
+    page.keyboard.press("Enter")  # the heading keeps the focus
+    assert heading.get_attribute("aria-sort") == "ascending"
+    assert methods(page)[0] == "low" and methods(page)[-1] == HOSTILE
+
+
+def test_it_filters_by_text_and_by_choice(page):
+    page.locator("#f-q").fill("me-mom symmetric")
+    assert methods(page) == ["Me-Momentum"]
+    assert page.locator("#count").inner_text() == "1 of 7 rows"
+    page.locator("#reset").click()
+    assert len(methods(page)) == 7
+    page.locator("#f-profile").select_option("short")
+    assert methods(page) == ["SFA"]
+    page.locator("#f-dataset").select_option("cifar10")
+    assert methods(page) == []
+    assert page.locator("#table .empty").is_visible()
+
+
+def test_cells_that_are_not_measured_are_hidden_until_asked_for(page):
+    assert page.locator("tr.missing").count() == 0
+    page.locator("#f-missing").check()
+    assert page.locator("tr.missing").count() > 100
+    page.locator("tr.missing .toggle").first.click()
+    assert "python -m benchmarks.run " in page.locator("tr.details code").first.inner_text()
+
+
+def test_an_open_row_shows_command_curves_and_log(page):
+    page.locator("#table .toggle", has_text="Me-Momentum").click()
+    toggle = page.locator("#table .toggle", has_text="Me-Momentum")
+    assert toggle.get_attribute("aria-expanded") == "true"
+    details = page.locator(f"#{toggle.get_attribute('aria-controls')}")
+    assert details.locator("code").first.inner_text() == "python x.py --seed 1"
+    curve = details.locator("figure path").first.get_attribute("d")
+    assert curve.count("L") == 2  # three epochs
+    captions = details.locator("figcaption").all_inner_texts()
+    assert captions[0] == "test accuracy by epoch (%)" and captions[1].startswith("quality of the selection")
+    assert details.locator("details.log").count() == 2
+    details.locator("details.log summary").first.click()
+    third = details.locator("details.log").first.locator("tbody tr").nth(2)
+    third.wait_for()  # a log is drawn when it is opened
+    assert third.locator("td").all_inner_texts() == ["3", "92", "0.3"]
+    page.locator("#table .toggle", has_text="CE").click()
+    assert "there is no log" in page.locator("tr.details", has_text="there is no log").inner_text()
+    toggle.click()
+    assert page.locator("tr.details").count() == 1
+
+
+def test_the_command_is_copied(page):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator("#table .toggle", has_text="Me-Momentum").click()
+    button = page.locator("tr.details .copy").nth(1)
+    button.click()
+    page.wait_for_function("button => button.textContent === 'copied'", arg=button.element_handle())
+    assert page.evaluate("navigator.clipboard.readText()") == "python x.py --seed 2"
+
+
+def test_the_hash_keeps_the_state(page, address):
+    page.locator("#f-q").fill("cifar10")
+    page.locator("#f-paper").select_option("me_momentum")
+    page.locator("#f-metric").select_option("best")
+    page.locator('[data-sort="method"]').click()
+    page.locator("#table .toggle", has_text="Me-Momentum").click()
+    left, place = methods(page), page.evaluate("location.hash")
+    assert len(left) == 5
+    page.goto("about:blank")
+    page.goto(address + place)
+    assert methods(page) == left
+    assert page.locator("tr.details").count() == 1
+    assert page.locator("#f-q").input_value() == "cifar10"
+    assert page.locator("#f-metric").input_value() == "best"
+    assert page.locator('th[aria-sort="ascending"]').inner_text().startswith("method")
+    page.goto("about:blank")
+    page.goto(address + "#sort=nonsense&metric=none&open=x&paper=nobody")
+    assert methods(page) == []
+    page.goto(address)
+
+
+def test_a_published_figure_is_coloured_where_it_is_comparable(page):
+    row = page.locator("tr.row", has=page.locator(".toggle", has_text="Me-Momentum"))
+    cell = row.locator('[data-label="vs published"]')
+    assert cell.locator(".diff").get_attribute("class") == "diff"
+    assert "rgba" in cell.locator(".diff").get_attribute("style")
+    assert cell.inner_text().startswith("+0.24")  # 93 against the 92.76 of a secondary source
+    assert row.locator('[data-label="published"] .badge').inner_text() == "secondary"
+
+
+def test_the_best_of_the_cross_table_is_bold(page):
+    assert page.locator("#cross-table td.best").all_inner_texts() == ["93.05 ± 0.07"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_a_phone(page, scheme):
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.locator("#table .toggle", has_text="Me-Momentum").click()
+    page.locator("details.log summary").first.click()
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.locator("#f-sort").select_option("last")
+    assert methods(page)[-1] == "low"
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (int(background[4:-1].split(",")[0]) > 128) == (scheme == "light")
