@@ -43,14 +43,36 @@ default 1 2 3), each time as a process started by the command line that the CSV 
 fail. Profiles: `embedded`, digits on a CPU; `short`, the paper's data on a shortened schedule; `paper`, the published protocol.
 Further flags are handed on to the script and become part of the names of the run directories.
 
+### On several machines
+
+    python -m benchmarks.run sfa --engine ray                       # starts Ray on this machine, or joins that of RAY_ADDRESS
+    python -m benchmarks.run sfa --profile paper --engine ray --ray_address HOST:6379 --gpus_per_cell 0.5
+    sbatch benchmarks/slurm/ray.sbatch sfa --profile paper          # Slurm: several machines, one Ray
+    sbatch --array=1-5 benchmarks/slurm/array.sbatch sfa --profile paper    # Slurm without Ray: a job per seed
+
+`--engine local`, the default, needs nothing. Ray (`pip install "ray>=2.50"`, the extra `ray`; `make setup` has it) is told what
+each run is to get (`--cpus_per_cell`, `--gpus_per_cell`). A run whose worker is lost goes on elsewhere from its last
+checkpoint, up to `--retries` times; a script that fails by itself is not run again. The results are those of the local engine.
+The clone, its Python and `--out` stand at the same path on a file system that all machines share. Recent Ray protects a cluster
+with a token in your home: where an address is given, set `RAY_AUTH_MODE=token` on both sides. Tested on one machine, with
+workers killed; not yet on several machines, with GPUs, or under Slurm.
+
+### As one page
+
+    make report                                                     # results/report.html
+
+One HTML file without network or server: every row, here and in `results/`, beside what is published, with seeds, command, curves
+and log, wall times and environment.
+
 ## Read one
 
-Test accuracy in percent, mean ± standard deviation over seeds. best: the highest of all epochs, which is seen on the test set and
-no estimate of anything; last: after the last epoch; mean of last 10: over the last ten; at best validation: at the epoch that is
-best on validation samples, where a method has some. SimCLR's rows are the accuracy of nearest neighbours in its features. A
-profile with `+limit_train=N` is of a subset. `python -m benchmarks.compare a.csv b.csv` lines up two files; runs of different
-profiles or numbers of epochs are never compared. Machines, dates and commands are in
-[`reference/README.md`](reference/README.md), published figures in [`reported`](reported).
+Test accuracy in percent, mean ± standard deviation over seeds. best: the highest of all epochs, which is seen on the test set
+and no estimate of anything; last: after the last epoch; mean of last 10: over the last ten; at best validation: at the epoch
+that is best on validation samples, where a method has some. SimCLR's rows are the accuracy of nearest neighbours in its
+features. A profile with `+limit_train=N` is of a subset. `python -m benchmarks.compare a.csv b.csv` lines up two files
+(`--markdown`, `--csv`, and `--fail-below POINTS` for use in CI); runs of different profiles or numbers of epochs are never
+compared. Machines, dates and commands are in [`reference/README.md`](reference/README.md), published figures in
+[`reported`](reported).
 """
 
 
@@ -142,14 +164,11 @@ def cross_section(rows: Sequence[dict]) -> list[str]:
     ]
     whole = {row["cell"] for row in rows if "+limit_train" not in row["profile"]}
     lines = [CROSS_HEAD]
-    lines += ["After the last epoch:", "", *cross_table(rows), ""]
-    lines += ["At the best epoch, which is seen on the test set:", "", *cross_table(rows, "best"), ""]
-    lines += [
-        "Minutes of a run, pre-training included:",
-        "",
-        *cross_table(rows, column="seconds", scale=1 / 60),
-        "",
-    ]
+    if rows:
+        lines += ["After the last epoch:", "", *cross_table(rows), ""]
+        lines += ["At the best epoch, which is seen on the test set:", "", *cross_table(rows, "best"), ""]
+        minutes = cross_table(rows, column="seconds", scale=1 / 60)
+        lines += ["Minutes of a run, pre-training included:", "", *minutes, ""]
     missing = [cell for cell in wanted if cell not in whole]
     return [*lines, f"Not measured yet in full: {', '.join(missing)}.", ""] if missing else lines
 
