@@ -9,15 +9,8 @@ import torch
 from PIL import Image
 from scipy.stats import ks_2samp
 
-from benchmarks.speed import (
-    RAND_AUGMENT,
-    main,
-    make_photographs,
-    make_small_images,
-    rand_augment,
-    rand_augment_operation,
-    view_pipelines,
-)
+from benchmarks.speed import main, make_photographs, view_pipelines
+from benchmarks.speed_inputs import RAND_AUGMENT, make_small_images, rand_augment, rand_augment_operation
 from common import policies
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")

@@ -1,0 +1,177 @@
+"""What speeds are measured on and beside: small images, the views that PIL makes of them, and what a speed depends on."""
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import transforms
+
+from common import augment
+from common.policies import four_views, six_views
+from common.run import command, git_commit
+
+
+def make_small_images(count: int, size: int = 32) -> np.ndarray:
+    """Random squares of 128 pixels of the two photographs in turn, made smaller: uint8 [count, size, size, 3]."""
+    from sklearn.datasets import load_sample_images  # noqa: PLC0415 (a second of import that only this needs)
+
+    photographs = [Image.fromarray(image) for image in load_sample_images().images]
+    rng = np.random.default_rng(0)
+    small = []
+    for i in range(count):
+        left, top = (int(rng.integers(side - 128)) for side in photographs[i % 2].size)
+        box = (left, top, left + 128, top + 128)
+        small.append(np.asarray(photographs[i % 2].resize((size, size), Image.Resampling.BICUBIC, box=box)))
+    return np.stack(small)
+
+
+def views_by_pil(augmentation: Callable | None, views: int, size: int) -> list[Callable]:
+    """PIL's transform for each view that `common.loader.Batches` makes by this augmentation: of images of `size` pixels.
+
+    ValueError: an augmentation that has no counterpart here.
+    """
+    if augmentation is None:
+        return [transforms.Compose([])] * views
+    function = getattr(augmentation, "func", augmentation)
+    options = getattr(augmentation, "keywords", {})
+    if function is augment.crop_and_flip:
+        return [crop_and_flip(size, options.get("padding", 4))] * views
+    if function is augment.simclr_view:
+        return [simclr_view(size)] * views
+    if function not in (augment.warm_up_view, six_views, four_views):
+        raise ValueError(f"no counterpart by PIL for the augmentation {augmentation}")
+    (crop,) = views_by_pil(options["crop"], 1, size)
+    if function is augment.warm_up_view:
+        return [warm_up_view(crop)] * views
+    auto, rand = transforms.Compose([crop, auto_augment()]), transforms.Compose([crop, rand_augment])
+    if function is four_views:
+        return [crop, crop, auto, auto]
+    reference = crop if options.get("weak_reference") else auto
+    return [auto, auto, rand, rand, reference, reference]
+
+
+def crop_and_flip(size: int, padding: int) -> Callable:
+    """torchvision's crop of a padded image, and flip."""
+    return transforms.Compose(
+        [transforms.RandomCrop(size, padding=padding), transforms.RandomHorizontalFlip()]
+    )
+
+
+def auto_augment() -> Callable:
+    """torchvision's AutoAugment with the CIFAR-10 policy."""
+    return transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=[128, 128, 128])
+
+
+def simclr_view(size: int) -> Callable:
+    """SimCLR's view, as `common.augment.simclr_view`."""
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, scale=(0.2, 1)),
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            transforms.RandomGrayscale(0.2),
+        ]
+    )
+
+
+def warm_up_view(crop: Callable) -> Callable:
+    """The view of SANM's warm-up, as `common.augment.warm_up_view`."""
+    shear = (-0.1, 0.1, -0.1, 0.1)
+    return transforms.Compose(
+        [
+            transforms.ColorJitter(0.4, 0.4, 0.4, 0.4),
+            crop,
+            transforms.RandomAffine(15, translate=(0.1, 0.1), scale=(2 / 3, 3 / 2), shear=shear),
+        ]
+    )
+
+
+class PilViews(Dataset):
+    """The views of images uint8 [N, H, W, 3], made and normalised one by one: k of float32 [3, H, W], and the position."""
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        views: list[Callable],
+        mean: Sequence[float],
+        std: Sequence[float],
+        positions: Sequence[int] | None = None,
+    ):
+        """positions: of the images to go through; by default all."""
+        self.images, self.views = images, views
+        self.positions = range(len(images)) if positions is None else positions
+        self.normalised = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, number: int) -> tuple[Tensor | int, ...]:
+        i = self.positions[number]
+        image = Image.fromarray(self.images[i])
+        return *(self.normalised(view(image)) for view in self.views), i
+
+
+def rand_augment(image: Image.Image) -> Image.Image:
+    """FixMatch's RandAugment by PIL: two operations, each with probability 1/2, levels 1 to 9; cutout of half of the side."""
+    for _ in range(2):
+        name, level = random.choice(RAND_AUGMENT), random.randint(1, 9)
+        if random.random() < 0.5:
+            image = rand_augment_operation(image, name, level)
+    width, height = image.size
+    side = height // 2
+    x = int(max(0, random.uniform(0, width) - side / 2))
+    y = int(max(0, random.uniform(0, height) - side / 2))
+    image = image.copy()
+    box = (x, y, min(width, x + side), min(height, y + side))
+    ImageDraw.Draw(image).rectangle(box, fill=(127, 127, 127))
+    return image
+
+
+RAND_AUGMENT = (
+    *("AutoContrast", "Equalize", "Identity", "Brightness", "Color", "Contrast", "Sharpness"),
+    *("Posterize", "Rotate", "ShearX", "ShearY", "Solarize", "TranslateX", "TranslateY"),
+)
+
+
+def rand_augment_operation(image: Image.Image, name: str, level: int) -> Image.Image:
+    """One operation of RandAugment at a level of 1 to 9; shifts and turns to either side alike."""
+    sign = random.choice((-1, 1))
+    shear = sign * 0.3 * level / 10
+    right, down = (sign * int(0.3 * level / 10 * side) for side in image.size)
+    moved = partial(image.transform, image.size, Image.Transform.AFFINE)
+    operations = {
+        "AutoContrast": lambda: ImageOps.autocontrast(image),
+        "Equalize": lambda: ImageOps.equalize(image),
+        "Identity": lambda: image,
+        "Posterize": lambda: ImageOps.posterize(image, int(4 * level / 10) + 4),
+        "Rotate": lambda: image.rotate(sign * int(30 * level / 10)),
+        "ShearX": lambda: moved((1, shear, 0, 0, 1, 0)),
+        "ShearY": lambda: moved((1, 0, 0, shear, 1, 0)),
+        "Solarize": lambda: ImageOps.solarize(image, 256 - int(256 * level / 10)),
+        "TranslateX": lambda: moved((1, 0, right, 0, 1, 0)),
+        "TranslateY": lambda: moved((1, 0, 0, 0, 1, down)),
+    }
+    if name in operations:
+        return operations[name]()
+    return getattr(ImageEnhance, name)(image).enhance(0.9 * level / 10 + 0.05)
+
+
+def surroundings(device: torch.device) -> dict:
+    """What a speed depends on beside the code."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu_count": os.process_cpu_count()
+        if hasattr(os, "process_cpu_count")
+        else len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "git": git_commit(),
+        "command": command(),
+    }
