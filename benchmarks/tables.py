@@ -6,11 +6,13 @@
 Figures come from reference/*.csv alone, cells from the papers' presets.toml. Nothing is run.
 """
 
+import csv
 import shlex
 import statistics
 import sys
 import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.cells import PAPERS, ROOT, cells
@@ -85,6 +87,18 @@ CROSS_HEAD = """## All methods on the same data
 The same images, observed labels and backbone (one PreAct ResNet) and the same number of epochs, pre-training and rounds
 included, for all; no value is tuned for a setting. [`cross.toml`](cross.toml) has the settings and every flag. An epoch is not
 the same work in each method: the last table says how long they take.
+"""
+
+
+SPEED = REFERENCE / "speed" / "steps.csv"
+SPEED_HEAD = """## Speed
+
+    make speed                                                      # training steps, and how fast images are read and augmented
+
+A training step of every method on images of 32 pixels with its ResNet-18, ours (views of whole batches on the device) beside a
+plain path in the same run (views by PIL in the workers of a DataLoader, float32, no recorded graphs), epoch by epoch in turn. The
+parts are shares of the step; an image is a sample of the (labelled) batch, and what else a step goes through is its cost. On a
+CPU batches are a sixteenth of the papers'.
 """
 
 
@@ -195,6 +209,42 @@ def cross_table(
     return lines
 
 
+def speed_section(path: Path) -> list[str]:
+    """What was measured by benchmarks.speed steps: each method beside the plain path, wins and losses alike."""
+    if not path.is_file():
+        return [SPEED_HEAD, "Not measured yet.", ""]
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    parts = ("augment", "forward", "backward", "optimiser", "rest")
+    heading = [
+        "method",
+        "path",
+        "images/s",
+        "quartiles",
+        *(f"{part} %" for part in parts),
+        "selection s",
+        "epoch s",
+    ]
+    heading += ["memory MiB", "of matmul %", "ours / plain", "range"]
+    lines = [SPEED_HEAD, f"| {' | '.join(heading)} |", "|" + "---|" * len(heading)]
+    for row in rows:
+        own = row["path"] == "ours"
+        text = [row["method"], row["path"], f"{float(row['median_images_per_second']):.2f}"]
+        text += [f"{float(row['q1']):.2f} to {float(row['q3']):.2f}"]
+        text += [f"{100 * float(row[f'{part}_ms']) / float(row['step_ms']):.1f}" for part in parts]
+        text += [f"{float(row[name]):.2f}" for name in ("one_selection_seconds", "seconds_per_epoch")]
+        text += [f"{float(row['peak_memory_mb']):.0f}", f"{100 * float(row['share_of_matmul']):.1f}"]
+        text += [f"{float(row['ours_over_plain_median']):.2f}" if own else ""]
+        low, high = (row[f"ours_over_plain_{end}"] for end in ("min", "max"))
+        text += [f"{float(low):.2f} to {float(high):.2f}, {row['pairs']} pairs" if own else ""]
+        lines.append(f"| {' | '.join(text)} |")
+    first = rows[0]
+    where = (
+        f"{first['device']} with {first['cpu_count']} cores, torch {first['torch']}, commit {first['git']}"
+    )
+    return [*lines, "", f"[`{path.name}`](reference/speed/{path.name}): `{first['command']}` on {where}.", ""]
+
+
 def commands(paper: str) -> list[str]:
     """Every cell of a paper by the command that runs it, those of the published tables by their protocol."""
     short = [cell for cell in cells(paper, "short") if cell.preset.startswith("short/")]
@@ -221,7 +271,7 @@ def page() -> str:
     lines = [HEAD, "## Measured", ""]
     for paper in PAPERS:
         lines += [f"### [{paper}](../{paper}/README.md)", "", *table(found[paper]), ""]
-    lines += cross_section(cross_rows())
+    lines += [*cross_section(cross_rows()), *speed_section(SPEED)]
     lines += [
         "## Not measured yet",
         "",
