@@ -26,6 +26,7 @@ from common.results import COLUMNS, to_csv
 
 NUMERIC = {"noise_rate", "imb_factor", "ood_ratio", "epochs", "seed"}
 CONFIDENCE = 0.95
+CROSS = "cross"  # the table of all methods (benchmarks.cross), in which `paper` is the method's
 LINE_LENGTH = 110
 
 
@@ -209,7 +210,8 @@ def compare(
 def against(rows: Sequence[dict], baseline_method: str, metrics: Sequence[str] | None = None) -> Comparison:
     """Line up every other method of one result file (b) with the baseline method (a) in the same cell.
 
-    The fidelity of the two may differ: it is part of a method's name here. metrics: as in compare.
+    The fidelity of the two may differ: it is part of a method's name here; so is the paper in the table of all methods.
+    metrics: as in compare.
     Raises UserError for a method or metric that the file lacks and for a seed that stands twice.
     """
     groups = _group(rows, "the results")
@@ -218,7 +220,11 @@ def against(rows: Sequence[dict], baseline_method: str, metrics: Sequence[str] |
         raise UserError(f"no method {baseline_method!r} in the results: choose from {', '.join(methods)}")
     baseline = {key: runs for key, runs in groups.items() if key.method == baseline_method}
     others = {key: runs for key, runs in groups.items() if key.method != baseline_method}
-    return _line_up(baseline, others, metrics, lambda key: key._replace(method="", fidelity=""))
+    return _line_up(baseline, others, metrics, _without_method)
+
+
+def _without_method(key: Key) -> Key:
+    return key._replace(method="", fidelity="", paper="" if key.table == CROSS else key.paper)
 
 
 def _line_up(

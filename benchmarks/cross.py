@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.cells import ROOT
-from benchmarks.compare import read_results
+from benchmarks.compare import CROSS, read_results
 from benchmarks.engines import Task, add_engine_flags, run_all
 from benchmarks.run import collect, from_root
 from benchmarks.tables import cross_table
@@ -34,7 +34,6 @@ from common.datasets.limit import limited
 from common.files import write_atomic
 from common.results import write_results
 
-TABLE = "cross"
 DESCRIPTION = ROOT / "benchmarks" / "cross.toml"
 
 
@@ -164,7 +163,7 @@ def draw(setting: Setting, seed: int, data: datasets.Data, data_path: Path) -> t
 def make_task(method: str, setting: Setting, seed: int, inputs: Inputs, args: Namespace, flags: dict) -> Task:
     """The run of a method, and before it that of its pre-training where it has one."""
     where = setting.name + (f"-limit{args.limit_train}" if args.limit_train else "")
-    folder = Path(args.out) / "runs" / TABLE / setting.data / where / method / f"seed{seed}"
+    folder = Path(args.out) / "runs" / CROSS / setting.data / where / method / f"seed{seed}"
     shared = ["--dataset", setting.data, "--seed", str(seed)]
     shared += [
         word
@@ -195,7 +194,7 @@ def rows_of(task: Task, setting: Setting, description: dict, limit: int | None) 
         sum(values) for values in zip(*((r["timing"]["seconds"], r["images"]) for r in results), strict=True)
     )
     subset = f"+limit_train={limit}" if limit else ""
-    columns = {"table": TABLE, "cell": setting.cell, "dataset": setting.data, "ood_ratio": ""}
+    columns = {"table": CROSS, "cell": setting.cell, "dataset": setting.data, "ood_ratio": ""}
     for name in ("noise_type", "noise_rate", "imb_factor"):
         value = getattr(setting, name)
         columns[name] = "" if value is None else value
@@ -264,7 +263,7 @@ def main(argv=None) -> None:
         return
     run_all([task for task, _ in tasks], args, one_thread=own["profile"] == "embedded")
     rows = [row for task, setting in tasks for row in rows_of(task, setting, own, args.limit_train)]
-    target = out / f"{TABLE}_{args.data}.csv"
+    target = out / f"{CROSS}_{args.data}.csv"
     write_results(target, rows)
     print(
         f"\n{target}: test accuracy after the last epoch, mean ± standard deviation over seeds, in percent\n"

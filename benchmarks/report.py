@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.cells import PAPERS, ROOT, cells
-from benchmarks.compare import NUMERIC, Sample, read_results, summarise, welch_interval, write_text
+from benchmarks.compare import CROSS, NUMERIC, Sample, read_results, summarise, welch_interval, write_text
 from benchmarks.published import read_published
 from benchmarks.tables import METRICS, REFERENCE
 from common.cli import Parser, UserError, exit_cleanly, read_presets
@@ -34,7 +34,7 @@ TEMPLATE = ROOT / "benchmarks"
 RESULTS, RUNS, OUT = Path("results"), Path("results/runs"), Path("results/report.html")
 ORIGIN_REFERENCE, ORIGIN_OWN = "reference", "this machine"
 RUN_DIRECTORIES = "run directories"  # in place of a file's name, of runs that no result file has
-BASELINE, CROSS = "CE", "cross"
+BASELINE = "CE"
 SETTING = ("paper", "table", "cell", "dataset", "noise_type", "noise_rate", "imb_factor", "ood_ratio")
 CONDITION = ("profile", "epochs")
 KEY = (*SETTING, *CONDITION, "method", "fidelity")

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.cells import PAPERS, ROOT, cells
-from benchmarks.compare import read_results
+from benchmarks.compare import CROSS, read_results
 from common.cli import Parser, exit_cleanly
 from common.files import write_atomic
 
-CROSS = "cross"  # the table of benchmarks.cross
 REFERENCE, PAGE = ROOT / "benchmarks" / "reference", ROOT / "benchmarks" / "README.md"
 METRICS = {
     "best": "best",

@@ -227,6 +227,14 @@ def test_csv_holds_the_unrounded_numbers(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "b.csv", "out.csv"]
 
 
+def test_in_the_table_of_all_methods_the_baseline_is_of_another_paper(tmp_path):
+    rows = runs(60, 61, method="CE", paper="afm", table="cross") + runs(70, 72, method="SFA", table="cross")
+    (line,) = against(read_results(write(tmp_path / "a.csv", rows)), "CE").lines
+    assert (line.key_a.paper, line.key_b.paper, line.difference) == ("afm", "sfa", 10.5)
+    rows = runs(60, method="CE", paper="afm") + runs(70, method="SFA")
+    assert against(read_results(write(tmp_path / "b.csv", rows)), "CE").lines == []
+
+
 def test_csv_says_what_was_not_compared_and_what_is_on_one_side_alone(tmp_path, capsys):
     a = write(tmp_path / "a.csv", runs(70) + runs(60, metric="last", profile="paper"))
     b = write(tmp_path / "b.csv", runs(71) + runs(61, metric="last") + runs(5, cell="new"))

@@ -223,6 +223,37 @@ def test_what_manifold_dividemixs_text_says_of_40_epochs_is_in_the_file():
         assert summary("manifold_dividemix_40epochs.csv", method, "last") in text
 
 
+CROSS = {
+    "digits-sym0.2": "symmetric 20 %",
+    "digits-sym0.5": "symmetric 50 %",
+    "digits-inst0.4": "instance 40 %",
+    "digits-if0.1-imb0.5": "long-tailed (10:1), 50 %",
+}
+CROSS_METHODS = ("CE", "AFM (K=2)", "SFA", "Me-Momentum", "SANM(DivideMix)", "Manifold DivideMix")
+
+
+@pytest.mark.parametrize("cell", CROSS)
+def test_the_front_page_shows_all_methods_on_the_same_data(cell):
+    figures = [summary("cross_digits.csv", method, "last", cell=cell) for method in CROSS_METHODS]
+    assert f"| {CROSS[cell]} | {' | '.join(figures)} |" in (ROOT / "README.md").read_text()
+
+
+def test_what_the_front_page_says_of_all_methods_on_the_same_data_is_in_the_file():
+    rows = read_results(REFERENCE / "cross_digits.csv")
+    assert {row["seed"] for row in rows} == {"1", "2", "3"} and {row["epochs"] for row in rows} == {"32"}
+    lines = {(x.key_b.cell, x.key_b.method): x for x in against(rows, "CE", ["last"]).lines}
+    assert len(lines) == len(CROSS) * (len(CROSS_METHODS) - 1)
+    splitting = ("SFA", "SANM(DivideMix)", "Manifold DivideMix")
+    gains = [lines["digits-inst0.4", method].difference for method in splitting]
+    assert (round(min(gains)), round(max(gains))) == (11, 17)
+    assert all(lines["digits-inst0.4", method].low > 0 for method in splitting)
+    for cell, ahead in (("digits-sym0.2", {"Me-Momentum", "AFM (K=2)"}), ("digits-sym0.5", set())):
+        assert {method for (of, method), x in lines.items() if of == cell and x.low > 0} == ahead
+    tail = {method: x.difference for (cell, method), x in lines.items() if cell == "digits-if0.1-imb0.5"}
+    assert max(tail.values()) < 0 and tail["SFA"] > -1
+    assert max(tail[m] for m in ("Me-Momentum", "SANM(DivideMix)", "Manifold DivideMix")) <= -18
+
+
 ME_MOMENTUM = ("best", "last", "last10", "at_best_validation")
 SET = ("confident_precision", "confident_recall", "hard_share")
 
