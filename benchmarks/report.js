@@ -571,10 +571,10 @@ function simpleTable(names, rows, label) {
     table.replaceChildren(
       h("thead", {}, h("tr", {}, names.map((name, i) => h("th", { scope: "col", class: isNumber[i] ? "num" : null, "aria-sort": order === i ? (direction > 0 ? "ascending" : "descending") : "none" },
         h("button", { type: "button", onclick: () => { direction = order === i ? -direction : 1; order = i; draw(); table.querySelectorAll("thead button")[i].focus(); } }, name.replaceAll("_", " ")))))),
-      h("tbody", {}, list.map((row) => h("tr", {}, row.map((value, i) => h("td", { class: isNumber[i] ? "num" : null }, value === null ? "" : typeof value === "number" ? value.toLocaleString("en", { maximumFractionDigits: 3 }) : value))))));
+      h("tbody", {}, list.map((row) => h("tr", {}, row.map((value, i) => h("td", { class: isNumber[i] ? "num" : String(value ?? "").length > 40 ? "long" : null }, value === null ? "" : typeof value === "number" ? value.toLocaleString("en", { maximumFractionDigits: 3 }) : value))))));
   };
   draw();
-  return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, table);
+  return h("div", { class: "scroll simple", tabindex: 0, role: "region", "aria-label": label }, table);
 }
 
 function renderCross() {
