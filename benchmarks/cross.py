@@ -1,8 +1,8 @@
 """All five methods and cross-entropy on the same images, observed labels, backbone and epochs: the table none of the papers has.
 
     make cross                                            # digits: no data, no GPU
-    python -m benchmarks.cross --data cifar10 --data_path ./data
-    python -m benchmarks.cross --data mnist --settings sym0.5 --limit_train 3000 --seeds 1
+    python -m benchmarks.cross --dataset cifar10 --data_path ./data
+    python -m benchmarks.cross --dataset mnist --settings sym0.5 --limit_train 3000 --seeds 1
 
 What is compared stands in benchmarks/cross.toml. Label noise is drawn once for each setting and seed, before any script starts,
 and handed to all of them: as a file for --noise_file, or, where the training set itself is a part of the data set (long tails,
@@ -91,7 +91,7 @@ def settings_of(data: str, names: list[str] | None, description: dict) -> list[S
         raise UserError(
             f"--settings {unknown[0]}: {data} has no such setting, choose from {', '.join(known)}"
         )
-    return [Setting(data, name, **description["settings"][name]) for name in names or known]
+    return [Setting(data, name, **description["settings"][name]) for name in dict.fromkeys(names or known)]
 
 
 # the same images and labels for all -----------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def make_parser(description: dict) -> cli.Parser:
     """The command line."""
     parser = cli.Parser(prog="python -m benchmarks.cross", description=__doc__.splitlines()[0])
     names = [name for name in description if name != "settings"]
-    parser.add_argument("--data", choices=names, default="digits", help="the data set")
+    parser.add_argument("--dataset", choices=names, default="digits", help="the data set")
     parser.add_argument(
         "--settings",
         nargs="+",
@@ -237,7 +237,7 @@ def make_parser(description: dict) -> cli.Parser:
     )
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], help="handed to the scripts")
     parser.add_argument(
-        "--out", default="results", metavar="DIR", help="where cross_DATA.csv, cross_data/ and runs/ go"
+        "--out", default="results", metavar="DIR", help="where cross_DATASET.csv, cross_data/ and runs/ go"
     )
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print the commands and stop")
     add_engine_flags(parser)
@@ -248,14 +248,15 @@ def main(argv=None) -> None:
     """Draw, run, collect, print the table."""
     description = tomllib.loads(DESCRIPTION.read_text(encoding="utf-8"))
     args = make_parser(description).parse_args(argv)
-    own, out, data_path = description[args.data], Path(args.out).resolve(), Path(args.data_path).resolve()
-    chosen = list(itertools.product(settings_of(args.data, args.settings, description), args.seeds))
+    own, out, data_path = description[args.dataset], Path(args.out).resolve(), Path(args.data_path).resolve()
+    seeds = dict.fromkeys(args.seeds)  # one run each, however often a seed is named
+    chosen = itertools.product(settings_of(args.dataset, args.settings, description), seeds)
     tasks = []
     for setting, seed in chosen:
         inputs = inputs_of(setting, seed, out, data_path, args.limit_train)
         if not args.dry_run:
             prepare(setting, seed, inputs, data_path, args.limit_train)
-        for method in args.methods:
+        for method in dict.fromkeys(args.methods):
             tasks.append((make_task(method, setting, seed, inputs, args, own["flags"]), setting))
     if args.dry_run:
         for _, command in itertools.chain(*(task.commands for task, _ in tasks)):
@@ -263,7 +264,7 @@ def main(argv=None) -> None:
         return
     run_all([task for task, _ in tasks], args, one_thread=own["profile"] == "embedded")
     rows = [row for task, setting in tasks for row in rows_of(task, setting, own, args.limit_train)]
-    target = out / f"{CROSS}_{args.data}.csv"
+    target = out / f"{CROSS}_{args.dataset}.csv"
     write_results(target, rows)
     print(
         f"\n{target}: test accuracy after the last epoch, mean ± standard deviation over seeds, in percent\n"

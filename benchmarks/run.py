@@ -113,7 +113,11 @@ def main(argv=None) -> None:
     makers = {cell.encoder for cell in chosen}
     # the runs that make encoders come first
     waves = [
-        [make_task(cell, seed, runs, data_path, extra) for cell in cells_of_wave for seed in args.seeds]
+        [
+            make_task(cell, seed, runs, data_path, extra)
+            for cell in cells_of_wave
+            for seed in dict.fromkeys(args.seeds)
+        ]
         for cells_of_wave in (
             [cell for cell in chosen if cell.preset in makers],
             [cell for cell in chosen if cell.preset not in makers],

@@ -81,7 +81,7 @@ CROSS_SETTINGS = ROOT / "benchmarks" / "cross.toml"
 CROSS_HEAD = """## All methods on the same data
 
     make cross                                                      # digits, on a CPU
-    python -m benchmarks.cross --data cifar10 --data_path ./data    # 7 settings, CIFAR-10N's human labels among them
+    python -m benchmarks.cross --dataset cifar10 --data_path ./data # 7 settings, CIFAR-10N's human labels among them
 
 The same images, observed labels and backbone (one PreAct ResNet) and the same number of epochs, pre-training and rounds
 included, for all; no value is tuned for a setting. [`cross.toml`](cross.toml) has the settings and every flag. An epoch is not

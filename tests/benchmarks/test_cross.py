@@ -65,7 +65,7 @@ def parsed(command: list[str]):
 def test_every_method_has_the_same_backbone_and_as_many_epochs(data, capsys):
     epochs, backbones = {}, set()
     for command in dry_run(
-        capsys, "--data", data, "--seeds", "1", "--settings", DESCRIPTION[data]["settings"][0]
+        capsys, "--dataset", data, "--seeds", "1", "--settings", DESCRIPTION[data]["settings"][0]
     ):
         args = parsed(command)
         method = args.out.split("/")[5]
@@ -83,7 +83,7 @@ def test_every_method_has_the_same_backbone_and_as_many_epochs(data, capsys):
 @pytest.mark.parametrize("data", DATA)
 def test_no_method_has_flags_of_its_own_for_a_setting_and_all_read_the_same_labels(data, capsys):
     labels, flags = {}, {}
-    for command in dry_run(capsys, "--data", data, "--seeds", "3"):
+    for command in dry_run(capsys, "--dataset", data, "--seeds", "3"):
         args = parsed(command)
         assert args.seed == 3 and args.dataset == data
         setting, method = args.out.split("/")[4:6]
