@@ -110,16 +110,11 @@ def inputs_of(setting: Setting, seed: int, out: Path, data_path: Path, limit: in
 def prepare(setting: Setting, seed: int, inputs: Inputs, data_path: Path, limit: int | None) -> None:
     """Draw the labels of a setting and write them, with the images where these are a part of the data set.
 
-    UserError: the data set or the labels that people gave are not there.
+    UserError: the data set is not there, or the file is there with other content.
     """
+    if setting.labels is not None and inputs.folder is None:
+        return  # they are read as they are
     target = inputs.labels if inputs.labels is not None else inputs.folder / f"{setting.data}.npz"
-    if target.is_file():  # drawn before, by the same seed
-        return
-    if setting.labels is not None and not (data_path / setting.labels).is_file():
-        raise UserError(
-            f"{data_path / setting.labels} is not there: put CIFAR-10N's labels into it, 50000 whole numbers in the order of "
-            "CIFAR-10's training set, or leave the setting out with --settings"
-        )
     data = datasets.load(setting.data, data_path)
     index, observed = draw(setting, seed, data, data_path)
     kept = limited(np.arange(len(index)), limit, seed)
@@ -133,8 +128,23 @@ def prepare(setting: Setting, seed: int, inputs: Inputs, data_path: Path, limit:
         }
         arrays |= {"test_images": data.test.images, "test_labels": data.test.labels}
         np.savez_compressed(buffer, **arrays, noisy_labels=observed[kept])
+    if target.is_file() and target.read_bytes() != buffer.getvalue():
+        raise UserError(
+            f"{target} was made from other data, or by another description of the setting: remove it and the runs that read it, "
+            "or choose another --out"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(target, buffer.getvalue())
+
+
+def check_given_labels(settings: list[Setting], data_path: Path) -> None:
+    """UserError: labels that people gave are not there."""
+    for setting in settings:
+        if setting.labels is not None and not (data_path / setting.labels).is_file():
+            raise UserError(
+                f"{data_path / setting.labels} is not there: put CIFAR-10N's labels into it, 50000 whole numbers in the order "
+                f"of CIFAR-10's training set, or leave {setting.name} out with --settings"
+            )
 
 
 def draw(setting: Setting, seed: int, data: datasets.Data, data_path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -163,7 +173,7 @@ def draw(setting: Setting, seed: int, data: datasets.Data, data_path: Path) -> t
 def make_task(method: str, setting: Setting, seed: int, inputs: Inputs, args: Namespace, flags: dict) -> Task:
     """The run of a method, and before it that of its pre-training where it has one."""
     where = setting.name + (f"-limit{args.limit_train}" if args.limit_train else "")
-    folder = Path(args.out) / "runs" / CROSS / setting.data / where / method / f"seed{seed}"
+    folder = Path(args.out).resolve() / "runs" / CROSS / setting.data / where / method / f"seed{seed}"
     shared = ["--dataset", setting.data, "--seed", str(seed)]
     shared += [
         word
@@ -250,9 +260,11 @@ def main(argv=None) -> None:
     args = make_parser(description).parse_args(argv)
     own, out, data_path = description[args.dataset], Path(args.out).resolve(), Path(args.data_path).resolve()
     seeds = dict.fromkeys(args.seeds)  # one run each, however often a seed is named
-    chosen = itertools.product(settings_of(args.dataset, args.settings, description), seeds)
+    settings = settings_of(args.dataset, args.settings, description)
+    if not args.dry_run:
+        check_given_labels(settings, data_path)
     tasks = []
-    for setting, seed in chosen:
+    for setting, seed in itertools.product(settings, seeds):
         inputs = inputs_of(setting, seed, out, data_path, args.limit_train)
         if not args.dry_run:
             prepare(setting, seed, inputs, data_path, args.limit_train)

@@ -120,8 +120,11 @@ def run_all(tasks: list[Task], args: Namespace, one_thread: bool) -> list[Path]:
         if getattr(args, name) is not None:
             other = "local" if args.engine == "ray" else "ray"
             raise UserError(f"--{name} is for --engine {other}: leave it out, or choose that engine")
-    signal.signal(signal.SIGTERM, _end)
-    outcomes = (_run_with_ray if args.engine == "ray" else _run_here)(tasks, args, one_thread)
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        outcomes = (_run_with_ray if args.engine == "ray" else _run_here)(tasks, args, one_thread)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     failures = [outcome.failure for outcome in outcomes if outcome.failure]
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
@@ -148,7 +151,9 @@ def follow(
 ) -> str | None:
     """Keep a process's output in <folder>/console.txt until it ends: None, or its exit status and the last line it wrote."""
     last = ""
-    with (folder / "console.txt").open("a") as console:
+    with (folder / "console.txt").open(
+        "a", buffering=1
+    ) as console:  # by the line: it is read while the run goes on
         for line in child.stdout:
             console.write(line)
             last = line.strip() or last

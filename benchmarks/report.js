@@ -400,7 +400,8 @@ function accuracySeries(row) {
   if (validation.length) series.push({ name: "validation", points: validation, color: "--c2", width: 1.6, dash: "2 3" });
   const baseline = row.against && byId.get(row.against.row);
   if (baseline && logsOf(baseline).length) series.push({ name: "CE, mean", points: meanOf(logsOf(baseline).map(({ log }) => column(log, name))), color: "--soft", width: 1.6, dash: "6 4" });
-  return { title: `${name.replaceAll("_", " ")} by epoch (%)`, series };
+  const drawn = series.filter((one) => one.points.length);
+  return drawn.length ? { title: `${name.replaceAll("_", " ")} by epoch (%)`, series: drawn } : null;
 }
 
 // what a log says of the selection: shares and areas under curves, and counts

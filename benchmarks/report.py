@@ -177,7 +177,7 @@ def number(text: Any) -> float | None:
 def grouped(sources: Iterable[Source]) -> list[dict]:
     """One entry for each method, setting, condition and file: metrics over seeds, and the facts of each run.
 
-    Runs without a result file are apart where their commands differ in more than the seed and the directory.
+    Runs without a result file are apart where their commands differ in more than the seed and the directories named by it.
     """
     groups: dict[tuple, dict] = {}
     for source in sources:
@@ -185,6 +185,12 @@ def grouped(sources: Iterable[Source]) -> list[dict]:
             key = {name: field(row, name) for name in KEY}
             apart = _without_seed(row["command"]) if source.name == RUN_DIRECTORIES else ""
             identity = (source.origin, source.name, *key.values(), apart)
+            same_seed = groups.get(identity, {"runs": {}})["runs"].get(field(row, "seed"))
+            if apart and same_seed is not None and same_seed["command"] != row["command"]:
+                identity = (
+                    *identity,
+                    row["command"],
+                )  # another run with this seed is apart, whatever tells them apart
             group = groups.setdefault(
                 identity,
                 {"id": _short_hash(identity), "origin": source.origin, "file": source.name, **key}
@@ -212,7 +218,10 @@ def _short_hash(identity: Sequence[str]) -> str:
 
 
 def _without_seed(command: str) -> str:
-    return re.sub(r"(?<=\s)--(seed|out|pretrained|like)[ =]\S+", "", command)
+    """A command without its seed and run directory; in other paths `seed` stands for any of the seeds."""
+    words = shlex.split(re.sub(r"(--[a-z_]+)=", r"\1 ", command))
+    left = [w for i, w in enumerate(words) if not {w, *words[max(i - 1, 0) : i]} & {"--seed", "--out"}]
+    return shlex.join(re.sub(r"seed\d+", "seed", word) for word in left)
 
 
 def noise_text(key: dict[str, str]) -> str:
@@ -226,23 +235,28 @@ def noise_text(key: dict[str, str]) -> str:
 def add_baselines(rows: list[dict]) -> None:
     """Set every row's `against`: its differences to cross-entropy in the same setting, profile and number of epochs.
 
-    Of the same file and paper where there is one, else of another file of the same origin.
+    Of the same file and paper where there is one, else of another file of the same origin. A row of run directories that no
+    preset names has none, and a panel of its own: only its command knows its setting.
     """
     found: dict[tuple, list[dict]] = {}
     for row in rows:
-        row["panel"] = _short_hash((row["origin"], *condition(row)))
-        if row["method"] == BASELINE:
+        row["panel"] = _short_hash((row["origin"], *condition(row), *([] if _is_named(row) else [row["id"]])))
+        row["against"] = None
+        if row["method"] == BASELINE and _is_named(row):
             found.setdefault((row["origin"], *condition(row)), []).append(row)
     for row in rows:
         candidates = found.get((row["origin"], *condition(row)), [])
-        row["against"] = None
-        if candidates and row["method"] != BASELINE:
+        if candidates and row["method"] != BASELINE and _is_named(row):
             nearest = min(candidates, key=lambda b: (b["file"] != row["file"], b["paper"] != row["paper"]))
             row["against"] = {
                 "row": nearest["id"],
                 "file": nearest["file"],
                 "metrics": differences(nearest["metrics"], row["metrics"]),
             }
+
+
+def _is_named(row: dict) -> bool:
+    return row["file"] != RUN_DIRECTORIES or row["table"] != ""
 
 
 def condition(row: dict) -> tuple[str, ...]:
@@ -618,8 +632,9 @@ def main(argv=None) -> None:
     """Collect and write the page."""
     args = make_parser().parse_args(argv)
     out = Path(args.out)
-    if any(out.resolve() == Path(file).resolve() for file in args.files):
-        raise UserError(f"--out {out} is one of the result files: give another name")
+    results, speed, _ = ([Path(file) for file in args.files], [], []) if args.files else default_files()
+    if any(out.resolve() == path.resolve() for path in (*results, *speed)):
+        raise UserError(f"--out {out} is one of the files to read: give another name")
     data = collect(args.files, runs_folder(args.runs))
     for note in data["notes"]:
         print(f"note: {note}", file=sys.stderr)

@@ -135,7 +135,8 @@ def main(argv=None) -> None:
     folders = [folder for tasks in waves for folder in run_all(tasks, args, one_thread=embedded)]
     report(args.paper, chosen, collect(folders), out)
     figure = [sys.executable, "-m", f"{args.paper}.visualize", *map(str, folders)]
-    subprocess.run([*figure, "--out", str(out / f"{args.paper}.png")], cwd=ROOT, check=True)
+    drawn = subprocess.run([*figure, "--out", str(out / f"{args.paper}.png")], cwd=ROOT, check=False)
+    sys.exit(drawn.returncode)
 
 
 def collect(folders: list[Path]) -> list[dict]:

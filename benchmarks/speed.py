@@ -11,6 +11,7 @@ of its warm-up): batches on the device, against PIL and torchvision image by ima
 steps: see benchmarks/step_speed.py.
 """
 
+import os
 import tempfile
 import time
 from argparse import Namespace
@@ -28,6 +29,7 @@ from torch.utils.data import DataLoader
 from benchmarks.speed_inputs import PilViews, make_small_images, surroundings, views_by_pil
 from benchmarks.step_speed import add_step_flags, step_line, steps
 from common import augment, cli, gpu
+from common.cli import UserError
 from common.datasets.file_lists import IMAGENET_MEAN, IMAGENET_STD, FileSplit, make_split
 from common.datasets.image_cache import build, open_cache
 from common.datasets.in_memory import NORMALISATION
@@ -47,14 +49,26 @@ def main(argv=None):
     measure, line = {"images": (images, row_line), "views": (views, row_line), "steps": (steps, step_line)}[
         args.what
     ]
+    out = Path(args.out or f"results/speed_{args.what}.csv")
+    check_writable(out)  # before it is measured for minutes
     rows = []
     for row in measure(args):
         print(line(row), flush=True)
         rows.append(row)
-    out = Path(args.out or f"results/speed_{args.what}.csv")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, to_csv(rows, rows[0]).encode())
+        write_atomic(out, to_csv(rows, rows[0]).encode())  # what is measured stays, whatever comes
     print(f"written to {out}")
+
+
+def check_writable(out: Path) -> None:
+    """Make the folder of a file that is to be written. UserError: it cannot be made, or the file not be written into it."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: {out.parent} cannot be made ({error.strerror}): name another file"
+        ) from None
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out {out} cannot be written: name a file in a writable folder")
 
 
 def row_line(row: dict) -> str:

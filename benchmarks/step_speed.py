@@ -24,6 +24,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,7 +137,7 @@ def add_step_flags(parser: cli.Parser) -> None:
         type=cli.count,
         default=32,
         metavar="PIXELS",
-        help="of both sides; below 14 networks are narrow",
+        help="of both sides; below 16 networks are narrow",
     )
     parser.add_argument(
         "--epochs", type=cli.count, default=3, metavar="N", help="of the main phase, 2 or more"
@@ -165,14 +166,24 @@ def steps(args: Namespace) -> Iterator[dict]:
     """Two rows for each method, ours and the plain path: rows of the CSV."""
     device = gpu.pick(args.device)
     settle(args, device)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the processes too
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the processes too
+    # one yardstick for all methods
+    peaks = {precision: matmul_peak(device.device, precision) for precision in precisions_of(device).values()}
     print(HEADING)
-    for name in args.methods:
-        with tempfile.TemporaryDirectory() as folder:
-            workload = Workload(Path(folder), args.images, args.size, args.epochs, args.batch_divisor)
-            make_workload(workload)
-            reports = run_in_turns(METHODS[name], name, workload, args, device)
-        yield from rows(name, reports, args, device)
+    try:
+        for name in args.methods:
+            with tempfile.TemporaryDirectory() as folder:
+                workload = Workload(Path(folder), args.images, args.size, args.epochs, args.batch_divisor)
+                make_workload(workload)
+                reports = run_in_turns(METHODS[name], name, workload, args, device)
+            yield from rows(name, reports, args, device, peaks)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def precisions_of(device: Device) -> dict[str, str]:
+    """By path, what its matrix products are made in: on a card the plain path's are TF32, as its convolutions."""
+    return {"ours": device.precision, "plain": "tf32" if device.on_cuda() else "fp32"}
 
 
 def settle(args: Namespace, device: Device) -> None:
@@ -250,15 +261,17 @@ class Process:
 
     def turn(self) -> None:
         """Let it do one epoch."""
-        self.child.stdin.write("\n")
-        self.child.stdin.flush()
+        with suppress(BrokenPipeError):  # it is over: what it last said tells why
+            self.child.stdin.write("\n")
+            self.child.stdin.flush()
         self.until_waiting()
 
     def end(self) -> None:
         """End it, wherever it is."""
         self.child.kill()
         self.child.wait()
-        self.child.stdin.close()
+        with suppress(BrokenPipeError):
+            self.child.stdin.close()
         self.child.stdout.close()
 
 
@@ -342,18 +355,17 @@ def epoch_parts(epoch: dict) -> dict[str, float]:
     return {"whole": training + sum(parts.values()) + rest, "training": training, **parts, "rest": rest}
 
 
-def rows(name: str, reports: dict[str, dict], args: Namespace, device: Device) -> Iterator[dict]:
-    """The two rows of a method. UserError: too few images for a step that counts."""
+def rows(
+    name: str, reports: dict[str, dict], args: Namespace, device: Device, peaks: dict[str, float]
+) -> Iterator[dict]:
+    """The two rows of a method. peaks: of `matmul_peak` by precision. UserError: too few images for a step that counts."""
     found = ratios(reports["ours"], reports["plain"])
     flops = next((report["flops"] for report in reports.values() if report["flops"]), None)
     if not found or flops is None:
         raise UserError(
             f"{name}: no step that counts, {args.images} images are too few for its batches: use more --images"
         )
-    precisions = {path: report["precision"] for path, report in reports.items()}
-    if device.on_cuda():
-        precisions["plain"] = "tf32"  # which its convolutions are of
-    peaks = {precision: matmul_peak(device.device, precision) for precision in set(precisions.values())}
+    precisions = precisions_of(device)
     for path, report in reports.items():
         ours, method = path == "ours", METHODS[name]
         yield {
@@ -457,7 +469,7 @@ def matmul_peak(device: torch.device, precision: str) -> float:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     seconds = []
-    for _ in range(5):
+    for _ in range(20):
         wait(device)
         start = time.perf_counter()
         left @ right

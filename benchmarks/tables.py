@@ -11,7 +11,7 @@ import shlex
 import statistics
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,8 +84,9 @@ CROSS_HEAD = """## All methods on the same data
     python -m benchmarks.cross --dataset cifar10 --data_path ./data # 7 settings, CIFAR-10N's human labels among them
 
 The same images, observed labels and backbone (one PreAct ResNet) and the same number of epochs, pre-training and rounds
-included, for all; no value is tuned for a setting. [`cross.toml`](cross.toml) has the settings and every flag. An epoch is not
-the same work in each method: the last table says how long they take.
+included, for all; no value is tuned for a setting. Me-Momentum may end earlier, and validates on a part of the images, as its
+protocol wants. [`cross.toml`](cross.toml) has the settings and every flag. An epoch is not the same work in each method: the last
+table of a file says how long they take.
 """
 
 
@@ -96,8 +97,10 @@ SPEED_HEAD = """## Speed
 
 A training step of every method on images of 32 pixels with its ResNet-18, ours (views of whole batches on the device) beside a
 plain path in the same run (views by PIL in the workers of a DataLoader, float32, no recorded graphs), epoch by epoch in turn. The
-parts are shares of the step; an image is a sample of the (labelled) batch, and what else a step goes through is its cost. On a
-CPU batches are a sixteenth of the papers'.
+parts are shares of the step; an image is a sample of the (labelled) batch, and what else a step goes through is its cost. Images
+per second are the median over steps, the ratio is the median over pairs of passes: of few of them the two may disagree. An epoch
+trains on as many images as its selection takes. Memory is that of the process, without the plain path's workers. On a CPU
+batches are a sixteenth of the papers'.
 """
 
 
@@ -162,26 +165,29 @@ def table(rows: dict[Row, dict[str, list[float]]]) -> list[str]:
     return lines
 
 
-def cross_rows() -> list[dict]:
-    """The rows of the table of all methods in the reference files, in the order of their names."""
-    return [
-        row for path in sorted(REFERENCE.glob("*.csv")) for row in read_results(path) if row["table"] == CROSS
-    ]
+def cross_rows() -> dict[str, list[dict]]:
+    """The rows of the table of all methods by the name of their reference file."""
+    found = {}
+    for path in sorted(REFERENCE.glob("*.csv")):
+        rows = [row for row in read_results(path) if row["table"] == CROSS]
+        if rows:
+            found[path.name] = rows
+    return found
 
 
-def cross_section(rows: Sequence[dict]) -> list[str]:
-    """What was measured of the table of all methods, and what of it was not."""
+def cross_section(files: Mapping[str, Sequence[dict]]) -> list[str]:
+    """What was measured of the table of all methods, file by file, and what of it was not."""
     described = tomllib.loads(CROSS_SETTINGS.read_text(encoding="utf-8"))
     wanted = [
         f"{data}-{name}" for data in described if data != "settings" for name in described[data]["settings"]
     ]
-    whole = {row["cell"] for row in rows if "+limit_train" not in row["profile"]}
     lines = [CROSS_HEAD]
-    if rows:
-        lines += ["After the last epoch:", "", *cross_table(rows), ""]
+    for file, rows in files.items():
+        lines += [f"[`{file}`](reference/{file}), after the last epoch:", "", *cross_table(rows), ""]
         lines += ["At the best epoch, which is seen on the test set:", "", *cross_table(rows, "best"), ""]
         minutes = cross_table(rows, column="seconds", scale=1 / 60)
         lines += ["Minutes of a run, pre-training included:", "", *minutes, ""]
+    whole = {row["cell"] for rows in files.values() for row in rows if "+limit_train" not in row["profile"]}
     missing = [cell for cell in wanted if cell not in whole]
     return [*lines, f"Not measured yet in full: {', '.join(missing)}.", ""] if missing else lines
 
@@ -224,7 +230,7 @@ def speed_section(path: Path) -> list[str]:
         "selection s",
         "epoch s",
     ]
-    heading += ["memory MiB", "of matmul %", "ours / plain", "range"]
+    heading += ["images per epoch", "steps timed", "memory MiB", "of matmul %", "ours / plain", "range"]
     lines = [SPEED_HEAD, f"| {' | '.join(heading)} |", "|" + "---|" * len(heading)]
     for row in rows:
         own = row["path"] == "ours"
@@ -232,6 +238,7 @@ def speed_section(path: Path) -> list[str]:
         text += [f"{float(row['q1']):.2f} to {float(row['q3']):.2f}"]
         text += [f"{100 * float(row[f'{part}_ms']) / float(row['step_ms']):.1f}" for part in parts]
         text += [f"{float(row[name]):.2f}" for name in ("one_selection_seconds", "seconds_per_epoch")]
+        text += [row["images_trained_per_epoch"], row["timed_steps"]]
         text += [f"{float(row['peak_memory_mb']):.0f}", f"{100 * float(row['share_of_matmul']):.1f}"]
         text += [f"{float(row['ours_over_plain_median']):.2f}" if own else ""]
         low, high = (row[f"ours_over_plain_{end}"] for end in ("min", "max"))

@@ -15,7 +15,7 @@ import me_momentum.main
 import sanm.Train_cifar
 import sfa.Train_cifar
 from benchmarks import cross
-from benchmarks.cross import METHODS, Setting, inputs_of, prepare, settings_of
+from benchmarks.cross import METHODS, Setting, check_given_labels, inputs_of, prepare, settings_of
 from common import datasets, noise
 from common.cli import UserError
 from common.results import COLUMNS
@@ -116,9 +116,11 @@ def test_labels_are_drawn_from_the_seed_for_all_methods_at_once(tmp_path):
         drawn.append(np.load(inputs.labels))
         assert np.array_equal(drawn[-1], noise.add_noise("symmetric", clean, 0.5, 10, seed))
     assert not np.array_equal(*drawn)
-    before = inputs.labels.stat().st_mtime_ns
     prepare(setting, 2, inputs, tmp_path, None)
-    assert inputs.labels.stat().st_mtime_ns == before, "what is there is not drawn again"
+    assert np.array_equal(np.load(inputs.labels), drawn[1])
+    np.save(inputs.labels, drawn[0])
+    with pytest.raises(UserError, match=r"digits-sym0\.5-seed2\.npy was made from other data"):
+        prepare(setting, 2, inputs, tmp_path, None)
 
 
 @pytest.mark.parametrize("limit", [None, 300])
@@ -130,6 +132,7 @@ def test_a_long_tail_and_a_subset_are_a_data_set_of_their_own(tmp_path, limit):
     counts = np.bincount(data.train.labels)
     assert len(data.train.labels) == (limit or noise.class_counts(1437, 10, "exp", 0.1).sum())
     assert counts[0] > 5 * counts[9] > 0
+    prepare(setting, 5, inputs, tmp_path, limit)  # the same again
     wrong = (data.noisy_labels != data.train.labels).mean()
     assert wrong == pytest.approx(0.5, abs=0.01 if limit is None else 0.08)
     assert np.array_equal(data.test.images, whole.test.images)
@@ -153,9 +156,10 @@ def test_labels_that_people_gave_are_read_from_the_data_folder(tmp_path):
     )
     (setting,) = settings_of("cifar10", ["human-worst"], DESCRIPTION)
     with pytest.raises(UserError, match=r"cifar10n_worse_label\.npy is not there: put CIFAR-10N's labels"):
-        prepare(setting, 1, inputs_of(setting, 1, tmp_path / "out", tmp_path, None), tmp_path, None)
+        check_given_labels([setting], tmp_path)
     given = (labels + 1) % 10
     np.save(tmp_path / "cifar10n_worse_label.npy", given)
+    check_given_labels([setting], tmp_path)
     whole = inputs_of(setting, 1, tmp_path / "out", tmp_path, None)
     prepare(setting, 1, whole, tmp_path, None)
     assert whole.labels == tmp_path / "cifar10n_worse_label.npy" and not (tmp_path / "out").exists()

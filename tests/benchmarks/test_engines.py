@@ -38,7 +38,7 @@ def start(*words: str) -> subprocess.Popen:
     )
 
 
-def wait_for(what, seconds: float = 60.0):
+def wait_for(what, seconds: float = 120.0):
     """The first true value of what(), which is asked until then."""
     end = time.monotonic() + seconds
     while not (value := what()):

@@ -84,6 +84,12 @@ def alone(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def no_results(tmp_path, monkeypatch):
+    """The reference files, and no results of this machine."""
+    monkeypatch.chdir(tmp_path)
+
+
 # means and differences ------------------------------------------------------------------------------------------------
 
 
@@ -137,7 +143,7 @@ def test_an_unconfirmed_figure_is_shown_and_never_compared(alone):
     assert found["difference"] is None and not found["comparable"]
 
 
-def test_no_row_of_all_there_is_has_a_difference_to_an_unconfirmed_figure():
+def test_no_row_of_all_there_is_has_a_difference_to_an_unconfirmed_figure(no_results):
     data = collect([], None)
     compared = [r["published"] for r in data["rows"] if r["published"]["difference"] is not None]
     assert all(data["figures"][p["shown"]]["status"] != "unconfirmed" for p in compared)
@@ -265,7 +271,31 @@ def test_a_damaged_run_is_named_and_an_unfinished_one_listed(alone):
     assert "bad/args.json is damaged" in note
 
 
-def test_a_reference_log_goes_to_the_run_whose_figures_it_has():
+def test_runs_that_no_preset_names_are_not_compared_and_have_panels_of_their_own(alone):
+    for place, (method, value) in enumerate((("CE", 96.0), ("AFM", 50.0), ("CE", 60.0))):
+        words = {
+            "method": method,
+            "table": "",
+            "cell": "seed1",
+            "command": f"python x.py --lr {place} --seed 1",
+        }
+        run_directory(alone / "runs" / str(place), rows(value, **words), [value])
+    found = [row for row in collect([], alone / "runs")["rows"] if row["runs"]]
+    assert len(found) == 3 and all(row["against"] is None for row in found)
+    assert len({row["panel"] for row in found}) == 3
+
+
+def test_runs_without_a_file_share_a_row_over_seeds_and_no_other_difference(alone):
+    """In paths with blanks too; the second one with the same seed begins from another encoder."""
+    for seed, encoder in ((1, "a b/seed1"), (2, "a b/seed2"), (2, "c/seed2")):
+        command = f"python x.py --seed {seed} --pretrained '{encoder}/e' --out 'r s/{encoder}'"
+        one = [row | {"seed": str(seed)} for row in rows(80.0 + seed, command=command)]
+        run_directory(alone / "runs" / encoder, one, [81.0])
+    found = [row for row in collect([], alone / "runs")["rows"] if row["runs"]]
+    assert sorted([run["seed"] for run in row["runs"]] for row in found) == [["1", "2"], ["2"]]
+
+
+def test_a_reference_log_goes_to_the_run_whose_figures_it_has(no_results):
     data = collect([], None)
     assert data["notes"] == []
     kept = sorted(path.name for path in (report.REFERENCE / "logs").glob("*.csv"))
@@ -334,11 +364,11 @@ def test_the_page_loads_nothing(alone):
     assert "default-src 'none'" in shell
 
 
-def test_the_same_input_gives_the_same_page():
+def test_the_same_input_gives_the_same_page(no_results):
     assert page(collect([], None)) == page(collect([], None))
 
 
-def test_every_reference_row_and_speed_file_is_on_the_page():
+def test_every_reference_row_and_speed_file_is_on_the_page(no_results):
     data = embedded(page(collect([], None)))
     reference = [row for row in data["rows"] if row["origin"] == "reference"]
     counted = sum(len(metric["values"]) for row in reference for metric in row["metrics"].values())
@@ -383,8 +413,11 @@ def test_mistakes_end_in_one_line_and_write_nothing(alone, capsys):
     assert "there are no results" in mistake(capsys, "--out", out)
     assert "--runs nowhere is no folder" in mistake(capsys, file, "--runs", "nowhere", "--out", out)
     assert "cannot be written" in mistake(capsys, file, "--out", alone / "nowhere" / "page.html")
-    assert "one of the result files" in mistake(capsys, file, "--out", file)
-    assert sorted(path.name for path in alone.iterdir()) == ["a.csv", "empty.csv", "reference"]
+    assert "one of the files to read" in mistake(capsys, file, "--out", file)
+    (alone / "results").mkdir()
+    own = write(alone / "results" / "afm.csv", rows(90.0))
+    assert "one of the files to read" in mistake(capsys, "--out", own)
+    assert sorted(path.name for path in alone.iterdir()) == ["a.csv", "empty.csv", "reference", "results"]
 
 
 def test_the_command_line_says_it_in_one_line_with_status_2(tmp_path):

@@ -12,6 +12,7 @@ from scipy.stats import ks_2samp
 from benchmarks.speed import main, make_photographs, view_pipelines
 from benchmarks.speed_inputs import RAND_AUGMENT, make_small_images, rand_augment, rand_augment_operation
 from common import policies
+from common.cli import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -33,6 +34,13 @@ def test_images_are_timed_from_files_and_cache(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("images/s") == 4
     assert f"written to {out}" in printed
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(tmp_path):
+    (tmp_path / "file").touch()
+    for out, text in ((tmp_path, "cannot be written"), (tmp_path / "file" / "x.csv", "cannot be made")):
+        with pytest.raises(UserError, match=text):
+            main(["images", "--out", str(out)])
 
 
 def test_the_photographs_differ(tmp_path):

@@ -218,28 +218,23 @@ def a_report(*seconds: float) -> dict:
 ARGS = Namespace(images=64, size=8, workers=2)
 
 
-@pytest.fixture
-def peak(monkeypatch):
-    """A device whose matrix products reach 1 GFLOP per second."""
-    monkeypatch.setattr(step_speed, "matmul_peak", lambda device, precision: 1e9)
+PEAKS = {"fp32": 1e9}
 
 
-@pytest.mark.usefixtures("peak")
 def test_ratios_are_of_the_epochs_that_were_run_in_turn():
     ours, plain = step_speed.rows(
-        "sfa", {"ours": a_report(9, 1, 2, 1), "plain": a_report(1, 3, 2, 8)}, ARGS, CPU
+        "sfa", {"ours": a_report(9, 1, 2, 1), "plain": a_report(1, 3, 2, 8)}, ARGS, CPU, PEAKS
     )
     columns = ["ours_over_plain_median", "ours_over_plain_min", "ours_over_plain_max", "pairs"]
     assert [ours[column] for column in columns] == [3, 1, 8, 3]  # the warm-up is no pair
     assert [plain[column] for column in columns] == [None] * 4
-    slower = next(step_speed.rows("sfa", {"ours": a_report(1, 4), "plain": a_report(1, 2)}, ARGS, CPU))
+    slower = next(step_speed.rows("sfa", {"ours": a_report(1, 4), "plain": a_report(1, 2)}, ARGS, CPU, PEAKS))
     assert slower["ours_over_plain_median"] == 0.5
 
 
-@pytest.mark.usefixtures("peak")
 def test_columns_of_a_row():
     ours, plain = step_speed.rows(
-        "sfa", {"ours": a_report(9, 1, 2, 1), "plain": a_report(2, 2, 2)}, ARGS, CPU
+        "sfa", {"ours": a_report(9, 1, 2, 1), "plain": a_report(2, 2, 2)}, ARGS, CPU, PEAKS
     )
     assert list(ours) == list(plain)
     assert (ours["method"], ours["path"], ours["workers"], plain["workers"]) == ("sfa", "ours", 0, 2)
@@ -269,7 +264,7 @@ def test_too_few_images_for_a_step_that_counts():
     for epoch in report["epochs"]:
         del epoch["training"][0]["steps"][1:3]
     with pytest.raises(UserError, match="64 images are too few"):
-        next(step_speed.rows("sfa", {"ours": report, "plain": report}, ARGS, CPU))
+        next(step_speed.rows("sfa", {"ours": report, "plain": report}, ARGS, CPU, PEAKS))
 
 
 # two processes --------------------------------------------------------------------------------------------------------
@@ -292,6 +287,16 @@ def test_the_two_take_turns_and_neither_is_always_first(workload, monkeypatch, t
     found = step_speed.run_in_turns(METHODS["ce"], "ce", workload, ARGS, CPU)
     assert found == {"ours": {}, "plain": {}}
     assert (tmp_path / "order").read_text() == "oppoop"
+
+
+def test_a_script_that_is_killed_while_it_waits_is_named(workload, monkeypatch):
+    def command_line(method, path, *_):
+        code = f"import os; print('begun'); print({timed_script.WAITING!r}, flush=True)"
+        return [sys.executable, "-c", code + ("; os.kill(os.getpid(), 9)" if path == "ours" else "; input()")]
+
+    monkeypatch.setattr(step_speed, "command_line", command_line)
+    with pytest.raises(UserError, match=r"ce, ours path: begun .exit status -9 of python -c"):
+        step_speed.run_in_turns(METHODS["ce"], "ce", workload, ARGS, CPU)
 
 
 def test_a_script_that_fails_is_named_by_its_last_line(workload, monkeypatch):

@@ -98,10 +98,10 @@ def test_the_table_of_all_methods_is_apart_and_says_what_is_missing():
         cross_row("CE", "1", 90),
         cross_row("CE", "1", 1, "cifar10-sym0.2") | {"profile": "short+limit_train=9"},
     ]
-    last = tables.cross_section(rows)[-2]
+    last = tables.cross_section({"x.csv": rows})[-2]
     assert last.startswith("Not measured yet in full: digits-sym0.2, digits-inst0.4,")
     assert "cifar10-sym0.2, " in last and "digits-sym0.5" not in last and "cifar10-human-worst" in last
-    assert tables.cross_section([])[1].startswith("Not measured yet in full: digits-sym0.2, digits-sym0.5")
+    assert tables.cross_section({})[1].startswith("Not measured yet in full: digits-sym0.2, digits-sym0.5")
 
 
 def test_speeds_of_both_paths_are_shown_with_their_ratio_whatever_it_is(tmp_path):
@@ -109,6 +109,7 @@ def test_speeds_of_both_paths_are_shown_with_their_ratio_whatever_it_is(tmp_path
     shared = {f"{part}_ms": "2" for part in ("augment", "forward", "backward", "optimiser", "rest")}
     shared |= {"method": "ce", "step_ms": "10", "q1": "4", "q3": "6", "one_selection_seconds": "0"}
     shared |= {"seconds_per_epoch": "3.5", "peak_memory_mb": "900.4", "share_of_matmul": "0.25"}
+    shared |= {"images_trained_per_epoch": "70", "timed_steps": "9"}
     shared |= {"device": "cpu", "cpu_count": "2", "torch": "2.14", "git": "abc", "command": "python -m x"}
     ours = {"path": "ours", "median_images_per_second": "5", "pairs": "3"}
     ours |= {"ours_over_plain_median": "0.8", "ours_over_plain_min": "0.7", "ours_over_plain_max": "0.9"}
@@ -119,7 +120,7 @@ def test_speeds_of_both_paths_are_shown_with_their_ratio_whatever_it_is(tmp_path
         writer.writerows([shared | ours, shared | plain])
     lines = tables.speed_section(tmp_path / "steps.csv")
     assert lines[-5] == (
-        "| ce | ours | 5.00 | 4.00 to 6.00 | 20.0 | 20.0 | 20.0 | 20.0 | 20.0 | 0.00 | 3.50 | 900 | 25.0 | 0.80 "
+        "| ce | ours | 5.00 | 4.00 to 6.00 | 20.0 | 20.0 | 20.0 | 20.0 | 20.0 | 0.00 | 3.50 | 70 | 9 | 900 | 25.0 | 0.80 "
         "| 0.70 to 0.90, 3 pairs |"
     )
     assert lines[-4].startswith("| ce | plain | 6.25 ") and lines[-4].endswith("| 900 | 25.0 |  |  |")
