@@ -33,6 +33,8 @@ def command(*words: str) -> list[str]:
 
 
 def start(*words: str) -> subprocess.Popen:
+    """Start the command as a terminal does: where the tests run in the background of a shell, Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what the command would have inherited
     return subprocess.Popen(
         command(*words), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -119,7 +121,7 @@ def test_a_lost_worker_takes_its_run_along_and_another_ends_it_as_if_nothing_had
     worker, script = stop_after_first_epoch(out / RUN)
     assert ray.available_resources().get("CPU", 0) == 0, "the run has both CPUs"
     os.kill(worker, signal.SIGKILL)
-    wait_for(lambda: not is_alive(script), seconds=5)
+    wait_for(lambda: not is_alive(script), seconds=30)
 
     (cell,) = cells("sfa", "embedded", [PRESET])
     task = run.make_task(cell, 4, tmp_path / "local/runs/sfa/embedded", ROOT / "data", SHORT)
@@ -148,9 +150,9 @@ def test_ended_it_ends_its_runs_and_leaves_their_checkpoints(cluster, tmp_path, 
     folder = tmp_path / RUN
     _, script = stop_after_first_epoch(folder)
     process.send_signal(number)
-    assert process.communicate(timeout=30) == ("", "")
+    assert process.communicate(timeout=120) == ("", "")
     assert process.returncode == status
-    wait_for(lambda: not is_alive(script), seconds=5)
+    wait_for(lambda: not is_alive(script), seconds=30)
     assert (folder / "checkpoint.pt").exists() and not (folder / "result.json").exists()
     with FileLock(folder / ".lock", timeout=5):
         assert not (tmp_path / "sfa.csv").exists()
@@ -159,7 +161,7 @@ def test_ended_it_ends_its_runs_and_leaves_their_checkpoints(cluster, tmp_path, 
 def test_a_script_that_fails_is_named_and_not_run_again(cluster, tmp_path):
     words = ("--cells", PRESET, "--seeds", "7", "--p_threshold", "2")
     process = start("--engine", "ray", "--ray_address", cluster, "--out", str(tmp_path), *words)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     (line,) = errors.strip().splitlines()
     assert line.startswith(f"failed: {PRESET} seed 7: exit status 2: ")

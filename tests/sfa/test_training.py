@@ -58,7 +58,12 @@ class Network(nn.Module):
         torch.manual_seed(seed)
         with in_float64():
             self.layers = nn.Sequential(
-                nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=0.3), nn.ReLU(), nn.Conv2d(4, 6, 3)
+                nn.Conv2d(
+                    1, 4, 3, bias=False
+                ),  # a bias would be taken out again by the norm, and move by rounding alone
+                nn.BatchNorm2d(4, momentum=0.3),
+                nn.ReLU(),
+                nn.Conv2d(4, 6, 3, bias=False),
             )
             self.inner = nn.Sequential(nn.BatchNorm2d(6), nn.Tanh())
             self.heads = Heads(6, K)
