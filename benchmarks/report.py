@@ -632,9 +632,8 @@ def main(argv=None) -> None:
     """Collect and write the page."""
     args = make_parser().parse_args(argv)
     out = Path(args.out)
-    results, speed, _ = ([Path(file) for file in args.files], [], []) if args.files else default_files()
-    if any(out.resolve() == path.resolve() for path in (*results, *speed)):
-        raise UserError(f"--out {out} is one of the files to read: give another name")
+    if out.suffix.lower() not in (".html", ".htm"):  # so it is none of the files to read, either
+        raise UserError(f"--out {out}: give the page a name that ends in .html")
     data = collect(args.files, runs_folder(args.runs))
     for note in data["notes"]:
         print(f"note: {note}", file=sys.stderr)

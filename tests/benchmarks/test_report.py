@@ -413,10 +413,10 @@ def test_mistakes_end_in_one_line_and_write_nothing(alone, capsys):
     assert "there are no results" in mistake(capsys, "--out", out)
     assert "--runs nowhere is no folder" in mistake(capsys, file, "--runs", "nowhere", "--out", out)
     assert "cannot be written" in mistake(capsys, file, "--out", alone / "nowhere" / "page.html")
-    assert "one of the files to read" in mistake(capsys, file, "--out", file)
+    assert "give the page a name that ends in .html" in mistake(capsys, file, "--out", file)
     (alone / "results").mkdir()
     own = write(alone / "results" / "afm.csv", rows(90.0))
-    assert "one of the files to read" in mistake(capsys, "--out", own)
+    assert "give the page a name that ends in .html" in mistake(capsys, "--out", own)
     assert sorted(path.name for path in alone.iterdir()) == ["a.csv", "empty.csv", "reference", "results"]
 
 
