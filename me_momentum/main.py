@@ -131,12 +131,12 @@ def make_parser() -> cli.Parser:
         default=2.0,
         help="early stopping ends when its margin is above this",
     )
-    for what, name in (("select", "confident examples are extracted from"), ("val", "validation is made on")):
+    for what, name in (("select", "confident examples are extracted from"), ("val", "validation uses")):
         method.add_argument(
             f"--{what}_view",
             choices=["train", "test"],
-            help=f"images that {name}: plain (test) or augmented as in training (train); by default test, under --fidelity "
-            "released train",
+            default="train",
+            help=f"images that {name}: augmented as in training (train, as released) or plain (test)",
         )
     method.add_argument(
         "--legacy_batch_mean",
@@ -152,8 +152,6 @@ def parse_args(argv=None) -> Namespace:
     parser = make_parser()
     args = cli.parse_args(parser, argv, PRESETS)
     released = args.fidelity == "released"
-    args.select_view = args.select_view or ("train" if released else "test")
-    args.val_view = args.val_view or ("train" if released else "test")
     args.legacy_batch_mean = released if args.legacy_batch_mean is None else args.legacy_batch_mean
     if args.model_dir and args.out and args.model_dir != args.out:
         parser.error(

@@ -620,14 +620,13 @@ def watched_batches(passes: list[tuple[str, bool]]) -> Callable:
 @pytest.mark.parametrize(
     ("words", "augmented"),
     [
-        ("", {"training"}),
-        ("--fidelity released", {"training", "train", "validation"}),
-        ("--select_view train", {"training", "train"}),
-        ("--val_view train", {"training", "validation"}),
-        ("--fidelity released --val_view test", {"training", "train"}),
+        ("", {"training", "train", "validation"}),
+        ("--select_view test --val_view test", {"training"}),
+        ("--val_view test", {"training", "train"}),
+        ("--fidelity released --select_view test", {"training", "validation"}),
     ],
 )
-def test_colour_images_are_augmented_in_training_and_as_released_in_selection_and_validation(
+def test_colour_images_are_augmented_in_training_selection_and_validation_unless_plain_views_are_asked_for(
     words, augmented, monkeypatch, tmp_path
 ):
     passes = []
