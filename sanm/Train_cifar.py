@@ -29,7 +29,7 @@ from common.encoders import load_encoder
 from common.loader import Batches, Images
 from common.policies import six_views
 from common.run import Run, run_name
-from sanm.flags import add_mask_flags, check_mask_flags, mask_rule
+from sanm.flags import add_mask_flags, mask_rule, settle_mask_flags
 from sanm.losses import ramp_up
 from sanm.masking import MaskRule, draw_masks, mask
 from sanm.mixmatch import Samples
@@ -167,7 +167,7 @@ def parse_args(argv=None) -> Namespace:
     """Parse, and settle the defaults that depend on other flags."""
     parser = make_parser()
     args = cli.parse_args(parser, argv, PRESETS)
-    check_mask_flags(parser, args)
+    settle_mask_flags(parser, args)
     if args.noise_file:
         args.noise_mode = "given"
     if args.arch == "narrow" and args.base == "c2d":
@@ -421,8 +421,10 @@ def method(args: Namespace) -> str:
 
 def directory_name(args: Namespace) -> str:
     """The run directory's name: data, noise, base and seed, then whatever differs from the defaults."""
-    always = ("dataset", "noise_mode", "r", "base", "seed")
-    return run_name(args, vars(parse_args(["--dataset", args.dataset, "--base", args.base])), always)
+    fidelity = ["fidelity"] if args.fidelity == "released" else []
+    always = ("dataset", "noise_mode", "r", "base", *fidelity, "seed")
+    words = ["--dataset", args.dataset, "--base", args.base, "--fidelity", args.fidelity]
+    return run_name(args, vars(parse_args(words)), always)
 
 
 def cell(args: Namespace, data: Data) -> dict:

@@ -32,7 +32,7 @@ from common.gpu import Device
 from common.loader import FileBatches, Labelled, Part
 from common.run import Run, run_name
 from sanm import clothing
-from sanm.flags import add_mask_flags, check_mask_flags, mask_rule
+from sanm.flags import add_mask_flags, mask_rule, settle_mask_flags
 from sanm.masking import CLOTHING_RULE, draw_clothing_masks, mask_clothing
 from sanm.mixmatch import Samples
 from sanm.networks import clothing_network
@@ -130,7 +130,7 @@ def parse_args(argv=None) -> Namespace:
     """Parse, and settle the defaults that depend on other flags."""
     parser = make_parser()
     args = cli.parse_args(parser, argv, PRESETS)
-    check_mask_flags(parser, args)
+    settle_mask_flags(parser, args)
     if args.num_class != len(CLASSES):
         parser.error(f"argument --num_class: Clothing1M has {len(CLASSES)} classes, got {args.num_class}")
     if args.image_size < 64:

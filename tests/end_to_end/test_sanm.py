@@ -59,7 +59,7 @@ VARIANTS = {
     "released": "--base c2d --pretrained none --fidelity released",
     "asym": "--base dividemix --noise_mode asym --r 0.4",
     "file": "--base dividemix --noise_file {folder}/labels.npy",
-    "flags": "--base dividemix --ref-views weak --mask-anchor centre --clamp-targets --precision bf16",
+    "flags": "--base dividemix --ref-views weak --mask-anchor corner --clamp-targets --precision bf16",
 }
 
 
