@@ -34,7 +34,7 @@ from sanm.losses import ramp_up
 from sanm.masking import MaskRule, draw_masks, mask
 from sanm.mixmatch import Samples
 from sanm.networks import ARCHS, BASES, MaskedNetwork, make_network
-from sanm.selection import averages_history, clean_probability, divide, normalised, remember
+from sanm.selection import HISTORY, averages_history, clean_probability, divide, normalised, remember
 from sanm.training import (
     Masks,
     Step,
@@ -74,7 +74,8 @@ def make_parser() -> cli.Parser:
         "--r",
         type=cli.fraction,
         default=0.5,
-        help="share of samples whose label is drawn anew; from 0.9 on the clean probabilities read the last losses' mean",
+        help="noise rate: share of samples that get a new label. From 0.9 on, clean probabilities come from the mean of the "
+        "last 5 loss vectors (the 90 %% rule); with labels from a file --r decides only this",
     )
     data.add_argument("--num_class", type=cli.count, default=10, help="ignored: the data set decides")
     data.add_argument("--check_path", default="", help="ignored, as in the release: logs go to --out")
@@ -195,6 +196,23 @@ def note_schedule(args: Namespace) -> None:
         )
 
 
+def uses_history(args: Namespace) -> bool:
+    """Whether the 90 % rule holds. Labels from a file do not set --r, so for them it holds only where --r is typed."""
+    return averages_history(args.r, args.fidelity == "released")
+
+
+def note_quality(args: Namespace) -> None:
+    """Say what the clean probabilities are estimated from."""
+    if uses_history(args):
+        print(
+            f"90 % rule on, --r {args.r}: clean probabilities come from the mean of the last {HISTORY} loss vectors"
+        )
+    else:
+        given = args.noise_mode == "given"
+        more = " (given labels do not set --r: type --r 0.9 if 90 % are wrong)" if given else ""
+        print(f"90 % rule off, --r {args.r}: clean probabilities come from the losses of each epoch{more}")
+
+
 def observed_labels(data: Data, index: np.ndarray, args: Namespace) -> np.ndarray:
     """The labels that training sees, int [n], of the training images at `index` [Sec. 2].
 
@@ -268,7 +286,7 @@ def label_quality(network: MaskedNetwork, history: list[Tensor], epoch: int, s: 
     plain = s.run.progress(Batches(s.train, 512), f"epoch {epoch} losses", training=False)
     losses = normalised(sample_losses(network, plain, s.labels, len(s.labels), s.device))
     history[:] = remember(history, losses)
-    if averages_history(s.args.r, s.args.fidelity == "released"):
+    if uses_history(s.args):
         losses = torch.stack(history).mean(dim=0)
     return clean_probability(losses, int(s.draws.integers(2**31)))
 
@@ -339,6 +357,8 @@ def main(argv=None) -> None:
     """Train SANM and write its run directory."""
     args = parse_args(argv)
     note_schedule(args)
+    if args.selection == "gmm":
+        note_quality(args)
     device = gpu.pick(args.device, args.precision, args.gpuid)
     data = datasets.load(args.dataset, args.data_path)
     index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)

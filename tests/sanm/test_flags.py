@@ -236,6 +236,31 @@ def test_a_schedule_that_does_not_fit_is_told(capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("words", "start", "end"),
+    [
+        ("", "90 % rule off, --r 0.5: ", "of each epoch"),
+        ("--r 0.9", "90 % rule on, --r 0.9: ", "the last 5 loss vectors"),
+        ("--r 0.95 --fidelity released", "90 % rule off, --r 0.95: ", "of each epoch"),
+        ("--noise_file labels.npy", "90 % rule off, --r 0.5: ", "type --r 0.9 if 90 % are wrong)"),
+        ("--noise_mode given", "90 % rule off, --r 0.5: ", "type --r 0.9 if 90 % are wrong)"),
+        ("--noise_file labels.npy --r 0.9", "90 % rule on, --r 0.9: ", "the last 5 loss vectors"),
+        ("--preset cifar10/cifar10-sym0.9/ce", "90 % rule on, --r 0.9: ", "the last 5 loss vectors"),
+        (
+            "--preset cifar10/cifar10-sym0.9/sanm-c2d --noise_file labels.npy",
+            "90 % rule on, --r 0.9: ",
+            "the last 5 loss vectors",
+        ),
+    ],
+)
+def test_labels_from_a_file_turn_the_90_percent_rule_on_only_where_r_is_set(words, start, end, capsys):
+    args = parse_args(words.split())
+    Train_cifar.note_quality(args)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(start) and line.endswith(end)
+    assert Train_cifar.uses_history(args) is (" on, " in start)
+
+
 # presets ----------------------------------------------------------------------------------------------------------------
 
 
