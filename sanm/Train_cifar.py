@@ -214,7 +214,7 @@ def note_quality(args: Namespace) -> None:
 
 
 def observed_labels(data: Data, index: np.ndarray, args: Namespace) -> np.ndarray:
-    """The labels that training sees, int [n], of the training images at `index` [Sec. 2].
+    """The labels that training sees, int [n], of the training images at `index` [section 2].
 
     UserError: labels that are not there; asymmetric noise on classes that it has no rule for.
     """
@@ -230,7 +230,7 @@ def observed_labels(data: Data, index: np.ndarray, args: Namespace) -> np.ndarra
 
 
 def initial_network(data: Data, args: Namespace) -> MaskedNetwork:
-    """The network of the base for a data set's images, its encoder pre-trained where the base has it so [Sec. 3, 10].
+    """The network of the base for a data set's images, its encoder pre-trained where the base has it so [sections 3 and 10].
 
     UserError: no pre-trained encoder there, or one that does not fit.
     """
@@ -279,7 +279,7 @@ class Setting(NamedTuple):
 
 
 def label_quality(network: MaskedNetwork, history: list[Tensor], epoch: int, s: Setting) -> Tensor:
-    """The clean probability of each sample by one network's losses on plain images, float64 [N] [Sec. 6].
+    """The clean probability of each sample by one network's losses on plain images, float64 [N] [section 6].
 
     history: the network's loss vectors of earlier epochs; this epoch's is added to it.
     """
@@ -292,7 +292,7 @@ def label_quality(network: MaskedNetwork, history: list[Tensor], epoch: int, s: 
 
 
 def six_as_samples(views: tuple[Tensor, ...], clean: Tensor) -> Samples:
-    """AutoAugment and RandAugment views are trained on, the reference views make targets, maps and masks [Sec. 2.1]."""
+    """AutoAugment and RandAugment views are trained on, the reference views make targets, maps and masks [section 2.1]."""
     return Samples(views[:4], views[4:], clean)
 
 
@@ -305,7 +305,7 @@ def co_divide(
     epoch: int,
     s: Setting,
 ) -> Tensor:
-    """One epoch of training on the split that the peer's losses made [Sec. 4]: each step's losses [steps, 5]."""
+    """One epoch of training on the split that the peer's losses made [section 4]: each step's losses [steps, 5]."""
     args = s.args
     augmentation = partial(six_views, crop=s.crop(), weak_reference=args.ref_views == "weak")
     labelled = s.batches(args.batch_size, augmentation, subset=selected.nonzero()[:, 0])
@@ -417,7 +417,7 @@ def main(argv=None) -> None:
 
 
 def warm_up_epoch(network: MaskedNetwork, optimizer: SGD, epoch: int, s: Setting) -> Tensor:
-    """Cross-entropy on all samples; under asymmetric noise with a penalty on confident predictions [Sec. 4]."""
+    """Cross-entropy on all samples; under asymmetric noise with a penalty on confident predictions [section 4]."""
     view = partial(warm_up_view, crop=s.crop()) if s.args.warm_up_views == "strong" else s.crop()
     batches = s.batches(2 * s.args.batch_size, view)
     return warm_up(

@@ -1,4 +1,4 @@
-"""Masks and label modulation of whole batches, against loops over single images and pixels written from Sec. 5 and 9."""
+"""Masks and label modulation of whole batches, against loops over single images and pixels."""
 
 import math
 
