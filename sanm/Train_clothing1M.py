@@ -283,7 +283,7 @@ def label_quality(network: nn.Module, name: str, s: Setting) -> Division:
     """The clean probabilities of a fresh class-balanced subset by one network's losses [sections 6 and 9].
 
     They stay with the images that they belong to. The release pairs them with the first images of the list; and where classes are
-    short of images, it leaves the rest of the losses at zero [rows 17 and 18 of the table of differences].
+    short of images, it leaves the rest of the losses at zero [row 8 of the table of differences].
     """
     args = s.args
     asked = args.num_batches * args.batch_size
