@@ -30,12 +30,12 @@ from common.loader import Batches, Images
 from common.noise import POSTERIOR_TYPES
 from common.policies import six_views
 from common.run import Run, run_name
-from sanm.flags import add_mask_flags, check_mask_flags, mask_rule
+from sanm.flags import add_mask_flags, mask_rule, settle_mask_flags
 from sanm.losses import ramp_up
 from sanm.masking import MaskRule, draw_masks, mask
 from sanm.mixmatch import Samples
 from sanm.networks import ARCHS, BASES, MaskedNetwork, make_network
-from sanm.selection import averages_history, clean_probability, divide, normalised, remember
+from sanm.selection import HISTORY, averages_history, clean_probability, divide, normalised, remember
 from sanm.training import (
     Masks,
     Step,
@@ -75,7 +75,8 @@ def make_parser() -> cli.Parser:
         "--r",
         type=cli.fraction,
         default=0.5,
-        help="share of samples whose label is drawn anew; from 0.9 on the clean probabilities read the last losses' mean",
+        help="noise rate: share of samples that get a new label. From 0.9 on, clean probabilities come from the mean of the "
+        "last 5 loss vectors (the 90 %% rule); with labels from a file --r decides only this",
     )
     posterior.add_flag(data)
     data.add_argument("--num_class", type=cli.count, default=10, help="ignored: the data set decides")
@@ -169,7 +170,7 @@ def parse_args(argv=None) -> Namespace:
     """Parse, and settle the defaults that depend on other flags."""
     parser = make_parser()
     args = cli.parse_args(parser, argv, PRESETS)
-    check_mask_flags(parser, args)
+    settle_mask_flags(parser, args)
     if args.noise_file:
         args.noise_mode = "given"
     posterior.check_flag(parser, args, args.noise_mode, "--noise_mode")
@@ -198,8 +199,25 @@ def note_schedule(args: Namespace) -> None:
         )
 
 
+def uses_history(args: Namespace) -> bool:
+    """Whether the 90 % rule holds. Labels from a file do not set --r, so for them it holds only where --r is typed."""
+    return averages_history(args.r, args.fidelity == "released")
+
+
+def note_quality(args: Namespace) -> None:
+    """Say what the clean probabilities are estimated from."""
+    if uses_history(args):
+        print(
+            f"90 % rule on, --r {args.r}: clean probabilities come from the mean of the last {HISTORY} loss vectors"
+        )
+    else:
+        given = args.noise_mode == "given"
+        more = " (given labels do not set --r: type --r 0.9 if 90 % are wrong)" if given else ""
+        print(f"90 % rule off, --r {args.r}: clean probabilities come from the losses of each epoch{more}")
+
+
 def observed_labels(data: Data, index: np.ndarray, args: Namespace) -> np.ndarray:
-    """The labels that training sees, int [n], of the training images at `index` [Sec. 2].
+    """The labels that training sees, int [n], of the training images at `index` [section 2].
 
     UserError: labels that are not there; asymmetric noise on classes that it has no rule for.
     """
@@ -218,7 +236,7 @@ def observed_labels(data: Data, index: np.ndarray, args: Namespace) -> np.ndarra
 
 
 def initial_network(data: Data, args: Namespace) -> MaskedNetwork:
-    """The network of the base for a data set's images, its encoder pre-trained where the base has it so [Sec. 3, 10].
+    """The network of the base for a data set's images, its encoder pre-trained where the base has it so [sections 3 and 10].
 
     UserError: no pre-trained encoder there, or one that does not fit.
     """
@@ -267,20 +285,20 @@ class Setting(NamedTuple):
 
 
 def label_quality(network: MaskedNetwork, history: list[Tensor], epoch: int, s: Setting) -> Tensor:
-    """The clean probability of each sample by one network's losses on plain images, float64 [N] [Sec. 6].
+    """The clean probability of each sample by one network's losses on plain images, float64 [N] [section 6].
 
     history: the network's loss vectors of earlier epochs; this epoch's is added to it.
     """
     plain = s.run.progress(Batches(s.train, 512), f"epoch {epoch} losses", training=False)
     losses = normalised(sample_losses(network, plain, s.labels, len(s.labels), s.device))
     history[:] = remember(history, losses)
-    if averages_history(s.args.r, s.args.fidelity == "released"):
+    if uses_history(s.args):
         losses = torch.stack(history).mean(dim=0)
     return clean_probability(losses, int(s.draws.integers(2**31)))
 
 
 def six_as_samples(views: tuple[Tensor, ...], clean: Tensor) -> Samples:
-    """AutoAugment and RandAugment views are trained on, the reference views make targets, maps and masks [Sec. 2.1]."""
+    """AutoAugment and RandAugment views are trained on, the reference views make targets, maps and masks [section 2.1]."""
     return Samples(views[:4], views[4:], clean)
 
 
@@ -293,7 +311,7 @@ def co_divide(
     epoch: int,
     s: Setting,
 ) -> Tensor:
-    """One epoch of training on the split that the peer's losses made [Sec. 4]: each step's losses [steps, 5]."""
+    """One epoch of training on the split that the peer's losses made [section 4]: each step's losses [steps, 5]."""
     args = s.args
     augmentation = partial(six_views, crop=s.crop(), weak_reference=args.ref_views == "weak")
     labelled = s.batches(args.batch_size, augmentation, subset=selected.nonzero()[:, 0])
@@ -345,6 +363,8 @@ def main(argv=None) -> None:
     """Train SANM and write its run directory."""
     args = parse_args(argv)
     note_schedule(args)
+    if args.selection == "gmm":
+        note_quality(args)
     device = gpu.pick(args.device, args.precision, args.gpuid)
     data = datasets.load(args.dataset, args.data_path)
     index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
@@ -403,7 +423,7 @@ def main(argv=None) -> None:
 
 
 def warm_up_epoch(network: MaskedNetwork, optimizer: SGD, epoch: int, s: Setting) -> Tensor:
-    """Cross-entropy on all samples; under asymmetric noise with a penalty on confident predictions [Sec. 4]."""
+    """Cross-entropy on all samples; under asymmetric noise with a penalty on confident predictions [section 4]."""
     view = partial(warm_up_view, crop=s.crop()) if s.args.warm_up_views == "strong" else s.crop()
     batches = s.batches(2 * s.args.batch_size, view)
     return warm_up(
@@ -427,8 +447,10 @@ def method(args: Namespace) -> str:
 
 def directory_name(args: Namespace) -> str:
     """The run directory's name: data, noise, base and seed, then whatever differs from the defaults."""
-    always = ("dataset", "noise_mode", "r", "base", "seed")
-    return run_name(args, vars(parse_args(["--dataset", args.dataset, "--base", args.base])), always)
+    fidelity = ["fidelity"] if args.fidelity == "released" else []
+    always = ("dataset", "noise_mode", "r", "base", *fidelity, "seed")
+    words = ["--dataset", args.dataset, "--base", args.base, "--fidelity", args.fidelity]
+    return run_name(args, vars(parse_args(words)), always)
 
 
 def cell(args: Namespace, data: Data) -> dict:

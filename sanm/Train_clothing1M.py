@@ -32,7 +32,7 @@ from common.gpu import Device
 from common.loader import FileBatches, Labelled, Part
 from common.run import Run, run_name
 from sanm import clothing
-from sanm.flags import add_mask_flags, check_mask_flags, mask_rule
+from sanm.flags import add_mask_flags, mask_rule, settle_mask_flags
 from sanm.masking import CLOTHING_RULE, draw_clothing_masks, mask_clothing
 from sanm.mixmatch import Samples
 from sanm.networks import clothing_network
@@ -130,7 +130,7 @@ def parse_args(argv=None) -> Namespace:
     """Parse, and settle the defaults that depend on other flags."""
     parser = make_parser()
     args = cli.parse_args(parser, argv, PRESETS)
-    check_mask_flags(parser, args)
+    settle_mask_flags(parser, args)
     if args.num_class != len(CLASSES):
         parser.error(f"argument --num_class: Clothing1M has {len(CLASSES)} classes, got {args.num_class}")
     if args.image_size < 64:
@@ -189,7 +189,7 @@ def test_batch_size(args: Namespace) -> int:
 
 
 def load(args: Namespace, device: Device) -> Data:
-    """The noisy training list, the clean validation and the clean test list [Sec. 9]. UserError: data or flags do not fit."""
+    """The noisy training list, the clean validation and the clean test list [section 9]. UserError: data or flags do not fit."""
     files = processes.from_first(lambda: _load_files(args))
     kept = datasets.limited(np.arange(len(files.positions)), args.limit_train, args.seed)
     caches = open_caches(args.image_cache, files) if args.image_cache else {}
@@ -270,7 +270,7 @@ class Division(NamedTuple):
 
 
 def warm_up_epoch(network: nn.Module, optimizer: SGD, name: str, s: Setting) -> float:
-    """Cross-entropy with a penalty on confident predictions, on a class-balanced subset twice as large [Sec. 9]: mean loss."""
+    """Cross-entropy with a penalty on confident predictions, on a class-balanced subset twice as large [section 9]: mean loss."""
     args = s.args
     positions = s.subset(2 * args.num_batches * args.batch_size)
     batches = s.run.progress(s.data.training(positions, 2 * args.batch_size, 1, args), name)
@@ -280,10 +280,10 @@ def warm_up_epoch(network: nn.Module, optimizer: SGD, name: str, s: Setting) -> 
 
 
 def label_quality(network: nn.Module, name: str, s: Setting) -> Division:
-    """The clean probabilities of a fresh class-balanced subset by one network's losses [Sec. 6, 9].
+    """The clean probabilities of a fresh class-balanced subset by one network's losses [sections 6 and 9].
 
     They stay with the images that they belong to. The release pairs them with the first images of the list; and where classes are
-    short of images, it leaves the rest of the losses at zero [Sec. 12, 16 and 17].
+    short of images, it leaves the rest of the losses at zero [row 8 of the table of differences].
     """
     args = s.args
     asked = args.num_batches * args.batch_size
@@ -299,14 +299,14 @@ def label_quality(network: nn.Module, name: str, s: Setting) -> Division:
 
 
 def two_samples(views: tuple[Tensor, ...], clean: Tensor) -> Samples:
-    """The two weak views are trained on, and make targets, maps and masked images [Sec. 9]."""
+    """The two weak views are trained on, and make targets, maps and masked images [section 9]."""
     return Samples(views, views, clean)
 
 
 def co_divide(
     networks: list[nn.Module], parallel: nn.Module, optimizer: SGD, peers: Division, name: str, s: Setting
 ) -> tuple[list[float], int]:
-    """One epoch of the first network on the division by the second's losses [Sec. 9]: mean losses [5], labelled images."""
+    """One epoch of the first network on the division by the second's losses [section 9]: mean losses [5], labelled images."""
     args, device = s.args, s.device.device
     positions, clean = peers.positions.numpy(), peers.clean.to(device)
     selected = divide(peers.clean, args.p_threshold, args.batch_size)

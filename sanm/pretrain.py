@@ -70,7 +70,7 @@ def parse_args(argv=None) -> Namespace:
 
 
 def normalisation(data: Data) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation that images are normalised with [Sec. 10]."""
+    """Mean and deviation that images are normalised with [section 10]."""
     return CIFAR100 if data.name == "cifar100" and len(data.mean) == 3 else (data.mean, data.std)
 
 

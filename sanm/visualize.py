@@ -175,7 +175,7 @@ def choose(right: np.ndarray, count: int) -> np.ndarray:
 
 @torch.no_grad()
 def look(network: MaskedNetwork, images: Tensor, labels: Tensor, clean: Tensor, rule: MaskRule) -> Views:
-    """Activation, masks and reconstruction of normalised images [B, C, H, W] [Sec. 4, 5], with masks of a fixed seed.
+    """Activation, masks and reconstruction of normalised images [B, C, H, W] [sections 4 and 5], with masks of a fixed seed.
 
     labels int [B] with clean probabilities [B]: how large the masks are.
     """

@@ -57,6 +57,7 @@ FLAGS = [
     (("--weight_decay",), 0.001),
     (("--batch_size",), 32),
     (("--sync_bn", "--no-sync_bn"), None),
+    (("--legacy_batch_mean", "--no-legacy_batch_mean"), None),
     (("--model_dir",), None),
     (("--out",), None),
     (("--seed",), 1),
@@ -148,6 +149,19 @@ def test_the_released_folder_of_weights_is_a_name_for_out():
     args = parse_args(["--model_dir", "here"])
     assert (args.out, args.model_dir) == ("here", None)
     assert parse_args(["--model_dir", "here", "--out", "here"]).out == "here"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", False),
+        ("--fidelity released", True),
+        ("--legacy_batch_mean", True),
+        ("--fidelity released --no-legacy_batch_mean", False),
+    ],
+)
+def test_fidelity_decides_what_is_reported_unless_it_is_typed(words, expected):
+    assert parse_args(words.split()).legacy_batch_mean is expected
 
 
 def test_the_released_statistics_are_those_of_each_process():
@@ -523,11 +537,24 @@ def test_cross_entropy_on_an_index_without_the_images_that_are_damaged(root):
     assert memory["weights"] == {} and memory["confident"] is None
 
 
-@pytest.mark.parametrize(("fidelity", "images"), [("paper", 10), ("released", 12)])
-def test_the_release_keeps_a_smaller_last_batch(fidelity, images, root, monkeypatch):
+@pytest.mark.parametrize(
+    ("fidelity", "images", "metric"),
+    [("paper", 10, "test_accuracy"), ("released", 12, "test_accuracy_batchmean")],
+)
+def test_the_release_keeps_a_smaller_last_batch_and_reports_the_mean_over_batches(
+    fidelity, images, metric, root, monkeypatch
+):
     monkeypatch.setattr(Clothing, "clothing_network", small_network)
+    monkeypatch.setattr(Clothing, "predict", lambda _, batches, count, *__: torch.zeros(count).long())
     run = run_clothing(root, f"--fidelity {fidelity} --batch_size 5 --max_inner_loop 1 --max_outer_loop 1")
     assert result(run)["images"] == images
+    # of test labels 0 0 1 1 2 2 the first two are hits: two of the first five, none of the last one
+    [row] = table(run / "log.csv")
+    accuracies = {"test_accuracy": 100 / 3, "test_accuracy_batchmean": 20}
+    assert {name: float(row[name]) for name in accuracies} == pytest.approx(accuracies)
+    assert result(run)["metric"] == metric
+    for name in ("best", "last", "at_best_validation"):
+        assert result(run)["metrics"][name] == pytest.approx(accuracies[metric])
 
 
 def test_part_of_the_images_from_a_cache_with_labels_of_a_file(root, monkeypatch):

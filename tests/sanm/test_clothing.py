@@ -69,7 +69,7 @@ FLAGS = [
     (("--mask-lo", "--mask_lo"), 0.06),
     (("--mask-hi", "--mask_hi"), 0.13),
     (("--mask-quality", "--mask_quality"), 0.1),
-    (("--mask-anchor", "--mask_anchor"), "corner"),
+    (("--mask-anchor", "--mask_anchor"), None),
     (("--clamp-targets", "--clamp_targets"), False),
     (("--recon-weight", "--recon_weight"), 0.3),
     (("--out",), None),
