@@ -174,6 +174,12 @@ def draw(setting: Setting, seed: int, data: datasets.Data, data_path: Path) -> t
 # the runs -------------------------------------------------------------------------------------------------------------
 
 
+def flags_in(setting: Setting, own: dict) -> dict[str, str]:
+    """The flags of each method in a setting: those of the data set, and what the setting changes of them behind."""
+    more = own.get("more", {}).get(setting.name, {})
+    return {method: f"{flags} {more.get(method, '')}".strip() for method, flags in own["flags"].items()}
+
+
 def make_task(method: str, setting: Setting, seed: int, inputs: Inputs, args: Namespace, flags: dict) -> Task:
     """The run of a method, and before it that of its pre-training where it has one."""
     where = setting.name + (f"-limit{args.limit_train}" if args.limit_train else "")
@@ -273,7 +279,7 @@ def main(argv=None) -> None:
         if not args.dry_run:
             prepare(setting, seed, inputs, data_path, args.limit_train)
         for method in dict.fromkeys(args.methods):
-            tasks.append((make_task(method, setting, seed, inputs, args, own["flags"]), setting))
+            tasks.append((make_task(method, setting, seed, inputs, args, flags_in(setting, own)), setting))
     if args.dry_run:
         for _, command in itertools.chain(*(task.commands for task, _ in tasks)):
             print(shlex.join(["python", *command[1:]]))
