@@ -283,7 +283,8 @@ def _checked_split(path: Path, part: str, arrays: dict[str, np.ndarray]) -> Spli
         labels = labels[:, 0]
     if images.ndim == 4 and images.shape[-1] not in (1, 3) and images.shape[1] in (1, 3):
         raise UserError(
-            f"{path}: {part}_images are [N, C, H, W], here they are [N, H, W, C]: save images.transpose(0, 2, 3, 1)"
+            f"{path}: {part}_images are [N, C, H, W], here they are [N, H, W, C]: save "
+            f"images.transpose(0, 2, 3, 1): {_shapes(arrays)}"
         )
     if (
         images.dtype != np.uint8

@@ -10,7 +10,7 @@ import torch
 
 from common.cli import UserError
 from common.datasets import labels_of, read_labels
-from common.datasets.given_labels import labels_sha256, own_file
+from common.datasets.given_labels import label_notes, labels_sha256, own_file
 
 K = 10
 LABELS = np.random.RandomState(0).randint(0, K, size=50)
@@ -291,6 +291,24 @@ def test_a_runs_own_file_carries_its_index(tmp_path):
     np.savez(path, labels=order + 2, index=order, sha256=np.array(labels_sha256(order + 1)))
     with pytest.raises(UserError, match="do not match its sha256"):
         labels_of(path, INDEX, 8, 10)
+
+
+@pytest.mark.parametrize(
+    ("clean", "observed", "from_file", "expected"),
+    [
+        ([0, 1, 2, 3], [0, 1, 2, 2], True, []),
+        ([0, 1, 2, 3], [0, 1, 2, 3], True, ["true labels"]),
+        ([0, 1, 2, 3], [0, 1, 2, 3], False, []),
+        ([0, 1, 2, 3], [1, 2, 3, 3], True, ["75.0 % .* another order"]),
+        ([1, 2, 3, 3], [1, 2, 3, 3], False, ["class 0 has no training image: labels may start at 1"]),
+        (None, [0, 1, 1, 3], True, ["class 2 has no training image$"]),
+    ],
+)
+def test_suspicious_labels_get_a_note(clean, observed, from_file, expected):
+    clean = None if clean is None else np.array(clean)
+    notes = label_notes(clean, np.array(observed), 4, from_file)
+    assert len(notes) == len(expected)
+    assert all(re.search(words, note) for words, note in zip(expected, notes, strict=True))
 
 
 def test_a_runs_labels_are_matched_by_the_images_they_belong_to(tmp_path):
