@@ -1,7 +1,7 @@
 """A run is a directory, and a killed run started again with the same command goes on as if nothing had happened.
 
 args.json               arguments, command and environment
-noisy_labels.npy        the observed labels, and train_index.npy: which training images they belong to
+noisy_labels.npz        the observed labels with the training images they belong to; noisy_labels.npy and train_index.npy apart
 noise.json              sha256 of noisy_labels.npy, realised noise rate and transition matrix
 log.csv                 a row per epoch; also as TensorBoard events in tensorboard/
 checkpoint.pt           everything needed to go on after the last finished epoch; its predecessor beside it
@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from common import checkpoint, processes, results
 from common.cli import UserError
+from common.datasets.given_labels import label_notes, own_file
 from common.files import write_atomic
 from common.gpu import Device
 from common.noise import realised
@@ -155,9 +156,12 @@ class Run:
             rate, matrix = realised(clean, noisy, num_classes)
             report["realised_rate"] = rate
             report["transition_matrix"] = [[round(share, 6) for share in row] for row in matrix.tolist()]
-        processes.from_first(lambda: self._keep_labels(index, content, report))
+        notes = label_notes(clean, noisy, num_classes, from_file=bool(getattr(self.args, "noise_file", None)))
+        processes.from_first(lambda: self._keep_labels(index, noisy, content, report))
+        for note in notes:
+            processes.say(f"note: {note}")
 
-    def _keep_labels(self, index: np.ndarray, content: bytes, report: dict) -> None:
+    def _keep_labels(self, index: np.ndarray, noisy: np.ndarray, content: bytes, report: dict) -> None:
         path = self.folder / "noise.json"
         if path.exists() and json.loads(path.read_text())["sha256"] != report["sha256"]:
             raise UserError(
@@ -165,6 +169,7 @@ class Run:
             )
         write_atomic(self.folder / "noisy_labels.npy", content)
         write_atomic(self.folder / "train_index.npy", _npy(index))
+        write_atomic(self.folder / "noisy_labels.npz", own_file(noisy, index))
         write_atomic(path, _json(report))
         rate = report["realised_rate"]
         noise = "true labels unknown" if rate is None else f"realised noise rate {rate:.4f}"

@@ -186,8 +186,13 @@ def split_part(observed: np.ndarray, num_classes: int, args: Namespace) -> Parts
 
 def network_maker(args: Namespace, data: Data) -> Callable[[], nn.Module]:
     """What makes a network with fresh initial weights, from the global generator [Sec. 3]."""
-    size, channels = data.train.images.shape[2:]
+    height, width, channels = data.train.images.shape[1:]
+    size = min(height, width)
     name = usual_network(data.name, channels, size) if args.network == "auto" else args.network
+    if name == "lenet" and height != width:
+        raise UserError(
+            f"--network lenet: images of {height} x {width} pixels are not square; use resnet18, or small below 14 pixels"
+        )
     return partial(make_network, name, data.num_classes, channels, size, args.stem_padding)
 
 

@@ -199,7 +199,15 @@ def long_tailed_noisy(data: Data, args: Namespace) -> tuple[np.ndarray, np.ndarr
     index = noise.long_tailed(labels, counts, rng)
     clean = labels[index]
     if args.noise_file:
-        observed = datasets.labels_of(args.noise_file, index, len(labels), num_classes)
+        # a release's label file has no index; it is of these images if exactly the release's number of labels is changed
+        changed = int(args.noise_ratio * len(index))
+        observed = datasets.labels_of(
+            args.noise_file,
+            index,
+            len(labels),
+            num_classes,
+            is_subset=lambda file: (file != clean).sum() == changed,
+        )
     elif args.noise_mode == "given":
         if data.noisy_labels is None:
             raise UserError(f"--noise_mode given: {data.name} brings no noisy_labels; use --noise_file")
@@ -213,16 +221,23 @@ def long_tailed_noisy(data: Data, args: Namespace) -> tuple[np.ndarray, np.ndarr
         except ValueError as error:
             raise UserError(f"--noise_mode {args.noise_mode}: {error}; use another") from None
     else:
-        observed = noise.long_tailed_noise(
-            args.noise_mode, clean, num_classes, args.noise_ratio, python_rng, rng
-        )
+        try:
+            observed = noise.long_tailed_noise(
+                args.noise_mode, clean, num_classes, args.noise_ratio, python_rng, rng
+            )
+        except ValueError as error:
+            raise UserError(f"{data.name}: {error}; use --noise_ratio 0, or data of more classes") from None
     kept = datasets.limited(np.arange(len(index)), args.limit_train, args.seed)
     return index[kept], clean[kept], observed[kept]
 
 
 def make_network(data: Data, args: Namespace) -> PreActResNet:
     """The two-headed network for a data set's images [Sec. 3.1]."""
-    height, channels = data.train.images.shape[1], data.train.images.shape[3]
+    height, width, channels = data.train.images.shape[1:]
+    if min(height, width) < 5:  # on maps of one pixel, batch normalisation fails on a last batch of one image
+        raise UserError(
+            f"{data.name}: images of {height} x {width} pixels are too small, 5 x 5 at least are needed"
+        )
     make = preact_resnet_narrow if args.arch == "narrow" or height < 16 else preact_resnet18
     network = make(data.num_classes, channels)
     if args.loss == "ldam":

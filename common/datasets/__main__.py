@@ -6,6 +6,7 @@
 from common import datasets
 from common.cli import Parser, UserError, count, count_or_zero, exit_cleanly
 from common.datasets import clothing1m, food101n, image_cache, webvision
+from common.datasets.given_labels import label_notes
 
 CACHED = (food101n.NAME, clothing1m.NAME, webvision.NAME)
 
@@ -80,6 +81,8 @@ def main(argv=None):
         print(
             f"{data.name} {split}: images {list(images.shape)}, {len(labels)} labels of {data.num_classes} classes"
         )
+    for note in label_notes(data.train.labels, data.train.labels, data.num_classes, from_file=False):
+        print(f"note: {note}")
 
 
 def image_files(name: str, args) -> None:
