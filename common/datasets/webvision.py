@@ -129,7 +129,7 @@ def imagenet_validation(folder: Path, num_class: int, synsets: tuple[str, ...], 
     folder = folder / "val"
     by_id = (folder / "0").is_dir()
     flat = _image_names(folder)
-    if flat:
+    if flat and not any(path.is_dir() for path in folder.iterdir()):
         return _flat_validation(folder, flat, num_class, synsets, info)
     if not by_id and not synsets and folder.is_dir():
         raise UserError(
