@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file listed from a folder is an image by its suffix, and no hidden file such as macOS's `._x.jpg`."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
 
 class DamagedImage(Exception):
     """A file that holds no image, or only a part of one."""

@@ -122,6 +122,10 @@ def replacements(
         raise UserError(
             f"--corruption {corruption.pool}: these are the training images themselves; choose another pool"
         )
+    if pool_folder is not None and not pool_folder.is_dir():
+        raise UserError(
+            f"--ood-dir {pool_folder}: no such folder; name the folder of {corruption.pool}'s files"
+        )
     wanted = {
         "data_set": data.name,
         "images": [size, *shape],
@@ -131,7 +135,8 @@ def replacements(
     }
     path = None
     if corruption.pool in FOLDERS:
-        wanted["files"] = listing(corruption.pool, root, pool_folder)
+        # a folder that was named and holds no such files is no reason to take what the cache has of another
+        wanted["files"] = listing(corruption.pool, root, pool_folder) or (pool_folder and "no files")
         path = cache and cache / f"{data.name}-{corruption.pool}-{corruption.ood_ratio}.npz"
     kept = read_cache(path, wanted) if path and path.is_file() else None
     if kept is not None:
@@ -202,7 +207,7 @@ def write_cache(path: Path, kept: Kept, parameters: dict) -> None:
 def read_cache(path: Path, wanted: dict) -> Kept:
     """What a cache file holds. UserError: damaged, or made with other parameters than `wanted`.
 
-    A pool whose files are no longer there need not be: the cache stands for it.
+    Where no folder was named, a pool whose files are no longer there need not be: the cache stands for it.
     """
     try:
         arrays = read_npz(path)
