@@ -44,6 +44,11 @@ from common.noise import NOISE_TYPES
 from common.run import Run, run_name
 
 PRESETS = Path(__file__).with_name("presets.toml")
+# what --fidelity decides where the flag is not typed
+DEFAULTS = {
+    "paper": {"attention": "relu-sigmoid", "mix_target": "soft", "group_order": "random", "group_rounds": 4},
+    "released": {"attention": "complement", "mix_target": "both", "group_order": "halves", "group_rounds": 1},
+}
 ROUNDS = 20  # random groups that a sample's attention is averaged over at the end of a run
 
 
@@ -74,16 +79,21 @@ def make_parser() -> cli.Parser:
     method = parser.add_argument_group("attentive feature mixup")
     method.add_argument("--group-size", type=cli.count, default=2, metavar="K", help="samples in a group")
     method.add_argument(
-        "--group-rounds", type=cli.count, default=1, help="groups that each sample is in, per batch"
+        "--group-rounds",
+        type=cli.count,
+        help="groups that each sample is in, per batch; by default 4, a number of our choice, for the paper's is not known; 1 "
+        "under --fidelity released",
     )
     method.add_argument(
-        "--group-order", choices=ORDERS, default="halves", help="how the first round's groups are formed"
+        "--group-order",
+        choices=ORDERS,
+        help="how the first round's groups are formed; by default random, halves under --fidelity released",
     )
     method.add_argument(
         "--pair-chunks",
         type=cli.count,
         help="form halves inside so many pieces of the batch, as the release does on so many GPUs; by default 1, and "
-        "one per process under --fidelity released",
+        "one per process under --fidelity released; for --group-order halves",
     )
     method.add_argument(
         "--interaction", choices=INTERACTIONS, default="sum", help="how projected members are fused"
@@ -91,7 +101,8 @@ def make_parser() -> cli.Parser:
     method.add_argument(
         "--attention",
         choices=ATTENTIONS,
-        help="by default sigmoid; complement (the release's, for pairs) under --fidelity released",
+        help="attention of the scores: relu-sigmoid (Figure 2) is the default; complement (for pairs) under --fidelity "
+        "released",
     )
     method.add_argument(
         "--attn-hidden",
@@ -231,9 +242,14 @@ def parse_args(argv=None) -> Namespace:
     args = cli.parse_args(parser, argv, PRESETS)
     released = args.fidelity == "released"
     settle_loss_weights(parser, args)
-    args.attention = args.attention or ("complement" if released else "sigmoid")
-    args.mix_target = args.mix_target or ("both" if released else "soft")
-    args.pair_chunks = args.pair_chunks or (processes.planned() if released else 1)
+    defaults = dict(DEFAULTS[args.fidelity])
+    if args.mix_at == "input":  # mixup has partners, not groups
+        defaults |= {"group_order": "halves", "group_rounds": 1}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    halves = args.group_order == "halves"
+    args.pair_chunks = args.pair_chunks or (processes.planned() if released and halves else 1)
     args.sync_bn = not released if args.sync_bn is None else args.sync_bn
     args.pretrained = args.pretrained or ("imagenet" if args.dataset in ON_DISK else "none")
     args.out, args.checkpoint = args.out or args.checkpoint, None
@@ -244,7 +260,11 @@ def parse_args(argv=None) -> Namespace:
         parser.error(f"argument --group-size: a group has at least 2 members, got {args.group_size}")
     if args.attention == "complement" and args.weights == "attentive" and args.group_size != 2:
         parser.error(
-            f"argument --group-size: the release has pairs only, got {args.group_size}: add --attention sigmoid"
+            f"argument --group-size: --attention complement is for pairs, got {args.group_size}: add --attention relu-sigmoid"
+        )
+    if args.pair_chunks > 1 and not halves:
+        parser.error(
+            f"argument --pair-chunks: {args.pair_chunks} pieces are for halves, not for random groups: add --group-order halves"
         )
     if args.train_on != "noisy" and args.dataset != "clothing1m":
         parser.error(
@@ -307,14 +327,12 @@ def method(args: Namespace) -> str:
         return "mixup"
     if args.weight_mixed == 0:
         return "CE"
-    released = args.fidelity == "released"
-    usual = {"mix_target": "both" if released else "soft", "detach_target": False, "group_rounds": 1}
-    usual |= {"group_order": "halves", "shared_classifier": True}
+    usual = DEFAULTS[args.fidelity] | {"detach_target": False, "shared_classifier": True}
     name = "AFM"
     if args.weights == "attentive":
-        attention = "complement" if released else "sigmoid"
-        usual |= {"attention": attention, "interaction": "sum", "attn_hidden": 0}
+        usual |= {"interaction": "sum", "attn_hidden": 0}
     else:
+        del usual["attention"]
         name = f"feature mixup, {args.weights} weights"
     switches = [
         f"{flag} {getattr(args, flag)}" for flag, value in usual.items() if getattr(args, flag) != value
@@ -422,7 +440,9 @@ def main(argv=None) -> None:
         attention = mean_weights(done.members, done.weights, len(known))
         accuracies, losses = test(network, data, run, epoch)
         report = {"loss": done.loss, "train_accuracy": done.accuracy, **accuracies}
-        report |= {"attention_peak": mean_peak(done.weights), **attention_statistics(attention, known)}
+        report |= {"attention_peak": mean_peak(done.weights)}
+        report |= {"attention_dead": done.dead if args.attention == "relu-sigmoid" else None}
+        report |= attention_statistics(attention, known)
         report |= {"mixed_loss": done.mixed_loss, "plain_loss": done.plain_loss, **losses}
         report |= {"lr": learning_rate(args, epoch)}
         keep_weights(network, report, epoch, args, run)

@@ -75,13 +75,16 @@ def test_afm_has_its_cross_entropy_among_the_presets_and_no_run_beside_them(prof
         assert len(set(found)) == len(found), "a cell runs a method once"
         assert "AFM (K=2)" in found
         if name.startswith(("embedded/", "short/")):
-            assert found == ["CE", "mixup", "AFM (K=2)", "AFM (K=3)"]
+            every = ["CE", "mixup", "AFM (K=2)", "AFM (K=3)"]
+            fewer = {"embedded/digits-margin1-0.4": every[:3], "embedded/digits-hard0.4": ["CE", "AFM (K=2)"]}
+            assert found == fewer.get(name, every)
 
 
 @pytest.mark.parametrize("profile", ["embedded", "short"])
 def test_the_methods_of_a_cell_share_everything_but_the_method(profile):
     """A comparison is of methods alone: data, network, batch, schedule and rates are the same for all of a cell."""
-    own = {"preset", "weight_mixed", "weight_plain", "mix_at", "weights", "group_size"}
+    own = {"preset", "weight_mixed", "weight_plain", "mix_at", "weights"}
+    own |= {"group_size", "group_order", "group_rounds"}  # mixup has partners, not groups
     settings = {}
     for cell in cells("afm", profile):
         args = vars(train.parse_args(["--preset", cell.preset, *cell.flags]))
@@ -223,8 +226,10 @@ def test_a_failed_run_makes_the_command_fail_and_is_named(tmp_path):
 
 
 def test_afm_ends_in_a_table_a_comparison_with_its_own_cross_entropy_and_a_figure(tmp_path):
-    """All methods of the embedded cell, with flags of the script handed on."""
-    process = start("--seeds", "4", "--epochs", "2", "--schedule", "1", "--out", str(tmp_path), paper="afm")
+    """All methods of an embedded setting, with flags of the script handed on."""
+    names = [cell.preset for cell in cells("afm", "embedded") if "/digits-sym0.5/" in cell.preset]
+    words = ("--epochs", "2", "--schedule", "1", "--out", str(tmp_path))
+    process = start("--cells", *names, "--seeds", "4", *words, paper="afm")
     assert process.returncode == 0, process.stderr
     with (tmp_path / "afm.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
