@@ -53,7 +53,9 @@ GONE_ON = (0, 0, 1, 2, 3, 3)  # epochs that the starts after the second find fin
 COLUMNS = (
     *("epoch", "loss", "test_accuracy", "test_top5", "ood_auroc", "removed", "removal_precision", "removal_recall"),
     *("labelled", "unlabelled", "labelled_precision", "labelled_ood", "clean_auc", "labelled_loss", "unlabelled_loss"),
-    *("labelled_embedding_loss", "unlabelled_embedding_loss", "contrastive_loss", "penalty_loss", "lr_head", "seconds"),
+    *("labelled_embedding_loss", "unlabelled_embedding_loss", "contrastive_loss", "penalty_loss", "lr_head"),
+    *(f"removed_class_{k}" for k in range(100)),
+    "seconds",
 )  # fmt: skip
 UNKNOWN = (
     "ood_auroc",
@@ -196,7 +198,8 @@ def test_the_released_network_by_path_with_a_worker(base, ends):
     assert [arguments[name] for name in ("bn_mode", "warmup_mask", "ramp")] == ["warm-up", "all", "released"]
     # in train mode in the warm-up alone: two batches of eight
     assert weights["encoder.layer4.1.bn2.num_batches_tracked"] == 2
-    assert weights["projection_bn.num_batches_tracked"] == 0
+    assert weights["projection_bn.num_batches_tracked"] == 2
+    assert (weights["projection_bn.running_mean"] != 0).all()
 
 
 def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, alone, statuses):

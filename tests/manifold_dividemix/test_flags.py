@@ -77,6 +77,7 @@ def training(epochs: int, warm_up: int, start_factor: int) -> list:
         (("--remove-ood", "--remove_ood"), 0.01, None),
         (("--ood-start-factor", "--ood_start_factor"), start_factor, None),
         (("--knn-k", "--knn_k"), 10, None),
+        (("--knn-encoder", "--knn_encoder"), "current", ["current", "pretrained"]),
         (("--clustering", "--no-clustering"), False, None),
         (("--interval",), 30, None),
         (("--p-threshold", "--p_threshold"), 0.3, None),
@@ -239,6 +240,7 @@ TYPED = {
     "noise_type": {CIFAR: "asym", MINI: "blue", "pretrain.py": "asym"},
     "label_rng": "numpy",
     "bn_mode": "warm-up",
+    "knn_encoder": "pretrained",
     "LN_loss": "CE",
     "warmup_loss": "CE",
     "warmup_mask": "released",
@@ -259,7 +261,7 @@ def test_dashes_and_underscores_are_the_same(script):
             assert first == second
             assert first[action.dest] != getattr(parse(script), action.dest), action.dest
             found.append(action.dest)
-    assert len(found) == {CIFAR: 21, MINI: 17, "pretrain.py": 15}[script], found
+    assert len(found) == {CIFAR: 22, MINI: 18, "pretrain.py": 15}[script], found
 
 
 @pytest.mark.parametrize("script", [CIFAR, MINI])
@@ -493,6 +495,8 @@ BOTH = [
     ("--remove-ood 2", "--remove-ood.*: .*got 2"),
     ("--ood-start-factor -1", "--ood-start-factor.*: .*got -1"),
     ("--knn-k 0", "--knn-k.*: .*got 0"),
+    ("--knn-encoder first", "--knn-encoder.*: .*first.*choose from .*current.*pretrained"),
+    ("--knn-encoder pretrained", "--knn-encoder: pretrained needs .*got --pretrained none"),
     ("--interval 0", "--interval: .*got 0"),
     ("--clustering False", "unrecognized arguments: False"),
     ("--p-threshold 1.1", "--p-threshold.*: .*got 1.1"),
