@@ -375,6 +375,7 @@ def train(
     )
 
 
+@cli.script
 def main(argv=None) -> None:
     """Train AFM and write its run directory."""
     args = parse_args(argv)

@@ -251,7 +251,7 @@ def kill(_: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_worker_that_dies_is_a_users_error(data):
-    with pytest.raises(UserError, match=r"DataLoader worker .*: out of memory\? use fewer workers"):
+    with pytest.raises(UserError, match=r"DataLoader worker .*: out of memory\? use fewer --workers"):
         whole_pass(batches(data.train, 5, kill, workers=1))
 
 
