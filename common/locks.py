@@ -19,8 +19,8 @@ try:
 except ImportError:  # no Unix: the heartbeat decides alone
     fcntl = None
 
-BEAT = 4.0  # seconds between two heartbeats
-STALE = 24.0  # seconds without a heartbeat after which a lock is taken over
+BEAT = 3.0  # seconds between two heartbeats
+STALE = 15.0  # seconds without a heartbeat after which a lock is taken over
 OLD = 3600.0  # seconds since the last heartbeat, by the clocks of two machines, that need no watching
 
 
@@ -61,12 +61,14 @@ class Lock:
         To see that the holder on another machine is dead takes up to STALE seconds. OSError: the file cannot be written.
         """
         deadline = time.monotonic() + patience
-        first, since, stale = None, 0.0, None
+        first, since, stale, told = None, 0.0, None, False
         while (sight := self._try(stale)) is not None:
             now, stale = time.monotonic(), None
             if first is None and not sight.held_here:
                 first, since = sight, now
-                print(f"waiting up to {STALE:.0f} s: {self.path} is of {sight.holder()}", flush=True)
+                if not told:
+                    print(f"waiting up to {STALE:.0f} s: {self.path} is of {sight.holder()}", flush=True)
+                told = True
             if sight.held_here or sight != first:
                 first = None
                 if now >= deadline:
@@ -115,7 +117,8 @@ class Lock:
     def _begin(self) -> None:
         self._process, self._released = os.getpid(), threading.Event()
         arguments = self.path, self._content, self._released
-        threading.Thread(target=_beat, args=arguments, name="heartbeat", daemon=True).start()
+        self._heart = threading.Thread(target=_beat, args=arguments, name="heartbeat", daemon=True)
+        self._heart.start()
 
     def check(self) -> None:
         """InUse: another process has taken the lock over, as this one showed no heartbeat for too long."""

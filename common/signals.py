@@ -33,7 +33,8 @@ class StopSignals:
         os.set_blocking(self._write, False)
         self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, name="signals", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._thread.start()
 
     def _note(self, number: int, _frame) -> None:
         if self.number is not None:
@@ -67,3 +68,4 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._write)
+        self._thread.join(1.0)

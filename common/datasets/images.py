@@ -1,11 +1,13 @@
 """Image files as tensors, read one by one or by worker processes."""
 
 import io
+import multiprocessing.queues
 import os
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,7 @@ def in_workers(
         persistent_workers=workers > 0,
         worker_init_fn=_leave_the_process_group,
         pin_memory=pin_memory,
+        multiprocessing_context=_quiet_context() if workers else None,
         generator=torch.Generator(),  # or each pass would draw a number from the global one
     )
     return Passes(loader)
@@ -173,6 +176,21 @@ class Passes:
 def _close(passes: weakref.ref, *_error: Any) -> None:
     if passes() is not None:
         passes().close()
+
+
+class _QuietQueue(multiprocessing.queues.Queue):
+    """A queue whose thread prints nothing if the other end is gone. `Passes` says so in one line."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self._ignore_epipe = True
+
+
+def _quiet_context() -> multiprocessing.context.BaseContext:
+    """The context of the start method in use, with quiet queues."""
+    context = copy(multiprocessing.get_context(multiprocessing.get_start_method()))
+    context.Queue = partial(_QuietQueue, ctx=context)
+    return context
 
 
 def _as_it_is(result: Any) -> Any:
