@@ -158,6 +158,7 @@ class Passes:
             self._loader = self._new_loader()
             at_end(partial(_close, weakref.ref(self)))
         try:
+            _try_semaphores(self._loader.num_workers)
             self._running, failure = iter(self._loader), None
         except OSError as error:
             failure = MachineError(f"workers cannot be started ({error.strerror}): {SHARED_MEMORY}")
@@ -171,6 +172,12 @@ class Passes:
         if hasattr(running, "_shutdown_workers"):  # not by `del`: the traceback of an error keeps the pass
             with suppress(RuntimeError):  # torch's, about one more worker that has died
                 running._shutdown_workers()
+
+
+def _try_semaphores(workers: int) -> None:
+    """OSError: there are not as many as DataLoader takes, which leaves a half-made pass behind if it finds that out."""
+    semaphores = [multiprocessing.Lock() for _ in range(3 * workers + 8 if workers else 0)]
+    del semaphores
 
 
 def _close(passes: weakref.ref, *_error: Any) -> None:
