@@ -401,6 +401,7 @@ def train(
     )
 
 
+@cli.script
 def main(argv=None) -> None:
     """Train AFM and write its run directory."""
     args = parse_args(argv)

@@ -7,6 +7,7 @@ these runs that has the highest AUC. With `--list FILE --images-root DIR` the at
 all ordered pairs of some images of your own are written too, as the release's vis.py does.
 """
 
+import io
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -26,6 +27,7 @@ from common.cli import Parser, UserError, exit_cleanly
 from common.datasets.arrays import read_npz
 from common.datasets.file_lists import IMAGENET_MEAN, IMAGENET_STD
 from common.datasets.images import DamagedImage, read_image
+from common.files import write_atomic
 from common.weights import read_weights
 
 SHOWN = 8  # images at each end
@@ -168,9 +170,9 @@ def write_pairs(network: AttentiveFeatureMixup, listing: Path, images_root: Path
             features.append(network.features(normalise(image[None], mean, std)))
     features = torch.cat(features)
     for name, array in (("features.npy", features), ("weight.npy", pair_weights(network, features))):
-        with (out / f".{name}.tmp").open("wb") as file:
-            np.save(file, array.numpy())
-        (out / f".{name}.tmp").replace(out / name)
+        content = io.BytesIO()
+        np.save(content, array.numpy())
+        write_atomic(out / name, content.getvalue())
         print(f"{name} {list(array.shape)} in {out}")
 
 

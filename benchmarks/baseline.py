@@ -119,6 +119,7 @@ def train_epoch(network, optimizer: SGD, batches, labels: Tensor, device: gpu.De
     return float(torch.stack(losses).mean())
 
 
+@cli.script
 def main(argv=None) -> None:
     """Train the baseline and write its run directory."""
     args = make_parser().parse_args(argv)

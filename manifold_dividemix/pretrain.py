@@ -80,6 +80,7 @@ def parse_args(argv=None) -> Namespace:
     return args
 
 
+@cli.script
 def main(argv=None) -> None:
     """Pre-train an encoder and write its run directory [Sec. 4.0]."""
     args = parse_args(argv)

@@ -429,6 +429,7 @@ def method(args: Namespace) -> str:
 # the script -----------------------------------------------------------------------------------------------------------
 
 
+@cli.script
 def main(argv=None) -> None:
     """Train Manifold DivideMix and write its run directory."""
     args = parse_args(argv)

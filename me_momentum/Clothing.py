@@ -410,6 +410,7 @@ def train_epoch(
 # the script -----------------------------------------------------------------------------------------------------------
 
 
+@cli.script
 def main(argv=None) -> None:
     """Train Me-Momentum on Clothing1M and write its run directory."""
     args = parse_args(argv)

@@ -317,6 +317,7 @@ def copy_of(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in network.state_dict().items()}
 
 
+@cli.script
 def main(argv=None) -> None:
     """Train Me-Momentum and write its run directory."""
     args = parse_args(argv)

@@ -359,6 +359,7 @@ def split_statistics(
     return columns
 
 
+@cli.script
 def main(argv=None) -> None:
     """Train SANM and write its run directory."""
     args = parse_args(argv)

@@ -350,6 +350,7 @@ def scores(networks: list[nn.Module], split: Labelled, name: str, s: Setting) ->
 # the script -----------------------------------------------------------------------------------------------------------
 
 
+@cli.script
 def main(argv=None) -> None:
     """Train SANM on Clothing1M and write its run directory."""
     args = parse_args(argv)

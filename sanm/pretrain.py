@@ -74,6 +74,7 @@ def normalisation(data: Data) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return CIFAR100 if data.name == "cifar100" and len(data.mean) == 3 else (data.mean, data.std)
 
 
+@cli.script
 def main(argv=None) -> None:
     """Pre-train an encoder and write its run directory."""
     args = parse_args(argv)

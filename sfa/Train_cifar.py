@@ -363,6 +363,7 @@ def selection_columns(
     return columns
 
 
+@cli.script
 def main(argv=None) -> None:
     """Train SFA and write its run directory."""
     args = parse_args(argv)

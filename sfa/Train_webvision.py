@@ -494,6 +494,7 @@ def test(learners: list[Learner], epoch: int, s: Setting) -> dict[str, float]:
 # the script -----------------------------------------------------------------------------------------------------------
 
 
+@cli.script
 def main(argv=None) -> None:
     """Train SFA on mini-WebVision and write its run directory."""
     argv = sys.argv[1:] if argv is None else argv

@@ -16,7 +16,6 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -37,6 +36,7 @@ from common.datasets.file_lists import (
 )
 from common.datasets.images import in_workers
 from common.files import write_whole
+from common.locks import InUse, Lock
 
 NAME = "mini_imagenet"
 COLORS = ("red", "blue")  # noise of the web, and synthetic
@@ -219,9 +219,9 @@ def _keep(path: Path, parameters: str, images: np.ndarray) -> None:
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock"), timeout=0):
+        with Lock(path.with_suffix(".lock"), "go on"):
             write_whole(path, write)
-    except Timeout:
+    except InUse:
         processes.say(f"note: {path} is being written by another process")
     except OSError as error:
         processes.say(
@@ -237,12 +237,8 @@ def _decode(split: FileSplit, size: int, workers: int) -> np.ndarray:
     function = partial(_resized, split, resize_to_square(size), size)
     with tqdm(total=count, desc=f"decoding {split.part}", unit="image", disable=quiet) as bar:
         for positions, part in zip(chunks, in_workers(function, chunks, workers), strict=True):
-            if isinstance(part, UserError):
-                break
             images[positions] = part.numpy()
             bar.update(len(positions))
-    if isinstance(part, UserError):
-        raise part
     return images
 
 

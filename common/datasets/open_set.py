@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.random import RandomState
 
 from common import noise, processes
@@ -18,6 +17,7 @@ from common.datasets.given_labels import labels_of
 from common.datasets.in_memory import Data
 from common.datasets.pools import FOLDERS, imagenet32_note, listing, open_pool, resized
 from common.files import write_atomic
+from common.locks import InUse, Lock
 
 
 class Corruption(NamedTuple):
@@ -194,9 +194,9 @@ def write_cache(path: Path, kept: Kept, parameters: dict) -> None:
     np.savez(content, parameters=json.dumps(parameters), source=kept.source, images=kept.images)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock"), timeout=0):
+        with Lock(path.with_suffix(".lock"), "go on"):
             write_atomic(path, content.getvalue())
-    except Timeout:
+    except InUse:
         processes.say(f"note: {path} is being written by another process")
     except OSError as error:
         processes.say(

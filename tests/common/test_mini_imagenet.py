@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from PIL import Image
 
 from common import processes
@@ -21,6 +20,7 @@ from common.datasets import decoded, load_mini_imagenet, mini_imagenet
 from common.datasets.__main__ import main
 from common.datasets.file_lists import FileSplit, make_split
 from common.datasets.mini_imagenet import TEST_IMAGE, TRAIN_IMAGE, is_official, list_lines, train_list
+from common.locks import Lock
 from tests.common.small_file_data import make_mini_imagenet, plant, write_lines
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -478,7 +478,7 @@ def test_two_runs_do_not_write_one_file_at_a_time(split, tmp_path, capsys):
     expected = decoded(split, 16, 0, tmp_path)
     (path,) = kept(tmp_path)
     path.unlink()
-    with FileLock(path.with_suffix(".lock")):
+    with Lock(path.with_suffix(".lock"), "wait"):
         assert np.array_equal(decoded(split, 16, 0, tmp_path), expected)
     assert capsys.readouterr().out == f"note: {path} is being written by another process\n"
     assert kept(tmp_path) == []

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from filelock import FileLock
 from numpy.random import RandomState
 from PIL import Image
 
@@ -16,6 +15,7 @@ from common.cli import UserError
 from common.datasets import open_set, pools
 from common.datasets.in_memory import Data, Split
 from common.datasets.open_set import Corruption, OpenSetData, corrupt
+from common.locks import Lock
 from tests.common.small_file_data import make_imagenet32
 
 N = 600
@@ -823,7 +823,7 @@ def test_a_cache_that_cannot_be_written_is_told_and_gone_round(root, capsys, mon
 def test_a_cache_that_another_process_writes_is_left_to_it(root, capsys):
     path = root / "cache" / "own-imagenet32-0.3.npz"
     path.parent.mkdir()
-    with FileLock(path.with_suffix(".lock")):
+    with Lock(path.with_suffix(".lock"), "wait"):
         cached(root)
     assert f"note: {path} is being written by another process" in capsys.readouterr().out
     assert files(root) == []
