@@ -68,8 +68,16 @@ def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
     data = datasets.load(args.dataset, args.data_root or "./data")
     index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
     clean = data.train.labels[index]
+    posterior = datasets.posterior_for(args.noise_type, data, args.data_root or "./data", args.posterior)
     observed = datasets.observed_labels(
-        data, index, args.noise_type, args.noise_rate, args.seed, args.noise_file, flag="--noise-type"
+        data,
+        index,
+        args.noise_type,
+        args.noise_rate,
+        args.seed,
+        args.noise_file,
+        flag="--noise-type",
+        posterior=posterior,
     )
 
     size, channels = data.train.images.shape[2:]

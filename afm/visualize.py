@@ -60,7 +60,8 @@ def read_run(folder: Path, data_root: str | None = None) -> RunResult:
 def draw_weights(axes, run: RunResult) -> None:
     """Histogram of the samples' mean attention weights: right against wrong labels where the truth is known."""
     weight, known = run.attention["weight"], run.attention["known"]
-    bins = np.linspace(np.nanmin(weight), np.nanmax(weight) + 1e-9, 31)
+    # a margin, or the bins have no width where all weights are equal
+    bins = np.linspace(float(np.nanmin(weight)) - 1e-3, float(np.nanmax(weight)) + 1e-3, 31)
     for truth, label, color in (
         (1, "right", "tab:blue"),
         (0, "wrong", "tab:orange"),

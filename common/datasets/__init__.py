@@ -24,6 +24,7 @@ from common.datasets.in_memory import NAMES, Data, Split, download, load
 from common.datasets.limit import limited, limited_test
 from common.datasets.mini_imagenet import decoded, load_mini_imagenet
 from common.datasets.observed import observed_labels
+from common.datasets.posterior import posterior_for
 from common.datasets.webvision import load_webvision
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "load_mini_imagenet",
     "load_webvision",
     "observed_labels",
+    "posterior_for",
     "read_labels",
     "source",
 ]

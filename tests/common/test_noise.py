@@ -12,6 +12,7 @@ from common import noise
 K, N = 10, 2000
 IMAGES = RandomState(0).randint(0, 256, size=(N, 4, 4, 3), dtype=np.uint8)
 LABELS = RandomState(1).permutation(np.arange(N) % K)  # balanced
+POSTERIOR = RandomState(2).dirichlet(np.full(K, 0.3), size=N)
 GENERATORS = (*noise.NOISE_TYPES, "imb", "sym")
 
 
@@ -21,7 +22,7 @@ def corrupt(name: str, labels: np.ndarray, rate: float, seed: int = 0) -> np.nda
         return noise.long_tailed_noise(name, labels, K, rate, random.Random(seed), RandomState(seed))
     if name == "superclass":  # of two superclasses; those of CIFAR-100 have tests of their own
         return noise.superclass(labels, rate, K, seed, superclasses=[c % 2 for c in range(K)])
-    return noise.add_noise(name, labels, rate, K, seed, images=IMAGES[: labels.size])
+    return noise.add_noise(name, labels, rate, K, seed, IMAGES[: labels.size], POSTERIOR[: labels.size])
 
 
 # every generator --------------------------------------------------------------------------------------------------------
@@ -100,6 +101,7 @@ def test_small_integer_types_give_the_same_int64_labels(name, dtype):
         ("superclass", 1),
         ("imb", 1),
         ("sym", 1),
+        *((name, 1) for name in noise.POSTERIOR_TYPES),
     ],
 )
 def test_the_realised_rate_is_the_share_that_the_kind_of_noise_implies(name, share, rate):
