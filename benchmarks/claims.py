@@ -191,6 +191,7 @@ def make_parser() -> cli.Parser:
 
 def write(every: Sequence[Claim], asked: Sequence[Claim], rows: list[dict], out: Path) -> None:
     """claims.csv, claims.md and claims.png of all claims; the table of those asked for on the terminal."""
+    out.mkdir(parents=True, exist_ok=True)
     write_results(out / CLAIMS_CSV, rows)
     found = outcomes(every, read_results(out / CLAIMS_CSV))
     write_atomic(out / "claims.md", "\n".join(whole_table(every, found)).encode())
@@ -222,7 +223,9 @@ def main(argv=None) -> None:
     write(every, asked, finished_rows(every, prepared, out), out)
     for name in sorted({name for names in lacking.values() for name in names}):
         count = sum(any(name in lacking[cell] for cell in t.cells) for c in asked for t in c.tests)
-        print(f"not run: {count} tests that read {name}, which is not in {data_path}")
+        print(
+            f"not run: {count} of {sum(len(c.tests) for c in asked)} tests, for want of {name} in {data_path}"
+        )
     sys.exit(status)
 
 

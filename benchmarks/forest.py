@@ -24,7 +24,9 @@ def draw(claims: Sequence[Claim], found: Mapping[str, Sequence[Outcome]], path: 
     figure, panels = plt.subplots(1, 2, figsize=(16, height + 1.2), layout="constrained")
     titles = ("accuracy", "shares and areas under curves")
     for axes, kind, title in zip(panels, kinds, titles, strict=True):
-        draw_panel(axes, kind)
+        axes.set_visible(bool(kind))
+        if kind:
+            draw_panel(axes, kind)
         axes.set_xlabel(f"{title}: points above the bound of the claim, with the 95 % interval")
     marks = [Line2D([], [], color=colour, marker="o", label=name) for name, colour in COLOURS.items()]
     figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), frameon=False)

@@ -23,7 +23,7 @@ IN_PERCENT = ("best", "last", "last10", "full_test", "at_best_validation")
 ALL = "all"  # in place of a paper, of claims about several
 
 
-class Test(NamedTuple):
+class ClaimTest(NamedTuple):
     """One test of a claim: a metric of a cell against that of another cell, or against a value."""
 
     data: str  # in words
@@ -57,13 +57,13 @@ class Claim(NamedTuple):
     paper: str
     sentence: str
     source: str
-    tests: tuple[Test, ...]
+    tests: tuple[ClaimTest, ...]
 
 
 class Outcome(NamedTuple):
     """What came out of a test. Figures are in percent; difference, low and high in points above the bound of the claim."""
 
-    test: Test
+    test: ClaimTest
     cell: Sample | None
     than: Sample | None
     difference: float | None
@@ -81,8 +81,8 @@ def read_claims(path: Path = CLAIMS) -> list[Claim]:
     usual = {"direction": "above", "value": 0, "than": None, "seeds": description["seeds"]}
     claims = []
     for name, claim in description["claims"].items():
-        shared = {key: value for key, value in claim.items() if key in Test._fields}
-        texts = {key: value for key, value in claim.items() if key not in (*Test._fields, "tests")}
+        shared = {key: value for key, value in claim.items() if key in ClaimTest._fields}
+        texts = {key: value for key, value in claim.items() if key not in (*ClaimTest._fields, "tests")}
         if texts.keys() != {"paper", "claim", "source"} or texts["paper"] not in (*PAPERS, ALL):
             raise ValueError(f"claim {name}: paper, claim and source are needed, and nothing else: {texts}")
         tests = tuple(_test(name, usual | shared | test) for test in claim["tests"])
@@ -90,10 +90,10 @@ def read_claims(path: Path = CLAIMS) -> list[Claim]:
     return claims
 
 
-def _test(name: str, entries: dict) -> Test:
-    if entries.keys() != set(Test._fields) or entries["direction"] not in DIRECTIONS:
-        raise ValueError(f"claim {name}: a test needs {', '.join(Test._fields)}: {entries}")
-    test = Test(**entries | {"value": float(entries["value"]), "seeds": tuple(entries["seeds"])})
+def _test(name: str, entries: dict) -> ClaimTest:
+    if entries.keys() != set(ClaimTest._fields) or entries["direction"] not in DIRECTIONS:
+        raise ValueError(f"claim {name}: a test needs {', '.join(ClaimTest._fields)}: {entries}")
+    test = ClaimTest(**entries | {"value": float(entries["value"]), "seeds": tuple(entries["seeds"])})
     for cell in test.cells:
         preset_of(cell)
     return test
@@ -148,7 +148,7 @@ def outcomes(claims: Iterable[Claim], rows: Iterable[dict]) -> dict[str, list[Ou
     return {claim.name: [outcome(test, values) for test in claim.tests] for claim in claims}
 
 
-def outcome(test: Test, values: Mapping[tuple[str, str], Mapping[str, float]]) -> Outcome:
+def outcome(test: ClaimTest, values: Mapping[tuple[str, str], Mapping[str, float]]) -> Outcome:
     """One test. values: by (cell, metric) and seed."""
 
     def sample(cell: str | None) -> Sample | None:
