@@ -6,10 +6,12 @@
 
 A finished run is not run again, a killed run resumes; a cell that several claims name is run once per seed. Tests whose data are
 missing are listed as not run. Of all runs in --out that are finished, whatever is asked for now, claims.csv gets the rows,
-claims.md the table, claims.png the figure.
+claims.md the table, claims.png the figure, claims_logs/ the logs.
 """
 
+import csv
 import itertools
+import re
 import shlex
 import sys
 import tomllib
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import cross, forest
+from benchmarks.cells import CLAIMS as CELLS
 from benchmarks.cells import Cell, cells
 from benchmarks.compare import read_results
 from benchmarks.cross import Setting
@@ -39,7 +42,12 @@ from benchmarks.verdicts import (
 from common import cli, datasets
 from common.cli import UserError
 from common.files import write_atomic
-from common.results import write_results
+from common.results import to_csv, write_results
+
+# columns of a log that benchmarks.report draws
+DRAWN = re.compile(
+    r"^epoch$|(accuracy|precision|recall|auc|auroc|selected|labelled|removed|_size|_share|_ood|attention_(right|wrong))$"
+)
 
 
 class Prepared(NamedTuple):
@@ -153,17 +161,39 @@ def run_waves(runs: list[CellRun], args: Namespace) -> int:
     return status
 
 
-def finished_rows(claims: Iterable[Claim], prepared: dict[str, Prepared], out: Path) -> list[dict]:
-    """The rows of all finished runs of the claims' cells, whatever their seeds."""
-    rows = []
+def finished(claims: Iterable[Claim], out: Path) -> dict[Cell, list[Path]]:
+    """The directories of the finished runs of the claims' cells, whatever their seeds."""
+    found = {}
     for cell in {cell: None for own in cells_of(claims).values() for cell in own}:
         parent = folder_of(cell, out) / cell.preset.split("/", 1)[1]
         results = sorted(parent.glob("seed*/result.csv"), key=lambda path: (len(path.parent.name), path))
-        folders = [path.parent for path in results if path.parent.name[len("seed") :].isdigit()]
+        found[cell] = [path.parent for path in results if path.parent.name[len("seed") :].isdigit()]
+    return found
+
+
+def rows_of(runs: dict[Cell, list[Path]], prepared: dict[str, Prepared]) -> list[dict]:
+    """The result rows of finished runs."""
+    rows = []
+    for cell, folders in runs.items():
         own = prepared.get(cell.preset.split("/")[1])
         columns = {} if own is None else cross.columns_of(own.setting)
         rows += [row | columns for row in collect(folders)]
     return rows
+
+
+def save_logs(runs: dict[Cell, list[Path]], folder: Path) -> None:
+    """The logs of the cells that are of no other table: the columns that the report draws, with six digits."""
+    for cell, folders in runs.items():
+        for run in folders if cell.preset.split("/")[0] == CELLS else ():
+            with (run / "log.csv").open(newline="") as file:
+                log = list(csv.DictReader(file))
+            if "test_accuracy" not in log[0]:
+                continue
+            columns = [name for name in log[0] if DRAWN.search(name) and not name.startswith("net2_")]
+            rows = [{name: row[name] and f"{float(row[name]):.6g}" for name in columns} for row in log]
+            name = "_".join([cell.paper, *cell.preset.split("/")[1:], run.name])
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / f"{name}.csv", to_csv(rows, columns).encode())
 
 
 # the command line -----------------------------------------------------------------------------------------------------
@@ -189,15 +219,18 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-def write(every: Sequence[Claim], asked: Sequence[Claim], rows: list[dict], out: Path) -> None:
-    """claims.csv, claims.md and claims.png of all claims; the table of those asked for on the terminal."""
+def write(every: Sequence[Claim], asked: Sequence[Claim], prepared: dict[str, Prepared], out: Path) -> None:
+    """The files of all claims; the table of those asked for on the terminal."""
+    runs = finished(every, out)
+    rows = rows_of(runs, prepared)
     out.mkdir(parents=True, exist_ok=True)
     write_results(out / CLAIMS_CSV, rows)
     found = outcomes(every, read_results(out / CLAIMS_CSV))
     write_atomic(out / "claims.md", "\n".join(whole_table(every, found)).encode())
     forest.draw(every, found, out / "claims.png")
+    save_logs(runs, out / "claims_logs")
     print("\n".join(plain_table(asked, outcomes(asked, rows))))
-    print(f"\nin {out}: {CLAIMS_CSV}, claims.md and claims.png of all finished runs")
+    print(f"\nin {out}: {CLAIMS_CSV}, claims.md, claims.png and claims_logs/ of all finished runs")
 
 
 def main(argv=None) -> None:
@@ -220,7 +253,7 @@ def main(argv=None) -> None:
     if not args.collect:
         prepare(runs, prepared, out, data_path)
         status = run_waves(runs, args)
-    write(every, asked, finished_rows(every, prepared, out), out)
+    write(every, asked, prepared, out)
     for name in sorted({name for names in lacking.values() for name in names}):
         count = sum(any(name in lacking[cell] for cell in t.cells) for c in asked for t in c.tests)
         print(

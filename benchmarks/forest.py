@@ -27,7 +27,8 @@ def draw(claims: Sequence[Claim], found: Mapping[str, Sequence[Outcome]], path: 
         axes.set_visible(bool(kind))
         if kind:
             draw_panel(axes, kind)
-        axes.set_xlabel(f"{title}: points above the bound of the claim, with the 95 % interval")
+        axes.set_title(title)
+        axes.set_xlabel("points above the bound of the claim, 95 % interval")
     marks = [Line2D([], [], color=colour, marker="o", label=name) for name, colour in COLOURS.items()]
     figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), frameon=False)
     write(figure, path)

@@ -445,7 +445,7 @@ def _attach(entry: dict, name: str, log: dict, logs: list[dict]) -> None:
 def add_reference_logs(rows: list[dict], folder: Path, logs: list[dict]) -> list[str]:
     """Give the reference rows the logs kept beside them, by the paper in the file's name and by the figures; what fits none."""
     notes = []
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted(folder.rglob("*.csv")):
         log = read_table(path)
         if "test_accuracy" not in log["columns"]:
             notes.append(f"{shown_path(path)} is left out: it has no test_accuracy")

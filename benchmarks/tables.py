@@ -94,9 +94,10 @@ CLAIMS_HEAD = """## Claims
 
 Each paper claims that its method does something. [`claims.toml`](claims.toml) states these claims in our words, with their
 source, and the runs that test them. `make claims` runs what is not finished and writes `results/claims.csv` (the rows of all
-runs), `results/claims.md` (this table) and `results/claims.png`. `--engine ray` works as [above](#on-several-machines). A test
-whose data are missing is listed as not run. Human labels are read from `DIR/cifar10n_worse_label.npy`, feature-dependent labels
-from `DIR/plc_cifar10_pmd1_035.npy` (one label for each of the first 45,000 training images).
+runs), `results/claims.md` (this table), `results/claims.png` and the logs in `results/claims_logs/`. `--engine ray` works as
+[above](#on-several-machines). A test whose data are missing is listed as not run. Human labels are read from
+`DIR/cifar10n_worse_label.npy`, feature-dependent labels from `DIR/plc_cifar10_pmd1_035.npy` (one label for each of the first
+45,000 training images).
 
 A test compares a metric of two methods, or a metric of one method with a bound. Figures are means ± standard deviations over
 seeds, with the number of seeds, in percent. The difference is in points, less the bound if there is one; its 95 % interval is

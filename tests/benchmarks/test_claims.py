@@ -300,6 +300,12 @@ def test_claims_from_start_to_end(tiny, in_this_process, capsys):
     assert f"| digits, a bound | last_net1_recall | above 1 | {mean} |" in table
     assert table.count("| not run |") == 1 and table.count("It finds them.") == 2
     assert (out / "claims.png").stat().st_size > 5000
+    logs = sorted(path.name for path in (out / "claims_logs").iterdir())
+    assert logs == [f"sfa_digits-x_{name}_seed{seed}.csv" for name in ("gmm", "sfa") for seed in (1, 2)]
+    with (out / "claims_logs" / logs[2]).open(newline="") as file:
+        log = list(csv.DictReader(file))
+    assert len(log) == 2 and {"epoch", "test_accuracy", "net1_recall"} <= log[0].keys()
+    assert not any(name.startswith("net2_") or name == "loss" for name in log[0])
     # again, with another choice: nothing is run, nothing is lost
     assert run(*words, "--seeds", "1", "--collect") == 0
     assert run(*words) == 0
