@@ -450,7 +450,16 @@ def main(argv=None) -> None:
         run.log(epoch, **report)
 
     last = {} if run.is_finished() else measure_attention(network, data, run)
+    last |= run.full_test(lambda: full_test(network, data, run))
     run.finish(**last, attention_peak=run.rows[-1]["attention_peak"], **at_best_validation(run.rows))
+
+
+def full_test(network: AttentiveFeatureMixup, data: Data, run: Run) -> dict[str, float]:
+    """Accuracy on all test images, for --full_test_at_end."""
+    batches = run.progress(data.whole_test.batches, "full test", training=False)
+    labels = data.whole_test.labels
+    accuracy = evaluate(network, batches, labels, run.device).accuracy
+    return {"full_test": accuracy, "full_test_images": len(labels)}
 
 
 def test(network: AttentiveFeatureMixup, data: Data, run: Run, epoch: int) -> tuple[dict, dict]:

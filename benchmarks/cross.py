@@ -70,6 +70,7 @@ class Setting(NamedTuple):
     noise_rate: float | None = None
     imb_factor: float | None = None
     labels: str | None = None  # the file of labels that people gave
+    images: int | None = None  # the file has labels of the first so many training images alone
 
     @property
     def cell(self) -> str:
@@ -100,7 +101,7 @@ def settings_of(data: str, names: list[str] | None, description: dict) -> list[S
 
 def inputs_of(setting: Setting, seed: int, out: Path, data_path: Path, limit: int | None) -> Inputs:
     """Where the images and labels of a setting are, there already or not."""
-    if setting.imb_factor is not None or limit is not None:
+    if setting.imb_factor is not None or setting.images is not None or limit is not None:
         part = f"-limit{limit}" if limit is not None else ""
         return Inputs(None, out / "cross_data" / f"{setting.cell}{part}-seed{seed}")
     if setting.labels is not None:
@@ -150,7 +151,8 @@ def check_given_labels(settings: list[Setting], data_path: Path) -> None:
 
 def draw(setting: Setting, seed: int, data: datasets.Data, data_path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The training images of a setting, int [n], ascending, and their observed labels, int [n]."""
-    labels, every = data.train.labels, np.arange(len(data.train.labels))
+    labels = data.train.labels
+    every = np.arange(setting.images or len(labels))
     if setting.labels is not None:
         return every, datasets.labels_of(data_path / setting.labels, every, len(labels), data.num_classes)
     posterior = posterior_for(setting.noise_type, data, data_path)
@@ -207,6 +209,12 @@ def make_task(method: str, setting: Setting, seed: int, inputs: Inputs, args: Na
     return Task(f"{setting.cell} {method} seed {seed}", folder, tuple(commands))
 
 
+def columns_of(setting: Setting) -> dict:
+    """What result rows say of the labels of a setting, in place of what a script that is given them knows."""
+    values = {name: getattr(setting, name) for name in ("noise_type", "noise_rate", "imb_factor")}
+    return {name: "" if value is None else value for name, value in values.items()}
+
+
 def rows_of(task: Task, setting: Setting, description: dict, limit: int | None) -> list[dict]:
     """The result rows of a finished task as rows of this table; seconds and images per second are of all its runs."""
     results = [json.loads((folder / "result.json").read_text()) for folder, _ in task.commands]
@@ -215,9 +223,7 @@ def rows_of(task: Task, setting: Setting, description: dict, limit: int | None) 
     )
     subset = f"+limit_train={limit}" if limit else ""
     columns = {"table": CROSS, "cell": setting.cell, "dataset": setting.data, "ood_ratio": ""}
-    for name in ("noise_type", "noise_rate", "imb_factor"):
-        value = getattr(setting, name)
-        columns[name] = "" if value is None else value
+    columns |= columns_of(setting)
     columns |= {"profile": description["profile"] + subset, "epochs": description["epochs"]}
     columns |= {"seconds": round(seconds, 3), "images_per_second": round(images / seconds, 1)}
     return [row | columns for row in collect([task.folder])]

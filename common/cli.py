@@ -254,6 +254,17 @@ def add_shared_flags(parser: Parser, default_seed: int) -> None:
     group.add_argument(
         "--limit_train", type=count, metavar="N", help="train on a seeded subset, to try things out"
     )
+    group.add_argument(
+        "--limit_test",
+        type=count,
+        metavar="N",
+        help="test each epoch on a seeded subset, stratified by class, to save time",
+    )
+    group.add_argument(
+        "--full_test_at_end",
+        action="store_true",
+        help="with --limit_test: test on all test images after the last epoch too; the result names it full_test",
+    )
 
 
 def add_image_file_flags(group, workers: int, how: str = "") -> None:
@@ -305,7 +316,7 @@ def parse_args(parser: Parser, argv: Sequence[str] | None, presets: Path) -> arg
     finder.add_argument("--preset")
     name = finder.parse_known_args(argv)[0].preset
     if name is None:
-        return parser.parse_args(argv)
+        return _checked(parser, parser.parse_args(argv))
     sections = read_presets(presets)
     if name not in sections:
         parser.error(f"unknown preset {name}: choose from {', '.join(sections)}")
@@ -315,4 +326,13 @@ def parse_args(parser: Parser, argv: Sequence[str] | None, presets: Path) -> arg
         parser.error(
             f"preset {name} is for {script or 'another script of this paper'}, not for {parser.prog}"
         )
-    return parser.parse_args(preset_arguments(sections[name]) + argv)
+    return _checked(parser, parser.parse_args(preset_arguments(sections[name]) + argv))
+
+
+def _checked(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, once the shared flags fit together."""
+    if getattr(args, "full_test_at_end", False) and args.limit_test is None:
+        parser.error(
+            "argument --full_test_at_end: without --limit_test every test is a full one; leave it out"
+        )
+    return args

@@ -14,6 +14,8 @@ from common.cli import UserError
 from common.datasets.file_lists import FileSplit
 from common.datasets.image_cache import ImageCache
 from common.datasets.images import in_workers
+from common.datasets.in_memory import Data, Split
+from common.datasets.limit import limited_test
 
 
 class Images:
@@ -226,6 +228,28 @@ class Labelled(NamedTuple):
 
     batches: Iterable
     labels: Tensor  # int [N], on the device
+
+
+class Tests(NamedTuple):
+    """The test images of every epoch, which --limit_test may limit, and all of them, for --full_test_at_end."""
+
+    limited: Labelled
+    whole: Labelled
+
+
+def test_batches(
+    data: Data, limit: int | None, seed: int, batch_size: int, device: torch.device, **shared: int
+) -> Tests:
+    """Plain batches of the test images of a data set in memory, in order. shared: rank and world of `Batches`."""
+
+    def in_order(split: Split) -> Labelled:
+        images = Images(split.images, data.mean, data.std, device)
+        return Labelled(Batches(images, batch_size, **shared), torch.from_numpy(split.labels).to(device))
+
+    whole = in_order(data.test)
+    if limit is None:
+        return Tests(whole, whole)
+    return Tests(in_order(data.test.only(limited_test(data.test.labels, limit, seed))), whole)
 
 
 class Part(NamedTuple):

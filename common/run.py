@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -355,6 +355,16 @@ class Run:
         """Whether an earlier start of the same command has come to its end: `finish` will change nothing."""
         return (self.folder / "result.json").exists()
 
+    def full_test(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Metrics for `finish` where --full_test_at_end asks for them and the run is not finished; else none.
+
+        measure: tests on all test images, returns full_test, full_test_images, how many there are, and perhaps other
+        metrics named full_test_<what>. All metrics of other names are of the --limit_test subset.
+        """
+        if not getattr(self.args, "full_test_at_end", False) or self.is_finished():
+            return {}
+        return measure()
+
     def finish(self, metric: str = "test_accuracy", **more: float | None) -> None:
         """Write result.json and result.csv: best, last and mean of the last 10 epochs of `metric`, and `more` metrics."""
         if processes.rank() == 0:
@@ -408,8 +418,9 @@ class Run:
         """The columns that say which cell of which table this is; a subset of the data is marked in the profile."""
         table, cell, *_ = [*(getattr(self.args, "preset", None) or "").split("/"), ""]
         columns = {"table": table, "cell": cell or self.folder.name, **self.cell}
-        if getattr(self.args, "limit_train", None):
-            columns["profile"] += f"+limit_train={self.args.limit_train}"
+        for limit in ("limit_train", "limit_test"):
+            if getattr(self.args, limit, None):
+                columns["profile"] += f"+{limit}={getattr(self.args, limit)}"
         columns |= {
             "fidelity": getattr(self.args, "fidelity", ""),
             "seed": self.args.seed,

@@ -32,6 +32,7 @@ class Corpus(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     origin: dict  # what tells these images from others of the same name
+    tested: np.ndarray | slice = slice(None)  # positions of the test images of every epoch: --limit_test
 
 
 def add_open_set_flags(parser: cli.Parser, datasets_help: str = "") -> None:
@@ -167,6 +168,7 @@ def load_open_set(args: Namespace) -> Corpus:
         mean=data.mean,
         std=data.std,
         origin={"replaced": int(found.ood.sum()), "sha256": found.sha256},
+        tested=datasets.limited_test(data.test.labels, args.limit_test, args.seed),
     )
 
 
@@ -201,6 +203,7 @@ def load_mini_imagenet(args: Namespace) -> Corpus:
         mean=files.mean,
         std=files.std,
         origin={"skipped": len(files.skipped), "sha256": files.train.sha256()},
+        tested=datasets.limited_test(files.test.labels, args.limit_test, args.seed),
     )
 
 

@@ -132,6 +132,7 @@ def main(argv=None) -> None:
         # a mirrored digit is another sign or none
         flip=args.dataset not in ("digits", "mnist"),
         bank=bank,
+        tested=corpus.tested,
         measure=measure,
         measured_names=("ood_auroc",),
     )

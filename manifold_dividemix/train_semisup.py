@@ -253,10 +253,11 @@ def train(network: Network, corpus: Corpus, run: Run, args: Namespace, device: g
     optimizer = make_optimizer(network, args)
     train_images, test_images = (
         Images(pixels, corpus.mean, corpus.std, device.device)
-        for pixels in (corpus.images, corpus.test_images)
+        for pixels in (corpus.images, corpus.test_images[corpus.tested])
     )
     labels, test_labels = (
-        torch.from_numpy(given).to(device.device) for given in (corpus.observed, corpus.test_labels)
+        torch.from_numpy(given).to(device.device)
+        for given in (corpus.observed, corpus.test_labels[corpus.tested])
     )
     test = Batches(test_images, 512, rank=processes.rank(), world=processes.world())
     loader, draws = device.generator(args.seed), np.random.default_rng(args.seed)
@@ -301,7 +302,18 @@ def train(network: Network, corpus: Corpus, run: Run, args: Namespace, device: g
         by_class = removed_by_class(kept, corpus)
         run.log(number, **report, lr_head=optimizer.param_groups[0]["lr"], **by_class)
     last = {f"last_{name}": run.rows[-1][name] for name in STATISTICS}
+    last |= run.full_test(lambda: full_test(network, corpus, run, device))
     run.finish(first_ood_auroc=memory["first_auroc"], last_ood_auroc=memory["auroc"], **last)
+
+
+def full_test(network: Network, corpus: Corpus, run: Run, device: gpu.Device) -> dict[str, float]:
+    """Accuracy on all test images, for --full_test_at_end."""
+    images = Images(corpus.test_images, corpus.mean, corpus.std, device.device)
+    labels = torch.from_numpy(corpus.test_labels).to(device.device)
+    batches = Batches(images, 512, rank=processes.rank(), world=processes.world())
+    passing = run.progress(batches, "full test", training=False)
+    logits = all_logits(network, passing, len(labels), corpus.num_classes, device)
+    return {"full_test": top_accuracy(logits, labels), "full_test_images": len(labels)}
 
 
 def splits_of(args: Namespace) -> list[int]:

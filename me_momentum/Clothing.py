@@ -190,10 +190,11 @@ class Data(NamedTuple):
     cache: ImageCache | None  # of `split`
     labels: Tensor  # noisy labels of `split`, int [N], on the CPU
     validation: Labelled
-    test: Labelled
+    test: Labelled  # all test images, or those of --limit_test
     skipped: tuple[tuple[str, int, str], ...]  # images left out: path, position in its list, reason
     generator: torch.Generator  # orders, crops and flips the training images
     batches: Callable  # (split, cache, transform, **training) -> FileBatches
+    whole_test: Labelled | None = None  # all test images
 
     def training(self, positions: Tensor, args: Namespace) -> FileBatches:
         """Augmented batches of the training images at `positions`, in a new order at every pass."""
@@ -225,8 +226,9 @@ def load(args: Namespace, device: Device) -> Data:
     def batches(split: FileSplit, cache: ImageCache | None, transform: Callable, **training) -> FileBatches:
         return FileBatches(split, args.batch_size, transform, cache=cache, **loading, **training)
 
-    def in_order(split: FileSplit) -> Labelled:
-        whole = batches(split, caches.get(split.part), resize_to_square(args.image_size))
+    def in_order(split: FileSplit, keep: np.ndarray | slice = slice(None)) -> Labelled:
+        cache, split = caches[split.part].only(keep) if caches else None, split.only(keep)
+        whole = batches(split, cache, resize_to_square(args.image_size))
         return Labelled(whole, torch.from_numpy(split.labels).to(device.device))
 
     train = files.train.only(order)
@@ -237,10 +239,11 @@ def load(args: Namespace, device: Device) -> Data:
         caches["train"].only(order) if caches else None,
         torch.from_numpy(train.labels),
         in_order(files.validation),
-        in_order(files.test),
+        in_order(files.test, datasets.limited_test(files.test.labels, args.limit_test, args.seed)),
         files.skipped,
         torch.Generator().manual_seed(args.seed),
         batches,
+        in_order(files.test),
     )
 
 
@@ -466,7 +469,21 @@ def main(argv=None) -> None:
         run.log(epoch, **report, new_best=int(new_best))
 
     metric = "test_accuracy_batchmean" if args.legacy_batch_mean else "test_accuracy"
-    run.finish(metric, **summary(run.rows, metric))
+    full = run.full_test(lambda: full_test(network, data, run))
+    run.finish(metric, **summary(run.rows, metric), **full)
+
+
+def full_test(network: nn.Module, data: Data, run: Run) -> dict[str, float]:
+    """Accuracy on all test images of the reported network, for --full_test_at_end.
+
+    That is the one in model_best.pt; the last one, where no epoch's validation accuracy was above 0.
+    """
+    path = run.folder / "model_best.pt"
+    processes.wait()  # the first process has written it
+    if path.is_file():
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    accuracy = test(network, data.whole_test, "full test", run).accuracy
+    return {"full_test": accuracy, "full_test_images": len(data.whole_test.labels)}
 
 
 def training_set(memory: dict, count: int) -> Tensor:

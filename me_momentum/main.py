@@ -28,7 +28,7 @@ from common.datasets import Data, posterior
 from common.loader import Batches, Images
 from common.run import Run, run_name
 from me_momentum.alternation import Limits, Place, Verdict, advance, learning_rate, name_of
-from me_momentum.confident import confident_examples, set_statistics
+from me_momentum.confident import confident_examples, set_growth, set_statistics
 from me_momentum.networks import NETWORKS, make_network, usual_network
 from me_momentum.training import predict, train_epoch
 from me_momentum.validation import Parts, accuracy, balanced_accuracy, batch_mean_accuracy, split
@@ -242,7 +242,8 @@ def make_setting(
         return Images(images, data.mean, data.std, device.device)
 
     right = observed == data.train.labels[index]
-    labels = (observed[parts.train], observed[parts.validation], data.test.labels, right[parts.train])
+    tested = data.test.only(datasets.limited_test(data.test.labels, args.limit_test, args.seed))
+    labels = (observed[parts.train], observed[parts.validation], tested.labels, right[parts.train])
     size, channels = data.train.images.shape[2:]
     return Setting(
         args,
@@ -250,7 +251,7 @@ def make_setting(
         device,
         data.num_classes,
         *(to_device(data.train.images[index[of_part]]) for of_part in parts),
-        to_device(data.test.images),
+        to_device(tested.images),
         *(torch.from_numpy(of_part).to(device.device) for of_part in labels),
         # random crop and flip of colour images, nothing for grey ones [Sec. 2.1]
         training_augmentation(data.name, size) if channels == 3 else None,
@@ -381,7 +382,20 @@ def main(argv=None) -> None:
         run.log(epoch, **report, kept=int(verdict.keep), new_best=int(verdict.new_best))
 
     metric = "test_accuracy_batchmean" if args.legacy_batch_mean else "test_accuracy"
-    run.finish(metric, **summary(run.rows, metric, args))
+    full = run.full_test(lambda: full_test(network, memory, data, s))
+    run.finish(metric, **summary(run.rows, metric, args), **full)
+
+
+def full_test(network: nn.Module, memory: dict, data: Data, s: Setting) -> dict[str, float]:
+    """Accuracy on all test images of the reported network, the one in model_best.pt, for --full_test_at_end."""
+    network.load_state_dict(memory["best"] or memory["latest"])
+    images = Images(data.test.images, data.mean, data.std, s.device.device)
+    predicted = s.predictions(network, images, "test", "full test")
+    labels = torch.from_numpy(data.test.labels).to(s.device.device)
+    measured = accuracy(predicted, labels)
+    if s.args.legacy_batch_mean:
+        measured = batch_mean_accuracy(predicted, labels, 2 * s.args.batch_size)
+    return {"full_test": measured, "full_test_images": len(labels)}
 
 
 def loop_limits(args: Namespace) -> Limits:
@@ -404,12 +418,19 @@ def summary(rows: list[dict], metric: str, args: Namespace) -> dict[str, float |
     else:
         reported, validation = 0.0, 0.0
     last = {name: rows[-1][name] for name in SET_COLUMNS}
+    sets = {
+        (row["outer"], row["round"]): (row["confident_share"], row["confident_precision"])
+        for row in rows
+        if row["round"] and row["confident_share"] is not None
+    }
+    growth = set_growth(list(sets.values()))
     return {
         "at_best_validation": reported,
         "best_validation": validation,
         "epochs_trained": len(rows),
         "rounds": len({(row["outer"], row["round"]) for row in rows if row["round"]}),
         **last,
+        **growth,
     }
 
 

@@ -26,10 +26,11 @@ from common.augment import training_augmentation, warm_up_view
 from common.cli import UserError
 from common.datasets import Data, posterior
 from common.encoders import load_encoder
-from common.loader import Batches, Images
+from common.loader import Batches, Images, Labelled, test_batches
 from common.noise import POSTERIOR_TYPES
 from common.policies import six_views
 from common.run import Run, run_name
+from sanm.activation import concentration_statistics, map_concentrations
 from sanm.flags import add_mask_flags, mask_rule, settle_mask_flags
 from sanm.losses import ramp_up
 from sanm.masking import MaskRule, draw_masks, mask
@@ -380,8 +381,9 @@ def main(argv=None) -> None:
     run.save_labels(index, clean_labels, observed, data.num_classes)
 
     train = Images(data.train.images[index], data.mean, data.std, device.device)
-    test = Batches(Images(data.test.images, data.mean, data.std, device.device), 512)
-    labels, test_labels = (torch.from_numpy(y).to(device.device) for y in (observed, data.test.labels))
+    tests = test_batches(data, args.limit_test, args.seed, 512, device.device)
+    test, test_labels = tests.limited
+    labels = torch.from_numpy(observed).to(device.device)
     nets = [device.prepare(net, args.compile) for net in nets]
     optimizers = [SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4) for net in nets]
     loader, draws = device.generator(args.seed), np.random.default_rng(args.seed)
@@ -420,7 +422,31 @@ def main(argv=None) -> None:
     if memory["clean"][0] is not None:
         first, second = (probability.cpu().numpy() for probability in memory["clean"])
         run.save_arrays("clean_probability", net1=first, net2=second, observed=observed, clean=clean_labels)
-    run.finish(**{f"last_net1_{name}": run.rows[-1][f"net1_{name}"] for name in STATISTICS})
+    run.finish(**final_metrics(nets, observed == clean_labels, tests.whole, data.num_classes, s))
+
+
+def final_metrics(
+    nets: list[MaskedNetwork], right: np.ndarray, whole: Labelled, num_classes: int, s: Setting
+) -> dict[str, float | None]:
+    """What the result says beside the test accuracy by epoch. right: bool [N]; whole: all test images."""
+    metrics = {f"last_net1_{name}": s.run.rows[-1][f"net1_{name}"] for name in STATISTICS}
+    metrics |= {} if s.run.is_finished() else map_statistics(nets[0], right, s)
+    return metrics | s.run.full_test(partial(full_test, nets, whole, num_classes, s.device))
+
+
+def map_statistics(network: MaskedNetwork, right: np.ndarray, s: Setting) -> dict[str, float | None]:
+    """Whether the activation maps of plain training images with right labels differ from the others; right: bool [N]."""
+    plain = s.run.progress(Batches(s.train, 512), "activation maps", training=False)
+    values = map_concentrations(network, plain, len(s.labels), s.device)
+    return concentration_statistics(values, torch.from_numpy(right).to(s.device.device))
+
+
+def full_test(
+    nets: list[MaskedNetwork], whole: Labelled, num_classes: int, device: gpu.Device
+) -> dict[str, float]:
+    """Accuracy on all test images by the sum of both networks' scores, for --full_test_at_end."""
+    scores = network_scores(nets, whole.batches, len(whole.labels), num_classes, device)
+    return {"full_test": accuracy(scores.sum(dim=0), whole.labels), "full_test_images": len(whole.labels)}
 
 
 def warm_up_epoch(network: MaskedNetwork, optimizer: SGD, epoch: int, s: Setting) -> Tensor:
@@ -443,7 +469,8 @@ def method(args: Namespace) -> str:
     if args.selection == "none":
         return "CE"
     base = BASE_NAMES[args.base]
-    return f"SANM({base})" if args.masking == "adversarial" else base
+    without = " without reconstruction" if args.recon_weight == 0 else ""
+    return f"SANM({base}){without}" if args.masking == "adversarial" else base
 
 
 def directory_name(args: Namespace) -> str:

@@ -149,10 +149,11 @@ class Data(NamedTuple):
     split: FileSplit  # the training images with their noisy labels
     cache: ImageCache | None  # of `split`
     validation: Labelled
-    test: Labelled
+    test: Labelled  # all test images, or those of --limit_test
     skipped: tuple[tuple[str, int, str], ...]  # images left out: path, position in its list, reason
     generator: torch.Generator  # orders, crops and flips the training images
     batches: Callable  # (split, cache, transform, batch_size, **training) -> FileBatches
+    whole_test: Labelled | None = None  # all test images
 
     def training(self, positions: np.ndarray, batch_size: int, views: int, args: Namespace) -> FileBatches:
         """Shuffled batches of augmented training images at `positions` [n]; their index counts from 0 to n - 1."""
@@ -199,8 +200,9 @@ def load(args: Namespace, device: Device) -> Data:
     def batches(split: FileSplit, cache: ImageCache | None, transform, size: int, **training) -> FileBatches:
         return FileBatches(split, size, transform, cache=cache, **loading, **training)
 
-    def in_order(split: FileSplit) -> Labelled:
-        whole = batches(split, caches.get(split.part), test_transform(args), test_batch_size(args))
+    def in_order(split: FileSplit, keep: np.ndarray | slice = slice(None)) -> Labelled:
+        cache, split = caches[split.part].only(keep) if caches else None, split.only(keep)
+        whole = batches(split, cache, test_transform(args), test_batch_size(args))
         return Labelled(whole, torch.from_numpy(split.labels).to(device.device))
 
     return Data(
@@ -208,10 +210,11 @@ def load(args: Namespace, device: Device) -> Data:
         files.train.only(kept),
         caches["train"].only(kept) if caches else None,
         in_order(files.validation),
-        in_order(files.test),
+        in_order(files.test, datasets.limited_test(files.test.labels, args.limit_test, args.seed)),
         files.skipped,
         torch.Generator().manual_seed(args.seed),
         batches,
+        in_order(files.test),
     )
 
 
@@ -427,7 +430,14 @@ def reported(nets: list[nn.Module], best: list[dict], s: Setting) -> dict[str, f
         s.run.save_weights(f"net{i + 1}_best.pt", best[i]["weights"])
     summed = scores(nets, s.data.test, "test of the best weights", s).sum(dim=0)
     validation = {f"best_validation_net{i + 1}": kept["accuracy"] for i, kept in enumerate(best)}
-    return {"at_best_validation": accuracy(summed, s.data.test.labels), **validation}
+
+    def full_test() -> dict[str, float]:
+        summed = scores(nets, s.data.whole_test, "full test of the best weights", s).sum(dim=0)
+        labels = s.data.whole_test.labels
+        return {"full_test": accuracy(summed, labels), "full_test_images": len(labels)}
+
+    reported = {"at_best_validation": accuracy(summed, s.data.test.labels), **validation}
+    return reported | s.run.full_test(full_test)
 
 
 def method(args: Namespace) -> str:

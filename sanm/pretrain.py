@@ -101,7 +101,9 @@ def main(argv=None) -> None:
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
     network = device.prepare(make_simclr(channels, size), args.compile)
     flip = args.dataset not in ("digits", "mnist")  # a mirrored digit is another sign or none
-    pre_train(run, args, device, network, train, test, labels, test_labels, data.num_classes, flip=flip)
+    tested = datasets.limited_test(data.test.labels, args.limit_test, args.seed)
+    images, classes = (train, test, labels, test_labels), data.num_classes
+    pre_train(run, args, device, network, *images, classes, flip=flip, tested=tested)
 
 
 def directory_name(args: Namespace) -> str:

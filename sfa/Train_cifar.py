@@ -27,7 +27,7 @@ from common import cli, datasets, gpu, noise
 from common.augment import training_augmentation
 from common.cli import UserError
 from common.datasets import Data, posterior
-from common.loader import Batches, Images
+from common.loader import Batches, Images, Labelled, test_batches
 from common.mixture import sklearn_upper_posterior, upper_posterior
 from common.run import Run, run_name
 from sfa import losses as standard_losses
@@ -377,7 +377,7 @@ def main(argv=None) -> None:
     run.save_labels(index, clean, observed, data.num_classes)
 
     train = Images(data.train.images[index], data.mean, data.std, device.device)
-    test = Batches(Images(data.test.images, data.mean, data.std, device.device), 4 * args.batch_size)
+    tests = test_batches(data, args.limit_test, args.seed, 4 * args.batch_size, device.device)
     labels = torch.from_numpy(observed).to(device.device)
     observed_counts = torch.bincount(labels, minlength=data.num_classes)
 
@@ -410,9 +410,7 @@ def main(argv=None) -> None:
                 memory["moments"] = [list(found.moments) for found in selections]
                 memory["centroids"].append(selections[0].centroids.mean(dim=0).half().cpu())  # to look at
             memory["clean"] = [found.clean for found in selections]
-        logits = summed_logits(nets, test, len(data.test.labels), data.num_classes, device)
-        predicted = logits.argmax(dim=1).cpu().numpy()
-        report = accuracies(predicted, data.test.labels, observed_counts.cpu().numpy())
+        report = test(nets, tests.limited, observed_counts, device)
         classes = {name: report.pop(name) for name in list(report) if name.startswith("class_")}
         losses = torch.cat(losses)
         mean_loss = float(losses.mean()) if len(losses) else None
@@ -425,12 +423,33 @@ def main(argv=None) -> None:
         run.save_arrays("centroids", net1=torch.stack(memory["centroids"]).numpy())
     last = [f"{shot}_accuracy" for shot in SHOTS]
     last += [f"net1_{name}" for name in ("precision", "recall", "auc", *(f"{shot}_recall" for shot in SHOTS))]
-    run.finish(**{f"last_{name}": run.rows[-1][name] for name in last})
+    full = run.full_test(lambda: full_test(nets, tests.whole, observed_counts, device))
+    run.finish(**{f"last_{name}": run.rows[-1][name] for name in last}, **full)
+
+
+def test(
+    nets: list[PreActResNet], tested: Labelled, observed_counts: torch.Tensor, device: gpu.Device
+) -> dict[str, float]:
+    """Accuracies in percent by the summed logits of both networks: overall, by shot and by class [Sec. 8]."""
+    labels = tested.labels.cpu().numpy()
+    logits = summed_logits(nets, tested.batches, len(labels), len(observed_counts), device)
+    return accuracies(logits.argmax(dim=1).cpu().numpy(), labels, observed_counts.cpu().numpy())
+
+
+def full_test(
+    nets: list[PreActResNet], whole: Labelled, observed_counts: torch.Tensor, device: gpu.Device
+) -> dict[str, float]:
+    """The accuracies on all test images, overall and by shot, for --full_test_at_end."""
+    report = test(nets, whole, observed_counts, device)
+    shots = {f"full_test_{shot}_accuracy": report[f"{shot}_accuracy"] for shot in SHOTS}
+    return {"full_test": report["test_accuracy"], "full_test_images": len(whole.labels), **shots}
 
 
 def method(args: Namespace) -> str:
     """What a result row calls the method."""
-    return SELECTIONS[args.selection] + (f" + {LOSSES[args.loss]}" if args.loss != "ce" else "")
+    usual = "released" if args.fidelity == "released" else "persist"
+    moments = f" (ema_mode {args.ema_mode})" if args.selection == "sfa" and args.ema_mode != usual else ""
+    return SELECTIONS[args.selection] + moments + (f" + {LOSSES[args.loss]}" if args.loss != "ce" else "")
 
 
 def directory_name(args: Namespace) -> str:

@@ -43,6 +43,10 @@ class Split(NamedTuple):
     images: np.ndarray  # uint8 [N, H, W, C]
     labels: np.ndarray  # int64 [N]
 
+    def only(self, keep: np.ndarray) -> "Split":
+        """The images at `keep`, positions."""
+        return Split(self.images[keep], self.labels[keep])
+
 
 class Data(NamedTuple):
     """A data set in memory, with clean labels unless it came with none."""

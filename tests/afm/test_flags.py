@@ -67,6 +67,8 @@ FLAGS = [
     (("--noise_file", "--noise-file"), None),
     (("-r", "--resume"), "auto"),
     (("--limit_train",), None),
+    (("--limit_test",), None),
+    (("--full_test_at_end",), False),
 ]
 
 # frozen too: the networks to choose from

@@ -190,6 +190,19 @@ def test_labels_that_people_gave_are_read_from_the_data_folder(tmp_path):
     assert len(data.noisy_labels) == 8 and np.array_equal(data.noisy_labels, (data.train.labels + 1) % 10)
 
 
+def test_a_file_with_labels_of_the_first_images_alone_makes_a_data_set_of_these(tmp_path):
+    clean = datasets.load("digits").train.labels
+    np.save(tmp_path / "first.npy", (clean[:100] + 1) % 10)
+    setting = Setting("digits", "first", "margin1", 0.35, labels="first.npy", images=100)
+    for limit in (None, 30):
+        inputs = inputs_of(setting, 3, tmp_path / "out", tmp_path, limit)
+        prepare(setting, 3, inputs, tmp_path, limit)
+        data = datasets.load("digits", inputs.folder)
+        assert len(data.train.labels) == (limit or 100)
+        assert np.array_equal(data.noisy_labels, (data.train.labels + 1) % 10)
+    assert cross.columns_of(setting) == {"noise_type": "margin1", "noise_rate": 0.35, "imb_factor": ""}
+
+
 def test_an_unknown_setting_is_refused_with_the_choices():
     with pytest.raises(
         UserError, match=r"--settings human-worst: digits has no such setting, choose from sym0\.2"

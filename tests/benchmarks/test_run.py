@@ -10,7 +10,7 @@ import pytest
 
 from afm import train
 from benchmarks import run
-from benchmarks.cells import PAPERS, PROFILES, ROOT, cells
+from benchmarks.cells import CLAIMS, PAPERS, PROFILES, ROOT, cells
 from benchmarks.engines import is_finished
 from common.cli import UserError, read_presets
 from common.results import COLUMNS
@@ -21,11 +21,13 @@ from sfa import Train_cifar
 def test_every_preset_is_a_cell_of_one_profile_or_of_the_protocol_and_its_shortened_form(paper):
     names = {profile: [cell.preset for cell in cells(paper, profile)] for profile in PROFILES}
     own = [name for name in names["short"] if name.startswith("short/")]
-    every = [*names["embedded"], *own, *names["paper"]]
+    of_claims = [cell.preset for cell in cells(paper, CLAIMS)]
+    every = [*names["embedded"], *own, *names["paper"], *of_claims]
     assert sorted(every) == sorted(read_presets(ROOT / paper / "presets.toml"))
     assert sorted(names["short"]) == sorted([*own, *names["paper"]])
     assert all(name.startswith("embedded/") for name in names["embedded"])
-    assert not any(name.startswith(("embedded/", "short/")) for name in names["paper"])
+    assert not any(name.startswith(("embedded/", "short/", "claims/")) for name in names["paper"])
+    assert of_claims and all(name.startswith("claims/") for name in of_claims)
     assert names["embedded"] and names["paper"]
 
 

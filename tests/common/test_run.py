@@ -251,6 +251,22 @@ def test_a_subset_of_the_training_data_shows_in_the_profile_of_every_result(star
     assert {row["profile"] for row in table(tmp_path / "result.csv")} == {"short+limit_train=8"}
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_full_test_is_a_metric_of_its_own_that_says_how_many_images_it_saw(asked, start, tmp_path):
+    run = start(tmp_path, limit_train=8, limit_test=2, full_test_at_end=asked)
+    state, calls = begin(run), []
+    for epoch in run.epochs(3):
+        do_epoch(run, epoch, state)
+    full = run.full_test(lambda: calls.append(1) or {"full_test": 62.5, "full_test_images": 1000})
+    assert full == ({"full_test": 62.5, "full_test_images": 1000} if asked else {})
+    run.finish(**full)
+    assert run.full_test(calls.clear) == {}, "not measured again"
+    rows = table(tmp_path / "result.csv")
+    assert {row["profile"] for row in rows} == {"short+limit_train=8+limit_test=2"}
+    assert {"full_test", "full_test_images"} <= {row["metric"] for row in rows} or not asked
+    assert len(calls) == asked
+
+
 def test_a_finished_run_is_left_as_it_is(start, tmp_path):
     train(start(tmp_path))
     before = {name: (tmp_path / name).read_bytes() for name in ("log.csv", "result.json", "result.csv")}

@@ -102,7 +102,8 @@ def as_a_user(base: Path) -> Ended:
     (base / "user").mkdir()
     environment = wrong_copies(base / "user" / "elsewhere")
     words = split(
-        "--epochs 2 --warmup-epoch 1 --limit_train 16 --seed 1 --img-size 16 --workers 1 --fidelity released"
+        "--epochs 2 --warmup-epoch 1 --limit_train 16 --seed 1 --img-size 16 --workers 1 --fidelity released "
+        "--limit_test 3 --full_test_at_end"
     )
     words = [*TINY, *words, "--data-dir", "../../data", "--decoded", "../decoded", "--out", "../run"]
     script = ROOT / "manifold_dividemix" / "train_semisup_miniimagenet.py"
@@ -188,7 +189,8 @@ def test_the_released_network_by_path_with_a_worker(base, ends):
     assert end.status == 0 and end.err == "", end.err
     assert len(list((base / "user" / "decoded").glob("*16x16*.npz"))) == 2
     found, weights = result(run), state(run)["network"]
-    assert (found["fidelity"], found["profile"]) == ("released", "short+limit_train=16")
+    assert (found["fidelity"], found["profile"]) == ("released", "short+limit_train=16+limit_test=3")
+    assert found["metrics"]["full_test"] >= 0 and found["metrics"]["full_test_images"] > 3
     assert weights["encoder.conv1.weight"].shape == (64, 3, 3, 3) and weights["classifier.weight"].shape == (
         100,
         512,

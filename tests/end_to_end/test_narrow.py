@@ -115,14 +115,21 @@ def test_a_run_with_the_narrow_network_ends_and_says_so(paper, eta, tmp_path, mo
     np.save("eta.npy", eta)
     script, flags = RUNS[paper]
     given = [] if paper == "me_momentum" else ["--posterior", "eta.npy"]  # one makes it
-    script.main([*COMMON, *noise_flags(paper), *given, *flags.split()])
+    words = [*COMMON, *noise_flags(paper), *given, *flags.split()]
+    script.main([*words, "--limit_test", "30", "--full_test_at_end"])
     assert not Path("data").exists()
     [run] = (tmp_path / "results" / "runs" / paper).iterdir()
-    assert run.name.endswith(flags.split()[-1]) or f"{flags.split()[-1]}-" in run.name
+    assert f"_{flags.split()[-1]}-" in run.name and "-limit_test_30-" in run.name
     arguments = content(run, "args.json")["arguments"]
     assert flags.split()[-1] in (arguments.get("arch"), arguments.get("network"))
     assert widths(state(run)) == [16, 16, 16, 32, 32, 64, 64]
-    assert 0 < content(run, "result.json")["metrics"]["last"] <= 100
+    found = content(run, "result.json")
+    assert found["profile"] == "embedded+limit_train=160+limit_test=30"
+    assert found["metrics"]["last"] * 0.3 == pytest.approx(round(found["metrics"]["last"] * 0.3), abs=1e-4)
+    script.main([*words, "--out", "whole"])
+    whole = content(tmp_path / "whole", "result.json")["metrics"]
+    assert found["metrics"]["full_test"] == pytest.approx(whole["last"]) and 0 < whole["last"] <= 100
+    assert found["metrics"]["full_test_images"] == 360 and "full_test" not in whole
     assert_noisy(run, NOISE[paper][1], eta)
     if paper == "sanm":  # its figure shows masks, for which the network is made again
         sanm.visualize.main([str(run), "--out", str(tmp_path / "sanm.png")])
@@ -140,9 +147,13 @@ def test_manifold_dividemix_begins_from_the_narrow_encoder_and_no_other_network_
     assert content(tmp_path / "encoder", "noise.json")["realised_rate"] == 0, "no label is used"
     file = tmp_path / "encoder" / "encoder.safetensors"
     words = [*MANIFOLD, *kind, "--pretrained", str(file), "--out"]
-    train_semisup.main([*words, str(tmp_path / "run"), "--arch", "narrow"])
+    for out, limit in (("run", []), ("limited", ["--limit_test", "30", "--full_test_at_end"])):
+        train_semisup.main([*words, str(tmp_path / out), "--arch", "narrow", *limit])
     assert "encoder.safetensors: 44 tensors taken, 0 others left" in capsys.readouterr().out
-    assert content(tmp_path / "run", "result.json")["metrics"]["last"] > 0
+    whole, limited = (content(tmp_path / out, "result.json") for out in ("run", "limited"))
+    assert limited["profile"] == "embedded+limit_train=160+limit_test=30"
+    assert limited["metrics"]["full_test"] == pytest.approx(whole["metrics"]["last"])
+    assert limited["metrics"]["last"] != limited["metrics"]["full_test"]
     assert_noisy(tmp_path / "run", "hard", eta)
     assert widths(state(tmp_path / "run")) == [16, 16, 16, 32, 32, 64, 64]
     with pytest.raises(SystemExit) as stop:

@@ -43,6 +43,8 @@ SHARED = [
     (("--noise_file", "--noise-file"), None, None),
     (("-r", "--resume"), "auto", ["auto", "never"]),
     (("--limit_train",), None, None),
+    (("--limit_test",), None, None),
+    (("--full_test_at_end",), False, None),
 ]
 
 

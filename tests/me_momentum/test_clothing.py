@@ -69,6 +69,8 @@ FLAGS = [
     (("--noise_file", "--noise-file"), None),
     (("-r", "--resume"), "auto"),
     (("--limit_train",), None),
+    (("--limit_test",), None),
+    (("--full_test_at_end",), False),
 ]
 
 # the release's flags: option, default there, a typed value and what it is read as. Not here: --model_dir, a name for --out
@@ -564,12 +566,16 @@ def test_part_of_the_images_from_a_cache_with_labels_of_a_file(root, monkeypatch
         image.write_bytes(b"")  # there, but never read
     np.save(root.parent / "labels.npy", np.arange(12) % 3)
     where = f"--image_cache {root.parent / 'cache'} --noise_file {root.parent / 'labels.npy'}"
+    where += " --limit_test 2 --full_test_at_end"
     run = run_clothing(root, f"{where} --limit_train 8 --batch_size 4 --max_inner_loop 2 --max_outer_loop 1")
     index, observed = (np.load(run / f"{name}.npy") for name in ("train_index", "noisy_labels"))
     assert len(index) == 8 and (np.diff(index) > 0).all()
     assert observed.tolist() == (index % 3).tolist()
     for row in table(run / "result.csv"):
-        assert (row["noise_type"], row["profile"]) == ("labels.npy", "short+limit_train=8")
+        assert (row["noise_type"], row["profile"]) == ("labels.npy", "short+limit_train=8+limit_test=2")
+    metrics = result(run)["metrics"]
+    assert metrics["last"] in (0, 50, 100) and metrics["full_test"] >= 0
+    assert metrics["full_test_images"] == len(datasets.load_clothing1m(root, "noisy").test.labels) > 2
 
 
 @pytest.mark.parametrize(

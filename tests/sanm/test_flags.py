@@ -62,6 +62,8 @@ FLAGS = [
     (("--noise_file", "--noise-file"), None),
     (("-r", "--resume"), "auto"),
     (("--limit_train",), None),
+    (("--limit_test",), None),
+    (("--full_test_at_end",), False),
 ]
 
 # the release's flags: option, default there, a typed value and what it is read as. Of --data_path and --check_path the defaults

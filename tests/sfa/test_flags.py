@@ -56,6 +56,8 @@ FLAGS = [
     (("--noise_file", "--noise-file"), None),
     (("-r", "--resume"), "auto"),
     (("--limit_train",), None),
+    (("--limit_test",), None),
+    (("--full_test_at_end",), False),
 ]
 
 # the release's flags: option, default, a typed value and what it is read as. Not here: -r/--resume, an epoch there
