@@ -39,6 +39,7 @@ from afm.training import (
     train_epoch_mixing_inputs,
 )
 from common import cli, gpu, processes
+from common.datasets import posterior
 from common.noise import NOISE_TYPES
 from common.run import Run, run_name
 
@@ -49,44 +50,7 @@ ROUNDS = 20  # random groups that a sample's attention is averaged over at the e
 def make_parser() -> cli.Parser:
     """The release's flags and defaults, flags for its single quirks and the ablations, and the flags all scripts share."""
     parser = cli.Parser(prog="train.py", description=__doc__.splitlines()[0])
-    data = parser.add_argument_group("data and label noise")
-    data.add_argument(
-        "--dataset",
-        default="food",
-        help="food (Food-101N, tested on Food-101), clothing1m, cifar10, cifar100, mnist, fashion_mnist, digits, or NAME "
-        "for DATA_ROOT/NAME.npz",
-    )
-    data.add_argument(
-        "--data-root",
-        metavar="DIR",
-        help="where the data set is; by default ./data/food, ./data/clothing1m, and ./data for the others",
-    )
-    data.add_argument(
-        "--train-on",
-        choices=["noisy", "noisy+verified", "noisy+clean"],
-        default="noisy",
-        help="Clothing1M: the million noisy images; with the images verified to be right; with fine-tuning on 50k clean",
-    )
-    data.add_argument(
-        "--noise-type",
-        choices=[*NOISE_TYPES, "given", "none"],
-        default="symmetric",
-        help="label noise of the data sets that are clean; given: the noisy_labels of an .npz",
-    )
-    data.add_argument("--noise-rate", type=cli.fraction, default=0.5, help="rate of that noise")
-    data.add_argument(
-        "--on_bad_image",
-        choices=["error", "skip"],
-        default="error",
-        help="images that are missing or damaged: stop, or leave them out from the start",
-    )
-    data.add_argument(
-        "--image-cache",
-        metavar="DIR",
-        help="read images from a cache made by python -m common.datasets cache",
-    )
-    data.add_argument("--workers", type=cli.count_or_zero, default=4, help="processes that decode images")
-
+    add_data_flags(parser)
     network = parser.add_argument_group("network")
     network.add_argument(
         "--network",
@@ -218,6 +182,49 @@ def make_parser() -> cli.Parser:
     return parser
 
 
+def add_data_flags(parser: cli.Parser) -> None:
+    """Which images and labels."""
+    data = parser.add_argument_group("data and label noise")
+    data.add_argument(
+        "--dataset",
+        default="food",
+        help="food (Food-101N, tested on Food-101), clothing1m, cifar10, cifar100, mnist, fashion_mnist, digits, or NAME "
+        "for DATA_ROOT/NAME.npz",
+    )
+    data.add_argument(
+        "--data-root",
+        metavar="DIR",
+        help="where the data set is; by default ./data/food, ./data/clothing1m, and ./data for the others",
+    )
+    data.add_argument(
+        "--train-on",
+        choices=["noisy", "noisy+verified", "noisy+clean"],
+        default="noisy",
+        help="Clothing1M: the million noisy images; with the images verified to be right; with fine-tuning on 50k clean",
+    )
+    data.add_argument(
+        "--noise-type",
+        choices=[*NOISE_TYPES, "given", "none"],
+        default="symmetric",
+        help="label noise of the data sets that are clean; "
+        f"{posterior.HELP}; given: the noisy_labels of an .npz",
+    )
+    data.add_argument("--noise-rate", type=cli.fraction, default=0.5, help="rate of that noise")
+    posterior.add_flag(data)
+    data.add_argument(
+        "--on_bad_image",
+        choices=["error", "skip"],
+        default="error",
+        help="images that are missing or damaged: stop, or leave them out from the start",
+    )
+    data.add_argument(
+        "--image-cache",
+        metavar="DIR",
+        help="read images from a cache made by python -m common.datasets cache",
+    )
+    data.add_argument("--workers", type=cli.count_or_zero, default=4, help="processes that decode images")
+
+
 def parse_args(argv=None) -> Namespace:
     """Parse, and settle the defaults that depend on other flags."""
     parser = make_parser()
@@ -232,6 +239,7 @@ def parse_args(argv=None) -> Namespace:
     args.out, args.checkpoint = args.out or args.checkpoint, None
     if args.dataset in ON_DISK or args.noise_file:
         args.noise_type = "given"
+    posterior.check_flag(parser, args, args.noise_type, "--noise-type")
     if args.group_size < 2:
         parser.error(f"argument --group-size: a group has at least 2 members, got {args.group_size}")
     if args.attention == "complement" and args.weights == "attentive" and args.group_size != 2:

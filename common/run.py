@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # what may differ when a run goes on; that the data are the same is seen by the sha256 of the labels
 NOT_COMPARED = (
     *("out", "resume", "data_path", "data_root", "workers", "device_ids"),
-    *("ood_dir", "open_set_cache", "decoded"),
+    *("ood_dir", "open_set_cache", "decoded", "posterior"),
     *("parallel", "gpuid1", "gpuid2"),
 )
 
@@ -161,7 +161,7 @@ class Run:
         path = self.folder / "noise.json"
         if path.exists() and json.loads(path.read_text())["sha256"] != report["sha256"]:
             raise UserError(
-                f"{self.folder} began with other labels: the data or --noise_file changed; choose another --out"
+                f"{self.folder} began with other labels: the data, --noise_file or the posterior changed; choose another --out"
             )
         write_atomic(self.folder / "noisy_labels.npy", content)
         write_atomic(self.folder / "train_index.npy", _npy(index))

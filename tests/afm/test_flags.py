@@ -18,6 +18,7 @@ FLAGS = [
     (("--train-on",), "noisy"),
     (("--noise-type",), "symmetric"),
     (("--noise-rate",), 0.5),
+    (("--posterior",), None),
     (("--on_bad_image",), "error"),
     (("--image-cache",), None),
     (("--workers",), 4),

@@ -545,7 +545,9 @@ def test_a_run_that_began_with_other_images_labels_or_arguments_is_refused(tmp_p
     )
     write_npz(pool, 400, 8, 0)
     np.save(file, np.roll(labels, 2))
-    assert re.search("began with other labels: the data or --noise_file changed", refused_again())
+    assert re.search(
+        "began with other labels: the data, --noise_file or the posterior changed", refused_again()
+    )
     np.save(file, np.roll(labels, 1))
     assert "alpha was 4, now 2.0" in refused_again("--alpha", "2")
     small(run, *words)  # with everything as it was, it is finished

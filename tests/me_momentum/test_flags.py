@@ -17,6 +17,7 @@ FLAGS = [
     (("--data_path",), "./data"),
     (("--noise_type",), "symmetric"),
     (("--noise_rate",), 0.2),
+    (("--posterior",), None),
     (("--data_percent",), 0.9),
     (("--network",), "auto"),
     (("--stem_padding",), 0),
@@ -137,7 +138,9 @@ def test_the_released_model_dir_is_a_name_for_out():
         (["--fidelity", "released", "--no-legacy_batch_mean"], "train", "train", False),
     ],
 )
-def test_views_are_the_releases_and_fidelity_decides_test_accuracy_unless_a_flag_is_typed(argv, select, val, batch_mean):
+def test_views_are_the_releases_and_fidelity_decides_test_accuracy_unless_a_flag_is_typed(
+    argv, select, val, batch_mean
+):
     args = parse_args(argv)
     assert (args.select_view, args.val_view, args.legacy_batch_mean) == (select, val, batch_mean)
 
