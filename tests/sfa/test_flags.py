@@ -138,7 +138,7 @@ def test_every_preset_of_the_script_parses_and_its_values_arrive(name):
     assert {flag: args.get(flag) for flag in section} == section
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [name for name in OURS if not name.startswith("claims/")])
 def test_the_name_of_a_preset_ends_in_its_selection_and_its_loss(name):
     args = parse_args(["--preset", name])
     assert name.split("/")[2] == args.selection + (f"-{args.loss}" if args.loss != "ce" else "")
