@@ -54,7 +54,7 @@ def make_parser() -> cli.Parser:
     training = simclr.add_recipe_flags(parser)
     training.add_argument("--arch", choices=list(ARCHS), default="resnet18", help=ARCH_HELP)
     training.add_argument("--gpu", type=cli.count_or_zero, default=0, help="which CUDA device")
-    training.add_argument("--knn-k", "--knn_k", type=cli.count, default=10, help="of the outlier score")
+    training.add_argument("--knn-k", type=cli.count, default=10, help="of the outlier score")
     training.add_argument(
         "--workers", type=cli.count_or_zero, default=8, help="processes that decode image files"
     )

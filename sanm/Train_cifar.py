@@ -102,7 +102,6 @@ def make_parser() -> cli.Parser:
     )
     base.add_argument(
         "--released-softmax",
-        "--released_softmax",
         action=BooleanOptionalAction,
         help="--base c2d returns probabilities, of which softmax is taken once more; by default under --fidelity released",
     )
@@ -134,7 +133,6 @@ def make_parser() -> cli.Parser:
     )
     training.add_argument(
         "--warm-up-views",
-        "--warm_up_views",
         choices=["strong", "weak"],
         default="strong",
         help="strong: colour jitter, crop, flip and affine, as in the release; weak: crop and flip, as DivideMix and C2D",
@@ -154,7 +152,6 @@ def make_parser() -> cli.Parser:
     masks = add_mask_flags(parser, MaskRule(), recon_weight=0.02)
     masks.add_argument(
         "--ref-views",
-        "--ref_views",
         choices=["strong", "weak"],
         default="strong",
         help="the views that give targets, maps and masked images: AutoAugment as in the release, or crop and flip",

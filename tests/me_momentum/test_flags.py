@@ -41,7 +41,7 @@ FLAGS = [
     (("--compile",), False),
     (("--fidelity",), "paper"),
     (("--preset",), None),
-    (("--noise_file", "--noise-file"), None),
+    (("--noise_file",), None),
     (("-r", "--resume"), "auto"),
     (("--limit_train",), None),
 ]
@@ -137,7 +137,9 @@ def test_the_released_model_dir_is_a_name_for_out():
         (["--fidelity", "released", "--no-legacy_batch_mean"], "train", "train", False),
     ],
 )
-def test_views_are_the_releases_and_fidelity_decides_test_accuracy_unless_a_flag_is_typed(argv, select, val, batch_mean):
+def test_views_are_the_releases_and_fidelity_decides_test_accuracy_unless_a_flag_is_typed(
+    argv, select, val, batch_mean
+):
     args = parse_args(argv)
     assert (args.select_view, args.val_view, args.legacy_batch_mean) == (select, val, batch_mean)
 
