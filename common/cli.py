@@ -151,7 +151,7 @@ def add_shared_flags(parser: Parser, default_seed: int) -> None:
         "--precision",
         choices=["auto", "fp32", "bf16"],
         default="auto",
-        help="auto: bfloat16 autocast on CUDA, float32 on CPU",
+        help="auto: bfloat16 autocast on CUDA, float32 on CPU and under --fidelity released",
     )
     group.add_argument("--compile", action="store_true", help="compile the networks with torch.compile")
     group.add_argument(

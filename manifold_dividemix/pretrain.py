@@ -40,8 +40,9 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="pretrain.py",
         description=__doc__.splitlines()[0],
-        epilog="There is no released code of this step, so --fidelity makes no difference. No label is used in training; the "
-        "flags of label noise name the list of mini_imagenet, and let the rest of a command be that of train_semisup.",
+        epilog="There is no released code of this step: --fidelity released changes the precision alone. No label is used "
+        "in training; the flags of label noise name the list of mini_imagenet, and let the rest of a command be that of "
+        "train_semisup.",
     )
     data.add_open_set_flags(parser, f", or {MINI_IMAGENET}")
     data.add_noise_flags(
@@ -80,7 +81,7 @@ def parse_args(argv=None) -> Namespace:
 def main(argv=None) -> None:
     """Pre-train an encoder and write its run directory [Sec. 4.0]."""
     args = parse_args(argv)
-    device = gpu.pick(args.device, args.precision, args.gpu)
+    device = gpu.pick(args.device, args.precision, args.gpu, fidelity=args.fidelity)
     corpus = data.load_mini_imagenet(args) if args.dataset == MINI_IMAGENET else data.load_open_set(args)
     if len(corpus.observed) < 2:
         raise UserError("one training image has no neighbours: use a larger --limit_train or data set")

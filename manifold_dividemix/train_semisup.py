@@ -371,7 +371,7 @@ def method(args: Namespace) -> str:
 def main(argv=None) -> None:
     """Train Manifold DivideMix and write its run directory."""
     args = parse_args(argv)
-    device = gpu.pick(args.device, args.precision, args.gpu, several=True)
+    device = gpu.pick(args.device, args.precision, args.gpu, several=True, fidelity=args.fidelity)
     corpus = data.load_open_set(args)
     start(corpus, args, device, directory_name(args), cell(args, corpus))
 

@@ -405,7 +405,7 @@ def train_epoch(
 def main(argv=None) -> None:
     """Train Me-Momentum on Clothing1M and write its run directory."""
     args = parse_args(argv)
-    device = gpu.pick(args.device, args.precision, several=True)
+    device = gpu.pick(args.device, args.precision, several=True, fidelity=args.fidelity)
     data = load(args, device)
     fresh_network = partial(clothing_network, args.num_classes, args.network, args.pretrained)
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator

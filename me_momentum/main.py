@@ -312,7 +312,7 @@ def copy_of(network: nn.Module) -> dict[str, Tensor]:
 def main(argv=None) -> None:
     """Train Me-Momentum and write its run directory."""
     args = parse_args(argv)
-    device = gpu.pick(args.device, args.precision)
+    device = gpu.pick(args.device, args.precision, fidelity=args.fidelity)
     data = datasets.load(args.dataset, args.data_path)
     index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
     observed = datasets.observed_labels(

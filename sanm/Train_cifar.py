@@ -336,7 +336,7 @@ def main(argv=None) -> None:
     """Train SANM and write its run directory."""
     args = parse_args(argv)
     note_schedule(args)
-    device = gpu.pick(args.device, args.precision, args.gpuid)
+    device = gpu.pick(args.device, args.precision, args.gpuid, fidelity=args.fidelity)
     data = datasets.load(args.dataset, args.data_path)
     index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
     if args.selection == "gmm" and len(index) < 2:

@@ -353,7 +353,7 @@ def scores(networks: list[nn.Module], split: Labelled, name: str, s: Setting) ->
 def main(argv=None) -> None:
     """Train SANM on Clothing1M and write its run directory."""
     args = parse_args(argv)
-    device = gpu.pick(args.device, args.precision, args.gpuid, several=True)
+    device = gpu.pick(args.device, args.precision, args.gpuid, several=True, fidelity=args.fidelity)
     data = load(args, device)
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
     nets = [clothing_network(args.network, args.num_class, args.pretrained) for _ in range(2)]

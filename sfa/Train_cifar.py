@@ -341,7 +341,7 @@ def main(argv=None) -> None:
     """Train SFA and write its run directory."""
     args = parse_args(argv)
     note_schedule(args)
-    device = gpu.pick(args.device, args.precision, args.gpuid)
+    device = gpu.pick(args.device, args.precision, args.gpuid, fidelity=args.fidelity)
     data = datasets.load(args.dataset, args.data_path)
     index, clean, observed = long_tailed_noisy(data, args)
     run = Run(

@@ -502,7 +502,7 @@ def main(argv=None) -> None:
         with redirect_stdout(None):  # what is wrong with the data is told before, in one line
             load(args, Device(torch.device("cpu"), "fp32", ""))
         start_both(args, argv)
-    device = gpu.pick(args.device, args.precision, args.gpuid1, several=True)
+    device = gpu.pick(args.device, args.precision, args.gpuid1, several=True, fidelity=args.fidelity)
     data = load(args, device)
     run = Run(args, device, paper="sfa", method="SFA", name=directory_name(args), cell=cell(args))
     run.save_labels(data.index, None, data.split.labels, args.num_class)

@@ -1,8 +1,13 @@
-"""What all training scripts have alike: spellings of flags."""
+"""What all training scripts have alike: spellings of flags, and the precision of --fidelity released."""
 
+import json
+
+import numpy as np
 import pytest
 
 from afm import train
+from benchmarks import baseline
+from common import gpu
 from manifold_dividemix import pretrain as manifold_pretrain
 from manifold_dividemix import train_semisup, train_semisup_miniimagenet
 from me_momentum import Clothing, main
@@ -29,3 +34,31 @@ def test_every_flag_can_be_typed_with_hyphens_and_with_underscores(script):
             options.append(option.replace("_", "-"))
     assert len(options) == len({*options}), "a doubled spelling"
     assert {"--noise-file", "--limit-train"} < {*options}
+
+
+@pytest.fixture
+def picking(monkeypatch):
+    """Ends a script where it picks its device, with what it asked for."""
+
+    def pick(device, precision, *_, fidelity, **__):
+        raise InterruptedError(precision, fidelity)
+
+    monkeypatch.setattr(gpu, "pick", pick)
+
+
+@pytest.mark.parametrize("fidelity", ["paper", "released"])
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_the_precision_follows_fidelity(script, fidelity, picking):
+    with pytest.raises(InterruptedError) as stop:
+        script.main(["--device", "cpu", "--fidelity", fidelity])
+    assert stop.value.args == ("auto", fidelity)
+
+
+def test_the_baselines_precision_follows_the_fidelity_of_the_run_it_is_like(tmp_path, picking):
+    arguments = {"seed": 1, "num_epochs": 2, "fidelity": "released"}
+    (tmp_path / "args.json").write_text(json.dumps({"arguments": arguments, "cell": {}}))
+    for name in ("train_index", "noisy_labels"):
+        np.save(tmp_path / f"{name}.npy", np.arange(3))
+    with pytest.raises(InterruptedError) as stop:
+        baseline.main(["--like", str(tmp_path), "--device", "cpu"])
+    assert stop.value.args == ("auto", "released")
