@@ -21,7 +21,7 @@ from torch.optim import SGD, Optimizer
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, gpu, processes
+from common import cli, gpu, processes, selection_report
 from common.augment import crop_and_flip, training_augmentation
 from common.cli import UserError
 from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
@@ -29,6 +29,7 @@ from common.encoders import load_encoder
 from common.loader import Batches, Images
 from common.policies import four_views
 from common.run import Run, run_name
+from common.selection_report import PATIENCE, Selected
 from manifold_dividemix import corpus as data
 from manifold_dividemix.corpus import Corpus
 from manifold_dividemix.flags import add_training_flags, settle
@@ -249,11 +250,16 @@ def train(network: Network, corpus: Corpus, run: Run, args: Namespace, device: g
     test = Batches(test_images, 512, rank=processes.rank(), world=processes.world())
     loader, draws = device.generator(args.seed), np.random.default_rng(args.seed)
     memory = {"kept": None, "clean": None, "first_auroc": None, "auroc": None}
+    memory["streaks"] = selection_report.no_streaks(1, corpus.num_classes)
     state = {"network": network, "optimizer": optimizer, "loader": loader, "draws": draws}
     run.resume({**state, "memory": memory})
     kept, clean = (value if value is None else value.to(device.device) for value in list(memory.values())[:2])
     s = Setting(args, device, run, train_images, labels, loader, draws)
     splits = splits_of(args)
+    right = right_labels(corpus, device)
+    if splits:
+        steps = args.warmup_epoch * len(s.batches(s.crop()))
+        selection_report.note_short_warm_up(steps, f"--warmup-epoch {args.warmup_epoch}")
 
     for number in run.epochs(args.epochs):
         epoch, auroc = number - 1, None  # the release counts from 0
@@ -265,9 +271,14 @@ def train(network: Network, corpus: Corpus, run: Run, args: Namespace, device: g
             memory |= {"kept": kept, "clean": clean, "first_auroc": first, "auroc": auroc}
 
         sides = None if clean is None else divide(clean, kept, args.p_threshold)
+        chosen = [] if sides is None else [Selected(sides[0], labels, right)]
         if sides is None or too_small(*sides, args.batch_size):
             losses = warm_up_epoch(network, optimizer, kept, epoch, s)
         else:
+            if epoch in splits:
+                memory["streaks"] = selection_report.follow(
+                    memory["streaks"], chosen, "a longer --warmup-epoch", min(PATIENCE, len(splits))
+                )
             losses = mixematch_epoch(network, optimizer, *sides, clean, epoch, s)
 
         passing = run.progress(test, f"epoch {epoch} test", training=False)
@@ -275,6 +286,7 @@ def train(network: Network, corpus: Corpus, run: Run, args: Namespace, device: g
         report = {"loss": losses[0], "test_accuracy": top_accuracy(logits, test_labels)}
         report |= {"test_top5": top_accuracy(logits, test_labels, 5), "ood_auroc": auroc}
         report |= removal_statistics(kept, corpus.ood) | split_statistics(sides, clean, corpus)
+        report |= selection_report.columns(chosen)
         report |= {f"{name}_loss": value for name, value in zip(PARTS, losses[1:], strict=True)}
         if args.eval_train:
             seen = look(network, s.plain(f"epoch {epoch} training accuracy"), labels, device)
@@ -282,6 +294,13 @@ def train(network: Network, corpus: Corpus, run: Run, args: Namespace, device: g
         run.log(number, **report, lr_head=optimizer.param_groups[0]["lr"])
     last = {f"last_{name}": run.rows[-1][name] for name in STATISTICS}
     run.finish(first_ood_auroc=memory["first_auroc"], last_ood_auroc=memory["auroc"], **last)
+
+
+def right_labels(corpus: Corpus, device: gpu.Device) -> Tensor | None:
+    """Whose given label is the true one, bool [N]; of no image from elsewhere. None if the true labels are unknown."""
+    if corpus.clean is None:
+        return None
+    return torch.from_numpy((corpus.observed == corpus.clean) & ~corpus.ood).to(device.device)
 
 
 def splits_of(args: Namespace) -> list[int]:
