@@ -407,7 +407,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     if args.device_ids:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.device_ids
-    device = gpu.pick(args.device, args.precision, several=True)
+    device = gpu.pick(args.device, args.precision, several=True, fidelity=args.fidelity)
     on_disk = args.dataset in ON_DISK
     loader = torch.Generator().manual_seed(args.seed) if on_disk else device.generator(args.seed)
     data = load(args, device, loader)

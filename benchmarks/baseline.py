@@ -73,7 +73,10 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--out", metavar="DIR", help="run directory; by default baseline/ beside that run")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
     parser.add_argument(
-        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="as in the scripts"
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="as in the scripts; auto: float32 if that run has --fidelity released",
     )
     parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     parser.add_argument("-r", "--resume", choices=["auto", "never"], default="auto", help="as in the scripts")
@@ -129,7 +132,7 @@ def main(argv=None) -> None:
     args.seed = arguments["seed"]
     args.num_epochs = args.num_epochs or arguments["num_epochs"]
     args.out = args.out or str(like / "baseline")
-    device = gpu.pick(args.device, args.precision)
+    device = gpu.pick(args.device, args.precision, fidelity=arguments.get("fidelity", "paper"))
     folder = args.data_path or arguments.get("data_path") or arguments.get("data_root") or "./data"
     data = datasets.load(arguments["dataset"], folder)
     columns = ("table", "cell", "dataset", "noise_type", "noise_rate", "imb_factor", "ood_ratio", "profile")

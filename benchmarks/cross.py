@@ -265,7 +265,7 @@ def make_parser(description: dict) -> cli.Parser:
     parser.add_argument(
         "--out", default="results", metavar="DIR", help="where cross_DATASET.csv, cross_data/ and runs/ go"
     )
-    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print the commands and stop")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")
     add_engine_flags(parser)
     return parser
 

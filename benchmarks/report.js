@@ -407,7 +407,7 @@ function accuracySeries(row) {
 // what a log says of the selection: shares and areas under curves, and counts
 function selectionSeries(row) {
   const own = logsOf(row);
-  const pattern = /(precision|recall|auc|auroc|selected|labelled|removed|_size|_share|_ood|attention_right|attention_wrong)$/;
+  const pattern = /(precision|recall|auc|auroc|_selected|labelled|removed|_size|_share|_ood|right_selected_min|attention_right|attention_wrong)$/;
   let names = own[0].log.columns.filter((name) => pattern.test(name) && !name.startsWith("net2_"));
   if (names.length > 8) names = names.filter((name) => !/(many|medium|few)_/.test(name));
   const series = names.map((name) => ({ name: name.replaceAll("_", " "), points: meanOf(own.map(({ log }) => column(log, name))) })).filter((one) => one.points.length);

@@ -48,11 +48,29 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors in one line, no abbreviated flags, and every default shown in the help."""
+    """argparse with errors in one line, no abbreviated flags, and every default shown in the help.
+
+    A flag can be typed with hyphens or underscores: --noise-file is read as --noise_file, --bn_mode as --bn-mode.
+    """
 
     def __init__(self, **options):
         options.setdefault("formatter_class", _Help)
         super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        """As argparse, each flag in its own spelling; words after a bare -- are no flags."""
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)
+        return super().parse_known_args([*map(self._own_spelling, words[:end]), *words[end:]], namespace)
+
+    def _own_spelling(self, word: str) -> str:
+        """The word, its flag in the spelling that this parser knows; unknown flags and values stay as typed."""
+        flag, equals, value = word.partition("=")
+        known = self._option_string_actions
+        if flag in known or not flag.startswith("--"):
+            return word
+        own = {option.replace("_", "-"): option for option in known}.get(flag.replace("_", "-"), flag)
+        return own + equals + value
 
     def error(self, message: str):
         """Print one line on standard error and exit with status 2."""
@@ -226,7 +244,7 @@ def add_shared_flags(parser: Parser, default_seed: int) -> None:
         "--precision",
         choices=["auto", "fp32", "bf16"],
         default="auto",
-        help="auto: bfloat16 autocast on CUDA, float32 on CPU",
+        help="auto: bfloat16 autocast on CUDA, float32 on CPU and under --fidelity released",
     )
     group.add_argument("--compile", action="store_true", help="compile the networks with torch.compile")
     group.add_argument(
@@ -240,7 +258,6 @@ def add_shared_flags(parser: Parser, default_seed: int) -> None:
     )
     group.add_argument(
         "--noise_file",
-        "--noise-file",
         metavar="FILE",
         help="observed labels to use instead of drawn noise (.npy, .npz, .json or .csv, one integer per sample)",
     )

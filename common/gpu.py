@@ -83,12 +83,20 @@ def exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(usual)
 
 
-def pick(device: str = "auto", precision: str = "auto", index: int = 0, *, several: bool = False) -> Device:
+def pick(
+    device: str = "auto",
+    precision: str = "auto",
+    index: int = 0,
+    *,
+    several: bool = False,
+    fidelity: str = "paper",
+) -> Device:
     """Choose device (auto, cpu, cuda; index: which card) and precision (auto, fp32, bf16), and print both with the reason.
 
     auto: the card if there is one; bfloat16 autocast on CUDA, with TF32 for what stays float32; float32 on CPU. fp32 on
-    CUDA switches TF32 off. several: the script can run as several processes under torchrun; each takes the card of its
-    local rank, or a CPU, and joins the others. UserError: a card that is not there; torchrun where one process is meant.
+    CUDA switches TF32 off. fidelity: with released, auto is fp32 everywhere. several: the script can run as several processes
+    under torchrun; each takes the card of its local rank, or a CPU, and joins the others. UserError: a card that is not
+    there; torchrun where one process is meant.
     """
     if processes.launched():
         if not several:
@@ -105,8 +113,12 @@ def pick(device: str = "auto", precision: str = "auto", index: int = 0, *, sever
         reason = f"{name}, {'asked for' if device == 'cuda' else 'found'}"
     else:
         reason = "asked for" if device == "cpu" else f"no CUDA device {index} found"
-    chosen = precision if precision != "auto" else "bf16" if on_cuda else "fp32"
-    why = "asked for" if precision != "auto" else f"the default on {'CUDA' if on_cuda else 'CPU'}"
+    if precision != "auto":
+        chosen, why = precision, "asked for"
+    elif fidelity == "released":
+        chosen, why = "fp32", "as released"
+    else:
+        chosen, why = ("bf16", "the default on CUDA") if on_cuda else ("fp32", "the default on CPU")
     if on_cuda:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high" if chosen == "bf16" else "highest")

@@ -127,19 +127,17 @@ def knn_accuracy(
 
 
 def add_recipe_flags(parser: cli.Parser) -> argparse._ArgumentGroup:
-    """The recipe's settings under SupContrast's names, with _ or -; returns their group, which a script may add to."""
+    """The recipe's settings under SupContrast's names; returns their group, which a script may add to."""
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=cli.count, default=1000, help="epochs")
     training.add_argument(
         "--batch_size",
-        "--batch-size",
         type=cli.count,
         default=1024,
         help="images of a step, each in two views",
     )
     training.add_argument(
         "--drop_last",
-        "--drop-last",
         action=BooleanOptionalAction,
         default=False,
         help="leave out an epoch's last batch where it is smaller",
@@ -147,7 +145,6 @@ def add_recipe_flags(parser: cli.Parser) -> argparse._ArgumentGroup:
     training.add_argument(
         "--lr",
         "--learning_rate",
-        "--learning-rate",
         type=cli.positive,
         default=0.5,
         help="initial learning rate",
@@ -155,7 +152,6 @@ def add_recipe_flags(parser: cli.Parser) -> argparse._ArgumentGroup:
     training.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
     training.add_argument(
         "--weight_decay",
-        "--weight-decay",
         type=cli.non_negative,
         default=1e-4,
         help="weight decay of SGD",
@@ -171,7 +167,6 @@ def add_recipe_flags(parser: cli.Parser) -> argparse._ArgumentGroup:
     )
     training.add_argument(
         "--lr_decay_epochs",
-        "--lr-decay-epochs",
         type=cli.count,
         nargs="+",
         default=[700, 800, 900],
@@ -180,7 +175,6 @@ def add_recipe_flags(parser: cli.Parser) -> argparse._ArgumentGroup:
     )
     training.add_argument(
         "--lr_decay_rate",
-        "--lr-decay-rate",
         type=cli.positive,
         default=0.1,
         help="factor by which it drops then",
@@ -192,7 +186,6 @@ def add_recipe_flags(parser: cli.Parser) -> argparse._ArgumentGroup:
     )
     training.add_argument(
         "--warmup_epochs",
-        "--warmup-epochs",
         type=cli.count,
         default=10,
         metavar="N",
@@ -200,7 +193,6 @@ def add_recipe_flags(parser: cli.Parser) -> argparse._ArgumentGroup:
     )
     training.add_argument(
         "--knn_every",
-        "--knn-every",
         type=cli.count,
         metavar="N",
         help="kNN accuracy and encoder.safetensors every N epochs and at the end; by default 10, and 1 on digits",

@@ -59,16 +59,12 @@ def add_open_set_flags(parser: cli.Parser, datasets_help: str = "") -> None:
     )
     data.add_argument(
         "--ood-dir",
-        "--ood_dir",
         metavar="DIR",
         help="the files of that pool; by default DATA_PATH/imagenet32, DATA_PATH/places365 or DATA_PATH",
     )
-    data.add_argument(
-        "--ood-ratio", "--ood_ratio", type=cli.fraction, default=0.2, help="share of images from elsewhere"
-    )
+    data.add_argument("--ood-ratio", type=cli.fraction, default=0.2, help="share of images from elsewhere")
     data.add_argument(
         "--open-set-cache",
-        "--open_set_cache",
         metavar="DIR|none",
         help="where what was taken from files is kept; by default DATA_PATH/open_set",
     )
@@ -78,22 +74,18 @@ def add_open_set_flags(parser: cli.Parser, datasets_help: str = "") -> None:
 def add_noise_flags(parser: cli.Parser, types: list[str], default: str | None, help_of_type: str) -> None:
     """The flags of label noise."""
     noise = parser.add_argument_group("label noise")
-    noise.add_argument("--noise-type", "--noise_type", choices=types, default=default, help=help_of_type)
-    noise.add_argument(
-        "--noise-ratio", "--noise_ratio", type=cli.fraction, default=0.2, help="its share of all images"
-    )
+    noise.add_argument("--noise-type", choices=types, default=default, help=help_of_type)
+    noise.add_argument("--noise-ratio", type=cli.fraction, default=0.2, help="its share of all images")
     if "sym" in types:
         add_flag(noise)
         noise.add_argument(
             "--noise-seed",
-            "--noise_seed",
             type=cli.seed,
             default=0,
             help="of the labels; the images from elsewhere are the benchmark's, whatever the seeds",
         )
         noise.add_argument(
             "--label-rng",
-            "--label_rng",
             choices=["python", "numpy"],
             default="python",
             help="what draws symmetric labels: python, as released; numpy, as SNCF",
@@ -105,7 +97,6 @@ def add_mini_imagenet_flags(parser: cli.Parser) -> argparse._ArgumentGroup:
     files = parser.add_argument_group("image files of mini-ImageNet")
     files.add_argument(
         "--img-size",
-        "--img_size",
         type=cli.count,
         default=32,
         help="pixels of both sides; the paper's is not known, 32 is what later work compares at",

@@ -36,25 +36,20 @@ def _network_flags(parser: cli.Parser) -> None:
 def _schedule_flags(parser: cli.Parser, epochs: int, warm_up: int) -> None:
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=cli.count, default=epochs, help="epochs, warm-up included")
+    training.add_argument("--warmup-epoch", type=cli.count_or_zero, default=warm_up, help="epochs of warm-up")
     training.add_argument(
-        "--warmup-epoch", "--warmup_epoch", type=cli.count_or_zero, default=warm_up, help="epochs of warm-up"
+        "--batch-size", type=cli.count, default=64, help="of every pass; over all processes"
     )
     training.add_argument(
-        "--batch-size", "--batch_size", type=cli.count, default=64, help="of every pass; over all processes"
+        "--lr-backbone", type=cli.positive, default=0.03, help="of the encoder; cosine to 0"
     )
     training.add_argument(
-        "--lr-backbone", "--lr_backbone", type=cli.positive, default=0.03, help="of the encoder; cosine to 0"
+        "--lr-head", type=cli.positive, default=0.3, help="of classifier and projection; cosine"
     )
-    training.add_argument(
-        "--lr-head", "--lr_head", type=cli.positive, default=0.3, help="of classifier and projection; cosine"
-    )
-    training.add_argument(
-        "--weight-decay", "--weight_decay", type=cli.non_negative, default=5e-4, help="SGD's"
-    )
+    training.add_argument("--weight-decay", type=cli.non_negative, default=5e-4, help="SGD's")
     training.add_argument("--momentum", type=cli.fraction, default=0.9, help="SGD's")
     training.add_argument(
         "--bn-mode",
-        "--bn_mode",
         choices=["train", "frozen", "warm-up"],
         help="whether batch norms take a batch's statistics: always, never, in the warm-up only; by default train, and under "
         "--fidelity released frozen for data in memory, warm-up for mini-ImageNet",
@@ -66,21 +61,17 @@ def _outlier_flags(parser: cli.Parser, start_factor: float) -> None:
     outliers = parser.add_argument_group("outliers and split")
     outliers.add_argument(
         "--remove-ood",
-        "--remove_ood",
         type=cli.fraction,
         default=0.01,
         help="q: share of samples removed more at each split; 0 removes none at all",
     )
     outliers.add_argument(
         "--ood-start-factor",
-        "--ood_start_factor",
         type=cli.non_negative,
         default=start_factor,
         help="times q: share of samples removed at the start",
     )
-    outliers.add_argument(
-        "--knn-k", "--knn_k", type=cli.count, default=10, help="neighbours of the outlier score"
-    )
+    outliers.add_argument("--knn-k", type=cli.count, default=10, help="neighbours of the outlier score")
     outliers.add_argument(
         "--knn-encoder",
         "--knn_encoder",
@@ -98,7 +89,6 @@ def _outlier_flags(parser: cli.Parser, start_factor: float) -> None:
     outliers.add_argument("--interval", type=cli.count, default=30, help="a split in epochs it divides")
     outliers.add_argument(
         "--p-threshold",
-        "--p_threshold",
         type=cli.fraction,
         default=0.3,
         help="clean probability above which a label is taken",
@@ -129,7 +119,6 @@ def _loss_flags(parser: cli.Parser) -> None:
     )
     losses.add_argument(
         "--LN-loss",
-        "--LN_loss",
         choices=["RL", "CE"],
         default="RL",
         help="labelled loss: symmetric or plain cross-entropy",
@@ -148,13 +137,11 @@ def _loss_flags(parser: cli.Parser) -> None:
     )
     losses.add_argument(
         "--warmup-mask",
-        "--warmup_mask",
         choices=["sample", "released"],
         help="released: removed samples are trained on too, the mean loss is scaled; by default as --fidelity says",
     )
     losses.add_argument(
         "--warmup-loss",
-        "--warmup_loss",
         choices=["SCE", "CE"],
         default="SCE",
         help="of the warm-up: symmetric or plain cross-entropy",
@@ -165,7 +152,6 @@ def _other_flags(parser: cli.Parser) -> None:
     other = parser.add_argument_group("logging, and flags without effect")
     other.add_argument(
         "--eval-train",
-        "--eval_train",
         action=BooleanOptionalAction,
         default=False,
         help="accuracy on the noisy training labels after each epoch, which costs a pass; nothing is chosen by it",

@@ -41,8 +41,9 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="pretrain.py",
         description=__doc__.splitlines()[0],
-        epilog="There is no released code of this step, so --fidelity makes no difference. No label is used in training; the "
-        "flags of label noise name the list of mini_imagenet, and let the rest of a command be that of train_semisup.",
+        epilog="There is no released code of this step: --fidelity released changes the precision alone. No label is used "
+        "in training; the flags of label noise name the list of mini_imagenet, and let the rest of a command be that of "
+        "train_semisup.",
     )
     data.add_open_set_flags(parser, f", or {MINI_IMAGENET}")
     data.add_noise_flags(
@@ -55,7 +56,7 @@ def make_parser() -> cli.Parser:
     training = simclr.add_recipe_flags(parser)
     training.add_argument("--arch", choices=list(ARCHS), default="resnet18", help=ARCH_HELP)
     training.add_argument("--gpu", type=cli.count_or_zero, default=0, help="which CUDA device")
-    training.add_argument("--knn-k", "--knn_k", type=cli.count, default=10, help="of the outlier score")
+    training.add_argument("--knn-k", type=cli.count, default=10, help="of the outlier score")
     training.add_argument(
         "--workers", type=cli.count_or_zero, default=8, help="processes that decode image files"
     )
@@ -84,7 +85,7 @@ def parse_args(argv=None) -> Namespace:
 def main(argv=None) -> None:
     """Pre-train an encoder and write its run directory [Sec. 4.0]."""
     args = parse_args(argv)
-    device = gpu.pick(args.device, args.precision, args.gpu)
+    device = gpu.pick(args.device, args.precision, args.gpu, fidelity=args.fidelity)
     corpus = data.load_mini_imagenet(args) if args.dataset == MINI_IMAGENET else data.load_open_set(args)
     if len(corpus.observed) < 2:
         raise UserError("one training image has no neighbours: use a larger --limit_train or data set")

@@ -21,7 +21,7 @@ from torch.optim import SGD, Optimizer
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, gpu, processes
+from common import cli, gpu, processes, selection_report
 from common.augment import crop_and_flip, training_augmentation
 from common.cli import UserError
 from common.datasets import posterior
@@ -31,6 +31,7 @@ from common.loader import Batches, Images
 from common.noise import POSTERIOR_TYPES
 from common.policies import four_views
 from common.run import Run, run_name
+from common.selection_report import PATIENCE, Selected
 from manifold_dividemix import corpus as data
 from manifold_dividemix.corpus import Corpus
 from manifold_dividemix.flags import add_training_flags, settle
@@ -263,6 +264,7 @@ def train(network: Network, corpus: Corpus, run: Run, args: Namespace, device: g
     loader, draws = device.generator(args.seed), np.random.default_rng(args.seed)
     # scores: those of the encoder before training, where they are used to the end
     memory = {"kept": None, "clean": None, "scores": None, "first_auroc": None, "auroc": None}
+    memory["streaks"] = selection_report.no_streaks(1, corpus.num_classes)
     state = {"network": network, "optimizer": optimizer, "loader": loader, "draws": draws}
     run.resume({**state, "memory": memory})
     kept, clean, scores = (
@@ -271,6 +273,10 @@ def train(network: Network, corpus: Corpus, run: Run, args: Namespace, device: g
     )
     s = Setting(args, device, run, train_images, labels, loader, draws)
     splits = splits_of(args)
+    right = right_labels(corpus, device)
+    if splits:
+        steps = args.warmup_epoch * len(s.batches(s.crop()))
+        selection_report.note_short_warm_up(steps, f"--warmup-epoch {args.warmup_epoch}")
 
     for number in run.epochs(args.epochs):
         epoch, auroc = number - 1, None  # the release counts from 0
@@ -285,9 +291,14 @@ def train(network: Network, corpus: Corpus, run: Run, args: Namespace, device: g
         sides = None if clean is None else divide(clean, kept, args.p_threshold)
         if epoch == 0 or epoch in splits:
             warn_of_lost_classes(kept, sides, corpus)
+        chosen = [] if sides is None else [Selected(sides[0], labels, right)]
         if sides is None or too_small(*sides, args.batch_size):
             losses = warm_up_epoch(network, optimizer, kept, epoch, s)
         else:
+            if epoch in splits:
+                memory["streaks"] = selection_report.follow(
+                    memory["streaks"], chosen, "a longer --warmup-epoch", min(PATIENCE, len(splits))
+                )
             losses = mixematch_epoch(network, optimizer, *sides, clean, epoch, s)
 
         passing = run.progress(test, f"epoch {epoch} test", training=False)
@@ -295,6 +306,7 @@ def train(network: Network, corpus: Corpus, run: Run, args: Namespace, device: g
         report = {"loss": losses[0], "test_accuracy": top_accuracy(logits, test_labels)}
         report |= {"test_top5": top_accuracy(logits, test_labels, 5), "ood_auroc": auroc}
         report |= removal_statistics(kept, corpus.ood) | split_statistics(sides, clean, corpus)
+        report |= selection_report.columns(chosen)
         report |= {f"{name}_loss": value for name, value in zip(PARTS, losses[1:], strict=True)}
         if args.eval_train:
             seen = look(network, s.plain(f"epoch {epoch} training accuracy"), labels, device)
@@ -314,6 +326,13 @@ def full_test(network: Network, corpus: Corpus, run: Run, device: gpu.Device) ->
     passing = run.progress(batches, "full test", training=False)
     logits = all_logits(network, passing, len(labels), corpus.num_classes, device)
     return {"full_test": top_accuracy(logits, labels), "full_test_images": len(labels)}
+
+
+def right_labels(corpus: Corpus, device: gpu.Device) -> Tensor | None:
+    """Whose given label is the true one, bool [N]; of no image from elsewhere. None if the true labels are unknown."""
+    if corpus.clean is None:
+        return None
+    return torch.from_numpy((corpus.observed == corpus.clean) & ~corpus.ood).to(device.device)
 
 
 def splits_of(args: Namespace) -> list[int]:
@@ -445,7 +464,7 @@ def method(args: Namespace) -> str:
 def main(argv=None) -> None:
     """Train Manifold DivideMix and write its run directory."""
     args = parse_args(argv)
-    device = gpu.pick(args.device, args.precision, args.gpu, several=True)
+    device = gpu.pick(args.device, args.precision, args.gpu, several=True, fidelity=args.fidelity)
     corpus = data.load_open_set(args)
     start(corpus, args, device, directory_name(args), cell(args, corpus))
 

@@ -62,7 +62,7 @@ def parse_args(argv=None) -> Namespace:
 def main(argv=None) -> None:
     """Train Manifold DivideMix on mini-ImageNet and write its run directory."""
     args = parse_args(argv)
-    device = gpu.pick(args.device, args.precision, args.gpu, several=True)
+    device = gpu.pick(args.device, args.precision, args.gpu, several=True, fidelity=args.fidelity)
     corpus = data.load_mini_imagenet(args)
     start(corpus, args, device, directory_name(args), cell(args, corpus))
 

@@ -22,7 +22,7 @@ from torch.optim import SGD
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, datasets, gpu, processes
+from common import cli, datasets, gpu, processes, selection_report
 from common.augment import resize_crop_and_flip, resize_to_square
 from common.cli import UserError
 from common.datasets import FileData, FileSplit
@@ -32,6 +32,7 @@ from common.datasets.image_cache import ImageCache, open_caches
 from common.gpu import Device
 from common.loader import FileBatches, Labelled
 from common.run import Run, run_name
+from common.selection_report import Selected
 from me_momentum.ClothingData import DATA_ROOT, INDEX, LISTS, read_index
 from me_momentum.confident import confident_examples
 from me_momentum.losses import prior_weights, weighted_cross_entropy
@@ -329,6 +330,7 @@ def fresh_memory(num_classes: int) -> dict:
         "confident": None,  # positions of the images that are trained on, ascending; None: all
         "models": no_models(num_classes)._asdict(),
         "weights": {},  # of the epochs that are the model of a class, on the CPU
+        "streaks": selection_report.no_streaks(1, num_classes),
     }
 
 
@@ -367,6 +369,10 @@ def select(network: nn.Module, memory: dict, data: Data, what: str, run: Run) ->
     confident = confident_examples(predicted, data.labels)
     if len(confident) >= smallest_set(run.args):
         memory["confident"] = confident
+        chosen = [Selected(confident, data.labels, None)]
+        memory["streaks"] = selection_report.follow(
+            memory["streaks"], chosen, "longer inner loops (--n_epoch)"
+        )
     elif processes.rank() == 0:
         print(
             f"warning: {what}: {len(confident)} confident examples are too few for a batch, the set before is kept",
@@ -417,7 +423,7 @@ def train_epoch(
 def main(argv=None) -> None:
     """Train Me-Momentum on Clothing1M and write its run directory."""
     args = parse_args(argv)
-    device = gpu.pick(args.device, args.precision, several=True)
+    device = gpu.pick(args.device, args.precision, several=True, fidelity=args.fidelity)
     data = load(args, device)
     fresh_network = partial(clothing_network, args.num_classes, args.network, args.pretrained)
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
@@ -529,6 +535,7 @@ def set_columns(memory: dict, labels: Tensor, num_classes: int) -> dict[str, flo
         "confident_share": None if confident is None else len(confident) / len(labels),
         "smallest_class": int(counts[labels.unique()].min()),
         "class_models": len(memory["weights"]) or None,
+        **selection_report.columns([] if confident is None else [Selected(confident, labels, None)]),
     }
 
 

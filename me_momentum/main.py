@@ -21,12 +21,13 @@ from torch.optim import SGD
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, datasets, gpu, noise
+from common import cli, datasets, gpu, noise, selection_report
 from common.augment import training_augmentation
 from common.cli import UserError
 from common.datasets import Data, posterior
 from common.loader import Batches, Images
 from common.run import Run, run_name
+from common.selection_report import Selected
 from me_momentum.alternation import Limits, Place, Verdict, advance, learning_rate, name_of
 from me_momentum.confident import confident_examples, set_growth, set_statistics
 from me_momentum.networks import NETWORKS, make_network, usual_network
@@ -259,13 +260,14 @@ def make_setting(
     )
 
 
-def fresh_memory(size: int) -> dict:
+def fresh_memory(size: int, num_classes: int) -> dict:
     """What is carried from epoch to epoch, beside network and optimiser."""
     return {
         "place": Place()._asdict(),
         "set": torch.arange(size),  # positions in the training part that are trained on; at first all
         "first": None,  # the run's first confident set
-        "statistics": dict.fromkeys(SET_COLUMNS),
+        "statistics": dict.fromkeys((*SET_COLUMNS, *selection_report.COLUMNS)),
+        "streaks": selection_report.no_streaks(1, num_classes),
         "latest": {},  # weights of the best validation accuracy of this outer loop
         "best": {},  # weights whose test accuracy is reported; early-stopped ones while no fine-tuning was better
         "best_validation": 0.0,
@@ -282,6 +284,11 @@ def extract(network: nn.Module, memory: dict, what: str, s: Setting) -> None:
     memory["set"] = confident
     memory["first"] = confident if memory["first"] is None else memory["first"]
     memory["statistics"] = set_statistics(confident, s.right, memory["first"].to(confident.device))
+    chosen = [Selected(confident, s.labels, s.right)]
+    memory["statistics"] |= selection_report.columns(chosen)
+    memory["streaks"] = selection_report.follow(
+        memory["streaks"], chosen, "a larger --es_limit, for a longer early-stopping phase"
+    )
 
 
 def begin_phase(
@@ -322,7 +329,7 @@ def copy_of(network: nn.Module) -> dict[str, Tensor]:
 def main(argv=None) -> None:
     """Train Me-Momentum and write its run directory."""
     args = parse_args(argv)
-    device = gpu.pick(args.device, args.precision)
+    device = gpu.pick(args.device, args.precision, fidelity=args.fidelity)
     data = datasets.load(args.dataset, args.data_path)
     index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
     eta = posterior.posterior_for(args.noise_type, data, args.data_path, args.posterior)
@@ -350,7 +357,7 @@ def main(argv=None) -> None:
     optimizer = SGD(
         network.parameters(), args.lr, 0.9, weight_decay=args.weight_decay, fused=device.on_cuda()
     )
-    memory = fresh_memory(len(s.labels))
+    memory = fresh_memory(len(s.labels), s.num_classes)
     run.resume({"network": network, "optimizer": optimizer, "generator": s.generator, "memory": memory})
 
     limits = loop_limits(args)

@@ -21,7 +21,7 @@ from torch.optim import SGD
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, datasets, gpu
+from common import cli, datasets, gpu, selection_report
 from common.augment import training_augmentation, warm_up_view
 from common.cli import UserError
 from common.datasets import Data, posterior
@@ -30,6 +30,7 @@ from common.loader import Batches, Images, Labelled, test_batches
 from common.noise import POSTERIOR_TYPES
 from common.policies import six_views
 from common.run import Run, run_name
+from common.selection_report import Selected
 from sanm.activation import concentration_statistics, map_concentrations
 from sanm.flags import add_mask_flags, mask_rule, settle_mask_flags
 from sanm.losses import ramp_up
@@ -106,7 +107,6 @@ def make_parser() -> cli.Parser:
     )
     base.add_argument(
         "--released-softmax",
-        "--released_softmax",
         action=BooleanOptionalAction,
         help="--base c2d returns probabilities, of which softmax is taken once more; by default under --fidelity released",
     )
@@ -138,7 +138,6 @@ def make_parser() -> cli.Parser:
     )
     training.add_argument(
         "--warm-up-views",
-        "--warm_up_views",
         choices=["strong", "weak"],
         default="strong",
         help="strong: colour jitter, crop, flip and affine, as in the release; weak: crop and flip, as DivideMix and C2D",
@@ -158,7 +157,6 @@ def make_parser() -> cli.Parser:
     masks = add_mask_flags(parser, MaskRule(), recon_weight=0.02)
     masks.add_argument(
         "--ref-views",
-        "--ref_views",
         choices=["strong", "weak"],
         default="strong",
         help="the views that give targets, maps and masked images: AutoAugment as in the release, or crop and flip",
@@ -367,7 +365,7 @@ def main(argv=None) -> None:
     note_schedule(args)
     if args.selection == "gmm":
         note_quality(args)
-    device = gpu.pick(args.device, args.precision, args.gpuid)
+    device = gpu.pick(args.device, args.precision, args.gpuid, fidelity=args.fidelity)
     data = datasets.load(args.dataset, args.data_path)
     index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
     if args.selection == "gmm" and len(index) < 2:
@@ -383,14 +381,16 @@ def main(argv=None) -> None:
     train = Images(data.train.images[index], data.mean, data.std, device.device)
     tests = test_batches(data, args.limit_test, args.seed, 512, device.device)
     test, test_labels = tests.limited
-    labels = torch.from_numpy(observed).to(device.device)
+    labels, right = (torch.from_numpy(y).to(device.device) for y in (observed, observed == clean_labels))
     nets = [device.prepare(net, args.compile) for net in nets]
     optimizers = [SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4) for net in nets]
     loader, draws = device.generator(args.seed), np.random.default_rng(args.seed)
     memory = {"history": [[], []], "clean": [None, None]}
+    memory["streaks"] = selection_report.no_streaks(2, data.num_classes)
     run.resume({"nets": nets, "optimizers": optimizers, "loader": loader, "draws": draws, "memory": memory})
     memory["history"] = [[losses.to(device.device) for losses in kept] for kept in memory["history"]]
     s = Setting(args, device, run, train, labels, loader, draws)
+    note_warm_up(s)
 
     for number in run.epochs(args.num_epochs + 1):
         epoch = number - 1  # the release counts from 0
@@ -410,19 +410,27 @@ def main(argv=None) -> None:
             ]
             parts = torch.cat(losses).mean(dim=0).tolist()
             memory["clean"] = clean
+        chosen = [Selected(own, labels, right) for own in selected]
+        memory["streaks"] = selection_report.follow(memory["streaks"], chosen, "a longer --warm_up")
         scores = network_scores(nets, test, len(test_labels), data.num_classes, device)
         report = {"loss": parts[0], "test_accuracy": accuracy(scores.sum(dim=0), test_labels)}
         report |= split_statistics(clean, selected, observed == clean_labels)
         report |= {f"net{i + 1}_accuracy": accuracy(scores[i], test_labels) for i in (0, 1)}
         names = ("labelled_loss", "unlabelled_loss", "prior_loss", "reconstruction_loss")
         report |= dict(zip(names, parts[1:], strict=True))
+        report |= selection_report.columns(chosen)
         report["lr"] = optimizers[0].param_groups[0]["lr"]
         run.log(number, **report)
 
+    save_clean_probability(run, memory, observed, clean_labels)
+    run.finish(**final_metrics(nets, observed == clean_labels, tests.whole, data.num_classes, s))
+
+
+def save_clean_probability(run: Run, memory: dict, observed: np.ndarray, clean: np.ndarray) -> None:
+    """Write clean_probability.npz, of a run that selected."""
     if memory["clean"][0] is not None:
         first, second = (probability.cpu().numpy() for probability in memory["clean"])
-        run.save_arrays("clean_probability", net1=first, net2=second, observed=observed, clean=clean_labels)
-    run.finish(**final_metrics(nets, observed == clean_labels, tests.whole, data.num_classes, s))
+        run.save_arrays("clean_probability", net1=first, net2=second, observed=observed, clean=clean)
 
 
 def final_metrics(
@@ -447,6 +455,13 @@ def full_test(
     """Accuracy on all test images by the sum of both networks' scores, for --full_test_at_end."""
     scores = network_scores(nets, whole.batches, len(whole.labels), num_classes, device)
     return {"full_test": accuracy(scores.sum(dim=0), whole.labels), "full_test_images": len(whole.labels)}
+
+
+def note_warm_up(s: Setting) -> None:
+    """Say so where a selection follows a warm-up of few steps."""
+    if s.args.selection == "gmm" and s.args.warm_up <= s.args.num_epochs:
+        steps = s.args.warm_up * len(s.batches(2 * s.args.batch_size, s.crop()))
+        selection_report.note_short_warm_up(steps, f"--warm_up {s.args.warm_up}")
 
 
 def warm_up_epoch(network: MaskedNetwork, optimizer: SGD, epoch: int, s: Setting) -> Tensor:

@@ -7,6 +7,7 @@ The labels of the clean validation images choose the weights that are reported. 
 method's description in sanm/README.md.
 """
 
+import math
 import random
 import sys
 from argparse import BooleanOptionalAction, Namespace
@@ -22,7 +23,7 @@ from torch.optim import SGD
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, datasets, gpu, processes
+from common import cli, datasets, gpu, processes, selection_report
 from common.augment import resize_and_center_crop, resize_random_crop_and_flip
 from common.cli import UserError
 from common.datasets import FileData, FileSplit
@@ -31,6 +32,7 @@ from common.datasets.image_cache import ImageCache, open_caches
 from common.gpu import Device
 from common.loader import FileBatches, Labelled, Part
 from common.run import Run, run_name
+from common.selection_report import Selected
 from sanm import clothing
 from sanm.flags import add_mask_flags, mask_rule, settle_mask_flags
 from sanm.masking import CLOTHING_RULE, draw_clothing_masks, mask_clothing
@@ -282,6 +284,13 @@ def warm_up_epoch(network: nn.Module, optimizer: SGD, name: str, s: Setting) -> 
     return float(losses.mean())
 
 
+def warm_up_steps(s: Setting) -> int:
+    """The optimiser steps of the warm-up of a network."""
+    labels, batch_size = s.data.split.labels, 2 * s.args.batch_size
+    batches = clothing.subset_size(labels, s.args.num_batches * batch_size, s.args.num_class) / batch_size
+    return math.floor(batches) if drops_last(s.args) else math.ceil(batches)
+
+
 def label_quality(network: nn.Module, name: str, s: Setting) -> Division:
     """The clean probabilities of a fresh class-balanced subset by one network's losses [sections 6 and 9].
 
@@ -308,7 +317,7 @@ def two_samples(views: tuple[Tensor, ...], clean: Tensor) -> Samples:
 
 def co_divide(
     networks: list[nn.Module], parallel: nn.Module, optimizer: SGD, peers: Division, name: str, s: Setting
-) -> tuple[list[float], int]:
+) -> tuple[list[float], Selected]:
     """One epoch of the first network on the division by the second's losses [section 9]: mean losses [5], labelled images."""
     args, device = s.args, s.device.device
     positions, clean = peers.positions.numpy(), peers.clean.to(device)
@@ -341,7 +350,7 @@ def co_divide(
         clean=clean,
         parallel=parallel,
     )
-    return losses.mean(dim=0).tolist(), int(selected.sum())
+    return losses.mean(dim=0).tolist(), Selected(selected, s.labels(positions).cpu(), None)
 
 
 def scores(networks: list[nn.Module], split: Labelled, name: str, s: Setting) -> Tensor:
@@ -357,7 +366,7 @@ def scores(networks: list[nn.Module], split: Labelled, name: str, s: Setting) ->
 def main(argv=None) -> None:
     """Train SANM on Clothing1M and write its run directory."""
     args = parse_args(argv)
-    device = gpu.pick(args.device, args.precision, args.gpuid, several=True)
+    device = gpu.pick(args.device, args.precision, args.gpuid, several=True, fidelity=args.fidelity)
     data = load(args, device)
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
     nets = [clothing_network(args.network, args.num_class, args.pretrained) for _ in range(2)]
@@ -373,13 +382,15 @@ def main(argv=None) -> None:
     optimizers = [SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=1e-3) for net in nets]
     draws, masks = np.random.default_rng(args.seed), device.generator(args.seed)
     memory = {"divisions": [None, None], "best": [{"accuracy": -1.0, "weights": {}} for _ in nets]}
+    memory["streaks"] = selection_report.no_streaks(2, args.num_class)
     state = {"nets": nets, "optimizers": optimizers, "draws": draws, "masks": masks, "memory": memory}
     run.resume({**state, "images": data.generator})
     s = Setting(args, device, run, data, draws, masks)
+    selection_report.note_short_warm_up(warm_up_steps(s), f"one epoch, --num_batches {args.num_batches}")
 
     for number in run.epochs(args.num_epochs + 1):
         epoch = number - 1  # the release counts from 0
-        report, parts = {}, [None] * 5
+        report, parts, chosen = {}, [None] * 5, []
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate(epoch, args.lr, args.lr_drop)
         if epoch == 0:
@@ -398,7 +409,10 @@ def main(argv=None) -> None:
             ]
             parts = [sum(values) / 2 for values in zip(*(losses for losses, _ in trained), strict=True)]
             # net2's losses select what net1 is trained on
-            report |= {"loss": parts[0], "net1_selected": trained[1][1], "net2_selected": trained[0][1]}
+            chosen = [trained[1][1], trained[0][1]]
+            first, second = (int(own.chosen.sum()) for own in chosen)
+            report |= {"loss": parts[0], "net1_selected": first, "net2_selected": second}
+            memory["streaks"] = selection_report.follow(memory["streaks"], chosen, "more --num_batches")
         for net in nets:
             processes.share_buffers(net)
 
@@ -413,6 +427,7 @@ def main(argv=None) -> None:
         report["test_accuracy"] = accuracy(summed, data.test.labels)
         names = ("labelled_loss", "prior_loss", "reconstruction_loss")
         report |= dict(zip(names, (parts[1], parts[3], parts[4]), strict=True))
+        report |= selection_report.columns(chosen)
         run.log(number, **report, lr=optimizers[0].param_groups[0]["lr"])
 
     run.finish(**({} if run.is_finished() else reported(nets, memory["best"], s)))

@@ -15,32 +15,23 @@ def add_mask_flags(parser: cli.Parser, rule: MaskRule, recon_weight: float):
         default="adversarial",
         help="none: the base alone, without masks, modulated labels and reconstruction",
     )
-    group.add_argument(
-        "--mask-lo", "--mask_lo", type=cli.fraction, default=rule.low, help="smallest base ratio of a mask"
-    )
-    group.add_argument(
-        "--mask-hi", "--mask_hi", type=cli.fraction, default=rule.high, help="largest base ratio of a mask"
-    )
+    group.add_argument("--mask-lo", type=cli.fraction, default=rule.low, help="smallest base ratio of a mask")
+    group.add_argument("--mask-hi", type=cli.fraction, default=rule.high, help="largest base ratio of a mask")
     group.add_argument(
         "--mask-quality",
-        "--mask_quality",
         type=cli.fraction,
         default=rule.quality,
         help="times (1 - clean probability) is added to the ratio",
     )
     group.add_argument(
         "--mask-anchor",
-        "--mask_anchor",
         choices=["corner", "centre"],
         help="what of the rectangle stands at the extremum of the activation; by default centre (the paper's Eq. 4), under "
         "--fidelity released corner",
     )
-    group.add_argument(
-        "--clamp-targets", "--clamp_targets", action="store_true", help="keep modulated targets above zero"
-    )
+    group.add_argument("--clamp-targets", action="store_true", help="keep modulated targets above zero")
     group.add_argument(
         "--recon-weight",
-        "--recon_weight",
         type=cli.non_negative,
         default=recon_weight,
         help="weight of the reconstruction error",

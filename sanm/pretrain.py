@@ -36,8 +36,8 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="pretrain.py",
         description=__doc__.splitlines()[0],
-        epilog="There is no released code of this step, so --fidelity makes no difference. No label is used in training, so "
-        "there is no label noise to choose and --noise_file is refused.",
+        epilog="There is no released code of this step: --fidelity released changes the precision alone. No label is used "
+        "in training, so there is no label noise to choose and --noise_file is refused.",
     )
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -78,7 +78,7 @@ def normalisation(data: Data) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def main(argv=None) -> None:
     """Pre-train an encoder and write its run directory."""
     args = parse_args(argv)
-    device = gpu.pick(args.device, args.precision, args.gpuid)
+    device = gpu.pick(args.device, args.precision, args.gpuid, fidelity=args.fidelity)
     data = datasets.load(args.dataset, args.data_path)
     index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
     if args.drop_last and len(index) < args.batch_size:

@@ -23,13 +23,14 @@ from torch.optim import SGD
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, datasets, gpu, noise
+from common import cli, datasets, gpu, noise, selection_report
 from common.augment import training_augmentation
 from common.cli import UserError
 from common.datasets import Data, posterior
 from common.loader import Batches, Images, Labelled, test_batches
 from common.mixture import sklearn_upper_posterior, upper_posterior
 from common.run import Run, run_name
+from common.selection_report import Selected
 from sfa import losses as standard_losses
 from sfa.evaluation import SELECTION_STATISTICS, SHOTS, accuracies, selection_statistics
 from sfa.flags import add_averaging_flags
@@ -278,6 +279,13 @@ class Setting(NamedTuple):
         )
 
 
+def note_warm_up(s: Setting) -> None:
+    """Say so where a selection follows a warm-up of few steps."""
+    if s.args.selection != "none" and s.args.warm_up < s.args.num_epochs:
+        steps = s.args.warm_up * len(s.batches(2 * s.args.batch_size))
+        selection_report.note_short_warm_up(steps, f"--warm_up {s.args.warm_up}")
+
+
 def select(
     network: PreActResNet, moments: Moments | None, num_classes: int, epoch: int, s: Setting
 ) -> Selection | SmallLoss:
@@ -368,7 +376,7 @@ def main(argv=None) -> None:
     """Train SFA and write its run directory."""
     args = parse_args(argv)
     note_schedule(args)
-    device = gpu.pick(args.device, args.precision, args.gpuid)
+    device = gpu.pick(args.device, args.precision, args.gpuid, fidelity=args.fidelity)
     data = datasets.load(args.dataset, args.data_path)
     index, clean, observed = long_tailed_noisy(data, args)
     run = Run(
@@ -378,7 +386,7 @@ def main(argv=None) -> None:
 
     train = Images(data.train.images[index], data.mean, data.std, device.device)
     tests = test_batches(data, args.limit_test, args.seed, 4 * args.batch_size, device.device)
-    labels = torch.from_numpy(observed).to(device.device)
+    labels, right = (torch.from_numpy(of).to(device.device) for of in (observed, observed == clean))
     observed_counts = torch.bincount(labels, minlength=data.num_classes)
 
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
@@ -386,9 +394,11 @@ def main(argv=None) -> None:
     optimizers = [SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4) for net in nets]
     loader, draws = device.generator(args.seed), np.random.default_rng(args.seed)
     memory = {"moments": [None, None], "clean": [None, None], "centroids": []}
+    memory["streaks"] = selection_report.no_streaks(2, data.num_classes)
     run.resume({"nets": nets, "optimizers": optimizers, "loader": loader, "draws": draws, "memory": memory})
     s = Setting(args, device, run, train, labels, loader, draws)
     loss = standard_loss(args)
+    note_warm_up(s)
 
     for epoch in run.epochs(args.num_epochs):
         for optimizer in optimizers:
@@ -410,21 +420,29 @@ def main(argv=None) -> None:
                 memory["moments"] = [list(found.moments) for found in selections]
                 memory["centroids"].append(selections[0].centroids.mean(dim=0).half().cpu())  # to look at
             memory["clean"] = [found.clean for found in selections]
+        chosen = [Selected(found.selected, labels, right) for found in selections]
+        memory["streaks"] = selection_report.follow(memory["streaks"], chosen, "a longer --warm_up")
         report = test(nets, tests.limited, observed_counts, device)
         classes = {name: report.pop(name) for name in list(report) if name.startswith("class_")}
         losses = torch.cat(losses)
         mean_loss = float(losses.mean()) if len(losses) else None
-        run.log(epoch, loss=mean_loss, **report, **selection_columns(selections, observed, clean), **classes)
+        report |= selection_columns(selections, observed, clean) | selection_report.columns(chosen)
+        run.log(epoch, loss=mean_loss, **report, **classes)
 
+    save_selection(run, memory, observed, clean)
+    last = [f"{shot}_accuracy" for shot in SHOTS]
+    last += [f"net1_{name}" for name in ("precision", "recall", "auc", *(f"{shot}_recall" for shot in SHOTS))]
+    full = run.full_test(lambda: full_test(nets, tests.whole, observed_counts, device))
+    run.finish(**{f"last_{name}": run.rows[-1][name] for name in last}, **full)
+
+
+def save_selection(run: Run, memory: dict, observed: np.ndarray, clean: np.ndarray) -> None:
+    """Write clean_probability.npz and centroids.npz, of a run that selected."""
     if memory["clean"][0] is not None:
         first, second = (probability.cpu().numpy() for probability in memory["clean"])
         run.save_arrays("clean_probability", net1=first, net2=second, observed=observed, clean=clean)
     if memory["centroids"]:
         run.save_arrays("centroids", net1=torch.stack(memory["centroids"]).numpy())
-    last = [f"{shot}_accuracy" for shot in SHOTS]
-    last += [f"net1_{name}" for name in ("precision", "recall", "auc", *(f"{shot}_recall" for shot in SHOTS))]
-    full = run.full_test(lambda: full_test(nets, tests.whole, observed_counts, device))
-    run.finish(**{f"last_{name}": run.rows[-1][name] for name in last}, **full)
 
 
 def test(

@@ -8,6 +8,7 @@ sfa/README.md; this script's is Sec. 7.
 """
 
 import io
+import math
 import os
 import sys
 from argparse import Namespace
@@ -26,7 +27,7 @@ from torch.optim import SGD
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import checkpoint, cli, datasets, gpu, noise, processes
+from common import checkpoint, cli, datasets, gpu, noise, processes, selection_report
 from common.augment import resize_and_center_crop, resize_random_resized_crop_and_flip
 from common.cli import UserError
 from common.datasets import FileData, FileSplit
@@ -35,6 +36,7 @@ from common.datasets.webvision import NAME
 from common.gpu import Device
 from common.loader import FileBatches, Labelled, Part
 from common.run import Run, run_name
+from common.selection_report import Selected
 from sfa.evaluation import accuracies, top_k_accuracy
 from sfa.flags import add_averaging_flags
 from sfa.networks import webvision_network
@@ -376,6 +378,12 @@ def warm_up_epoch(learner: Learner, name: str, s: Setting) -> Tensor:
     )
 
 
+def warm_up_steps(s: Setting) -> int:
+    """The optimiser steps of the warm-up of a network."""
+    batches = len(s.labels) / (2 * s.args.batch_size)
+    return WARM_UP * max(1, math.floor(batches) if drops_last(s.args) else math.ceil(batches))
+
+
 def co_divide(learner: Learner, peer: nn.Module, clean: Tensor, name: str, s: Setting) -> Tensor:
     """One epoch of a network on its peer's split, the peer as it was at the end of the epoch before: each step's loss.
 
@@ -509,7 +517,7 @@ def main(argv=None) -> None:
         with redirect_stdout(None):  # what is wrong with the data is told before, in one line
             load(args, Device(torch.device("cpu"), "fp32", ""))
         start_both(args, argv)
-    device = gpu.pick(args.device, args.precision, args.gpuid1, several=True)
+    device = gpu.pick(args.device, args.precision, args.gpuid1, several=True, fidelity=args.fidelity)
     data = load(args, device)
     run = Run(args, device, paper="sfa", method="SFA", name=directory_name(args), cell=cell(args))
     run.save_labels(data.index, None, data.split.labels, args.num_class)
@@ -519,8 +527,11 @@ def main(argv=None) -> None:
     learners = [make_learner(i, args, device) for i in (0, 1)]
     plain, labels = data.plain(args), torch.from_numpy(data.split.labels).to(device.device)
     memory = {"moments": [None, None], "clean": [None, None], "centroids": []}
+    memory["streaks"] = selection_report.no_streaks(2, args.num_class)
     run.resume({"learners": [learner.state() for learner in learners], "memory": memory})
     s = Setting(args, device, run, data, labels)
+    if args.num_epochs > WARM_UP:
+        selection_report.note_short_warm_up(warm_up_steps(s), f"one epoch, --batch_size {args.batch_size}")
 
     for epoch in run.epochs(args.num_epochs):
         for learner in learners:
@@ -545,6 +556,9 @@ def main(argv=None) -> None:
         for i, found in enumerate(selections, start=1):
             report[f"net{i}_selected"] = int(found.selected.sum())
             report[f"net{i}_drawn_classes"] = int(found.drawn.sum())
+        chosen = [Selected(found.selected, labels.cpu(), None) for found in selections]
+        report |= selection_report.columns(chosen)
+        memory["streaks"] = selection_report.follow(memory["streaks"], chosen, "a lower --p_threshold")
         classes = {name: report.pop(name) for name in list(report) if name.startswith("class_")}
         loss = float(losses.mean()) if len(losses) else None
         run.log(epoch, loss=loss, **report, lr=learners[0].optimizer.param_groups[0]["lr"], **classes)

@@ -64,7 +64,7 @@ FLAGS = [
     (("--compile",), False),
     (("--fidelity",), "paper"),
     (("--preset",), None),
-    (("--noise_file", "--noise-file"), None),
+    (("--noise_file",), None),
     (("-r", "--resume"), "auto"),
     (("--limit_train",), None),
     (("--limit_test",), None),

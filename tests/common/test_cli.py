@@ -119,6 +119,60 @@ def test_a_bad_command_line_ends_in_one_line_and_status_2(argv, named, capsys):
     assert streams.out == ""
 
 
+SPELLINGS = cli.Parser(prog="script.py")
+SPELLINGS.add_argument("--noise_file")
+SPELLINGS.add_argument("--bn-mode", choices=["train", "frozen"])
+SPELLINGS.add_argument("--drop_last", action=argparse.BooleanOptionalAction)
+SPELLINGS.add_argument("rest", nargs="*")
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--noise_file", "a-b_c"], "noise_file", "a-b_c"),
+        (["--noise-file", "a-b_c"], "noise_file", "a-b_c"),
+        (["--noise-file=a-b_c=d"], "noise_file", "a-b_c=d"),
+        (["--bn_mode", "frozen"], "bn_mode", "frozen"),
+        (["--bn_mode=frozen"], "bn_mode", "frozen"),
+        (["--drop-last"], "drop_last", True),
+        (["--no-drop-last"], "drop_last", False),
+        (["--no_drop-last"], "drop_last", False),
+        (["--", "--noise-file"], "rest", ["--noise-file"]),
+    ],
+)
+def test_hyphens_and_underscores_of_a_flag_are_the_same(argv, name, value, monkeypatch):
+    assert getattr(SPELLINGS.parse_args(argv), name) == value
+    monkeypatch.setattr(sys, "argv", ["script.py", *argv])
+    assert getattr(SPELLINGS.parse_args(), name) == value
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--noise-file"], "argument --noise_file: expected one argument"),
+        (["--bn_mode", "off"], "argument --bn-mode: invalid choice: 'off'"),
+        (["--noise-fil", "x"], "unrecognized arguments: --noise-fil"),
+        (["--no-such_flag=x_y"], "unrecognized arguments: --no-such_flag=x_y"),
+    ],
+)
+def test_an_error_names_a_flag_in_its_own_spelling_and_an_unknown_one_as_typed(argv, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        SPELLINGS.parse_args(argv)
+    assert stop.value.code == 2
+    assert named in one_line(capsys.readouterr().err)
+
+
+def test_the_help_has_each_flag_once(capsys):
+    with pytest.raises(SystemExit):
+        SPELLINGS.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert "--noise_file" in text and "--noise-file" not in text and "--bn_mode" not in text
+
+
+def test_unknown_words_are_handed_back_as_typed():
+    assert SPELLINGS.parse_known_args(["--bn_mode", "train", "--some-flag_x"])[1] == ["--some-flag_x"]
+
+
 def test_a_user_error_becomes_one_line_and_status_2(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["some/folder/script.py"])
 
@@ -278,6 +332,17 @@ def test_a_typed_flag_wins_over_the_preset(argv, presets):
     args = cli.parse_args(make_parser(), argv, presets)
     assert args.lr == 0.25
     assert args.name == "from the preset"
+
+
+@pytest.mark.parametrize("key", ["noise_file", "noise-file"])
+@pytest.mark.parametrize("typed", ["--noise_file", "--noise-file"])
+def test_a_preset_and_a_typed_flag_can_have_either_spelling(key, typed, presets):
+    parser = make_parser()
+    parser.add_argument("--noise_file")
+    presets.write_text(f'["table/cell"]\n{key} = "preset.npy"\n')
+    argv = ["--preset", "table/cell"]
+    assert cli.parse_args(parser, argv, presets).noise_file == "preset.npy"
+    assert cli.parse_args(parser, [*argv, typed, "typed.npy"], presets).noise_file == "typed.npy"
 
 
 def test_without_a_preset_the_file_is_not_needed(tmp_path):

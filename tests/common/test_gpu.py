@@ -32,6 +32,46 @@ def test_without_a_card_cpu_is_picked_and_the_reason_printed(
     assert picked.peak_memory_mb() is None
 
 
+@pytest.fixture
+def a_card(monkeypatch):
+    """A card as far as `pick` looks; what it switches in torch is put back afterwards."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
+    for name in ("benchmark", "allow_tf32"):
+        monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
+    usual = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(usual)
+
+
+@pytest.mark.parametrize(
+    ("fidelity", "precision", "chosen", "why"),
+    [
+        ("paper", "auto", "bf16", "the default on CUDA"),
+        ("released", "auto", "fp32", "as released"),
+        ("released", "bf16", "bf16", "asked for"),
+        ("released", "fp32", "fp32", "asked for"),
+        ("paper", "fp32", "fp32", "asked for"),
+    ],
+)
+def test_on_a_card_the_released_precision_is_float32_without_tf32_unless_another_is_typed(
+    a_card, capsys, fidelity, precision, chosen, why
+):
+    torch.backends.cudnn.allow_tf32 = chosen != "bf16"
+    picked = pick("auto", precision, fidelity=fidelity)
+    assert picked.device == torch.device("cuda", 0) and picked.precision == chosen
+    line = f"device cuda:0 (a card, found), precision {chosen} ({why})\n"
+    assert capsys.readouterr().out == line
+    assert torch.backends.cudnn.allow_tf32 == (chosen == "bf16")
+    assert torch.get_float32_matmul_precision() == ("high" if chosen == "bf16" else "highest")
+
+
+def test_the_released_precision_has_its_reason_on_a_cpu_too(no_card, capsys):
+    assert pick(fidelity="released").precision == "fp32"
+    assert capsys.readouterr().out.endswith(", precision fp32 (as released)\n")
+
+
 @pytest.mark.parametrize("index", [0, 3])
 def test_asking_for_a_card_that_is_not_there_is_an_error(no_card, capsys, index):
     with pytest.raises(UserError, match=rf"--device cuda: there is no CUDA device {index} \(found 0\)"):

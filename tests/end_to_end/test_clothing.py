@@ -120,6 +120,8 @@ def test_the_loops_and_what_is_logged_of_them(base, ends):
     assert {row["smallest_class"] for row in rows[:2]} == {"6"}
     for row in rows[2:]:
         assert float(row["confident_share"]) == int(row["confident_size"]) / 18
+    lost = [row["classes_unselected"] for row in rows]
+    assert lost[:2] == ["", ""] and lost[-1] == "0" and {row["right_selected_min"] for row in rows} == {""}
     assert {row["class_models"] for row in rows} == {"1", "2"}
     # network and optimiser go on from inner loop to inner loop, and begin anew in an outer loop
     losses = [float(row["loss"]) for row in rows]

@@ -54,11 +54,12 @@ MOMENTS = (
 GONE_ON = [0, 0, 1, 2, 3, 4, 5, 5, 6]  # epochs that the starts after the second find finished
 COLUMNS = [
     "epoch", "loss", "test_accuracy", "test_top5", "ood_auroc", "removed", "removal_precision", "removal_recall", "labelled",
-    "unlabelled", "labelled_precision", "labelled_ood", "clean_auc", "labelled_loss", "unlabelled_loss",
-    "labelled_embedding_loss", "unlabelled_embedding_loss", "contrastive_loss", "penalty_loss", "train_accuracy", "lr_head",
+    "unlabelled", "labelled_precision", "labelled_ood", "clean_auc", "right_selected_min", "classes_unselected",
+    "labelled_loss", "unlabelled_loss", "labelled_embedding_loss", "unlabelled_embedding_loss",
+    "contrastive_loss", "penalty_loss", "train_accuracy", "lr_head",
     *(f"removed_class_{k}" for k in range(10)), "seconds",
 ]  # fmt: skip
-OF_SPLIT = COLUMNS[8:19]
+OF_SPLIT = COLUMNS[8:21]
 REMOVED = [52, 52, 58, 58, 64, 64]  # a tenth, and a hundredth more at each split
 
 # one epoch of warm-up and one on a split, in a fraction of a second
@@ -191,10 +192,10 @@ def test_the_log_has_a_row_per_epoch_and_no_split_in_warm_up(run):
     cosine = [0.05 * (1 + math.cos(math.pi * epoch / EPOCHS)) for epoch in range(EPOCHS)]
     assert column(run, "lr_head") == pytest.approx(cosine)
     for before, row in ((rows[2], rows[3]), (rows[4], rows[5])):
-        assert all(row[name] == before[name] for name in COLUMNS[5:13])  # between splits nothing changes
+        assert all(row[name] == before[name] for name in COLUMNS[5:15])  # between splits nothing changes
     for row in rows[2:]:
         assert int(row["labelled"]) + int(row["unlabelled"]) + int(row["removed"]) == 520
-        part = {name.removesuffix("_loss"): float(row[name]) for name in COLUMNS[13:19]}
+        part = {name.removesuffix("_loss"): float(row[name]) for name in COLUMNS[15:21]}
         labelled = part["labelled"] + part["labelled_embedding"]
         ramped = 100 * (part["unlabelled"] + part["unlabelled_embedding"])
         factor = (float(row["loss"]) - labelled - part["contrastive"] - part["penalty"]) / ramped
@@ -210,7 +211,10 @@ def test_the_statistics_of_the_last_split_are_those_of_what_is_kept_of_it(run):
         np.argsort(arrays["score"], kind="stable")[: REMOVED[-1]]
     )
     labelled = (arrays["clean_probability"] > 0.3) & arrays["kept"]
+    observed = samples["observed"]
     expected = {
+        "right_selected_min": min(labelled[right & (observed == c)].mean() for c in range(10)),
+        "classes_unselected": 10 - len({*observed[labelled]}),
         "ood_auroc": roc_auc_score(ood, -arrays["score"]),
         "removed": removed.sum(),
         "removal_precision": ood[removed].mean(),

@@ -52,7 +52,8 @@ MOMENTS = ("0:start", "1:warm-up", "1:log", "2:embeddings", "3:training", "4:tra
 GONE_ON = (0, 0, 1, 2, 3, 3)  # epochs that the starts after the second find finished
 COLUMNS = (
     *("epoch", "loss", "test_accuracy", "test_top5", "ood_auroc", "removed", "removal_precision", "removal_recall"),
-    *("labelled", "unlabelled", "labelled_precision", "labelled_ood", "clean_auc", "labelled_loss", "unlabelled_loss"),
+    *("labelled", "unlabelled", "labelled_precision", "labelled_ood", "clean_auc"),
+    *("right_selected_min", "classes_unselected", "labelled_loss", "unlabelled_loss"),
     *("labelled_embedding_loss", "unlabelled_embedding_loss", "contrastive_loss", "penalty_loss", "lr_head"),
     *(f"removed_class_{k}" for k in range(100)),
     "seconds",
@@ -64,6 +65,7 @@ UNKNOWN = (
     "labelled_precision",
     "labelled_ood",
     "clean_auc",
+    "right_selected_min",
 )
 PARTS = tuple(name for name in COLUMNS if name.endswith("_loss"))
 

@@ -41,10 +41,11 @@ MOMENTS = ("3:training", "7:log", "13:training", "17:selection", "22:validation"
 
 COLUMNS = [
     "epoch", "outer", "round", "loss", "validation_accuracy", "test_accuracy", "confident_size", "confident_share",
-    "confident_precision", "confident_recall", "hard_share", "hard_precision", "train_accuracy", "lr",
+    "confident_precision", "confident_recall", "hard_share", "hard_precision", "right_selected_min",
+    "classes_unselected", "train_accuracy", "lr",
     "test_accuracy_batchmean", "kept", "new_best", "seconds",
 ]  # fmt: skip
-SET_COLUMNS = [name for name in COLUMNS if name.startswith(("confident", "hard"))]
+SET_COLUMNS = [name for name in COLUMNS if name.startswith(("confident", "hard", "right", "classes"))]
 
 
 def table(run: Path) -> list[dict[str, str]]:
@@ -380,7 +381,8 @@ def test_the_columns_of_the_set_are_those_of_a_recount(recorded):
     rows = table(recorded.run)
     data = datasets.load("digits", ".")
     observed, kept = np.load(recorded.run / "noisy_labels.npy"), np.load(recorded.run / "split.npz")
-    right = (observed == data.train.labels)[kept["train"]]
+    right, given = (observed == data.train.labels)[kept["train"]], observed[kept["train"]]
+    classes = [set(np.flatnonzero(right & (given == c))) for c in range(10)]
     first = set(recorded.epochs[4].trained.tolist())
     for i in range(4, EPOCHS):
         confident = recorded.epochs[i].trained.tolist()
@@ -392,6 +394,8 @@ def test_the_columns_of_the_set_are_those_of_a_recount(recorded):
             "confident_recall": right[confident].sum() / right.sum(),
             "hard_share": len(hard) / len(confident),
             "hard_precision": right[hard].mean() if hard else None,
+            "right_selected_min": min(len(own & {*confident}) / len(own) for own in classes),
+            "classes_unselected": 10 - len({*given[confident]}),
         }
         found = {name: float(rows[i][name]) if rows[i][name] else None for name in SET_COLUMNS}
         assert found == {n: v if v is None else pytest.approx(v, rel=1e-12) for n, v in expected.items()}

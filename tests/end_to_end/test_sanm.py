@@ -45,9 +45,10 @@ MOMENTS = ("1:log", "2:training", "3:losses", "3:log", "4:losses", "4:training")
 COLUMNS = [
     "epoch", "loss", "test_accuracy", "net1_selected", "net1_auc", "net1_precision", "net1_recall", "net2_selected",
     "net2_auc", "net2_precision", "net2_recall", "net1_accuracy", "net2_accuracy", "labelled_loss", "unlabelled_loss",
-    "prior_loss", "reconstruction_loss", "lr", "seconds",
+    "prior_loss", "reconstruction_loss", "right_selected_min", "classes_unselected", "lr", "seconds",
 ]  # fmt: skip
 SPLIT_COLUMNS = [name for name in COLUMNS if name.startswith("net") and not name.endswith("accuracy")]
+SPLIT_COLUMNS += ["right_selected_min", "classes_unselected"]
 PARTS = ["labelled_loss", "unlabelled_loss", "prior_loss", "reconstruction_loss"]
 
 # one epoch of warm-up and two on a split, in a few seconds
@@ -260,9 +261,14 @@ def test_labels_are_those_of_inclusive_symmetric_noise_by_the_seed(scenarios):
 def test_the_last_rows_statistics_are_those_of_the_probabilities_that_are_kept(scenarios):
     run = scenarios["whole"].run
     arrays, last = np.load(run / "clean_probability.npz"), table(run)[-1]
-    right = arrays["observed"] == arrays["clean"]
+    observed, right = arrays["observed"], arrays["observed"] == arrays["clean"]
+    lowest, without = [], []
     for net in ("net1", "net2"):
         chosen = divide(torch.from_numpy(arrays[net]), 0.5).numpy()
+        lowest += [
+            chosen[right & (observed == c)].mean() for c in range(10) if (right & (observed == c)).any()
+        ]
+        without.append(len({*observed} - {*observed[chosen]}))
         expected = [
             chosen.sum(),
             roc_auc_score(right, arrays[net]),
@@ -271,6 +277,8 @@ def test_the_last_rows_statistics_are_those_of_the_probabilities_that_are_kept(s
         ]
         found = [float(last[f"{net}_{name}"]) for name in ("selected", "auc", "precision", "recall")]
         assert found == pytest.approx(expected, rel=1e-9)
+    assert float(last["right_selected_min"]) == pytest.approx(min(lowest), rel=1e-9)
+    assert int(last["classes_unselected"]) == max(without)
 
 
 def test_the_accuracy_is_that_of_the_sum_of_both_networks_scores(scenarios):

@@ -44,7 +44,7 @@ MOMENTS = ("0:start", "1:training", "1:losses", "2:training", "2:log", "3:valida
 GONE_ON = (0, 0, 1, 1, 2, 3)  # epochs that the starts after the second find finished
 COLUMNS = (
     *("epoch", "loss", "net1_selected", "net2_selected", "net1_validation", "net2_validation", "test_accuracy"),
-    *("labelled_loss", "prior_loss", "reconstruction_loss", "lr", "seconds"),
+    *("labelled_loss", "prior_loss", "reconstruction_loss", "right_selected_min", "classes_unselected", "lr", "seconds"),
 )  # fmt: skip
 LOSSES = ("loss", "labelled_loss", "prior_loss", "reconstruction_loss")
 
@@ -115,9 +115,11 @@ def test_what_is_logged_of_warm_up_and_co_divide(base, ends):
     assert tuple(rows[0]) == COLUMNS and [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert [float(row["lr"]) for row in rows] == pytest.approx([0.02, 0.02, 0.002], rel=1e-12)
     of_co_divide = ("net1_selected", "net2_selected", "labelled_loss", "prior_loss", "reconstruction_loss")
-    assert {rows[0][name] for name in of_co_divide} == {""}
+    assert {rows[0][name] for name in (*of_co_divide, "classes_unselected")} == {""}
+    assert {row["right_selected_min"] for row in rows} == {""}, "nobody knows the true labels"
     for row in rows[1:]:
-        values = {name: float(row[name]) for name in COLUMNS}
+        values = {name: float(row[name]) for name in COLUMNS if name != "right_selected_min"}
+        assert values["classes_unselected"] == 0
         expected = values["labelled_loss"] + values["prior_loss"] + 0.3 * values["reconstruction_loss"]
         assert values["loss"] == pytest.approx(expected, rel=1e-12)
         # both sides of the split have a batch at least

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common import selection_report
 from sfa import Train_cifar
 from sfa.evaluation import SELECTION_STATISTICS, selection_statistics
 from sfa.small_loss import SmallLoss
@@ -41,6 +42,7 @@ RUNS = {
 # name -> where it is killed, one time after the other, before it is left to end
 KILLED = {"gmm-ldam": ("3:selection", "4:training"), "sfa": ("3:log", "4:selection")}
 STATISTICS = [f"net{i}_{name}" for i in (1, 2) for name in (*SELECTION_STATISTICS, "drawn_classes")]
+STATISTICS += selection_report.COLUMNS
 
 
 def words(name: str, folder: Path) -> list[str]:
@@ -142,6 +144,11 @@ def test_the_clean_probabilities_are_those_of_the_last_selection(name, run):
         for column, value in report.items():
             assert float(last[f"net{i}_{column}"]) == pytest.approx(value), column
         assert 0 < report["selected"] < SAMPLES
+    observed, right = found["observed"], found["observed"] == found["clean"]
+    chosen = [found[f"net{i}"] > 0.5 for i in (1, 2)]
+    shares = [own[right & (observed == c)].mean() for own in chosen for c in range(CLASSES)]
+    assert float(last["right_selected_min"]) == pytest.approx(min(shares))
+    assert int(last["classes_unselected"]) == max(CLASSES - len({*observed[own]}) for own in chosen)
 
 
 @pytest.mark.parametrize("name", RUNS)

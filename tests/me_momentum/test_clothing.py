@@ -16,6 +16,7 @@ from common.cli import UserError
 from common.datasets.file_lists import make_split
 from common.datasets.image_cache import build_caches
 from common.gpu import Device
+from common.selection_report import no_streaks
 from me_momentum import Clothing, ClothingData
 from me_momentum.Clothing import (
     Data,
@@ -66,7 +67,7 @@ FLAGS = [
     (("--compile",), False),
     (("--fidelity",), "paper"),
     (("--preset",), None),
-    (("--noise_file", "--noise-file"), None),
+    (("--noise_file",), None),
     (("-r", "--resume"), "auto"),
     (("--limit_train",), None),
     (("--limit_test",), None),
@@ -431,6 +432,7 @@ def memory_of(model_of: list[int], weights: dict) -> dict:
         "confident": None,
         "models": models._replace(epoch=epochs, best_epoch=7)._asdict(),
         "weights": weights,
+        "streaks": no_streaks(1, 14),
     }
 
 

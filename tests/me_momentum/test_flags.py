@@ -42,7 +42,7 @@ FLAGS = [
     (("--compile",), False),
     (("--fidelity",), "paper"),
     (("--preset",), None),
-    (("--noise_file", "--noise-file"), None),
+    (("--noise_file",), None),
     (("-r", "--resume"), "auto"),
     (("--limit_train",), None),
     (("--limit_test",), None),
@@ -204,7 +204,9 @@ def test_every_preset_parses_and_its_values_arrive(name):
     assert {flag: args["num_epochs" if flag == "n_epoch" else flag] for flag in section} == section
 
 
-@pytest.mark.parametrize("name", [name for name in presets() if not name.startswith(("embedded/", "claims/"))])
+@pytest.mark.parametrize(
+    "name", [name for name in presets() if not name.startswith(("embedded/", "claims/"))]
+)
 def test_the_published_cells_are_run_by_the_published_protocol(name):
     """The rest of the flags says which cell it is, as its name does."""
     dataset, noisy, what = re.fullmatch(r"(\w+)/\1-(\w+0\.\d)/([\w-]+)", name).groups()

@@ -29,7 +29,7 @@ FLAGS = [
     (("--arch",), "auto"),
     (("--pretrained",), None),
     (
-        ("--released-softmax", "--no-released-softmax", "--released_softmax", "--no-released_softmax"),
+        ("--released-softmax", "--no-released-softmax"),
         None,
     ),
     (("--selection",), "gmm"),
@@ -38,20 +38,20 @@ FLAGS = [
     (("--lr_drop",), 150),
     (("--num_epochs",), 360),
     (("--warm_up",), None),
-    (("--warm-up-views", "--warm_up_views"), "strong"),
+    (("--warm-up-views",), "strong"),
     (("--alpha",), 4),
     (("--lambda_u",), 25),
     (("--T",), 0.5),
     (("--p_threshold",), 0.5),
     (("--gpuid",), 0),
     (("--masking",), "adversarial"),
-    (("--mask-lo", "--mask_lo"), 0.02),
-    (("--mask-hi", "--mask_hi"), 0.07),
-    (("--mask-quality", "--mask_quality"), 0.03),
-    (("--mask-anchor", "--mask_anchor"), None),
-    (("--clamp-targets", "--clamp_targets"), False),
-    (("--recon-weight", "--recon_weight"), 0.02),
-    (("--ref-views", "--ref_views"), "strong"),
+    (("--mask-lo",), 0.02),
+    (("--mask-hi",), 0.07),
+    (("--mask-quality",), 0.03),
+    (("--mask-anchor",), None),
+    (("--clamp-targets",), False),
+    (("--recon-weight",), 0.02),
+    (("--ref-views",), "strong"),
     (("--out",), None),
     (("--seed",), 123),
     (("--device",), "auto"),
@@ -59,7 +59,7 @@ FLAGS = [
     (("--compile",), False),
     (("--fidelity",), "paper"),
     (("--preset",), None),
-    (("--noise_file", "--noise-file"), None),
+    (("--noise_file",), None),
     (("-r", "--resume"), "auto"),
     (("--limit_train",), None),
     (("--limit_test",), None),
@@ -124,27 +124,6 @@ def test_help_exits_0_and_shows_every_flag(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert [option for action in actions() for option in action.option_strings if option not in text] == []
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        ("mask-lo", 0.01),
-        ("mask-hi", 0.2),
-        ("mask-quality", 0.1),
-        ("mask-anchor", "corner"),
-        ("recon-weight", 0.3),
-        ("ref-views", "weak"),
-        ("clamp-targets", True),
-        ("released-softmax", True),
-    ],
-)
-def test_dashes_and_underscores_are_the_same(flag, value):
-    name = flag.replace("-", "_")
-    assert getattr(parse_args([]), name) != value
-    for spelling in (flag, name):
-        words = [] if value is True else [str(value)]
-        assert getattr(parse_args([f"--{spelling}", *words]), name) == value
 
 
 # settled defaults -------------------------------------------------------------------------------------------------------

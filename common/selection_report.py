@@ -1,0 +1,104 @@
+"""What a selection of samples leaves of the classes: two columns of the log, and warnings about lost classes.
+
+Methods that train on the samples they select can lose a class: where none of its samples is selected, no label of it is
+trained on.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common import processes
+
+COLUMNS = ("right_selected_min", "classes_unselected")
+PATIENCE = 3  # selections in a row without a sample of a class before the warning
+FEW_STEPS = 300  # a shorter warm-up gets a note
+
+
+class Selected(NamedTuple):
+    """The samples that one network selects, out of N."""
+
+    chosen: Tensor  # bool [N], or their positions, int [n]
+    given: Tensor  # given labels, int [N]
+    right: Tensor | None  # bool [N]: the given label is the true one; None if the true labels are unknown
+
+
+def right_selected_min(selected: Selected) -> float | None:
+    """The lowest share, over true classes, of right labels that are selected.
+
+    A class without a right label does not count. None if no class is left, or the true labels are unknown.
+    """
+    chosen, given, right = selected
+    if right is None or not right.any():
+        return None
+    all_right = torch.bincount(given[right])
+    found = torch.bincount(given[chosen][right[chosen]], minlength=len(all_right))
+    present = all_right > 0
+    return float((found[present].double() / all_right[present]).min())
+
+
+def unselected(selected: Selected, num_classes: int | None = None) -> Tensor:
+    """The classes that have given labels but no selected sample, bool [K]; K at least num_classes."""
+    counts = torch.bincount(selected.given, minlength=num_classes or 0)
+    chosen = torch.bincount(selected.given[selected.chosen], minlength=len(counts))
+    return (counts > 0) & (chosen == 0)
+
+
+def columns(selections: Sequence[Selected]) -> dict[str, float | int | None]:
+    """The two columns for the selections of an epoch, one per network: the lower share and the larger number of classes.
+
+    None without a selection, as in the warm-up.
+    """
+    if not selections:
+        return dict.fromkeys(COLUMNS)
+    shares = [share for share in map(right_selected_min, selections) if share is not None]
+    counts = [int(unselected(selected).sum()) for selected in selections]
+    return {"right_selected_min": min(shares, default=None), "classes_unselected": max(counts)}
+
+
+def no_streaks(networks: int, num_classes: int) -> Tensor:
+    """What a run counts before its first selection, and keeps in its checkpoints."""
+    return torch.zeros(networks, num_classes, dtype=torch.int64)
+
+
+def count(streaks: Tensor, selections: Sequence[Selected], patience: int = PATIENCE) -> tuple[Tensor, Tensor]:
+    """One more selection by each network: the new streaks, and the classes to warn about, each by its first network.
+
+    streaks, int [networks, K] on the CPU: selections in a row without a sample of the class. From `patience` on they only grow,
+    so that no class is warned about twice. Returns int [networks, K] and bool [networks, K].
+    """
+    without = torch.stack([unselected(selected, streaks.shape[1]).cpu() for selected in selections])
+    warned = streaks >= patience
+    streaks = torch.where(without | warned, streaks + 1, 0)
+    lost = (streaks >= patience) & ~warned.any(dim=0)
+    return streaks, lost & (lost.cumsum(dim=0) == 1)
+
+
+def follow(streaks: Tensor, selections: Sequence[Selected], remedy: str, patience: int = PATIENCE) -> Tensor:
+    """The streaks after one more selection by each network; prints a warning about each class that is lost by now.
+
+    Without a selection, as in the warm-up, the streaks stay. remedy: what to try against it, in words.
+    """
+    if not selections:
+        return streaks
+    streaks, lost = count(streaks, selections, patience)
+    for network, class_ in lost.nonzero().tolist() if processes.rank() == 0 else ():
+        whose = f" by network {network + 1}" if len(selections) > 1 else ""
+        when = f"for {patience} selections in a row" if patience > 1 else "in the only selection"
+        print(
+            f"warning: class {class_} has had no selected sample {when}{whose}: try {remedy}, with another --out",
+            file=sys.stderr,
+        )
+    return streaks
+
+
+def note_short_warm_up(steps: int, flag: str) -> None:
+    """Print a note if the warm-up has few optimiser steps; flag: the one that sets its length, with its value."""
+    if steps < FEW_STEPS:
+        processes.say(
+            f"note: warm-up of {steps} steps ({flag}), below {FEW_STEPS}: "
+            "classes that it does not learn are lost to the selection"
+        )
