@@ -74,7 +74,6 @@ def _outlier_flags(parser: cli.Parser, start_factor: float) -> None:
     outliers.add_argument("--knn-k", type=cli.count, default=10, help="neighbours of the outlier score")
     outliers.add_argument(
         "--knn-encoder",
-        "--knn_encoder",
         choices=["current", "pretrained"],
         default="current",
         help="whose embeddings are scored: at each split those of the encoder in training, as released; or always those of the "

@@ -274,9 +274,7 @@ def train(network: Network, corpus: Corpus, run: Run, args: Namespace, device: g
     s = Setting(args, device, run, train_images, labels, loader, draws)
     splits = splits_of(args)
     right = right_labels(corpus, device)
-    if splits:
-        steps = args.warmup_epoch * len(s.batches(s.crop()))
-        selection_report.note_short_warm_up(steps, f"--warmup-epoch {args.warmup_epoch}")
+    note_warm_up(splits, s)
 
     for number in run.epochs(args.epochs):
         epoch, auroc = number - 1, None  # the release counts from 0
@@ -316,6 +314,13 @@ def train(network: Network, corpus: Corpus, run: Run, args: Namespace, device: g
     last = {f"last_{name}": run.rows[-1][name] for name in STATISTICS}
     last |= run.full_test(lambda: full_test(network, corpus, run, device))
     run.finish(first_ood_auroc=memory["first_auroc"], last_ood_auroc=memory["auroc"], **last)
+
+
+def note_warm_up(splits: list[int], s: Setting) -> None:
+    """Say so where a split follows a warm-up of few steps."""
+    if splits:
+        steps = s.args.warmup_epoch * len(s.batches(s.crop()))
+        selection_report.note_short_warm_up(steps, f"--warmup-epoch {s.args.warmup_epoch}")
 
 
 def full_test(network: Network, corpus: Corpus, run: Run, device: gpu.Device) -> dict[str, float]:

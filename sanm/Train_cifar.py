@@ -358,6 +358,14 @@ def split_statistics(
     return columns
 
 
+def training_index(data: Data, args: Namespace) -> np.ndarray:
+    """Positions of the images that are trained on, int [N]. UserError: too few to be split."""
+    index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
+    if args.selection == "gmm" and len(index) < 2:
+        raise UserError(f"--limit_train {args.limit_train}: one image cannot be split into two sets")
+    return index
+
+
 @cli.script
 def main(argv=None) -> None:
     """Train SANM and write its run directory."""
@@ -367,9 +375,7 @@ def main(argv=None) -> None:
         note_quality(args)
     device = gpu.pick(args.device, args.precision, args.gpuid, fidelity=args.fidelity)
     data = datasets.load(args.dataset, args.data_path)
-    index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
-    if args.selection == "gmm" and len(index) < 2:
-        raise UserError(f"--limit_train {args.limit_train}: one image cannot be split into two sets")
+    index = training_index(data, args)
     clean_labels, observed = data.train.labels[index], observed_labels(data, index, args)
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
     nets = [initial_network(data, args) for _ in range(2)]
@@ -419,8 +425,7 @@ def main(argv=None) -> None:
         names = ("labelled_loss", "unlabelled_loss", "prior_loss", "reconstruction_loss")
         report |= dict(zip(names, parts[1:], strict=True))
         report |= selection_report.columns(chosen)
-        report["lr"] = optimizers[0].param_groups[0]["lr"]
-        run.log(number, **report)
+        run.log(number, **report, lr=optimizers[0].param_groups[0]["lr"])
 
     save_clean_probability(run, memory, observed, clean_labels)
     run.finish(**final_metrics(nets, observed == clean_labels, tests.whole, data.num_classes, s))
