@@ -67,6 +67,7 @@ def make_parser() -> cli.Parser:
     network.add_argument(
         "--pretrained",
         metavar="PATH|imagenet|none",
+        type=cli.place,
         help="initial weights; by default imagenet for food and clothing1m, else none",
     )
     network.add_argument(
@@ -182,7 +183,7 @@ def make_parser() -> cli.Parser:
         help="keep every N-th epoch's weights too",
     )
     training.add_argument(
-        "--checkpoint", metavar="DIR", help="the release's unused flag: here a name for --out"
+        "--checkpoint", metavar="DIR", type=cli.place, help="the release's unused flag: here a name for --out"
     )
     training.add_argument(
         "--device_ids",
@@ -205,6 +206,7 @@ def add_data_flags(parser: cli.Parser) -> None:
     data.add_argument(
         "--data-root",
         metavar="DIR",
+        type=cli.place,
         help="where the data set is; by default ./data/food, ./data/clothing1m, and ./data for the others",
     )
     data.add_argument(
@@ -231,6 +233,7 @@ def add_data_flags(parser: cli.Parser) -> None:
     data.add_argument(
         "--image-cache",
         metavar="DIR",
+        type=cli.place,
         help="read images from a cache made by python -m common.datasets cache",
     )
     data.add_argument("--workers", type=cli.count_or_zero, default=4, help="processes that decode images")

@@ -61,7 +61,11 @@ class Parser(argparse.ArgumentParser):
         """As argparse, each flag in its own spelling; words after a bare -- are no flags."""
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
-        return super().parse_known_args([*map(self._own_spelling, words[:end]), *words[end:]], namespace)
+        found, rest = super().parse_known_args(
+            [*map(self._own_spelling, words[:end]), *words[end:]], namespace
+        )
+        found._places = tuple(sorted({action.dest for action in self._actions if action.type is place}))
+        return found, rest
 
     def _own_spelling(self, word: str) -> str:
         """The word, its flag in the spelling that this parser knows; unknown flags and values stay as typed."""
@@ -193,6 +197,11 @@ def non_negative(text: str) -> float:
     return value
 
 
+def place(text: str) -> str:
+    """The type of a flag that names a place, not a setting: a resumed run compares what is there, never the path."""
+    return text
+
+
 def count(text: str) -> int:
     """argparse type: a whole number >= 1."""
     value = count_or_zero(text)
@@ -234,7 +243,10 @@ def add_shared_flags(parser: Parser, default_seed: int) -> None:
     """The flags of our own, the same in every script."""
     group = parser.add_argument_group("shared by all scripts")
     group.add_argument(
-        "--out", metavar="DIR", help="run directory; by default results/runs/PAPER/ and the arguments"
+        "--out",
+        metavar="DIR",
+        type=place,
+        help="run directory; by default results/runs/PAPER/ and the arguments",
     )
     group.add_argument(
         "--seed", type=seed, default=default_seed, help="seeds label noise, initialisation, everything"
@@ -259,6 +271,7 @@ def add_shared_flags(parser: Parser, default_seed: int) -> None:
     group.add_argument(
         "--noise_file",
         metavar="FILE",
+        type=place,
         help="observed labels to use instead of drawn noise (.npy, .npz, .json or .csv, one integer per sample)",
     )
     group.add_argument(
@@ -295,6 +308,7 @@ def add_image_file_flags(group, workers: int, how: str = "") -> None:
     group.add_argument(
         "--image_cache",
         metavar="DIR",
+        type=place,
         help=f"read images from a cache made by python -m common.datasets cache{how}",
     )
     group.add_argument(

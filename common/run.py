@@ -45,12 +45,11 @@ from common.noise import realised
 from common.signals import StopSignals
 
 ROOT = Path(__file__).resolve().parents[1]
-# what may differ when a run goes on; that the data are the same is seen by the sha256 of the labels
-NOT_COMPARED = (
-    *("out", "resume", "data_path", "data_root", "workers", "device_ids"),
-    *("ood_dir", "open_set_cache", "decoded", "posterior"),
-    *("parallel", "gpuid1", "gpuid2"),
-)
+# what may differ when a run is resumed, besides the flags that name places (`cli.place`): how it is computed; and on_bad_image,
+# for the images that are left out are compared
+NOT_COMPARED = ("resume", "workers", "device_ids", "parallel", "gpuid1", "gpuid2", "on_bad_image")
+# places that are not part of a run's name; what is made of them, labels and images taken from a pool, is compared instead
+UNSAID = ("out", "data_path", "data_root", "ood_dir", "open_set_cache", "decoded", "posterior")
 
 
 class Run:
@@ -117,7 +116,13 @@ class Run:
 
     def _check_arguments(self) -> None:
         path = self.folder / "args.json"
-        arguments = dict(vars(self.args))
+        places = getattr(self.args, "_places", ())
+        arguments = {name: value for name, value in vars(self.args).items() if name != "_places"}
+        contents = {
+            name: content_of(arguments[name])
+            for name in places
+            if name not in (*UNSAID, "noise_file") and name in arguments
+        }
         if not path.exists():
             foreign = [
                 name
@@ -128,7 +133,7 @@ class Run:
                 raise UserError(f"{self.folder} holds {foreign[0]} but no args.json: choose another --out")
             content = {"paper": self.paper, "method": self.method, "command": command()}
             content |= {"cell": self._cell_columns()}
-            content |= {"arguments": arguments, "environment": environment(self.device)}
+            content |= {"arguments": arguments, "contents": contents, "environment": environment(self.device)}
             write_atomic(path, _json(content))
             return
         if self.args.resume == "never":
@@ -136,7 +141,8 @@ class Run:
                 f"{self.folder} holds a run already: remove it, choose another --out, or use --resume auto"
             )
         try:
-            old = json.loads(path.read_text())["arguments"]
+            kept = json.loads(path.read_text())
+            old = kept["arguments"]
         except (ValueError, KeyError):
             raise UserError(
                 f"{path} is damaged: remove {self.folder} to start again, or choose another --out"
@@ -144,7 +150,12 @@ class Run:
         differing = [
             f"{n} was {old.get(n)}, now {arguments.get(n)}"
             for n in {**old, **arguments}
-            if n not in NOT_COMPARED and old.get(n) != arguments.get(n)
+            if n not in (*NOT_COMPARED, *places) and old.get(n) != arguments.get(n)
+        ]
+        differing += [
+            f"{n} {arguments[n]} has another content than {old.get(n)} had"
+            for n, content in contents.items()
+            if content != kept.get("contents", contents).get(n)
         ]
         if differing:
             raise UserError(
@@ -177,7 +188,12 @@ class Run:
             processes.say(f"note: {note}")
 
     def _keep_labels(self, index: np.ndarray, noisy: np.ndarray, content: bytes, report: dict) -> None:
-        path = self.folder / "noise.json"
+        path, images = self.folder / "noise.json", self.folder / "train_index.npy"
+        if path.exists() and images.exists() and images.read_bytes() != _npy(index):
+            raise UserError(
+                f"{self.folder} began with other training images: the data or the images that --on_bad_image leaves out changed; "
+                "choose another --out"
+            )
         if path.exists() and json.loads(path.read_text())["sha256"] != report["sha256"]:
             raise UserError(
                 f"{self.folder} began with other labels: the data, --noise_file or the posterior changed; choose another --out"
@@ -207,8 +223,13 @@ class Run:
     def save_skipped(self, skipped: Iterable[tuple[str, int, str]]) -> None:
         """List images that were left out in skipped_images.csv, if there are any: path, position in its list, reason."""
         rows = [dict(zip(("path", "position", "reason"), image, strict=True)) for image in skipped]
+        content = results.to_csv(rows, rows[0]).encode() if rows else b""
+        path = self.folder / "skipped_images.csv"
+        begun = (self.folder / checkpoint.CURRENT).exists()
+        if begun and content != (path.read_bytes() if path.exists() else b""):
+            raise UserError(f"{self.folder} began with other images left out than now; choose another --out")
         if rows:
-            self.save_file("skipped_images.csv", results.to_csv(rows, rows[0]).encode())
+            self.save_file("skipped_images.csv", content)
 
     def save_weights(self, name: str, weights: dict[str, torch.Tensor]) -> None:
         """Write a state dict of tensors into the run directory, as tensors on the CPU."""
@@ -477,13 +498,35 @@ def git_commit() -> str:
     return commit.stdout.strip() if commit.returncode == 0 else ""
 
 
+def content_of(place: str | None) -> str | None:
+    """What a flag that names a place stands for, whatever the path: the sha256 of a file, or of the indices of an image cache.
+
+    A word such as none or imagenet stands for itself; other folders are not compared.
+    """
+    if place is None or not Path(place).exists():
+        return place
+    files = [Path(place)] if Path(place).is_file() else sorted(Path(place).rglob("index.npz"))
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest() if files else "a folder"
+
+
 def run_name(args: Namespace, defaults: dict[str, Any], always: Iterable[str]) -> str:
-    """What the arguments say, as a directory name: the `always` flags first, then every flag not at its default."""
-    unsaid = {*NOT_COMPARED, "preset", *always}
+    """What the arguments say, as a directory name: the `always` flags first, then every flag not at its default.
+
+    Of a place the last part of the path says enough.
+    """
+    unsaid = {*NOT_COMPARED, *UNSAID, "_places", "preset", *always}
     changed = [
         flag for flag, value in vars(args).items() if flag not in unsaid and value != defaults.get(flag)
     ]
-    words = [f"{flag}_{getattr(args, flag)}" for flag in [*always, *changed]]
+    places = getattr(args, "_places", ())
+    said = {flag: getattr(args, flag) for flag in [*always, *changed]}
+    words = [
+        f"{flag}_{Path(value).name if flag in places and value else value}" for flag, value in said.items()
+    ]
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(words))
     return name if len(name) <= 200 else f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 

@@ -49,6 +49,7 @@ def add_open_set_flags(parser: cli.Parser, datasets_help: str = "") -> None:
         dest="data_path",
         default="./data",
         metavar="DIR",
+        type=cli.place,
         help="where the data sets are; the folder of the CIFAR batches too, as in the release",
     )
     data.add_argument(
@@ -60,12 +61,14 @@ def add_open_set_flags(parser: cli.Parser, datasets_help: str = "") -> None:
     data.add_argument(
         "--ood-dir",
         metavar="DIR",
+        type=cli.place,
         help="the files of that pool; by default DATA_PATH/imagenet32, DATA_PATH/places365 or DATA_PATH",
     )
     data.add_argument("--ood-ratio", type=cli.fraction, default=0.2, help="share of images from elsewhere")
     data.add_argument(
         "--open-set-cache",
         metavar="DIR|none",
+        type=cli.place,
         help="where what was taken from files is kept; by default DATA_PATH/open_set",
     )
     data.add_argument("--num-class", type=cli.count, default=100, help="ignored: the data set decides")
@@ -110,6 +113,7 @@ def add_mini_imagenet_flags(parser: cli.Parser) -> argparse._ArgumentGroup:
     files.add_argument(
         "--decoded",
         metavar="DIR|none",
+        type=cli.place,
         help="where the decoded images are kept; by default DATA_PATH/decoded",
     )
     return files

@@ -22,6 +22,7 @@ def _network_flags(parser: cli.Parser) -> None:
     network.add_argument(
         "--pretrained",
         metavar="FILE|none",
+        type=cli.place,
         default="save/last.pth",
         help="the pre-trained encoder: encoder.safetensors of pretrain.py, or a checkpoint in SupContrast's format",
     )
@@ -155,7 +156,9 @@ def _other_flags(parser: cli.Parser) -> None:
         default=False,
         help="accuracy on the noisy training labels after each epoch, which costs a pass; nothing is chosen by it",
     )
-    other.add_argument("--exp-dir", dest="out", metavar="DIR", help="the release's name for --out")
+    other.add_argument(
+        "--exp-dir", dest="out", metavar="DIR", type=cli.place, help="the release's name for --out"
+    )
     for flag, kind, value in (
         ("--print-freq", int, 100),
         ("--drops", float, 0.005),

@@ -35,6 +35,7 @@ def make_parser() -> cli.Parser:
         dest="data_path",
         default="./data",
         metavar="DIR",
+        type=cli.place,
         help="split/, all_images/ and validation/ are in it, or in its mini-imagenet/",
     )
     files.add_argument("--num-class", type=cli.count, default=100, help="ignored: the data set decides")

@@ -64,6 +64,7 @@ def make_parser() -> cli.Parser:
         "--data_root",
         default=DATA_ROOT,
         metavar="DIR",
+        type=cli.place,
         help=f"the lists of Clothing1M are in it or in its annotations/; without lists its {INDEX} is read",
     )
     data.add_argument(
@@ -82,7 +83,10 @@ def make_parser() -> cli.Parser:
         "--network", choices=["resnet50", "resnet18"], default="resnet50", help="torchvision's"
     )
     network.add_argument(
-        "--pretrained", metavar="PATH|imagenet|none", help="initial weights; by default imagenet"
+        "--pretrained",
+        metavar="PATH|imagenet|none",
+        type=cli.place,
+        help="initial weights; by default imagenet",
     )
     network.add_argument(
         "--pretrain",
@@ -145,7 +149,10 @@ def make_parser() -> cli.Parser:
         help="report the mean over test batches, as the release does; by default under --fidelity released alone",
     )
     training.add_argument(
-        "--model_dir", metavar="DIR", help="the release's folder of weights: here a name for --out"
+        "--model_dir",
+        metavar="DIR",
+        type=cli.place,
+        help="the release's folder of weights: here a name for --out",
     )
     cli.add_shared_flags(parser, default_seed=1)
     return parser

@@ -51,7 +51,9 @@ def make_parser() -> cli.Parser:
         default="mnist",
         help="mnist, fashion_mnist, cifar10, cifar100, digits, or NAME for DATA_PATH/NAME.npz",
     )
-    data.add_argument("--data_path", default="./data", metavar="DIR", help="where the data sets are")
+    data.add_argument(
+        "--data_path", default="./data", metavar="DIR", type=cli.place, help="where the data sets are"
+    )
     data.add_argument(
         "--noise_type",
         choices=[*noise.NOISE_TYPES, "given"],
@@ -103,7 +105,10 @@ def make_parser() -> cli.Parser:
         help="on CUDA replay recorded training steps, so that small networks do not wait for launches; not with --compile",
     )
     training.add_argument(
-        "--model_dir", metavar="DIR", help="the release's folder of weights: here a name for --out"
+        "--model_dir",
+        metavar="DIR",
+        type=cli.place,
+        help="the release's folder of weights: here a name for --out",
     )
 
     method = parser.add_argument_group("Me-Momentum")

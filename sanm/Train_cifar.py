@@ -65,7 +65,9 @@ def make_parser() -> cli.Parser:
         default="cifar10",
         help="cifar10, cifar100, digits, mnist, fashion_mnist, or NAME for DATA_PATH/NAME.npz",
     )
-    data.add_argument("--data_path", default="./data", metavar="DIR", help="where the data sets are")
+    data.add_argument(
+        "--data_path", default="./data", metavar="DIR", type=cli.place, help="where the data sets are"
+    )
     data.add_argument(
         "--noise_mode",
         choices=["sym", "asym", *POSTERIOR_TYPES, "given"],
@@ -102,6 +104,7 @@ def make_parser() -> cli.Parser:
     base.add_argument(
         "--pretrained",
         metavar="FILE|none",
+        type=cli.place,
         help="the encoder of --base c2d: encoder.safetensors of pretrain.py or a published SimCLR checkpoint; "
         "by default pretrained/ckpt_DATASET_resnet18.pth, as in the release",
     )

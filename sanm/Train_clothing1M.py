@@ -61,6 +61,7 @@ def make_parser() -> cli.Parser:
         "--data_path",
         default="./Dataset/noise_label_data/Clothing1M",
         metavar="DIR",
+        type=cli.place,
         help="the official lists of Clothing1M are in it or in its annotations/, or the release's lists are in it",
     )
     data.add_argument(
@@ -85,6 +86,7 @@ def make_parser() -> cli.Parser:
     network.add_argument(
         "--pretrained",
         metavar="PATH|imagenet|none",
+        type=cli.place,
         default="imagenet",
         help="initial weights of the encoder; a file is read as pre-trained encoders of Train_cifar.py are",
     )

@@ -68,7 +68,9 @@ def make_parser() -> cli.Parser:
         default="cifar10",
         help="cifar10, cifar100, digits, mnist, fashion_mnist, or NAME for DATA_PATH/NAME.npz",
     )
-    data.add_argument("--data_path", default="./data", metavar="DIR", help="where the data sets are")
+    data.add_argument(
+        "--data_path", default="./data", metavar="DIR", type=cli.place, help="where the data sets are"
+    )
     data.add_argument(
         "--imb_type", choices=["exp", "step", "none"], default="exp", help="shape of the long tail"
     )

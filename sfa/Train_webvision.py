@@ -62,11 +62,13 @@ def make_parser() -> cli.Parser:
         "--data_path",
         default="./webvision/",
         metavar="DIR",
+        type=cli.place,
         help="info/, val_images_256/ and the training images of WebVision 1.0 are in it",
     )
     data.add_argument(
         "--imagenet",
         metavar="DIR|none",
+        type=cli.place,
         help="val/ of ILSVRC12 is in it; none: test on WebVision alone; by default DATA_PATH/imagenet",
     )
     data.add_argument("--num_class", type=cli.count, default=50, help="train on the first so many classes")

@@ -11,7 +11,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from common import processes
-from common.cli import Parser, UserError
+from common.cli import Parser, UserError, place
 from common.datasets.arrays import read_npy, read_npz
 from common.datasets.in_memory import Data, Split
 from common.files import write_atomic
@@ -33,6 +33,7 @@ def add_flag(group) -> None:
     group.add_argument(
         "--posterior",
         metavar="FILE",
+        type=place,
         help=f"for {', '.join(POSTERIOR_TYPES)}: class probabilities [N, K] of all training images (.npy); by default those of "
         "a logistic regression on pixels, kept beside the data. On colour images that is a poor posterior: better give a file",
     )

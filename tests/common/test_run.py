@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import importlib
 import importlib.util
 import json
 import math
@@ -20,8 +21,25 @@ import torch
 from common import cli, processes, results
 from common.cli import UserError
 from common.gpu import Device
-from common.run import ROOT, Run, command, run_name
+from common.run import ROOT, Run, command, content_of, run_name
 
+SCRIPTS = (
+    *(
+        "afm.train",
+        "sfa.Train_cifar",
+        "sfa.Train_webvision",
+        "me_momentum.main",
+        "me_momentum.Clothing",
+        "sanm.pretrain",
+    ),
+    *(
+        "sanm.Train_cifar",
+        "sanm.Train_clothing1M",
+        "manifold_dividemix.pretrain",
+        "manifold_dividemix.train_semisup",
+    ),
+    "manifold_dividemix.train_semisup_miniimagenet",
+)
 CPU = Device(torch.device("cpu"), "fp32", "for the test")
 CELL = {"dataset": "digits", "noise_type": "imb", "noise_rate": 0.5, "imb_factor": 0.1, "ood_ratio": None}
 CLEAN = np.array([0, 0, 0, 0, 1, 1, 2, 2])
@@ -321,18 +339,61 @@ def test_a_missing_argument_counts_as_another(start, tmp_path):
         start(tmp_path)
 
 
-def test_where_the_data_are_may_change(start, tmp_path):
-    train(start(tmp_path), stop_after=2)
-    train(start(tmp_path, data_path="/elsewhere"))
-    assert (tmp_path / "result.json").exists()
-
-
-@pytest.mark.parametrize("flag", ["data_root", "workers", "posterior"])
+@pytest.mark.parametrize("flag", ["data_path", "data_root", "workers", "posterior", "on_bad_image"])
 def test_what_the_result_does_not_depend_on_may_change_and_is_not_in_the_name(flag, start, tmp_path):
-    train(start(tmp_path, **{flag: "one"}), stop_after=2)
-    train(start(tmp_path, **{flag: "other"}))
+    places = ("data_path", "data_root", "posterior")
+    train(start(tmp_path, _places=places, **{flag: "one"}), stop_after=2)
+    train(start(tmp_path, _places=places, **{flag: "other"}))
     assert (tmp_path / "result.json").exists()
     assert named(**{flag: "other"}) == named()
+
+
+def test_a_file_may_move_with_its_content_and_a_name_has_its_last_part(start, tmp_path):
+    encoder = tmp_path / "a" / "encoder.pt"
+    encoder.parent.mkdir()
+    encoder.write_bytes(b"weights")
+    run = tmp_path / "run"
+    train(start(run, _places=("pretrained",), pretrained=str(encoder)), stop_after=2)
+    moved = encoder.rename(tmp_path / "encoder.pt")
+    train(start(run, _places=("pretrained",), pretrained=str(moved)), stop_after=1)
+    for other in (None, "none"):
+        with pytest.raises(UserError, match=r"pretrained .* has another content"):
+            start(run, _places=("pretrained",), pretrained=other)
+    moved.write_bytes(b"other weights")
+    with pytest.raises(UserError, match=r"encoder\.pt has another content than .*a/encoder\.pt had"):
+        start(run, _places=("pretrained",), pretrained=str(moved))
+    names = [named(_places=("pretrained",), pretrained=f"{folder}/encoder.pt") for folder in ("a", "b/c")]
+    assert names[0] == names[1] and names[0].endswith("pretrained_encoder.pt")
+
+
+def test_a_cache_of_images_is_what_its_indices_say(tmp_path):
+    assert content_of(None) is None and content_of("imagenet") == "imagenet"
+    for name, index in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name / "train").mkdir(parents=True)
+        (tmp_path / name / "train" / "index.npz").write_bytes(index)
+    found = [content_of(str(tmp_path / name)) for name in "abc"]
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_that_names_a_place_is_declared_as_one(script):
+    for action in importlib.import_module(script).make_parser()._actions:
+        words = str(action.metavar) + (action.default if isinstance(action.default, str) else "")
+        looks_like_one = any(word in words for word in ("DIR", "FILE", "PATH", "/"))
+        assert (action.type is cli.place) == looks_like_one, action.option_strings
+
+
+def test_other_training_images_or_other_images_left_out_are_refused(start, tmp_path):
+    run = start(tmp_path)
+    run.save_skipped([("a.jpg", 4, "damaged")])
+    train(run, stop_after=1)
+    again = start(tmp_path)
+    again.save_skipped([("a.jpg", 4, "damaged")])
+    with pytest.raises(UserError, match="began with other training images"):
+        again.save_labels(INDEX + 1, CLEAN, NOISY, 3)
+    for skipped in ([], [("b.jpg", 5, "damaged")]):
+        with pytest.raises(UserError, match="other images left out"):
+            again.save_skipped(skipped)
 
 
 @pytest.mark.parametrize("stop_after", [1, None], ids=["unfinished", "finished"])
