@@ -8,6 +8,7 @@ tenth for the last quarter, crop and flip.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
+
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, datasets, gpu
 from common.augment import training_augmentation

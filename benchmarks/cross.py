@@ -23,6 +23,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from benchmarks.cells import ROOT
 from benchmarks.compare import CROSS, read_results
 from benchmarks.engines import Task, add_engine_flags, run_all

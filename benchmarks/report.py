@@ -22,6 +22,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from benchmarks.cells import CLAIMS, PAPERS, ROOT, cells
 from benchmarks.compare import CROSS, NUMERIC, Sample, read_results, summarise, welch_interval, write_text
 from benchmarks.published import read_published

@@ -16,6 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from benchmarks.cells import PAPERS, PROFILES, ROOT, Cell, cells
 from benchmarks.compare import against, compare, format_table, read_results
 from benchmarks.engines import Task, add_engine_flags, run_all

@@ -12,6 +12,7 @@ steps: see benchmarks/step_speed.py.
 """
 
 import os
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -25,6 +26,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.utils.data import DataLoader
+
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.speed_inputs import PilViews, make_small_images, surroundings, views_by_pil
 from benchmarks.step_speed import add_step_flags, step_line, steps

@@ -17,6 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from benchmarks.cells import PAPERS, ROOT, cells
 from benchmarks.compare import CROSS, read_results
 from benchmarks.verdicts import CLAIMS_CSV, outcomes, read_claims, short_table, whole_table

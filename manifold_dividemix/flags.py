@@ -6,6 +6,16 @@ from common import cli, processes
 from manifold_dividemix.mixematch import Weights
 from manifold_dividemix.networks import ARCH_HELP, ARCHS
 
+ENCODER = "save/last.pth"
+
+
+def switch(text: str) -> bool:
+    """true or false, as the release's commands have them after a flag. ValueError: another word."""
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
+        raise ValueError(text)
+    return words[text.lower()]
+
 
 def add_training_flags(parser: cli.Parser, *, epochs: int, warm_up: int, start_factor: float) -> None:
     """The flags that follow the data's. The defaults given are those that the two released scripts do not share."""
@@ -22,8 +32,10 @@ def _network_flags(parser: cli.Parser) -> None:
     network.add_argument(
         "--pretrained",
         metavar="FILE|none",
+        nargs="?",  # the release's README has it without a value
         type=cli.place,
-        default="save/last.pth",
+        const=ENCODER,
+        default=ENCODER,
         help="the pre-trained encoder: encoder.safetensors of pretrain.py, or a checkpoint in SupContrast's format",
     )
     network.add_argument(
@@ -82,9 +94,15 @@ def _outlier_flags(parser: cli.Parser, start_factor: float) -> None:
     )
     outliers.add_argument(
         "--clustering",
-        action=BooleanOptionalAction,
+        type=switch,
+        nargs="?",
+        const=True,
         default=False,
-        help="split anew every --interval epochs, not only after the warm-up",
+        metavar="True|False",
+        help="split again every --interval epochs, not only after the warm-up",
+    )
+    outliers.add_argument(
+        "--no-clustering", dest="clustering", action="store_false", help="split only after the warm-up"
     )
     outliers.add_argument("--interval", type=cli.count, default=30, help="a split in epochs it divides")
     outliers.add_argument(
@@ -157,7 +175,12 @@ def _other_flags(parser: cli.Parser) -> None:
         help="accuracy on the noisy training labels after each epoch, which costs a pass; nothing is chosen by it",
     )
     other.add_argument(
-        "--exp-dir", dest="out", metavar="DIR", type=cli.place, help="the release's name for --out"
+        "--exp-dir",
+        dest="out",
+        nargs="?",
+        metavar="DIR",
+        type=cli.place,
+        help="the release's name for --out; without a value, its default",
     )
     for flag, kind, value in (
         ("--print-freq", int, 100),

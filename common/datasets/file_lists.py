@@ -97,7 +97,7 @@ def require(name: str, root: Path, folder: Path, files: Iterable[str], source: s
     missing = missing_files(folder, files)
     if missing:
         raise UserError(
-            f"{name} not found: looked in {folder.resolve()} for {', '.join(missing)}; get it from {source}; "
+            f"{name} not found in {root}; looked in {folder.resolve()} for {', '.join(missing)}; get it from {source}; "
             f"see what is there with: python -m common.datasets check {name} --data_path {shlex.quote(str(root))}"
         )
 

@@ -218,7 +218,7 @@ def _check_present(name: str, root: Path, folder: Path, files: list[str]) -> Non
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise UserError(
-            f"{name} not found: looked in {folder.resolve()} for {', '.join(missing)} and in {root.resolve()} for "
+            f"{name} not found in {root}; looked in {folder.resolve()} for {', '.join(missing)} and in {root.resolve()} for "
             f"{name}.npz; fetch it with: {_fetch(name, root)}"
         )
 

@@ -93,8 +93,8 @@ def imagenet32(folder: Path) -> Pool:
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise UserError(
-            f"ImageNet 32x32 not found: looked in {folder.resolve()} for {', '.join(missing)} (or .npz); get the official "
-            "batches (Imagenet32_train.zip, image-net.org, registration needed), or name their folder with --ood-dir"
+            f"ImageNet 32x32 not found in {folder}; looked in {folder.resolve()} for {', '.join(missing)} (or .npz); get the "
+            "official batches (Imagenet32_train.zip, image-net.org, registration needed), or name their folder with --ood-dir"
         )
     sizes = [len(_imagenet32_batch(folder / name)) for name in files]
     starts = np.cumsum([0, *sizes])

@@ -167,8 +167,11 @@ def test_a_noise_file_takes_the_place_of_noise(own_arrays):
         (["--dataset", "digits", "--noise_file", "nosuch.npy"], "--noise_file nosuch.npy"),
         (["--dataset", "nosuch"], "nosuch"),
         (["--dataset", "food101n"], "food101n"),
-        (["--dataset", "food", "--data-root", "/nosuch"], "food101n not found: looked in /nosuch"),
-        (["--dataset", "clothing1m", "--data-root", "/nosuch"], "clothing1m not found: looked in /nosuch"),
+        (["--dataset", "food", "--data-root", "/nosuch"], "food101n not found in /nosuch; looked in /nosuch"),
+        (
+            ["--dataset", "clothing1m", "--data-root", "/nosuch"],
+            "clothing1m not found in /nosuch; looked in /nosuch",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(flags, line):

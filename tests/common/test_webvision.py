@@ -196,7 +196,8 @@ def test_missing_lists_are_named_with_their_source_and_the_command(root):
     (root / TRAIN).unlink()
     text = message(load_webvision, root)
     assert (
-        f"webvision not found: looked in {root} for {TRAIN}; get it from WebVision 1.0 of data.vision" in text
+        f"webvision not found in {root}; looked in {root} for {TRAIN}; get it from WebVision 1.0 of data.vision"
+        in text
     )
     assert text.endswith(f"python -m common.datasets check webvision --data_path {root}")
     (root / TEST).unlink()

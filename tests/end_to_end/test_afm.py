@@ -522,7 +522,7 @@ def test_missing_data_end_in_one_line_and_leave_nothing(scenarios):
     scenario = scenarios["missing"]
     assert scenario.ends.status == 2
     (line,) = scenario.ends.err.strip().splitlines()
-    assert line.startswith("train.py: error: food101n not found: looked in ")
+    assert line.startswith("train.py: error: food101n not found in ")
     assert str(Path("data", "food")) in line and "imagelist.tsv" in line
     assert "python -m common.datasets check food101n --data_path data/food" in line
     assert list((scenario.folder / "here").iterdir()) == []

@@ -242,7 +242,7 @@ def test_missing_data_end_in_one_line_and_leave_nothing(base, ends):
     end = ends["missing"].result()
     assert end.status == 2
     (line,) = end.err.strip().splitlines()
-    assert line.startswith("Clothing.py: error: clothing1m not found: looked in ")
+    assert line.startswith("Clothing.py: error: clothing1m not found in ")
     assert "Clothing1M_Official" in line and "noisy_train_key_list.txt" in line
     assert list((base / "empty").iterdir()) == []
 

@@ -359,7 +359,10 @@ def test_encoders_of_other_architectures_are_refused(tmp_path, base, capsys):
             "--noise-ratio 0.2",
             r"mini_imagenet has no .*blue_noise_nl_0\.2: there are blue_noise_nl_0\.4, red_noise_nl_0\.2",
         ),
-        ("--data-dir nowhere", r"mini_imagenet not found: looked in .*nowhere for split/blue_noise_nl_0\.4"),
+        (
+            "--data-dir nowhere",
+            r"mini_imagenet not found in .*; looked in .*nowhere for split/blue_noise_nl_0\.4",
+        ),
         ("--pretrained missing.pth", r"--pretrained missing\.pth: no such file; make an encoder with "),
         ("--noise-type sym", "invalid choice: 'sym'"),
         ("--ood-ratio 0.2", "unrecognized arguments: --ood-ratio 0.2"),

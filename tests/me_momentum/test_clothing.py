@@ -362,7 +362,7 @@ def test_lists_come_before_the_index_and_the_index_serves_without_them(root):
     data = Clothing.load(args, CPU)
     assert data.observed.tolist() == [1, 0, 0, 0, 2, 1, 1, 1, 0, 2, 2, 2]
     index.unlink()
-    with pytest.raises(UserError, match="clothing1m not found: looked in"):
+    with pytest.raises(UserError, match="clothing1m not found in"):
         Clothing.load(args, CPU)
 
 

@@ -219,7 +219,7 @@ def refused(argv: list[str], capsys) -> str:
         ("--preset embedded/digits/simclr", "preset embedded/digits/simclr is for pretrain.py, not for Train_clothing1M.py"),
         ("--mask 0.1", "unrecognized arguments: --mask 0.1"),
         # what only the data tell
-        ("--data_path nosuch", r"clothing1m not found: looked in .*nosuch for noisy_label_kv.txt.*; get it from"),
+        ("--data_path nosuch", r"clothing1m not found in .*; looked in .*nosuch for noisy_label_kv.txt.*; get it from"),
         ("--batch_size 7", "--batch_size 7: the class-balanced subset has only 12 images.*use a smaller batch"),
         ("--num_batches 1", "--batch_size 2: the class-balanced subset has only 2 images.*more --num_batches"),
         ("--limit_train 3", "--batch_size 2: the class-balanced subset has only 3 images.*or more images"),

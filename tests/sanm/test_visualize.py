@@ -355,7 +355,7 @@ def test_a_flag_that_is_missing_is_named(run, capsys):
 def test_data_that_are_not_there_are_asked_for(run, tmp_path, capsys):
     describe(run, dataset="mnist", data_path=str(tmp_path / "nosuch"))
     line = refused(capsys, run)
-    assert "mnist not found: looked in" in line
+    assert "mnist not found in " in line
     assert f"or say where the training images of {run} are with --data_path DIR" in line
 
 

@@ -346,7 +346,7 @@ def refused(argv: list[str], capsys) -> str:
         ("--preset embedded/digits-if0.1-imb0.5/sfa", "is for another script of this paper, not for Train_webvision.py"),
         ("--warm_up 2", "unrecognized arguments: --warm_up 2"),
         # what only the data tell
-        ("--data_path nosuch", r"webvision not found: looked in .*nosuch for info/train_filelist_google.txt, info/val"),
+        ("--data_path nosuch", r"webvision not found in .*; looked in .*nosuch for info/train_filelist_google.txt, info/val"),
         ("--imagenet nosuch", r"looked in .*nosuch/val for a folder of each of 3 classes of ILSVRC12.*--imagenet none"),
         ("--num_class 4", "data/imagenet/val for a folder of each of 4 classes.*3 is missing"),
         ("--noise_file nosuch.npy", "--noise_file nosuch.npy: no such file"),
