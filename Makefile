@@ -9,7 +9,7 @@ RUN     := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 DATASETS := cifar10 cifar100 mnist fashion_mnist
-.PHONY: help setup test lint format lock reproduce-afm reproduce-manifold-dividemix reproduce-me-momentum reproduce-sanm reproduce-sfa reproduce-all cross tables report speed check-data $(DATASETS:%=data-%)
+.PHONY: help setup test lint format lock reproduce-afm reproduce-manifold-dividemix reproduce-me-momentum reproduce-sanm reproduce-sfa reproduce-all cross claims tables report speed check-data $(DATASETS:%=data-%)
 
 help:  ## list the targets
 	@awk -F':[^#]*## ' '/^[a-z0-9_ -]+:.*## /{n = split($$1, names, " "); for (i = 1; i <= n; i++) printf "%-29s %s\n", names[i], $$2}' Makefile
@@ -57,7 +57,10 @@ reproduce-all: reproduce-afm reproduce-manifold-dividemix reproduce-me-momentum 
 cross: setup  ## all methods and cross-entropy on the same images, labels, backbone and epochs
 	$(RUN) -m benchmarks.cross --data_path $(DATA) --seeds $(SEEDS) $(ARGS)
 
-tables: setup  ## write benchmarks/README.md anew: the measured figures of every table, every cell with its command
+claims: setup  ## what the papers claim and which of it holds: on digits, and on the data sets that DATA has
+	$(RUN) -m benchmarks.claims --data_path $(DATA) $(ARGS)
+
+tables: setup  ## write benchmarks/README.md and the claims in README.md anew
 	$(RUN) -m benchmarks.tables $(ARGS)
 
 report: setup  ## one HTML page of all results, measured and published, in results/report.html

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 INTERACTIONS = ("sum", "concat", "mul")
-ATTENTIONS = ("sigmoid", "softmax", "complement")
+ATTENTIONS = ("relu-sigmoid", "sigmoid", "softmax", "complement")
 WEIGHTS = ("attentive", "uniform", "random")
 
 
@@ -23,15 +23,13 @@ class GroupAttention(nn.Module):
         *,
         hidden: int | None = None,
         interaction: str = "sum",
-        attention: str = "sigmoid",
+        attention: str = "relu-sigmoid",
         attn_hidden: int = 0,
     ):
         """width: D of the features. hidden: H of the projections, by default 3 D / 16 as in the release.
 
-        interaction: how the projected members meet. attention: one `sigmoid` per member divided by their sum (Fig. 2);
-        `softmax` over the members; `complement`, the release's one sigmoid for the first of two and 1 minus it for the
-        second. attn_hidden: width of a further layer before the scores, 0 for none. ValueError: an unknown choice, or
-        complement with more than two members.
+        interaction: how the projected members meet. attention: see `mixing_weights`. attn_hidden: width of a further layer
+        before the scores, 0 for none. ValueError: an unknown choice, or complement with more than two members.
         """
         super().__init__()
         if interaction not in INTERACTIONS:
@@ -49,7 +47,7 @@ class GroupAttention(nn.Module):
         self.score = nn.Sequential(*further, nn.Linear(attn_hidden or fused, outputs))
 
     def scores(self, members: Tensor) -> Tensor:
-        """[M, K, D] -> the scores z before sigmoid or softmax, [M, K] (complement: [M, 1])."""
+        """[M, K, D] -> the scores z before ReLU, sigmoid or softmax, [M, K] (complement: [M, 1])."""
         projected = [F.relu(project(members[:, k])) for k, project in enumerate(self.projections)]
         return self.score(fuse(projected, self.interaction))
 
@@ -67,14 +65,21 @@ def fuse(projected: list[Tensor], interaction: str) -> Tensor:
 
 
 def mixing_weights(scores: Tensor, attention: str) -> Tensor:
-    """beta = alpha / sum alpha (Sec. 4.2, steps 3 and 4): [M, K], rows on the simplex."""
+    """The mixing weights beta = alpha / sum alpha of scores z (Sec. 4.2, steps 3 and 4): [M, K], rows on the simplex.
+
+    attention: alpha is sigmoid(relu(z)) for `relu-sigmoid`, the "FC-FC-R-S" of Figure 2; sigmoid(z) for `sigmoid`; exp(z)
+    for `softmax`; and `complement` is the release's, beta = (sigmoid(z), 1 - sigmoid(z)) from the single score of a pair.
+    Under relu-sigmoid alpha is in [1/2, 1], so beta is in [1 / (2 K - 1), 2 / (K + 1)]: the least weight is that of an alpha
+    of 1/2 beside K - 1 alphas of 1, the greatest that of an alpha of 1 beside K - 1 alphas of 1/2.
+    """
     if attention == "complement":
         first = torch.sigmoid(scores)
         return torch.cat([first, 1 - first], dim=1)
     if attention == "softmax":
         return scores.softmax(dim=1)
-    # alpha / sum alpha with alpha = sigmoid(z), which divides by almost nothing where all z are very negative
-    return F.logsigmoid(scores).softmax(dim=1)
+    # softmax(log alpha) = alpha / sum alpha. It does not divide by a tiny sum where all z are very negative, and it has a
+    # gradient where sigmoid(z) rounds to 1.
+    return F.logsigmoid(scores.relu() if attention == "relu-sigmoid" else scores).softmax(dim=1)
 
 
 def drawn_weights(groups: int, group_size: int, kind: str, alpha: float, rng: np.random.Generator) -> Tensor:

@@ -14,8 +14,9 @@ from common.augment import random_resized_crop_and_flip, resize_and_center_crop,
 from common.cli import UserError
 from common.datasets import FileData, FileSplit
 from common.datasets.image_cache import open_caches
+from common.datasets.posterior import posterior_for
 from common.gpu import Device
-from common.loader import Batches, FileBatches, Images, Labelled
+from common.loader import Batches, FileBatches, Images, Labelled, test_batches
 
 ON_DISK = ("food", "clothing1m")
 FOLDERS = {"food": "./data/food", "clothing1m": "./data/clothing1m"}
@@ -37,7 +38,8 @@ class Data(NamedTuple):
     observed: np.ndarray  # int64 [N]
     known: np.ndarray  # int8 [N]: 1 for a right label, 0 for a wrong one, -1 for not known
     train: Labelled  # shuffled, augmented, the last partial batch dropped
-    test: Labelled
+    test: Labelled  # all test images, or those of --limit_test
+    whole_test: Labelled  # all test images
     validation: Labelled | None = None
     clean_train: Labelled | None = None  # Clothing1M's clean training images, as `train`
     sampled: np.ndarray | None = (
@@ -67,8 +69,16 @@ def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
     data = datasets.load(args.dataset, args.data_root or "./data")
     index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
     clean = data.train.labels[index]
+    posterior = posterior_for(args.noise_type, data, args.data_root or "./data", args.posterior)
     observed = datasets.observed_labels(
-        data, index, args.noise_type, args.noise_rate, args.seed, args.noise_file, flag="--noise-type"
+        data,
+        index,
+        args.noise_type,
+        args.noise_rate,
+        args.seed,
+        args.noise_file,
+        flag="--noise-type",
+        posterior=posterior,
     )
 
     size, channels = data.train.images.shape[2:]
@@ -76,7 +86,7 @@ def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
     images = Images(data.train.images[index], data.mean, data.std, device.device)
     training = {"shuffle": True, "drop_last": True, "generator": loader, **shared}
     train = Batches(images, args.train_batch, augmentation=training_augmentation(data.name, size), **training)
-    test = Batches(Images(data.test.images, data.mean, data.std, device.device), args.test_batch, **shared)
+    tests = test_batches(data, args.limit_test, args.seed, args.test_batch, device.device, **shared)
     return Data(
         data.name,
         data.num_classes,
@@ -87,7 +97,7 @@ def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
         observed,
         (clean == observed).astype(np.int8),
         Labelled(train, _on(device, observed)),
-        Labelled(test, _on(device, data.test.labels)),
+        *tests,
         sampled=np.arange(len(index)),
         sampled_batches=Batches(images, args.test_batch, **shared),
     )
@@ -134,6 +144,7 @@ def from_files(args: Namespace, device: Device, loader: Generator) -> Data:
         data.train.labels[kept],
         data.verified[kept],
         for_training(data.train, kept),
+        in_order(data.test, datasets.limited_test(data.test.labels, args.limit_test, args.seed)),
         in_order(data.test),
         in_order(data.validation) if data.validation is not None else None,
         clean_train,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afm.attention import GroupAttention, mix
+from afm.attention import GroupAttention, mix, mixing_weights
 from common import processes
 from common.cli import UserError
 from common.weights import imagenet_resnet, read_weights
@@ -33,6 +33,7 @@ class Outputs(NamedTuple):
     mixed: Tensor  # [M, C] logits of the mixtures
     plain: Tensor  # [N, C] logits of the unmixed features
     weights: Tensor  # [M, K] mixing weights
+    scores: Tensor | None  # [M, K] attention scores z (complement: [M, 1]); None for drawn weights
 
 
 class AttentiveFeatureMixup(nn.Module):
@@ -77,10 +78,12 @@ class AttentiveFeatureMixup(nn.Module):
                 return self.classifier(features)
             features = processes.gather_rows(features)
             members = features[groups]  # [M, K, D]
+            scores = None
             if weights is None:
-                weights = self.attention(members)
+                scores = self.attention.scores(members)
+                weights = mixing_weights(scores, self.attention.attention)
             mixed = self.mixed_classifier(mix(members, weights))
-            return Outputs(mixed, self.classifier(features), weights)
+            return Outputs(mixed, self.classifier(features), weights, scores)
 
 
 def make_network(

@@ -39,54 +39,23 @@ from afm.training import (
     train_epoch_mixing_inputs,
 )
 from common import cli, gpu, processes
+from common.datasets import posterior
 from common.noise import NOISE_TYPES
 from common.run import Run, run_name
 
 PRESETS = Path(__file__).with_name("presets.toml")
+# what --fidelity decides where the flag is not typed
+DEFAULTS = {
+    "paper": {"attention": "relu-sigmoid", "mix_target": "soft", "group_order": "random", "group_rounds": 4},
+    "released": {"attention": "complement", "mix_target": "both", "group_order": "halves", "group_rounds": 1},
+}
 ROUNDS = 20  # random groups that a sample's attention is averaged over at the end of a run
 
 
 def make_parser() -> cli.Parser:
     """The release's flags and defaults, flags for its single quirks and the ablations, and the flags all scripts share."""
     parser = cli.Parser(prog="train.py", description=__doc__.splitlines()[0])
-    data = parser.add_argument_group("data and label noise")
-    data.add_argument(
-        "--dataset",
-        default="food",
-        help="food (Food-101N, tested on Food-101), clothing1m, cifar10, cifar100, mnist, fashion_mnist, digits, or NAME "
-        "for DATA_ROOT/NAME.npz",
-    )
-    data.add_argument(
-        "--data-root",
-        metavar="DIR",
-        help="where the data set is; by default ./data/food, ./data/clothing1m, and ./data for the others",
-    )
-    data.add_argument(
-        "--train-on",
-        choices=["noisy", "noisy+verified", "noisy+clean"],
-        default="noisy",
-        help="Clothing1M: the million noisy images; with the images verified to be right; with fine-tuning on 50k clean",
-    )
-    data.add_argument(
-        "--noise-type",
-        choices=[*NOISE_TYPES, "given", "none"],
-        default="symmetric",
-        help="label noise of the data sets that are clean; given: the noisy_labels of an .npz",
-    )
-    data.add_argument("--noise-rate", type=cli.fraction, default=0.5, help="rate of that noise")
-    data.add_argument(
-        "--on_bad_image",
-        choices=["error", "skip"],
-        default="error",
-        help="images that are missing or damaged: stop, or leave them out from the start",
-    )
-    data.add_argument(
-        "--image-cache",
-        metavar="DIR",
-        help="read images from a cache made by python -m common.datasets cache",
-    )
-    data.add_argument("--workers", type=cli.count_or_zero, default=4, help="processes that decode images")
-
+    add_data_flags(parser)
     network = parser.add_argument_group("network")
     network.add_argument(
         "--network",
@@ -110,16 +79,21 @@ def make_parser() -> cli.Parser:
     method = parser.add_argument_group("attentive feature mixup")
     method.add_argument("--group-size", type=cli.count, default=2, metavar="K", help="samples in a group")
     method.add_argument(
-        "--group-rounds", type=cli.count, default=1, help="groups that each sample is in, per batch"
+        "--group-rounds",
+        type=cli.count,
+        help="groups that each sample is in, per batch; by default 4, a number of our choice, for the paper's is not known; 1 "
+        "under --fidelity released",
     )
     method.add_argument(
-        "--group-order", choices=ORDERS, default="halves", help="how the first round's groups are formed"
+        "--group-order",
+        choices=ORDERS,
+        help="how the first round's groups are formed; by default random, halves under --fidelity released",
     )
     method.add_argument(
         "--pair-chunks",
         type=cli.count,
         help="form halves inside so many pieces of the batch, as the release does on so many GPUs; by default 1, and "
-        "one per process under --fidelity released",
+        "one per process under --fidelity released; for --group-order halves",
     )
     method.add_argument(
         "--interaction", choices=INTERACTIONS, default="sum", help="how projected members are fused"
@@ -127,7 +101,8 @@ def make_parser() -> cli.Parser:
     method.add_argument(
         "--attention",
         choices=ATTENTIONS,
-        help="by default sigmoid; complement (the release's, for pairs) under --fidelity released",
+        help="attention of the scores: relu-sigmoid (Figure 2) is the default; complement (for pairs) under --fidelity "
+        "released",
     )
     method.add_argument(
         "--attn-hidden",
@@ -218,25 +193,78 @@ def make_parser() -> cli.Parser:
     return parser
 
 
+def add_data_flags(parser: cli.Parser) -> None:
+    """Which images and labels."""
+    data = parser.add_argument_group("data and label noise")
+    data.add_argument(
+        "--dataset",
+        default="food",
+        help="food (Food-101N, tested on Food-101), clothing1m, cifar10, cifar100, mnist, fashion_mnist, digits, or NAME "
+        "for DATA_ROOT/NAME.npz",
+    )
+    data.add_argument(
+        "--data-root",
+        metavar="DIR",
+        help="where the data set is; by default ./data/food, ./data/clothing1m, and ./data for the others",
+    )
+    data.add_argument(
+        "--train-on",
+        choices=["noisy", "noisy+verified", "noisy+clean"],
+        default="noisy",
+        help="Clothing1M: the million noisy images; with the images verified to be right; with fine-tuning on 50k clean",
+    )
+    data.add_argument(
+        "--noise-type",
+        choices=[*NOISE_TYPES, "given", "none"],
+        default="symmetric",
+        help="label noise of the data sets that are clean; "
+        f"{posterior.HELP}; given: the noisy_labels of an .npz",
+    )
+    data.add_argument("--noise-rate", type=cli.fraction, default=0.5, help="rate of that noise")
+    posterior.add_flag(data)
+    data.add_argument(
+        "--on_bad_image",
+        choices=["error", "skip"],
+        default="error",
+        help="images that are missing or damaged: stop, or leave them out from the start",
+    )
+    data.add_argument(
+        "--image-cache",
+        metavar="DIR",
+        help="read images from a cache made by python -m common.datasets cache",
+    )
+    data.add_argument("--workers", type=cli.count_or_zero, default=4, help="processes that decode images")
+
+
 def parse_args(argv=None) -> Namespace:
     """Parse, and settle the defaults that depend on other flags."""
     parser = make_parser()
     args = cli.parse_args(parser, argv, PRESETS)
     released = args.fidelity == "released"
     settle_loss_weights(parser, args)
-    args.attention = args.attention or ("complement" if released else "sigmoid")
-    args.mix_target = args.mix_target or ("both" if released else "soft")
-    args.pair_chunks = args.pair_chunks or (processes.planned() if released else 1)
+    defaults = dict(DEFAULTS[args.fidelity])
+    if args.mix_at == "input":  # mixup has partners, not groups
+        defaults |= {"group_order": "halves", "group_rounds": 1}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    halves = args.group_order == "halves"
+    args.pair_chunks = args.pair_chunks or (processes.planned() if released and halves else 1)
     args.sync_bn = not released if args.sync_bn is None else args.sync_bn
     args.pretrained = args.pretrained or ("imagenet" if args.dataset in ON_DISK else "none")
     args.out, args.checkpoint = args.out or args.checkpoint, None
     if args.dataset in ON_DISK or args.noise_file:
         args.noise_type = "given"
+    posterior.check_flag(parser, args, args.noise_type, "--noise-type")
     if args.group_size < 2:
         parser.error(f"argument --group-size: a group has at least 2 members, got {args.group_size}")
     if args.attention == "complement" and args.weights == "attentive" and args.group_size != 2:
         parser.error(
-            f"argument --group-size: the release has pairs only, got {args.group_size}: add --attention sigmoid"
+            f"argument --group-size: --attention complement is for pairs, got {args.group_size}: add --attention relu-sigmoid"
+        )
+    if args.pair_chunks > 1 and not halves:
+        parser.error(
+            f"argument --pair-chunks: {args.pair_chunks} pieces are for halves, not for random groups: add --group-order halves"
         )
     if args.train_on != "noisy" and args.dataset != "clothing1m":
         parser.error(
@@ -299,14 +327,12 @@ def method(args: Namespace) -> str:
         return "mixup"
     if args.weight_mixed == 0:
         return "CE"
-    released = args.fidelity == "released"
-    usual = {"mix_target": "both" if released else "soft", "detach_target": False, "group_rounds": 1}
-    usual |= {"group_order": "halves", "shared_classifier": True}
+    usual = DEFAULTS[args.fidelity] | {"detach_target": False, "shared_classifier": True}
     name = "AFM"
     if args.weights == "attentive":
-        attention = "complement" if released else "sigmoid"
-        usual |= {"attention": attention, "interaction": "sum", "attn_hidden": 0}
+        usual |= {"interaction": "sum", "attn_hidden": 0}
     else:
+        del usual["attention"]
         name = f"feature mixup, {args.weights} weights"
     switches = [
         f"{flag} {getattr(args, flag)}" for flag, value in usual.items() if getattr(args, flag) != value
@@ -375,6 +401,7 @@ def train(
     )
 
 
+@cli.script
 def main(argv=None) -> None:
     """Train AFM and write its run directory."""
     args = parse_args(argv)
@@ -414,14 +441,25 @@ def main(argv=None) -> None:
         attention = mean_weights(done.members, done.weights, len(known))
         accuracies, losses = test(network, data, run, epoch)
         report = {"loss": done.loss, "train_accuracy": done.accuracy, **accuracies}
-        report |= {"attention_peak": mean_peak(done.weights), **attention_statistics(attention, known)}
+        report |= {"attention_peak": mean_peak(done.weights)}
+        report |= {"attention_dead": done.dead if args.attention == "relu-sigmoid" else None}
+        report |= attention_statistics(attention, known)
         report |= {"mixed_loss": done.mixed_loss, "plain_loss": done.plain_loss, **losses}
         report |= {"lr": learning_rate(args, epoch)}
         keep_weights(network, report, epoch, args, run)
         run.log(epoch, **report)
 
     last = {} if run.is_finished() else measure_attention(network, data, run)
+    last |= run.full_test(lambda: full_test(network, data, run))
     run.finish(**last, attention_peak=run.rows[-1]["attention_peak"], **at_best_validation(run.rows))
+
+
+def full_test(network: AttentiveFeatureMixup, data: Data, run: Run) -> dict[str, float]:
+    """Accuracy on all test images, for --full_test_at_end."""
+    batches = run.progress(data.whole_test.batches, "full test", training=False)
+    labels = data.whole_test.labels
+    accuracy = evaluate(network, batches, labels, run.device).accuracy
+    return {"full_test": accuracy, "full_test_images": len(labels)}
 
 
 def test(network: AttentiveFeatureMixup, data: Data, run: Run, epoch: int) -> tuple[dict, dict]:

@@ -33,6 +33,7 @@ class Epoch(NamedTuple):
     accuracy: float | None  # percent of plain predictions equal to the observed label
     members: Tensor  # int [M, K]: positions in the training set of the members of all groups
     weights: Tensor  # [M, K]
+    dead: float | None = None  # share of attention scores z <= 0; None if there is no score
 
 
 class Evaluation(NamedTuple):
@@ -61,7 +62,7 @@ def train_epoch(
     loss_weights: of the mixed and of the plain term. The plain logits alone count for the training accuracy.
     """
     network.train()
-    losses, hits, members, weights = [], [], [], []
+    losses, hits, members, weights, below = [], [], [], [], []
     for (images,), piece in batches:
         index = processes.gather_rows(piece)
         given = labels[index]
@@ -76,8 +77,11 @@ def train_epoch(
         hits.append((outputs.plain.argmax(dim=1) == given).float().mean())
         members.append(index[groups])
         weights.append(outputs.weights.detach())
+        if outputs.scores is not None:
+            below.append(outputs.scores <= 0)
     means = torch.stack(losses).mean(dim=0).tolist()
-    return Epoch(*means, 100 * float(torch.stack(hits).mean()), torch.cat(members), torch.cat(weights))
+    accuracy = 100 * float(torch.stack(hits).mean())
+    return Epoch(*means, accuracy, torch.cat(members), torch.cat(weights), _share(below))
 
 
 def train_epoch_mixing_inputs(
@@ -105,6 +109,11 @@ def train_epoch_mixing_inputs(
         losses.append(loss.detach())
     mean = float(torch.stack(losses).mean())
     return Epoch(weight * mean, mean, None, None, labels.new_empty(0, 2), logits.new_empty(0, 2).float())
+
+
+def _share(flags: list[Tensor]) -> float | None:
+    flags = torch.cat([part.flatten() for part in flags]) if flags else torch.empty(0)
+    return float(flags.float().mean()) if len(flags) else None
 
 
 def _step(optimizer: Optimizer, loss: Tensor) -> None:

@@ -1,11 +1,13 @@
 """Who gets how much attention: `python -m afm.visualize RUN [RUN ...] [--out FIGURE.png]`.
 
-Above, test accuracy by epoch: the mean of each method over the runs given, with the range over seeds. Below, for each
-kind of run that learnt an attention, the mean weights of its samples, right labels against wrong ones with their AUC; and the
-images of the first one with the highest and the lowest weights. With `--list FILE --images-root DIR` the attention weights of
+Above, for each setting (data set and noise), test accuracy by epoch: the mean of each method over the runs given, with the
+range over seeds. In the middle, for the first run of each method that learnt an attention, the mean weights of its samples:
+right labels against wrong ones, with their AUC. Below, the images with the highest and the lowest weights, of the one of
+these runs that has the highest AUC. With `--list FILE --images-root DIR` the attention weights of
 all ordered pairs of some images of your own are written too, as the release's vis.py does.
 """
 
+import io
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -25,6 +27,7 @@ from common.cli import Parser, UserError, exit_cleanly
 from common.datasets.arrays import read_npz
 from common.datasets.file_lists import IMAGENET_MEAN, IMAGENET_STD
 from common.datasets.images import DamagedImage, read_image
+from common.files import write_atomic
 from common.weights import read_weights
 
 SHOWN = 8  # images at each end
@@ -57,10 +60,25 @@ def read_run(folder: Path, data_root: str | None = None) -> RunResult:
     return RunResult(folder, method, arguments, accuracy, attention)
 
 
+def setting(run: RunResult) -> str:
+    """Data set and noise of a run, in words."""
+    arguments = run.arguments
+    if arguments["noise_type"] in ("given", "none"):
+        return f"{arguments['dataset']}, {arguments['noise_type']} labels"
+    return f"{arguments['dataset']}, {arguments['noise_type']} noise, rate {arguments['noise_rate']}"
+
+
+def auc(run: RunResult) -> float | None:
+    """AUC of a run's attention weights as a detector of right labels; None if the true labels are unknown."""
+    weight, known = (torch.from_numpy(run.attention[name]) for name in ("weight", "known"))
+    return attention_statistics(weight, known)["attention_auc"]
+
+
 def draw_weights(axes, run: RunResult) -> None:
     """Histogram of the samples' mean attention weights: right against wrong labels where the truth is known."""
     weight, known = run.attention["weight"], run.attention["known"]
-    bins = np.linspace(np.nanmin(weight), np.nanmax(weight) + 1e-9, 31)
+    # a margin, or the bins have no width where all weights are equal
+    bins = np.linspace(float(np.nanmin(weight)) - 1e-3, float(np.nanmax(weight)) + 1e-3, 31)
     for truth, label, color in (
         (1, "right", "tab:blue"),
         (0, "wrong", "tab:orange"),
@@ -70,9 +88,9 @@ def draw_weights(axes, run: RunResult) -> None:
             axes.hist(
                 weight[known == truth], bins, alpha=0.6, color=color, label=f"{label} labels", density=True
             )
-    auc = attention_statistics(torch.from_numpy(weight), torch.from_numpy(known))["attention_auc"]
-    text = "truth not known" if auc is None else f"AUC {auc:.3f}"
-    axes.set_title(f"{run.method}, {run.folder.name}: {text}", fontsize=9)
+    value = auc(run)
+    text = "true labels unknown" if value is None else f"AUC {value:.3f}"
+    axes.set_title(f"{setting(run)}\n{run.method}, {run.folder.name}: {text}", fontsize=8)
     axes.set_xlabel("mean attention weight of a sample", fontsize=8)
     axes.tick_params(labelsize=7)
     axes.legend(fontsize=7)
@@ -96,24 +114,31 @@ def draw_images(figure, run: RunResult) -> None:
         )
     for axes in grid.ravel():
         axes.axis("off")
-    figure.suptitle(f"{run.method}, {run.folder.name}: highest weights above, lowest below", fontsize=9)
+    figure.suptitle(
+        f"{setting(run)}: {run.method}, {run.folder.name}: highest weights above, lowest below", fontsize=9
+    )
 
 
 def draw(runs: list[RunResult], out: Path) -> None:
     """Write the figure of the given runs."""
-    attentive = {}
+    settings, attentive = {}, {}
     for run in runs:
+        settings.setdefault(setting(run), []).append(run)
         if run.attention is not None:
-            attentive.setdefault(run.method, run)
-    figure = figures.plt.figure(figsize=(11, 9 if attentive else 4), layout="constrained")
+            attentive.setdefault((setting(run), run.method), run)
+    width = max(11, 3.7 * max(len(settings), len(attentive)))
+    figure = figures.plt.figure(figsize=(width, 9 if attentive else 4), layout="constrained")
+    upper = figure
     if attentive:
         upper, middle, lower = figure.subfigures(3, 1, height_ratios=[1.1, 0.9, 1])
         panels = middle.subplots(1, len(attentive), squeeze=False)[0]
         for axes, run in zip(panels, attentive.values(), strict=True):
             draw_weights(axes, run)
-        draw_images(lower, next(iter(attentive.values())))
-    axes = (upper if attentive else figure).subplots()
-    figures.draw_curves(axes, [(run.method, run.accuracy) for run in runs])
+        draw_images(lower, max(attentive.values(), key=lambda run: auc(run) or 0.0))
+    panels = upper.subplots(1, len(settings), squeeze=False)[0]
+    for axes, (name, members) in zip(panels, settings.items(), strict=True):
+        figures.draw_curves(axes, [(run.method, run.accuracy) for run in members])
+        axes.set_title(name, fontsize=9)
     figures.write(figure, out)
 
 
@@ -145,9 +170,9 @@ def write_pairs(network: AttentiveFeatureMixup, listing: Path, images_root: Path
             features.append(network.features(normalise(image[None], mean, std)))
     features = torch.cat(features)
     for name, array in (("features.npy", features), ("weight.npy", pair_weights(network, features))):
-        with (out / f".{name}.tmp").open("wb") as file:
-            np.save(file, array.numpy())
-        (out / f".{name}.tmp").replace(out / name)
+        content = io.BytesIO()
+        np.save(content, array.numpy())
+        write_atomic(out / name, content.getvalue())
         print(f"{name} {list(array.shape)} in {out}")
 
 

@@ -19,7 +19,7 @@ from torch.optim import SGD
 from common import cli, datasets, gpu
 from common.augment import training_augmentation
 from common.cli import UserError
-from common.loader import Batches, Images
+from common.loader import Batches, Images, test_batches
 from common.run import Run
 
 
@@ -98,14 +98,14 @@ def read_run(folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, test: Batches, labels: np.ndarray, device: gpu.Device) -> float:
+def accuracy(network: nn.Module, test: Batches, labels: Tensor, device: gpu.Device) -> float:
     """Top-1 accuracy in percent."""
     network.eval()
     predicted = []
     for (images,), _ in test:
         with device.autocast():
             predicted.append(network(images).argmax(dim=1))
-    return 100 * float((torch.cat(predicted).cpu().numpy() == labels).mean())
+    return 100 * float((torch.cat(predicted) == labels).double().mean())
 
 
 def train_epoch(network, optimizer: SGD, batches, labels: Tensor, device: gpu.Device) -> float:
@@ -122,6 +122,7 @@ def train_epoch(network, optimizer: SGD, batches, labels: Tensor, device: gpu.De
     return float(torch.stack(losses).mean())
 
 
+@cli.script
 def main(argv=None) -> None:
     """Train the baseline and write its run directory."""
     args = make_parser().parse_args(argv)
@@ -141,7 +142,7 @@ def main(argv=None) -> None:
     run.save_labels(index, data.train.labels[index], observed, data.num_classes)
 
     train = Images(data.train.images[index], data.mean, data.std, device.device)
-    test = Batches(Images(data.test.images, data.mean, data.std, device.device), 256)
+    tests = test_batches(data, arguments.get("limit_test"), args.seed, 256, device.device)
     labels = torch.from_numpy(observed).to(device.device)
     size, channels = data.train.images.shape[2:]
     torch.manual_seed(args.seed)
@@ -154,7 +155,7 @@ def main(argv=None) -> None:
     for epoch in run.epochs(args.num_epochs):
         optimizer.param_groups[0]["lr"] = args.lr if epoch <= 0.75 * args.num_epochs else args.lr / 10
         loss = train_epoch(network, optimizer, run.progress(batches, f"epoch {epoch}"), labels, device)
-        run.log(epoch, loss=loss, test_accuracy=accuracy(network, test, data.test.labels, device))
+        run.log(epoch, loss=loss, test_accuracy=accuracy(network, *tests.limited, device))
     run.finish()
 
 

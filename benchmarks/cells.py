@@ -10,6 +10,9 @@ from common.cli import UserError, read_presets
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = ("embedded", "short", "paper")
+CLAIMS = (
+    "claims"  # the presets of benchmarks/claims.toml that are of no profile: sized to test a claim on a CPU
+)
 
 
 class Script(NamedTuple):
@@ -162,15 +165,16 @@ def cells(paper: str, profile: str, names: list[str] | None = None, table: str |
     """The cells of a paper in a profile; names picks some by preset, table those whose preset begins with it.
 
     The presets under embedded/ are the embedded profile, those under short/ (data the paper has no protocol for) are in
-    short alone; all others are the published protocol, or with the paper's shortening flags the profile short. UserError: a
-    name that is no preset of the profile. A cell whose encoder another one makes brings that one along, before it.
+    short alone, those under claims/ in CLAIMS, which stands in place of a profile; all others are the published protocol, or
+    with the paper's shortening flags the profile short. UserError: a name that is no preset of the profile. A cell whose
+    encoder another one makes brings that one along, before it.
     """
     presets = read_presets(ROOT / paper / "presets.toml")
     folders = {name: name.split("/")[0] for name in presets}
     found = [
         name
         for name, folder in folders.items()
-        if profile == folder or (folder not in PROFILES and profile != "embedded")
+        if profile == folder or (folder not in (*PROFILES, CLAIMS) and profile in ("short", "paper"))
     ]
     tables = list(dict.fromkeys(folders[name] for name in found))
     if table is not None and table not in tables:

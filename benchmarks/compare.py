@@ -21,7 +21,7 @@ from typing import NamedTuple
 from scipy.stats import t as student_t
 
 from common.cli import Parser, UserError, exit_cleanly, non_negative
-from common.files import write_atomic
+from common.files import cannot_write, write_atomic
 from common.results import COLUMNS, to_csv
 
 NUMERIC = {"noise_rate", "imb_factor", "ood_ratio", "epochs", "seed"}
@@ -427,9 +427,7 @@ def write_text(text: str, path: str | Path, flag: str) -> None:
     try:
         write_atomic(path, text.encode())
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): give {flag} a writable folder"
-        ) from None
+        raise UserError(cannot_write(path, error, f"give {flag} a writable folder")) from None
 
 
 def _csv_rows(comparison: Comparison) -> list[dict]:

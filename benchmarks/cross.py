@@ -31,6 +31,7 @@ from benchmarks.tables import cross_table
 from common import cli, datasets, noise
 from common.cli import UserError
 from common.datasets.limit import limited
+from common.datasets.posterior import posterior_for
 from common.files import write_atomic
 from common.results import write_results
 
@@ -69,6 +70,7 @@ class Setting(NamedTuple):
     noise_rate: float | None = None
     imb_factor: float | None = None
     labels: str | None = None  # the file of labels that people gave
+    images: int | None = None  # the file has labels of the first so many training images alone
 
     @property
     def cell(self) -> str:
@@ -99,7 +101,7 @@ def settings_of(data: str, names: list[str] | None, description: dict) -> list[S
 
 def inputs_of(setting: Setting, seed: int, out: Path, data_path: Path, limit: int | None) -> Inputs:
     """Where the images and labels of a setting are, there already or not."""
-    if setting.imb_factor is not None or limit is not None:
+    if setting.imb_factor is not None or setting.images is not None or limit is not None:
         part = f"-limit{limit}" if limit is not None else ""
         return Inputs(None, out / "cross_data" / f"{setting.cell}{part}-seed{seed}")
     if setting.labels is not None:
@@ -149,25 +151,35 @@ def check_given_labels(settings: list[Setting], data_path: Path) -> None:
 
 def draw(setting: Setting, seed: int, data: datasets.Data, data_path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The training images of a setting, int [n], ascending, and their observed labels, int [n]."""
-    labels, every = data.train.labels, np.arange(len(data.train.labels))
+    labels = data.train.labels
+    every = np.arange(setting.images or len(labels))
     if setting.labels is not None:
         return every, datasets.labels_of(data_path / setting.labels, every, len(labels), data.num_classes)
+    posterior = posterior_for(setting.noise_type, data, data_path)
     if setting.imb_factor is None:
         images = data.train.images
         return every, noise.add_noise(
-            setting.noise_type, labels, setting.noise_rate, data.num_classes, seed, images
+            setting.noise_type, labels, setting.noise_rate, data.num_classes, seed, images, posterior
         )
     python_rng, rng = random.Random(seed), np.random.RandomState(seed)
     counts = noise.class_counts(len(labels), data.num_classes, "exp", setting.imb_factor)
     index = noise.long_tailed(labels, counts, rng)
-    observed = noise.long_tailed_noise(
-        setting.noise_type, labels[index], data.num_classes, setting.noise_rate, python_rng, rng
-    )
+    kind, rate = setting.noise_type, setting.noise_rate
+    if posterior is not None:
+        observed = noise.from_posterior(kind, labels[index], rate, data.num_classes, seed, posterior[index])
+    else:
+        observed = noise.long_tailed_noise(kind, labels[index], data.num_classes, rate, python_rng, rng)
     order = index.argsort()  # class by class would do harm where a method does not shuffle
     return index[order], observed[order]
 
 
 # the runs -------------------------------------------------------------------------------------------------------------
+
+
+def flags_in(setting: Setting, own: dict) -> dict[str, str]:
+    """The flags of each method in a setting: those of the data set, and what the setting changes of them behind."""
+    more = own.get("more", {}).get(setting.name, {})
+    return {method: f"{flags} {more.get(method, '')}".strip() for method, flags in own["flags"].items()}
 
 
 def make_task(method: str, setting: Setting, seed: int, inputs: Inputs, args: Namespace, flags: dict) -> Task:
@@ -197,6 +209,12 @@ def make_task(method: str, setting: Setting, seed: int, inputs: Inputs, args: Na
     return Task(f"{setting.cell} {method} seed {seed}", folder, tuple(commands))
 
 
+def columns_of(setting: Setting) -> dict:
+    """What result rows say of the labels of a setting, in place of what a script that is given them knows."""
+    values = {name: getattr(setting, name) for name in ("noise_type", "noise_rate", "imb_factor")}
+    return {name: "" if value is None else value for name, value in values.items()}
+
+
 def rows_of(task: Task, setting: Setting, description: dict, limit: int | None) -> list[dict]:
     """The result rows of a finished task as rows of this table; seconds and images per second are of all its runs."""
     results = [json.loads((folder / "result.json").read_text()) for folder, _ in task.commands]
@@ -205,9 +223,7 @@ def rows_of(task: Task, setting: Setting, description: dict, limit: int | None) 
     )
     subset = f"+limit_train={limit}" if limit else ""
     columns = {"table": CROSS, "cell": setting.cell, "dataset": setting.data, "ood_ratio": ""}
-    for name in ("noise_type", "noise_rate", "imb_factor"):
-        value = getattr(setting, name)
-        columns[name] = "" if value is None else value
+    columns |= columns_of(setting)
     columns |= {"profile": description["profile"] + subset, "epochs": description["epochs"]}
     columns |= {"seconds": round(seconds, 3), "images_per_second": round(images / seconds, 1)}
     return [row | columns for row in collect([task.folder])]
@@ -269,7 +285,7 @@ def main(argv=None) -> None:
         if not args.dry_run:
             prepare(setting, seed, inputs, data_path, args.limit_train)
         for method in dict.fromkeys(args.methods):
-            tasks.append((make_task(method, setting, seed, inputs, args, own["flags"]), setting))
+            tasks.append((make_task(method, setting, seed, inputs, args, flags_in(setting, own)), setting))
     if args.dry_run:
         for _, command in itertools.chain(*(task.commands for task, _ in tasks)):
             print(shlex.join(["python", *command[1:]]))

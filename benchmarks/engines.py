@@ -22,13 +22,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from benchmarks.cells import ROOT
 from benchmarks.compare import read_results
 from common import cli
 from common.cli import UserError
+from common.files import writing
+from common.locks import InUse, Lock
 
 RETRIES = 3
 # bytes, of a cluster that is started here: about the least that Ray takes, as nothing is kept in it
@@ -150,16 +151,19 @@ def follow(
     child: subprocess.Popen, folder: Path, on_line: Callable[[str], None] = lambda _: None
 ) -> str | None:
     """Keep a process's output in <folder>/console.txt until it ends: None, or its exit status and the last line it wrote."""
-    last = ""
-    with (folder / "console.txt").open(
-        "a", buffering=1
-    ) as console:  # by the line: it is read while the run goes on
-        for line in child.stdout:
-            console.write(line)
-            last = line.strip() or last
-            on_line(line)
+    last, path = "", folder / "console.txt"
+    try:
+        # by the line: it is read while the run goes on
+        with writing(path), path.open("a", buffering=1) as console:
+            for line in child.stdout:
+                console.write(line)
+                last = line.strip() or last
+                on_line(line)
+    except BaseException:
+        child.terminate()
+        raise
     code = child.wait()
-    return f"exit status {code}: {last} (see {folder / 'console.txt'})" if code else None
+    return f"exit status {code}: {last} (see {path})" if code else None
 
 
 def run_name(task: Task, folder: Path) -> str:
@@ -405,10 +409,11 @@ def run_on_worker(
     if before is not None and not before[0]:
         return before
     try:  # what a lost worker has left behind may still be dying
-        with FileLock(folder / ".lock").acquire(SECONDS_IN_USE, poll_interval=0.2):
-            pass
-    except Timeout:
-        return False, f"{folder} is in use by another process: wait, or choose another --out"
+        lock = Lock(folder / ".lock", "choose another --out")
+        lock.acquire(SECONDS_IN_USE)
+        lock.release()
+    except InUse as error:
+        return False, str(error)
     if is_finished(folder, command):
         return True, headline(folder)
     with (folder / "console.txt").open("a") as console:

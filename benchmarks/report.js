@@ -593,6 +593,20 @@ function renderCross() {
       })))));
 }
 
+function renderClaims() {
+  at("claims").hidden = !data.claims.length;
+  const numeric = new Set(["compared with", "method", "difference", "95 % interval"]);
+  at("claims-tables").replaceChildren(...data.claims.flatMap((file) => [
+    h("p", { class: "small" }, `${file.name} (${file.origin})`),
+    h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `claims of ${file.name}` }, h("table", { "aria-label": `claims of ${file.name}` },
+      h("thead", {}, h("tr", {}, data.claims_heading.map((name) => h("th", { scope: "col", class: numeric.has(name) ? "num" : null }, name)))),
+      h("tbody", {}, file.claims.flatMap((claim) => claim.lines.map(([sentence, ...rest], i) => h("tr", {},
+        i ? null : h("th", { scope: "rowgroup", rowspan: claim.lines.length, class: "claim" }, sentence, h("span", { class: "sub" }, `${claim.paper === "all" ? "All methods" : data.papers[claim.paper] ?? claim.paper}; source: ${claim.source}`)),
+        rest.slice(0, -1).map((text, j) => h("td", { class: numeric.has(data.claims_heading[j + 1]) ? "num" : null }, text)),
+        h("td", {}, h("span", { class: `verdict ${rest.at(-1).replace(" ", "-")}` }, rest.at(-1))))))))),
+  ]));
+}
+
 function renderStatic() {
   const measured = data.rows.filter((row) => row.runs.length);
   const own = measured.filter((row) => row.origin === "this machine").length;
@@ -639,6 +653,7 @@ document.querySelector(".skip").addEventListener("click", (event) => { event.pre
 buildControls();
 readHash();
 renderCross();
+renderClaims();
 renderStatic();
 render();
 addEventListener("hashchange", () => { readHash(); render(); });

@@ -22,10 +22,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.cells import PAPERS, ROOT, cells
+from benchmarks.cells import CLAIMS, PAPERS, ROOT, cells
 from benchmarks.compare import CROSS, NUMERIC, Sample, read_results, summarise, welch_interval, write_text
 from benchmarks.published import read_published
 from benchmarks.tables import METRICS, REFERENCE
+from benchmarks.verdicts import CLAIMS_CSV, HEADING, lines, outcomes, read_claims
 from common.cli import Parser, UserError, exit_cleanly, read_presets
 from common.figures import naming
 from common.results import COLUMNS
@@ -444,7 +445,7 @@ def _attach(entry: dict, name: str, log: dict, logs: list[dict]) -> None:
 def add_reference_logs(rows: list[dict], folder: Path, logs: list[dict]) -> list[str]:
     """Give the reference rows the logs kept beside them, by the paper in the file's name and by the figures; what fits none."""
     notes = []
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted(folder.rglob("*.csv")):
         log = read_table(path)
         if "test_accuracy" not in log["columns"]:
             notes.append(f"{shown_path(path)} is left out: it has no test_accuracy")
@@ -533,6 +534,26 @@ def environment(rows: list[dict]) -> list[dict]:
     return [dict(zip(names, key, strict=True)) | {"runs": count} for key, count in counts.items()]
 
 
+def claims_of(sources: Iterable[Source]) -> list[dict]:
+    """By file of the claims' runs: every claim with the lines of its tests, in the columns of HEADING."""
+    claims, files = read_claims(), []
+    for source in sources:
+        found = outcomes(claims, source.rows)
+        tables = [
+            {"paper": claim.paper, "source": claim.source, "lines": lines(claim, found[claim.name])}
+            for claim in claims
+        ]
+        files.append({"name": source.name, "origin": source.origin, "claims": tables})
+    return files
+
+
+def without_shared(source: Source) -> Source:
+    """The file of the claims' runs without the rows of cells that other files have, too; every other file as it is."""
+    if Path(source.name).name != CLAIMS_CSV:
+        return source
+    return source._replace(rows=[row for row in source.rows if row["table"] == CLAIMS])
+
+
 # the page -------------------------------------------------------------------------------------------------------------
 
 
@@ -546,7 +567,8 @@ def collect(files: Sequence[str], runs: Path | None) -> dict:
     directories, damaged = read_runs(runs) if runs is not None else ([], [])
     notes += damaged
     logs: list[dict] = []
-    rows = grouped(sources)
+    claims = claims_of(source for source in sources if Path(source.name).name == CLAIMS_CSV)
+    rows = grouped([without_shared(source) for source in sources])
     others = add_runs(rows, directories, logs)
     if others and not files:
         further = grouped([runs_as_source(others)])
@@ -577,6 +599,8 @@ def collect(files: Sequence[str], runs: Path | None) -> dict:
         "figures": figures,
         "logs": logs,
         "cross": pivot(rows),
+        "claims": claims,
+        "claims_heading": HEADING,
         "environment": environment(rows),
         "speed": [read_table(path) for path in speed],
         "notes": notes,

@@ -26,8 +26,13 @@ from common.results import write_results
 METRICS = ("best", "last", "last10")
 
 
-def make_task(cell: Cell, seed: int, runs: Path, data_path: Path, extra: list[str]) -> Task:
-    """The run directories and command lines of a cell with a seed; extra flags are part of the directories' names."""
+def make_task(
+    cell: Cell, seed: int, runs: Path, data_path: Path, extra: list[str], baseline: bool = True
+) -> Task:
+    """The run directories and command lines of a cell with a seed; extra flags are part of the directories' names.
+
+    baseline: run cross-entropy on the same labels beside it, where the paper wants that.
+    """
     suffix = re.sub(r"[^A-Za-z0-9_.-]+", "_", "".join(f"-{word.lstrip('-')}" for word in extra))
     folder, encoder = (
         preset and runs / preset.split("/", 1)[1] / f"seed{seed}{suffix}"
@@ -38,11 +43,11 @@ def make_task(cell: Cell, seed: int, runs: Path, data_path: Path, extra: list[st
     if encoder is not None:
         words += ["--pretrained", from_root(encoder / "encoder.safetensors")]
     commands = [(folder, cell.command(seed, from_root(folder), words))]
-    if paper.baseline == cell.preset.rpartition("/")[2] and cell.script == paper.script:
+    if baseline and paper.baseline == cell.preset.rpartition("/")[2] and cell.script == paper.script:
         # whatever chooses the device must choose it for the baseline too
         shared = ["--data_path", data, *_only(extra, ("--device", "--precision"))]
-        baseline = [sys.executable, "-m", "benchmarks.baseline", "--like", from_root(folder), *shared]
-        commands.append((folder / "baseline", baseline))
+        words = [sys.executable, "-m", "benchmarks.baseline", "--like", from_root(folder), *shared]
+        commands.append((folder / "baseline", words))
     return Task(f"{cell.preset} seed {seed}", folder, tuple(commands))
 
 

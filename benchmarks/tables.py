@@ -1,7 +1,9 @@
 """Write benchmarks/README.md: what this project measured for every table of the papers, and every cell with its command.
 
     make tables                                  # or python -m benchmarks.tables
-    python -m benchmarks.tables --check          # status 1 where the page is not what the files say
+    python -m benchmarks.tables --check          # status 1 where a page is not what the files say
+
+The short table of the claims in the README of the repository is written, too.
 
 Figures come from reference/*.csv alone, cells from the papers' presets.toml. Nothing is run.
 """
@@ -17,10 +19,14 @@ from typing import NamedTuple
 
 from benchmarks.cells import PAPERS, ROOT, cells
 from benchmarks.compare import CROSS, read_results
-from common.cli import Parser, exit_cleanly
+from benchmarks.verdicts import CLAIMS_CSV, outcomes, read_claims, short_table, whole_table
+from common.cli import Parser, UserError, exit_cleanly
 from common.files import write_atomic
 
 REFERENCE, PAGE = ROOT / "benchmarks" / "reference", ROOT / "benchmarks" / "README.md"
+# of the repository; what is generated of it stands between two comments
+FRONT = ROOT / "README.md"
+MARKS = ("<!-- claims, written by make tables -->", "<!-- end of claims -->")
 METRICS = {
     "best": "best",
     "last": "last",
@@ -70,10 +76,40 @@ and log, wall times and environment.
 Test accuracy in percent, mean ± standard deviation over seeds. best: the highest of all epochs, which is seen on the test set
 and no estimate of anything; last: after the last epoch; mean of last 10: over the last ten; at best validation: at the epoch
 that is best on validation samples, where a method has some. SimCLR's rows are the accuracy of nearest neighbours in its
-features. A profile with `+limit_train=N` is of a subset. `python -m benchmarks.compare a.csv b.csv` lines up two files
-(`--markdown`, `--csv`, and `--fail-below POINTS` for use in CI); runs of different profiles or numbers of epochs are never
-compared. Machines, dates and commands are in [`reference/README.md`](reference/README.md), published figures in
-[`reported`](reported).
+features. A profile with `+limit_train=N` is of a subset. One with `+limit_test=N` was tested on a seeded subset of N test
+images with the proportions of the classes. `--full_test_at_end` then adds the metric `full_test`, the accuracy on all test images
+after the last epoch (Me-Momentum: of the reported network), and `full_test_images`, how many these are.
+`python -m benchmarks.compare a.csv b.csv` lines up two files (`--markdown`, `--csv`, and `--fail-below POINTS` for use in CI);
+runs of different profiles or numbers of epochs are never compared. Machines, dates and commands are in
+[`reference/README.md`](reference/README.md), published figures in [`reported`](reported).
+"""
+
+
+CLAIMS_HEAD = """## Claims
+
+    make claims                                                     # on digits: no data, 2 CPU cores
+    make claims DATA=DIR                                            # also MNIST, CIFAR-10 and CIFAR-10N, as far as DIR has them
+    python -m benchmarks.claims --only real --data_path DIR --jobs 2 --seeds 1
+    python -m benchmarks.claims --collect                           # run nothing, write the table of what is finished
+
+Each paper claims that its method does something. [`claims.toml`](claims.toml) states these claims in our words, with their
+source, and the runs that test them. `make claims` runs what is not finished and writes `results/claims.csv` (the rows of all
+runs), `results/claims.md` (this table), `results/claims.png` and the logs in `results/claims_logs/`. `--engine ray` works as
+[above](#on-several-machines). A test whose data are missing is listed as not run. Human labels are read from
+`DIR/cifar10n_worse_label.npy`, feature-dependent labels from `DIR/plc_cifar10_pmd1_035.npy` (one label for each of the first
+45,000 training images).
+
+A test compares a metric of two methods, or a metric of one method with a bound. Figures are means ± standard deviations over
+seeds, with the number of seeds, in percent. The difference is in points, less the bound if there is one; its 95 % interval is
+Welch's (Student's for one method). The verdict follows from the interval alone:
+
+- **holds**: the interval lies on the side that the claim names;
+- **contradicted**: the interval lies on the other side;
+- **undecided**: the interval contains 0, or there is one seed.
+
+A verdict is about these data, sizes and seeds. The sizes are small: they are what 2 CPU cores can do, and they were fixed before
+the first run. With three seeds an interval is wide, so small effects stay undecided. No correction is made for the number of
+tests.
 """
 
 
@@ -124,13 +160,18 @@ def measured() -> dict[str, dict[Row, dict[str, list[float]]]]:
     Without the table of all methods, which is no paper's.
     """
     found: dict[str, dict[Row, dict[str, list[float]]]] = {}
-    for path in sorted(REFERENCE.glob("*.csv")):
+    for path in result_files():
         for row in read_results(path):
             if row["metric"] in METRICS and row["table"] != CROSS:
                 key = Row(*(row[name] for name in Row._fields[:-1]), path.name)
                 metrics = found.setdefault(row["paper"], {}).setdefault(key, {})
                 metrics.setdefault(row["metric"], []).append(row["value"])
     return found
+
+
+def result_files() -> list[Path]:
+    """The reference files, without that of the claims, whose rows other files may have, too."""
+    return [path for path in sorted(REFERENCE.glob("*.csv")) if path.name != CLAIMS_CSV]
 
 
 def figure(values: Sequence[float]) -> str:
@@ -165,10 +206,41 @@ def table(rows: dict[Row, dict[str, list[float]]]) -> list[str]:
     return lines
 
 
+def claims_section() -> list[str]:
+    """Every claim with its tests and verdicts."""
+    path, claims = REFERENCE / CLAIMS_CSV, read_claims()
+    if not path.is_file():
+        return [CLAIMS_HEAD, "Not measured yet.", ""]
+    table = whole_table(claims, outcomes(claims, read_results(path)))
+    figure = f"![Differences and intervals of all tests](reference/{Path(CLAIMS_CSV).stem}.png)"
+    source = f"[`{CLAIMS_CSV}`](reference/{CLAIMS_CSV})"
+    return [
+        CLAIMS_HEAD,
+        f"{source}, with the commands, seeds, times and the commit of each run:",
+        "",
+        figure,
+        "",
+        *table,
+    ]
+
+
+def front() -> str:
+    """The README of the repository with the table of the claims as the files say. UserError: its marks are not there."""
+    text = FRONT.read_text(encoding="utf-8") if FRONT.is_file() else ""
+    if [text.count(mark) for mark in MARKS] != [1, 1]:
+        raise UserError(f"{FRONT} must have each of these lines once: {', '.join(MARKS)}")
+    path, claims = REFERENCE / CLAIMS_CSV, read_claims()
+    table = ["Not measured yet."]
+    if path.is_file():
+        table = short_table(claims, outcomes(claims, read_results(path)))
+    before, rest = text.split(MARKS[0])
+    return "\n".join([f"{before}{MARKS[0]}", *table, f"{MARKS[1]}{rest.split(MARKS[1])[1]}"])
+
+
 def cross_rows() -> dict[str, list[dict]]:
     """The rows of the table of all methods by the name of their reference file."""
     found = {}
-    for path in sorted(REFERENCE.glob("*.csv")):
+    for path in result_files():
         rows = [row for row in read_results(path) if row["table"] == CROSS]
         if rows:
             found[path.name] = rows
@@ -187,7 +259,7 @@ def cross_section(files: Mapping[str, Sequence[dict]]) -> list[str]:
         lines += ["At the best epoch, which is seen on the test set:", "", *cross_table(rows, "best"), ""]
         minutes = cross_table(rows, column="seconds", scale=1 / 60)
         lines += ["Minutes of a run, pre-training included:", "", *minutes, ""]
-    whole = {row["cell"] for rows in files.values() for row in rows if "+limit_train" not in row["profile"]}
+    whole = {row["cell"] for rows in files.values() for row in rows if "+limit_" not in row["profile"]}
     missing = [cell for cell in wanted if cell not in whole]
     return [*lines, f"Not measured yet in full: {', '.join(missing)}.", ""] if missing else lines
 
@@ -274,7 +346,7 @@ def not_measured(paper: str, rows: dict[Row, dict[str, list[float]]]) -> list[st
 def page() -> str:
     """The whole of benchmarks/README.md."""
     found = {paper: {} for paper in PAPERS} | measured()
-    lines = [HEAD, "## Measured", ""]
+    lines = [HEAD, *claims_section(), "## Measured", ""]
     for paper in PAPERS:
         lines += [f"### [{paper}](../{paper}/README.md)", "", *table(found[paper]), ""]
     lines += [*cross_section(cross_rows()), *speed_section(SPEED)]
@@ -314,16 +386,18 @@ def main(argv=None) -> None:
     """Write the page, or look whether it is up to date."""
     parser = Parser(prog="python -m benchmarks.tables", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with status 1 where the page is out of date"
+        "--check", action="store_true", help="write nothing; exit with status 1 where a page is out of date"
     )
     args = parser.parse_args(argv)
-    text = page()
-    if not args.check:
-        write_atomic(PAGE, text.encode())
-        print(f"{PAGE.relative_to(ROOT)} is written")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        print(f"{PAGE.relative_to(ROOT)} is out of date: run make tables", file=sys.stderr)
-        sys.exit(1)
+    old = []
+    for path, text in ((PAGE, page()), (FRONT, front())):
+        if not args.check:
+            write_atomic(path, text.encode())
+            print(f"{path.relative_to(ROOT)} is written")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            print(f"{path.relative_to(ROOT)} is out of date: run make tables", file=sys.stderr)
+            old.append(path)
+    sys.exit(1 if old else 0)
 
 
 if __name__ == "__main__":

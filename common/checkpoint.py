@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -21,8 +21,20 @@ CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 
 def save(folder: Path, content: dict) -> None:
-    """Write content (tensors and plain data) as the folder's checkpoint; the one before stays as its predecessor."""
-    write_whole(folder / CURRENT, lambda file: torch.save(content, file), keep_as=folder / PREVIOUS)
+    """Write content (tensors and plain data) as the folder's checkpoint; the one before stays as its predecessor.
+
+    WriteError: the disk is full, or refuses for another reason; the checkpoint that was there stays.
+    """
+    write_whole(folder / CURRENT, lambda file: _write(content, file), keep_as=folder / PREVIOUS)
+
+
+def _write(content: dict, file: BinaryIO) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:  # torch raises its own after the file's
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def load(folder: Path) -> dict | None:

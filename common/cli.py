@@ -6,16 +6,37 @@ after it wins.
 """
 
 import argparse
+import errno
+import functools
 import math
 import os
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
+
+from common.files import REMEDIES, WriteError, cannot_write
+
+SHARED_MEMORY = "give a container more with --shm-size, or use --workers 0"
 
 
 class UserError(Exception):
     """A mistake the user can mend. Its text is the one line to print: it names the value and the remedy."""
+
+    status = 2  # of the process
+
+
+class MachineError(UserError):
+    """What the machine refused. A run that was under way adds from where it resumes."""
+
+
+class WorkerDied(MachineError):
+    """A worker process ended before its work."""
+
+    status = 1
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -56,24 +77,96 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def exit_cleanly(main: Callable, argv: Sequence[str] | None = None) -> None:
-    """Call main(argv); a UserError becomes its one line on standard error and exit status 2.
+# what the script that is running gives back at its end
+_ends: ContextVar[ExitStack | None] = ContextVar("_ends", default=None)
 
-    Ctrl-C exits 130, and a reader of the output that is gone (as with `| head`) 141, both in silence.
+
+def script(main: Callable) -> Callable:
+    """Decorate a script's main(argv): however it ends, what `at_end` was told is given back, so that it can be called again.
+
+    Errors of the operating system and dead workers become a MachineError.
+    """
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> Any:
+        with ExitStack() as stack:
+            token = _ends.set(stack)
+            try:
+                result = main(argv)
+                sys.stdout.flush()
+                return result
+            except (OSError, RuntimeError) as error:
+                told = machine_error(error)
+                if told is None:
+                    raise
+                raise told from error
+            finally:
+                _ends.reset(token)
+
+    return run
+
+
+def at_end(end: Callable[..., Any]) -> None:
+    """Have end(error type, error, traceback) called when the running script ends, last told first; not without a script."""
+
+    def leave(*error: Any) -> None:  # whatever `end` returns, the error goes on
+        end(*error)
+
+    stack = _ends.get()
+    if stack is not None:
+        stack.push(leave)
+
+
+def machine_error(error: OSError | RuntimeError) -> MachineError | None:
+    """The error as the line to print; None if it does not come from the operating system or from a dead worker."""
+    if isinstance(error, RuntimeError):
+        # torch raises this at any moment of the main thread
+        return worker_died(str(error)) if str(error).startswith("DataLoader worker") else None
+    if error.errno is None or isinstance(error, BrokenPipeError):
+        return None
+    if isinstance(error, WriteError) or error.errno in (*REMEDIES, errno.EROFS):
+        refused = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+        path = error.filename or "the output"
+        return MachineError(cannot_write(path, error, "make it writable" if refused else "check the disk"))
+    path = f"{error.filename}: " if error.filename else ""
+    return MachineError(f"{path}{error.strerror}")
+
+
+def worker_died(reason: str) -> MachineError:
+    """A worker's end as the line to print. reason: torch's message."""
+    first = reason.splitlines()[0].partition(". ")[0].strip(" .")
+    if "Bus error" in first:
+        return MachineError(f"{first}: /dev/shm is too small, {SHARED_MEMORY}")
+    return WorkerDied(f"{first}: out of memory? use fewer --workers")
+
+
+def exit_cleanly(main: Callable, argv: Sequence[str] | None = None) -> None:
+    """Call main(argv); a UserError becomes its one line on standard error and its exit status, 2 for most.
+
+    So do errors of the operating system. Ctrl-C exits 130, and a reader of the output that is gone (as with `| head`) 141,
+    both in silence.
     """
     try:
-        main(argv)
+        script(main)(argv)
     except UserError as error:
-        script = Path(sys.argv[0])
-        name = script.parent.name if script.name == "__main__.py" else script.name
+        _discard_output()
+        path = Path(sys.argv[0])
+        name = path.parent.name if path.name == "__main__.py" else path.name
         sys.stderr.write(f"{name}: error: {error}\n")  # at once: lines of several processes stay whole
-        sys.exit(2)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # or the interpreter's last flush fails again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         sys.exit(141)
+
+
+def _discard_output() -> None:
+    """Keep the interpreter's last flush from failing on an output that cannot be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fraction(text: str) -> float:
@@ -178,6 +271,17 @@ def add_shared_flags(parser: Parser, default_seed: int) -> None:
     group.add_argument(
         "--limit_train", type=count, metavar="N", help="train on a seeded subset, to try things out"
     )
+    group.add_argument(
+        "--limit_test",
+        type=count,
+        metavar="N",
+        help="test each epoch on a seeded subset, stratified by class, to save time",
+    )
+    group.add_argument(
+        "--full_test_at_end",
+        action="store_true",
+        help="with --limit_test: test on all test images after the last epoch too; the result names it full_test",
+    )
 
 
 def add_image_file_flags(group, workers: int, how: str = "") -> None:
@@ -229,7 +333,7 @@ def parse_args(parser: Parser, argv: Sequence[str] | None, presets: Path) -> arg
     finder.add_argument("--preset")
     name = finder.parse_known_args(argv)[0].preset
     if name is None:
-        return parser.parse_args(argv)
+        return _checked(parser, parser.parse_args(argv))
     sections = read_presets(presets)
     if name not in sections:
         parser.error(f"unknown preset {name}: choose from {', '.join(sections)}")
@@ -239,4 +343,13 @@ def parse_args(parser: Parser, argv: Sequence[str] | None, presets: Path) -> arg
         parser.error(
             f"preset {name} is for {script or 'another script of this paper'}, not for {parser.prog}"
         )
-    return parser.parse_args(preset_arguments(sections[name]) + argv)
+    return _checked(parser, parser.parse_args(preset_arguments(sections[name]) + argv))
+
+
+def _checked(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, once the shared flags fit together."""
+    if getattr(args, "full_test_at_end", False) and args.limit_test is None:
+        parser.error(
+            "argument --full_test_at_end: without --limit_test every test is a full one; leave it out"
+        )
+    return args

@@ -1,6 +1,7 @@
 """What the figures of all papers share: accuracy curves of run directories, and a figure written whole."""
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from common.cli import UserError
+from common.files import cannot_write, write_atomic
 
 SUFFIXES = (".png", ".pdf", ".svg")
 COLORS = plt.colormaps["tab10"].colors
@@ -259,12 +261,11 @@ def write_parts(parts: list[tuple[float, Callable[[SubFigure], None]]], out: Pat
 
 def write(figure: Figure, out: Path) -> None:
     """Write a figure, whole or not at all, and close it. UserError: it cannot be written."""
-    temporary = out.with_name(f".{out.name}.tmp")
+    content = io.BytesIO()  # from memory: Pillow does not tell why it cannot write a file
     try:
-        figure.savefig(temporary, dpi=110, format=out.suffix.lstrip("."))
-        temporary.replace(out)
+        figure.savefig(content, dpi=110, format=out.suffix.lstrip("."))
+        write_atomic(out, content.getvalue())
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror})") from None
+        raise UserError(cannot_write(f"--out {out}", error, "name another file")) from None
     finally:
         plt.close(figure)
-        temporary.unlink(missing_ok=True)

@@ -1,37 +1,87 @@
 """Files written whole or not at all, whatever happens to the process or the machine meanwhile."""
 
+import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+# what a user does about it, wherever the file is
+REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "raise the limit on the size of files",
+}
+# how a file system says that it cannot sync a folder: CIFS, some of FUSE, folders that may be written but not read
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
+
+
+class WriteError(OSError):
+    """A file that cannot be written; `filename` names it."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make an OSError inside it a WriteError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(error.errno, error.strerror or str(error), str(path)) from None
+
+
+def cannot_write(path: str | Path, error: OSError, otherwise: str) -> str:
+    """The line about a file that cannot be written, with the remedy: `otherwise` for all but a full disk or a limit."""
+    remedy = REMEDIES.get(error.errno, otherwise)
+    return f"{path} cannot be written ({error.strerror or error}): {remedy}"
+
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that at every moment either the old content or the whole new one is there. OSError on failure."""
+    """Write a file so that at every moment either the old content or the whole new one is there. WriteError on failure."""
     write_whole(path, lambda file: file.write(content))
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any], keep_as: Path | None = None) -> None:
     """The same with a function that writes into an open file; the old content, if any, is kept as `keep_as`."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_as is not None and path.exists():
-            os.replace(path, keep_as)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    with writing(path):
+        try:
+            with temporary.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if keep_as is not None and path.exists():
+                os.replace(path, keep_as)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def append(path: Path, content: bytes) -> None:
+    """Write at the end of a file, all of the content or nothing. WriteError on failure."""
+    with writing(path), path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[file.write(rest) :]
+        except BaseException:
+            with suppress(OSError):
+                file.truncate(before)
+            raise
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the folder's entries, the new name among them, reach the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Have the folder's entries, the new name among them, reach the disk, if the file system can sync a folder."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise

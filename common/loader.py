@@ -14,6 +14,8 @@ from common.cli import UserError
 from common.datasets.file_lists import FileSplit
 from common.datasets.image_cache import ImageCache
 from common.datasets.images import in_workers
+from common.datasets.in_memory import Data, Split
+from common.datasets.limit import limited_test
 
 
 class Images:
@@ -170,8 +172,7 @@ class FileBatches:
         self._plan: list[tuple[int, np.ndarray]] = []
         self._check_sizes()
         view = partial(_views, split, cache, transform, views)
-        self._new_loader = partial(in_workers, view, self._plan, workers, pin_memory=device.type == "cuda")
-        self._loader, self._pixels = self._new_loader(), iter(())
+        self._pixels = in_workers(view, self._plan, workers, pin_memory=device.type == "cuda")
 
     def _check_sizes(self) -> None:
         if self.drop_last and self.count < self.batch_size:
@@ -210,26 +211,10 @@ class FileBatches:
         if self.shuffle:
             order = torch.randperm(self.count, generator=self.generator).numpy()
         self._plan[:] = [(seed, batch) for batch in self._own(order)]
-        self._pixels = iter(self._loader)
-        for _, batch in list(self._plan):
-            yield self._on_device(self._next(), batch)
+        for (_, batch), pixels in zip(list(self._plan), self._pixels, strict=True):
+            yield self._on_device(pixels, batch)
             if self._pass != own_pass:
                 raise RuntimeError("another pass over the same FileBatches has begun")
-
-    def _next(self) -> Tensor:
-        try:
-            found = next(self._pixels)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            reason = str(error).splitlines()[0].strip(" .")
-            found = UserError(
-                f"{reason}: out of memory? use fewer workers, or give a container more shared memory"
-            )
-        if isinstance(found, UserError):
-            self._loader, self._pixels = self._new_loader(), iter(())  # ends the workers now: see in_workers
-            raise found
-        return found
 
     def _on_device(self, pixels: Tensor, batch: np.ndarray) -> tuple[tuple[Tensor, ...], Tensor]:
         """pixels: uint8 [k, B, H, W, 3]."""
@@ -243,6 +228,28 @@ class Labelled(NamedTuple):
 
     batches: Iterable
     labels: Tensor  # int [N], on the device
+
+
+class Tests(NamedTuple):
+    """The test images of every epoch, which --limit_test may limit, and all of them, for --full_test_at_end."""
+
+    limited: Labelled
+    whole: Labelled
+
+
+def test_batches(
+    data: Data, limit: int | None, seed: int, batch_size: int, device: torch.device, **shared: int
+) -> Tests:
+    """Plain batches of the test images of a data set in memory, in order. shared: rank and world of `Batches`."""
+
+    def in_order(split: Split) -> Labelled:
+        images = Images(split.images, data.mean, data.std, device)
+        return Labelled(Batches(images, batch_size, **shared), torch.from_numpy(split.labels).to(device))
+
+    whole = in_order(data.test)
+    if limit is None:
+        return Tests(whole, whole)
+    return Tests(in_order(data.test.only(limited_test(data.test.labels, limit, seed))), whole)
 
 
 class Part(NamedTuple):

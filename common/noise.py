@@ -2,7 +2,8 @@
 
 Given the same labels and seed, each generator returns the labels that the authors' release returns, bit for bit. That fixes
 which random numbers are drawn and in which order (see each docstring), but they come from generators of our own that
-leave the global ones alone. "50 % symmetric" means different things in different papers; the names here keep them apart:
+leave the global ones alone. Noise from a posterior (margin1 to margin3, hard) follows formulas; there is no release to
+compare with. "50 % symmetric" means different things in different papers; the names here keep them apart:
 
 name                  who uses it             a corrupted label becomes                        realised rate at rate r
 symmetric             Me-Momentum             one of the other K-1 classes                     about r
@@ -14,6 +15,8 @@ oneflip               Me-Momentum             2, if it was 1                    
 instance              Me-Momentum (Xia 2020)  the class whose projection of the image is big   about r
 imb, sym              SFA                     long-tail aware; any other class                 int(r N)/N
 sym, asym             Manifold DivideMix      of in-distribution images alone; see below       about r (K-1)/K; about r
+margin1, 2, 3         Zhang et al. 2021       the most likely wrong class of a posterior       r on average
+hard                  ours                    one of the other K-1 classes                     round(r N)/N
 
 Manifold DivideMix has images from elsewhere among the training images too: `open_set` and `in_distribution_noise`.
 
@@ -42,7 +45,19 @@ CIFAR100_SUPERCLASSES = (
 )
 
 CLASS_CONDITIONAL = ("symmetric", "pairflip", "oneflip")
-NOISE_TYPES = (*CLASS_CONDITIONAL, "symmetric_inclusive", "asymmetric", "superclass", "instance")
+# how likely a flip is at a margin m in [0, 1], up to a factor: PMD noise of types I, II and III (Zhang et al. 2021)
+MARGIN_TYPES = {
+    "margin1": lambda m: (1 - m**2) / 2,
+    "margin2": lambda m: 1 - m**3,
+    "margin3": lambda m: 1 - (m**3 + m**2 + m) / 3,
+}
+POSTERIOR_TYPES = (*MARGIN_TYPES, "hard")
+NOISE_TYPES = (
+    *CLASS_CONDITIONAL,
+    *("symmetric_inclusive", "asymmetric", "superclass", "instance"),
+    *POSTERIOR_TYPES,
+)
+POSTERIOR_TOLERANCE = 1e-3  # how far a row's sum may be from 1
 
 
 class Realised(NamedTuple):
@@ -71,8 +86,12 @@ def add_noise(
     num_classes: int,
     seed: int,
     images: np.ndarray | None = None,
+    posterior: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Corrupt labels [N] by one of NOISE_TYPES; `images` (N of any shape, raw pixel values) are for "instance"."""
+    """Corrupt labels [N] by one of NOISE_TYPES.
+
+    images (N of any shape, raw pixel values) are for "instance", posterior [N, K] for POSTERIOR_TYPES.
+    """
     if noise_type in CLASS_CONDITIONAL:
         return class_conditional(noise_type, labels, rate, num_classes, seed)
     if noise_type == "symmetric_inclusive":
@@ -85,6 +104,8 @@ def add_noise(
         if images is None:
             raise ValueError("instance-dependent noise needs the images")
         return instance_dependent(images, labels, rate, num_classes, seed)
+    if noise_type in POSTERIOR_TYPES:
+        return from_posterior(noise_type, labels, rate, num_classes, seed, posterior)
     raise ValueError(f"unknown noise type {noise_type!r}: choose from {', '.join(NOISE_TYPES)}")
 
 
@@ -408,10 +429,7 @@ def in_distribution_noise(
     ValueError: rates that do not fit together; a type that has no rule for that many classes.
     """
     labels = _checked_labels(labels, num_classes)
-    _check_rate(rate)
-    _check_rate(ood_ratio, "ood ratio")
-    if rate + ood_ratio > 1 + 1e-9:
-        raise ValueError(f"noise rate {rate} and ood ratio {ood_ratio} are shares of the whole: more than 1")
+    _check_shares(rate, ood_ratio)
     if noise_type not in ("sym", "asym", "superclass"):
         raise ValueError(f"unknown noise type {noise_type!r}: choose from sym, asym, superclass")
     if rate == 0:
@@ -434,6 +452,34 @@ def in_distribution_noise(
         if matrix_rng is None:
             raise ValueError(f"{noise_type} noise of {num_classes} classes needs matrix_rng")
         noisy = by_matrix(labels, next_in_group(groups, rate), matrix_rng)
+    return noisy
+
+
+def in_distribution_from_posterior(
+    noise_type: str,
+    labels: np.ndarray,
+    ood: np.ndarray,
+    rate: float,
+    ood_ratio: float,
+    num_classes: int,
+    seed: int,
+    posterior: np.ndarray,
+) -> np.ndarray:
+    """Noise of one of POSTERIOR_TYPES on the labels of in-distribution images alone: int64 [N].
+
+    labels [N]; ood: int [M], the positions of OOD images, which keep their labels; posterior: float [N, K] of the images of
+    the data set. rate and ood_ratio are shares of all images, as for `in_distribution_noise`: the rate among in-distribution
+    images is rate / (1 - ood_ratio). Draws from RandomState(seed). ValueError: as from_posterior; rates of more than 1.
+    """
+    labels = _checked_labels(labels, num_classes)
+    _check_shares(rate, ood_ratio)
+    posterior = _checked_posterior(noise_type, posterior, len(labels), num_classes)
+    noisy = labels.copy()
+    if rate == 0:
+        return noisy
+    others = np.setdiff1d(np.arange(len(labels)), ood)
+    own_rate = min(1, rate / (1 - ood_ratio)) if ood_ratio < 1 else 0
+    noisy[others] = from_posterior(noise_type, labels[others], own_rate, num_classes, seed, posterior[others])
     return noisy
 
 
@@ -460,12 +506,144 @@ def look_alike_matrix(rate: float) -> np.ndarray:
     return matrix
 
 
+# from a posterior -----------------------------------------------------------------------------------------------------
+
+
+def from_posterior(
+    noise_type: str, labels: np.ndarray, rate: float, num_classes: int, seed: int, posterior: np.ndarray
+) -> np.ndarray:
+    """Noise of one of POSTERIOR_TYPES: `margin_dependent` or `hardest`."""
+    if noise_type == "hard":
+        return hardest(labels, rate, num_classes, seed, posterior)
+    return margin_dependent(noise_type, labels, rate, num_classes, seed, posterior)
+
+
+def margin_dependent(
+    noise_type: str, labels: np.ndarray, rate: float, num_classes: int, seed: int, posterior: np.ndarray
+) -> np.ndarray:
+    """Polynomial-margin-diminishing (PMD) noise: the smaller the margin, the likelier the flip (Zhang et al. 2021).
+
+    Zhang, Zheng, Wu, Goswami, Chen: "Learning with feature-dependent label noise: a progressive approach", ICLR 2021.
+    See `margin_flips`. Draws from RandomState(seed): N uniforms; a label flips where its uniform is below its probability.
+    """
+    labels = _checked_labels(labels, num_classes)
+    probabilities, targets = margin_flips(noise_type, labels, rate, num_classes, posterior)
+    flips = RandomState(seed).random_sample(len(labels)) < probabilities
+    return np.where(flips, targets, labels)
+
+
+def margin_flips(
+    noise_type: str, labels: np.ndarray, rate: float, num_classes: int, posterior: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """How likely each label flips, float64 [N], and what it flips to, int64 [N].
+
+    posterior: float [N, K], rows on the simplex. A label flips to the most likely other class s (the lowest of equals),
+    with probability min(1, c f(m)). m = max(0, posterior of the label - posterior of s) is the margin, f the formula of the
+    noise type (MARGIN_TYPES), and c the factor with which the probabilities have the mean `rate`.
+
+    If the label y is the most likely class, this is the rule of the paper. The paper then has no other case: it first
+    replaces every label by the most likely class u. Here the labels are true and stay so unless they flip. A label y != u
+    flips to u, and its margin is 0: with the largest probability it gets the label that the paper would give it.
+
+    ValueError: an unknown type, unfit labels or posterior, fewer than 2 classes, a rate outside [0, 1], or one that cannot
+    be reached because the margins of too many labels are 1.
+    """
+    if noise_type not in MARGIN_TYPES:
+        raise ValueError(f"unknown noise type {noise_type!r}: choose from {', '.join(MARGIN_TYPES)}")
+    _check_rate(rate)
+    labels = _checked_labels(labels, num_classes)
+    posterior = _checked_posterior(noise_type, posterior, len(labels), num_classes)
+    rows = np.arange(len(labels))
+    others = posterior.copy()
+    others[rows, labels] = -1
+    targets = others.argmax(axis=1)
+    margins = np.clip(posterior[rows, labels] - posterior[rows, targets], 0, 1)
+    return _with_mean(MARGIN_TYPES[noise_type](margins), rate), targets
+
+
+def _with_mean(factors: np.ndarray, rate: float) -> np.ndarray:
+    """min(1, c factors) with the c that gives it the mean `rate`; factors: float [N] >= 0."""
+    positive = np.sort(factors[factors > 0])[::-1]
+    wanted = rate * len(factors)
+    if wanted > len(positive) * (1 + 1e-9):
+        raise ValueError(
+            f"noise rate {rate} cannot be reached: only {len(positive)} of {len(factors)} labels have a margin below 1"
+        )
+    if not len(positive):
+        return np.zeros(len(factors))
+    # if the k largest are capped at 1, the rest has to make up for wanted - k: the smallest k that caps no more
+    capped = np.arange(len(positive))
+    rest = positive[::-1].cumsum()[::-1]
+    fits = (wanted - capped) * positive <= rest
+    k = int(fits.argmax()) if fits.any() else len(positive) - 1
+    return np.minimum(1, (wanted - k) / positive[k:].sum() * factors)
+
+
+def hardest(
+    labels: np.ndarray, rate: float, num_classes: int, seed: int, posterior: np.ndarray
+) -> np.ndarray:
+    """The round(rate N) labels of the smallest posterior get one of the other classes, all alike: "hard" images are mislabelled.
+
+    posterior: float [N, K], rows on the simplex. Equals: the sample that comes first is the harder one. Draws from
+    RandomState(seed): an offset in 1..K-1 per corrupted sample, ascending. ValueError: as margin_flips.
+    """
+    _check_rate(rate)
+    labels = _checked_labels(labels, num_classes)
+    posterior = _checked_posterior("hard", posterior, len(labels), num_classes)
+    order = posterior[np.arange(len(labels)), labels].argsort(kind="stable")
+    corrupted = np.sort(order[: round(rate * len(labels))])
+    noisy = labels.copy()
+    offsets = RandomState(seed).randint(1, num_classes, size=len(corrupted))
+    noisy[corrupted] = (labels[corrupted] + offsets) % num_classes
+    return noisy
+
+
+def _checked_posterior(
+    noise_type: str, posterior: np.ndarray | None, size: int, num_classes: int
+) -> np.ndarray:
+    if posterior is None:
+        raise ValueError(f"{noise_type} noise needs a posterior")
+    if num_classes < 2:
+        raise ValueError(f"{noise_type} noise needs at least 2 classes, got {num_classes}")
+    return checked_posterior(posterior, size, num_classes)
+
+
 # checks ---------------------------------------------------------------------------------------------------------------
 
 
 def _check_rate(rate: float, name: str = "noise rate") -> None:
     if not 0 <= rate <= 1:  # also refuses NaN
         raise ValueError(f"{name} must be in [0, 1], got {rate}")
+
+
+def _check_shares(rate: float, ood_ratio: float) -> None:
+    _check_rate(rate)
+    _check_rate(ood_ratio, "ood ratio")
+    if rate + ood_ratio > 1 + 1e-9:
+        raise ValueError(f"noise rate {rate} and ood ratio {ood_ratio} are shares of the whole: more than 1")
+
+
+def checked_posterior(posterior: np.ndarray, size: int, num_classes: int) -> np.ndarray:
+    """A posterior as float64 [size, num_classes]. ValueError: another shape, or rows that are no probabilities."""
+    posterior = np.asarray(posterior)
+    if posterior.shape != (size, num_classes) or posterior.dtype.kind not in "fiu":
+        raise ValueError(
+            f"the posterior must be numbers of shape [{size}, {num_classes}], got {posterior.dtype} of shape "
+            f"{list(posterior.shape)}"
+        )
+    posterior = posterior.astype(np.float64)
+    finite = np.isfinite(posterior).all(axis=1)
+    if not finite.all():
+        raise ValueError(f"the posterior holds NaN or infinity, first in row {finite.argmin()}")
+    sums = posterior.sum(axis=1)
+    wrong = (posterior.min(axis=1, initial=0) < 0) | (np.abs(sums - 1) > POSTERIOR_TOLERANCE)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"the rows of the posterior must be probabilities with the sum 1: row {row} has the sum {sums[row]:.6g} and the "
+            f"minimum {posterior[row].min():.6g}"
+        )
+    return posterior
 
 
 def _checked_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """A run is a directory, and a killed run started again with the same command goes on as if nothing had happened.
 
 args.json               arguments, command and environment
-noisy_labels.npy        the observed labels, and train_index.npy: which training images they belong to
+noisy_labels.npz        the observed labels with the training images they belong to; noisy_labels.npy and train_index.npy apart
 noise.json              sha256 of noisy_labels.npy, realised noise rate and transition matrix
 log.csv                 a row per epoch; also as TensorBoard events in tensorboard/
 checkpoint.pt           everything needed to go on after the last finished epoch; its predecessor beside it
@@ -25,27 +25,30 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import checkpoint, processes, results
-from common.cli import UserError
-from common.files import write_atomic
+from common.cli import MachineError, UserError, at_end
+from common.datasets.given_labels import label_notes, own_file
+from common.events import EventFile
+from common.files import append, cannot_write, write_atomic
 from common.gpu import Device
+from common.locks import Lock
 from common.noise import realised
+from common.signals import StopSignals
 
 ROOT = Path(__file__).resolve().parents[1]
 # what may differ when a run goes on; that the data are the same is seen by the sha256 of the labels
 NOT_COMPARED = (
     *("out", "resume", "data_path", "data_root", "workers", "device_ids"),
-    *("ood_dir", "open_set_cache", "decoded"),
+    *("ood_dir", "open_set_cache", "decoded", "posterior"),
     *("parallel", "gpuid1", "gpuid2"),
 )
 
@@ -54,7 +57,7 @@ class Run:
     """One training run: its directory, log, checkpoints, progress and signals.
 
     The shape of a script: `run.save_labels(...)`, `run.resume(state)`, `for epoch in run.epochs(n): ...; run.log(...)`,
-    `run.finish()`.
+    `run.finish()`. The script's main is decorated with `cli.script`, so that lock and signals are given back however it ends.
     """
 
     def __init__(self, args: Namespace, device: Device, *, paper: str, method: str, name: str, cell: dict):
@@ -71,31 +74,44 @@ class Run:
         self.seconds = 0.0  # training time of the finished epochs
         self._epoch_started = 0.0
         self._last: int | None = None  # epoch, where that is known
-        self._signal: int | None = None
         self._state: dict[str, Any] = {}
-        self._handlers: dict[int, Any] = {}
-        self._writer: SummaryWriter | None = None
-        self._lock = FileLock(self.folder / ".lock")
+        self._saved: int | None = None  # epoch of the last checkpoint
+        self._signals: StopSignals | None = None
+        self._events: EventFile | None = None
+        self._lock = Lock(self.folder / ".lock", "choose another --out")
+        self._taken = ExitStack()  # what `release` gives back
+        at_end(self._leave)
         processes.from_first(self._open)
 
     def _open(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"{self.folder} is in use by another process: wait, or choose another --out"
-            ) from None
+            self._taken.callback(self._lock.release)
+            self._lock.acquire()
         except OSError as error:
-            raise UserError(
-                f"{self.folder} cannot be written ({error.strerror}): choose another --out"
-            ) from None
+            raise UserError(cannot_write(self.folder, error, "choose another --out")) from None
         try:
             self._check_arguments()
-        except UserError:
-            self._lock.release()
+        except BaseException:
+            self.release()
             raise
         print(f"run directory {self.folder}", flush=True)
+
+    def release(self) -> None:
+        """Give back lock and signals; another process may go on with the run. Nothing happens the second time."""
+        self._taken.close()
+
+    def _leave(self, _kind, error: BaseException | None, _traceback) -> None:
+        """The end of the script, or the error that ends it."""
+        self.release()
+        if isinstance(error, MachineError):
+            error.args = (f"{error}, {self._resumes()}",)
+
+    def _resumes(self) -> str:
+        """What the same command will do."""
+        if self._saved is None:
+            return "the same command starts again"
+        return f"the same command resumes after epoch {self._saved}"
 
     # what the directory holds -----------------------------------------------------------------------------------------
 
@@ -155,16 +171,20 @@ class Run:
             rate, matrix = realised(clean, noisy, num_classes)
             report["realised_rate"] = rate
             report["transition_matrix"] = [[round(share, 6) for share in row] for row in matrix.tolist()]
-        processes.from_first(lambda: self._keep_labels(index, content, report))
+        notes = label_notes(clean, noisy, num_classes, from_file=bool(getattr(self.args, "noise_file", None)))
+        processes.from_first(lambda: self._keep_labels(index, noisy, content, report))
+        for note in notes:
+            processes.say(f"note: {note}")
 
-    def _keep_labels(self, index: np.ndarray, content: bytes, report: dict) -> None:
+    def _keep_labels(self, index: np.ndarray, noisy: np.ndarray, content: bytes, report: dict) -> None:
         path = self.folder / "noise.json"
         if path.exists() and json.loads(path.read_text())["sha256"] != report["sha256"]:
             raise UserError(
-                f"{self.folder} began with other labels: the data or --noise_file changed; choose another --out"
+                f"{self.folder} began with other labels: the data, --noise_file or the posterior changed; choose another --out"
             )
         write_atomic(self.folder / "noisy_labels.npy", content)
         write_atomic(self.folder / "train_index.npy", _npy(index))
+        write_atomic(self.folder / "noisy_labels.npz", own_file(noisy, index))
         write_atomic(path, _json(report))
         rate = report["realised_rate"]
         noise = "true labels unknown" if rate is None else f"realised noise rate {rate:.4f}"
@@ -201,7 +221,8 @@ class Run:
     def resume(self, state: dict[str, Any]) -> None:
         """Take `state` (see common.checkpoint) into every checkpoint, and restore it from the last one if there is one.
 
-        From here on SIGTERM and Ctrl-C stop at the next step, with the last finished epoch's checkpoint in place.
+        From here on SIGTERM and Ctrl-C stop at the next step, with the last finished epoch's checkpoint in place. A second
+        one stops at once. A process that something blocks ends 30 s after the first.
         """
         self._state = state
         if processes.rank() == 0:
@@ -216,6 +237,7 @@ class Run:
             if saved["cuda_generators"] and self.device.device.type == "cuda":
                 torch.cuda.set_rng_state_all(saved["cuda_generators"])
             self.rows, self.images, self.seconds = saved["rows"], saved["images"], saved["seconds"]
+            self._saved = len(self.rows)
             processes.say(f"going on after epoch {len(self.rows)}")
         else:
             remains = [name for name in ("log.csv", "result.json") if (self.folder / name).exists()]
@@ -225,19 +247,21 @@ class Run:
                     "remove it to start again, or choose another --out"
                 )
             self._save()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._handlers[number] = signal.signal(number, self._stop_later)
+        self._signals = StopSignals(lambda what: f"{what}; {self._resumes()}")
+        self._taken.callback(self._signals.close)
         if processes.rank() > 0:
             return
         if self.rows:  # rows written after the checkpoint belong to an epoch that will be done again
             write_atomic(self.folder / "log.csv", results.to_csv(self.rows, self.rows[0]).encode())
         else:
             (self.folder / "log.csv").unlink(missing_ok=True)
-        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=len(self.rows) + 1)
+        self._events = EventFile(self.folder / "tensorboard", len(self.rows) + 1)
 
     def _save(self) -> None:
         if processes.rank() > 0:
+            self._saved = len(self.rows)
             return
+        self._lock.check()
         cuda = self.device.device.type == "cuda"
         content = {
             "state": checkpoint.collect(self._state),
@@ -248,19 +272,14 @@ class Run:
             "seconds": self.seconds,
         }
         checkpoint.save(self.folder, content)
-
-    def _stop_later(self, number: int, _frame) -> None:
-        self._signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
+        self._saved = len(self.rows)
 
     def _stop_if_asked(self) -> None:
-        if self._signal is not None:
-            name = signal.Signals(self._signal).name
+        number = self._signals.number if self._signals else None
+        if number is not None:
             if processes.rank() == 0:
-                print(
-                    f"{name}: stopped; the same command goes on after epoch {len(self.rows)}", file=sys.stderr
-                )
-            sys.exit(128 + self._signal)
+                print(f"{signal.Signals(number).name}: stopped; {self._resumes()}", file=sys.stderr)
+            sys.exit(128 + number)
 
     # the epoch loop ---------------------------------------------------------------------------------------------------
 
@@ -321,14 +340,11 @@ class Run:
         if processes.rank() > 0:
             return
         text = results.to_csv([row], row)
-        with (self.folder / "log.csv").open("a") as file:
-            file.write(text if epoch == 1 else text.split("\n", 1)[1])
+        append(self.folder / "log.csv", (text if epoch == 1 else text.split("\n", 1)[1]).encode())
         shown = {
             name: value for name, value in row.items() if name != "epoch" and isinstance(value, (int, float))
         }
-        for name, value in shown.items():
-            self._writer.add_scalar(name, value, epoch)
-        self._writer.flush()
+        self._events.add(epoch, shown)
         print(
             f"epoch {epoch}{f'/{self._last}' if self._last else ''}  "
             + "  ".join(_short(n, v) for n, v in list(shown.items())[:8]),
@@ -339,10 +355,19 @@ class Run:
         """Whether an earlier start of the same command has come to its end: `finish` will change nothing."""
         return (self.folder / "result.json").exists()
 
+    def full_test(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Metrics for `finish` where --full_test_at_end asks for them and the run is not finished; else none.
+
+        measure: tests on all test images, returns full_test, full_test_images, how many there are, and perhaps other
+        metrics named full_test_<what>. All metrics of other names are of the --limit_test subset.
+        """
+        if not getattr(self.args, "full_test_at_end", False) or self.is_finished():
+            return {}
+        return measure()
+
     def finish(self, metric: str = "test_accuracy", **more: float | None) -> None:
         """Write result.json and result.csv: best, last and mean of the last 10 epochs of `metric`, and `more` metrics."""
         if processes.rank() == 0:
-            self._writer.close()
             path = self.folder / "result.json"
             if not self.is_finished():
                 self._write_result(path, metric, more)
@@ -351,9 +376,7 @@ class Run:
             print(f"finished: {metric} best {best:.2f}, last {last:.2f}, mean of the last 10 {last10:.2f}")
             print(f"results in {self.folder}", flush=True)
         processes.stop()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._lock.release()
+        self.release()
 
     def _write_result(self, path: Path, metric: str, more: dict[str, float | None]) -> None:
         measured = [row for row in self.rows if row[metric] is not None]
@@ -395,8 +418,9 @@ class Run:
         """The columns that say which cell of which table this is; a subset of the data is marked in the profile."""
         table, cell, *_ = [*(getattr(self.args, "preset", None) or "").split("/"), ""]
         columns = {"table": table, "cell": cell or self.folder.name, **self.cell}
-        if getattr(self.args, "limit_train", None):
-            columns["profile"] += f"+limit_train={self.args.limit_train}"
+        for limit in ("limit_train", "limit_test"):
+            if getattr(self.args, limit, None):
+                columns["profile"] += f"+{limit}={getattr(self.args, limit)}"
         columns |= {
             "fidelity": getattr(self.args, "fidelity", ""),
             "seed": self.args.seed,

@@ -10,6 +10,7 @@ from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -219,13 +220,15 @@ def pre_train(
     *,
     flip: bool,
     bank: Tensor | None = None,
+    tested: np.ndarray | slice = slice(None),
     measure: Callable[[Tensor], dict[str, float | None]] | None = None,
     measured_names: Sequence[str] = (),
 ) -> None:
     """Train the network, or go on with it, up to the end of the run; the encoder is in encoder.safetensors of its directory.
 
     args: the recipe's flags, settled, dataset and seed. labels [N] and test_labels are looked at by kNN alone, which seeks
-    the neighbours of test images among the training images at the positions bank [M], by default among all of them.
+    the neighbours of test images among the training images at the positions bank [M], by default among all of them. tested:
+    positions of the test images that kNN classifies; --full_test_at_end adds all of them at the end.
     flip: whether a view may be mirrored. measure: called where kNN is, with the features [N, D] of the training images; its
     values under measured_names become columns of the log, and the last of them metrics last_<name> of the result.
     """
@@ -244,7 +247,9 @@ def pre_train(
         drop_last=args.drop_last,
         generator=generator,
     )
-    plain = [Batches(images, 2 * args.batch_size) for images in (train, test)]
+    plain, every = (Batches(images, 2 * args.batch_size) for images in (train, test))
+    chosen = torch.arange(len(test), device=test.device)[tested]
+    few = Batches(test, 2 * args.batch_size, subset=chosen)
     rate = partial(
         learning_rate,
         base=args.lr,
@@ -263,11 +268,10 @@ def pre_train(
         measured = epoch % args.knn_every == 0 or epoch == args.epochs
         values = dict.fromkeys(("knn_accuracy", *measured_names))
         if measured:
-            passes = (run.progress(images, f"epoch {epoch} features", training=False) for images in plain)
+            passes = (run.progress(i, f"epoch {epoch} features", training=False) for i in (plain, few))
             features, queries = (pooled_features(network, images, device) for images in passes)
-            values["knn_accuracy"] = knn_accuracy(
-                features[among], labels[among], queries, test_labels, num_classes
-            )
+            neighbours = features[among], labels[among]
+            values["knn_accuracy"] = knn_accuracy(*neighbours, queries, test_labels[chosen], num_classes)
             found = {} if measure is None else measure(features)
             values |= {name: found[name] for name in measured_names}
         run.log(epoch, loss=loss, **values, lr=optimizer.param_groups[0]["lr"])
@@ -276,7 +280,13 @@ def pre_train(
             run.save_file("encoder.safetensors", encoder_file(network, origin))
     # the last epoch is a measured one
     last = {f"last_{name}": run.rows[-1][name] for name in ("loss", *measured_names)}
-    run.finish("knn_accuracy", **last)
+
+    def full_test() -> dict[str, float]:
+        features, queries = (pooled_features(network, images, device) for images in (plain, every))
+        accuracy = knn_accuracy(features[among], labels[among], queries, test_labels, num_classes)
+        return {"full_test": accuracy, "full_test_images": len(test)}
+
+    run.finish("knn_accuracy", **last, **run.full_test(full_test))
 
 
 def train_epoch(

@@ -51,7 +51,7 @@ def _schedule_flags(parser: cli.Parser, epochs: int, warm_up: int) -> None:
     training.add_argument(
         "--bn-mode",
         choices=["train", "frozen", "warm-up"],
-        help="whether batch norms take a batch's statistics: always, never, in the warm-up; by default train, and under "
+        help="whether batch norms take a batch's statistics: always, never, in the warm-up only; by default train, and under "
         "--fidelity released frozen for data in memory, warm-up for mini-ImageNet",
     )
     training.add_argument("--gpu", type=cli.count_or_zero, default=0, help="which CUDA device")
@@ -72,6 +72,13 @@ def _outlier_flags(parser: cli.Parser, start_factor: float) -> None:
         help="times q: share of samples removed at the start",
     )
     outliers.add_argument("--knn-k", type=cli.count, default=10, help="neighbours of the outlier score")
+    outliers.add_argument(
+        "--knn-encoder",
+        choices=["current", "pretrained"],
+        default="current",
+        help="whose embeddings are scored: at each split those of the encoder in training, as released; or always those of the "
+        "encoder as it was before training",
+    )
     outliers.add_argument(
         "--clustering",
         action=BooleanOptionalAction,
@@ -171,6 +178,8 @@ def settle(parser: cli.Parser, args: Namespace, released_bn: str, released_mask:
     args.num_epochs = args.epochs  # what result rows read
     if args.batch_size < 2:
         parser.error(f"argument --batch-size: must be at least 2, got {args.batch_size}")
+    if args.knn_encoder == "pretrained" and args.pretrained == "none":
+        parser.error("argument --knn-encoder: pretrained needs a pre-trained encoder, got --pretrained none")
     if args.selection == "gmm" and args.warmup_epoch >= args.epochs:
         processes.say(
             f"note: warm-up only, --warmup-epoch {args.warmup_epoch} is not below --epochs {args.epochs}"

@@ -111,8 +111,19 @@ def ramp_up(position: float, warm_up: int, length: float = 16) -> float:
     return min(max((position - warm_up) / length, 0.0), 1.0)
 
 
+def ramp_steps(labelled: int, batch_size: int, steps: int, ramp: str = "fixed") -> int:
+    """How many steps the ramp takes an epoch for: as many as there are; "released": labelled // batch_size + 1 (Sec. 10, 3).
+
+    labelled: samples on the labelled side. The release counts one too many where the batch size divides them.
+    """
+    return labelled // batch_size + 1 if ramp == "released" else steps
+
+
 def position(epoch: int, step: int, steps: int, ramp: str = "fixed") -> float:
-    """Where the ramp is: epoch + step / steps; "released": the steps of earlier epochs count again, so about twice that."""
+    """Where the ramp is: epoch + step / steps; "released": the steps of earlier epochs count again, so about twice that.
+
+    steps: of an epoch, as `ramp_steps` counts them.
+    """
     return epoch + step / steps + (epoch if ramp == "released" else 0)
 
 

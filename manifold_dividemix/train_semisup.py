@@ -24,16 +24,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli, gpu, processes, selection_report
 from common.augment import crop_and_flip, training_augmentation
 from common.cli import UserError
+from common.datasets import posterior
 from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
 from common.encoders import load_encoder
 from common.loader import Batches, Images
+from common.noise import POSTERIOR_TYPES
 from common.policies import four_views
 from common.run import Run, run_name
 from common.selection_report import PATIENCE, Selected
 from manifold_dividemix import corpus as data
 from manifold_dividemix.corpus import Corpus
 from manifold_dividemix.flags import add_training_flags, settle
-from manifold_dividemix.losses import learning_rate, position, ramp_up
+from manifold_dividemix.losses import learning_rate, position, ramp_steps, ramp_up
 from manifold_dividemix.mixematch import Weights
 from manifold_dividemix.networks import Network, make_encoder
 from manifold_dividemix.outliers import (
@@ -71,10 +73,11 @@ def make_parser() -> cli.Parser:
     data.add_open_set_flags(parser)
     data.add_noise_flags(
         parser,
-        ["sym", "asym", "superclass", "no", "given"],
+        ["sym", "asym", "superclass", *POSTERIOR_TYPES, "no", "given"],
         "sym",
         "sym: a class drawn from all; asym: the look-alike of 10 classes, else the next of a block of five; superclass: the next "
-        "of CIFAR-100's superclass; given: the labels of --noise_file or of the .npz",
+        "of CIFAR-100's superclass; "
+        f"{posterior.HELP}; given: the labels of --noise_file or of the .npz",
     )
     add_training_flags(parser, epochs=300, warm_up=5, start_factor=10)
     parser.add_argument("--workers", type=int, default=8, help="ignored: the images stay on the device")
@@ -86,7 +89,7 @@ def parse_args(argv=None) -> Namespace:
     """Parse, and settle the defaults that depend on other flags."""
     parser = make_parser()
     args = cli.parse_args(parser, argv, PRESETS)
-    data.settle_corruption(args)
+    data.settle_corruption(parser, args)
     settle(parser, args, released_bn="frozen", released_mask="batch")
     return args
 
@@ -158,6 +161,8 @@ def warm_up_epoch(network: Network, optimizer: Optimizer, kept: Tensor, epoch: i
         s.device,
         loss=args.warmup_loss,
         mask=args.warmup_mask,
+        # MixEMatch uses the projection's statistics frozen: they have to be collected before
+        project=args.bn_mode == "warm-up",
     )
     return [float(losses.mean()), *[None] * len(PARTS)]
 
@@ -177,7 +182,7 @@ def mixematch_epoch(
     views = partial(four_views, crop=s.crop())
     batches = s.batches(views, labelled)
     others = s.batches(views, unlabelled).endless()
-    steps = len(batches)
+    steps = ramp_steps(len(labelled), args.batch_size, len(batches), args.ramp)
     weights = (args.lambda_x, args.lambda_u, args.lambda_xe, args.lambda_ue, args.lambda_c)
     step = Step(
         draw_share=lambda: s.draws.beta(args.alpha, args.alpha),
@@ -217,14 +222,21 @@ class Judgement(NamedTuple):
 
     kept: Tensor  # bool [N]: not removed
     clean: Tensor | None  # float64 [N]: clean probabilities; None before the first split
-    auroc: float | None  # of the outlier score
+    scores: Tensor  # float32 [N]: outlier scores
+    auroc: float | None  # of the outlier scores
 
 
-def judge(network: Network, corpus: Corpus, epoch: int, splits: list[int], s: Setting) -> Judgement:
-    """Outliers are removed, from scratch each time [Sec. 4.2]; clean probabilities too, where a split is due [Sec. 4.4]."""
+def judge(
+    network: Network, corpus: Corpus, epoch: int, splits: list[int], scores: Tensor | None, s: Setting
+) -> Judgement:
+    """Outliers are removed, from scratch each time [Sec. 4.2]; clean probabilities too, where a split is due [Sec. 4.4].
+
+    scores: float32 [N], to be used again; None: those of the network's embeddings now.
+    """
     args, clean = s.args, None
     seen = look(network, s.plain(f"epoch {epoch} embeddings"), s.labels, s.device)
-    scores = knn_scores(seen.embeddings, args.knn_k)
+    if scores is None:
+        scores = knn_scores(seen.embeddings, args.knn_k)
     removed = removal_count(epoch, len(scores), args.remove_ood, args.ood_start_factor, splits)
     kept = kept_samples(scores, removed)
     if epoch in splits:
@@ -232,7 +244,7 @@ def judge(network: Network, corpus: Corpus, epoch: int, splits: list[int], s: Se
             s.draws.bit_generator.state = np.random.default_rng(args.seed).bit_generator.state
         clean = clean_probability(seen.losses, int(s.draws.integers(2**31)))
     save_outliers(s.run, "last" if epoch else "first", seen, scores, kept, clean, args.seed)
-    return Judgement(kept, clean, outlier_auroc(scores, corpus.ood))
+    return Judgement(kept, clean, scores, outlier_auroc(scores, corpus.ood))
 
 
 def train(network: Network, corpus: Corpus, run: Run, args: Namespace, device: gpu.Device) -> None:
@@ -242,35 +254,41 @@ def train(network: Network, corpus: Corpus, run: Run, args: Namespace, device: g
     optimizer = make_optimizer(network, args)
     train_images, test_images = (
         Images(pixels, corpus.mean, corpus.std, device.device)
-        for pixels in (corpus.images, corpus.test_images)
+        for pixels in (corpus.images, corpus.test_images[corpus.tested])
     )
     labels, test_labels = (
-        torch.from_numpy(given).to(device.device) for given in (corpus.observed, corpus.test_labels)
+        torch.from_numpy(given).to(device.device)
+        for given in (corpus.observed, corpus.test_labels[corpus.tested])
     )
     test = Batches(test_images, 512, rank=processes.rank(), world=processes.world())
     loader, draws = device.generator(args.seed), np.random.default_rng(args.seed)
-    memory = {"kept": None, "clean": None, "first_auroc": None, "auroc": None}
+    # scores: those of the encoder before training, where they are used to the end
+    memory = {"kept": None, "clean": None, "scores": None, "first_auroc": None, "auroc": None}
     memory["streaks"] = selection_report.no_streaks(1, corpus.num_classes)
     state = {"network": network, "optimizer": optimizer, "loader": loader, "draws": draws}
     run.resume({**state, "memory": memory})
-    kept, clean = (value if value is None else value.to(device.device) for value in list(memory.values())[:2])
+    kept, clean, scores = (
+        value if value is None else value.to(device.device)
+        for value in (memory[name] for name in ("kept", "clean", "scores"))
+    )
     s = Setting(args, device, run, train_images, labels, loader, draws)
     splits = splits_of(args)
     right = right_labels(corpus, device)
-    if splits:
-        steps = args.warmup_epoch * len(s.batches(s.crop()))
-        selection_report.note_short_warm_up(steps, f"--warmup-epoch {args.warmup_epoch}")
+    note_warm_up(splits, s)
 
     for number in run.epochs(args.epochs):
         epoch, auroc = number - 1, None  # the release counts from 0
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(epoch, group["initial_lr"], args.epochs)
         if epoch == 0 or epoch in splits:
-            kept, clean, auroc = judge(network, corpus, epoch, splits, s)
+            kept, clean, found, auroc = judge(network, corpus, epoch, splits, scores, s)
+            scores = found if args.knn_encoder == "pretrained" else None
             first = auroc if epoch == 0 else memory["first_auroc"]
-            memory |= {"kept": kept, "clean": clean, "first_auroc": first, "auroc": auroc}
+            memory |= {"kept": kept, "clean": clean, "scores": scores, "first_auroc": first, "auroc": auroc}
 
         sides = None if clean is None else divide(clean, kept, args.p_threshold)
+        if epoch == 0 or epoch in splits:
+            warn_of_lost_classes(kept, sides, corpus)
         chosen = [] if sides is None else [Selected(sides[0], labels, right)]
         if sides is None or too_small(*sides, args.batch_size):
             losses = warm_up_epoch(network, optimizer, kept, epoch, s)
@@ -291,9 +309,28 @@ def train(network: Network, corpus: Corpus, run: Run, args: Namespace, device: g
         if args.eval_train:
             seen = look(network, s.plain(f"epoch {epoch} training accuracy"), labels, device)
             report["train_accuracy"] = 100 * float(seen.hits.float().mean())
-        run.log(number, **report, lr_head=optimizer.param_groups[0]["lr"])
+        by_class = removed_by_class(kept, corpus)
+        run.log(number, **report, lr_head=optimizer.param_groups[0]["lr"], **by_class)
     last = {f"last_{name}": run.rows[-1][name] for name in STATISTICS}
+    last |= run.full_test(lambda: full_test(network, corpus, run, device))
     run.finish(first_ood_auroc=memory["first_auroc"], last_ood_auroc=memory["auroc"], **last)
+
+
+def note_warm_up(splits: list[int], s: Setting) -> None:
+    """Say so where a split follows a warm-up of few steps."""
+    if splits:
+        steps = s.args.warmup_epoch * len(s.batches(s.crop()))
+        selection_report.note_short_warm_up(steps, f"--warmup-epoch {s.args.warmup_epoch}")
+
+
+def full_test(network: Network, corpus: Corpus, run: Run, device: gpu.Device) -> dict[str, float]:
+    """Accuracy on all test images, for --full_test_at_end."""
+    images = Images(corpus.test_images, corpus.mean, corpus.std, device.device)
+    labels = torch.from_numpy(corpus.test_labels).to(device.device)
+    batches = Batches(images, 512, rank=processes.rank(), world=processes.world())
+    passing = run.progress(batches, "full test", training=False)
+    logits = all_logits(network, passing, len(labels), corpus.num_classes, device)
+    return {"full_test": top_accuracy(logits, labels), "full_test_images": len(labels)}
 
 
 def right_labels(corpus: Corpus, device: gpu.Device) -> Tensor | None:
@@ -349,6 +386,45 @@ def removal_statistics(kept: Tensor, ood: np.ndarray | None) -> dict[str, float 
     return report
 
 
+def removed_by_class(kept: Tensor, corpus: Corpus) -> dict[str, int]:
+    """How many samples of each given label are removed: removed_class_0, removed_class_1, ..."""
+    counts = np.bincount(corpus.observed[~kept.cpu().numpy()], minlength=corpus.num_classes)
+    return {f"removed_class_{k}": int(count) for k, count in enumerate(counts)}
+
+
+def lost_classes(kept: Tensor, sides: tuple[Tensor, Tensor] | None, corpus: Corpus) -> np.ndarray:
+    """The classes of which more than half of the correctly labelled samples are removed or unlabelled, int [L], ascending.
+
+    Where true labels are unknown: of all samples given the label. sides None: no split yet, what is not removed counts as kept.
+    """
+    lost = ~kept.cpu().numpy()
+    if sides is not None:
+        lost[sides[1].cpu().numpy()] = True
+    members = np.ones(len(lost), bool) if corpus.clean is None else correctly_labelled(corpus)
+    size, out = (
+        np.bincount(corpus.observed[which], minlength=corpus.num_classes)
+        for which in (members, members & lost)
+    )
+    return np.flatnonzero(2 * out > size)
+
+
+def warn_of_lost_classes(kept: Tensor, sides: tuple[Tensor, Tensor] | None, corpus: Corpus) -> None:
+    """Print a warning that names the lost classes, the first ten of many."""
+    classes = lost_classes(kept, sides, corpus)
+    if len(classes):
+        names = ", ".join(map(str, classes[:10])) + (", ..." if len(classes) > 10 else "")
+        which = "samples" if corpus.clean is None else "correctly labelled samples"
+        processes.say(
+            f"warning: more than half of the {which} of {len(classes)} of {corpus.num_classes} classes are removed or "
+            f"unlabelled: {names}"
+        )
+
+
+def correctly_labelled(corpus: Corpus) -> np.ndarray:
+    """Which samples are in distribution and have their true label, bool [N]; of a corpus whose true labels are known."""
+    return (corpus.observed == corpus.clean) & ~corpus.ood
+
+
 def split_statistics(
     sides: tuple[Tensor, Tensor] | None, clean: Tensor | None, corpus: Corpus
 ) -> dict[str, float | None]:
@@ -361,7 +437,7 @@ def split_statistics(
     report |= {"labelled": len(labelled), "unlabelled": len(unlabelled)}
     if corpus.clean is None:
         return report
-    right = (corpus.observed == corpus.clean) & ~corpus.ood
+    right = correctly_labelled(corpus)
     if len(labelled):
         report["labelled_precision"] = float(right[labelled].mean())
         report["labelled_ood"] = float(corpus.ood[labelled].mean())
@@ -379,14 +455,17 @@ def method(args: Namespace) -> str:
     parts = {
         "OOD removal": args.remove_ood == 0,
         "manifold mixup": args.lambda_xe == args.lambda_ue == 0,
+        "contrastive loss": args.lambda_c == 0,
     }
     left_out = " and ".join(part for part, is_out in parts.items() if is_out)
-    return "Manifold DivideMix" + (f" without {left_out}" if left_out else "")
+    scored = ", scored by the pre-trained encoder" if args.knn_encoder == "pretrained" else ""
+    return "Manifold DivideMix" + (f" without {left_out}" if left_out else "") + scored
 
 
 # the script -----------------------------------------------------------------------------------------------------------
 
 
+@cli.script
 def main(argv=None) -> None:
     """Train Manifold DivideMix and write its run directory."""
     args = parse_args(argv)

@@ -58,6 +58,7 @@ def parse_args(argv=None) -> Namespace:
     return args
 
 
+@cli.script
 def main(argv=None) -> None:
     """Train Manifold DivideMix on mini-ImageNet and write its run directory."""
     args = parse_args(argv)

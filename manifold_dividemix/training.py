@@ -41,7 +41,7 @@ class Look(NamedTuple):
 
 
 def set_mode(network: nn.Module, mode: str, warming_up: bool, frozen_encoder: bool) -> None:
-    """Whether batch norms take a batch's statistics: train, always; frozen, never; warm-up, in the warm-up alone (Sec. 10, 2).
+    """Whether batch norms take a batch's statistics: train, always; frozen, never; warm-up, in the warm-up only (Sec. 10, 2).
 
     An encoder that is not trained keeps its statistics.
     """
@@ -68,16 +68,21 @@ def warm_up(
     *,
     loss: str = "SCE",
     mask: str = "sample",
+    project: bool = False,
 ) -> Tensor:
     """One epoch of symmetric cross-entropy (loss "CE": plain) on the samples that are not removed: each step's loss (Sec. 4.3).
 
-    labels int [N], kept bool [N]. mask: see `losses.warm_up_loss`.
+    labels int [N], kept bool [N]. mask: see `losses.warm_up_loss`. project: the projection runs in every forward pass, so that
+    its batch norm collects running statistics; it is not trained. A batch of one sample has none, and is left out of them.
     """
     share = float(kept.float().mean())
     losses = []
     for (images,), index in batches:
         with device.autocast():
             (embeddings,) = encode(network, [images])
+        if project and len(embeddings) > 1:
+            with torch.no_grad():
+                network.project(embeddings)
         logits = network.classify(embeddings)
         if loss == "SCE":
             each = symmetric_cross_entropy(logits, labels[index])

@@ -49,6 +49,7 @@ from me_momentum.per_class import (
     update,
 )
 from me_momentum.training import predict
+from me_momentum.validation import accuracy, batch_mean_accuracy
 
 PRESETS = Path(__file__).with_name("presets.toml")
 MOMENTUM = 0.9
@@ -139,6 +140,11 @@ def make_parser() -> cli.Parser:
         help="batch statistics over all processes; by default yes, under --fidelity released no",
     )
     training.add_argument(
+        "--legacy_batch_mean",
+        action=BooleanOptionalAction,
+        help="report the mean over test batches, as the release does; by default under --fidelity released alone",
+    )
+    training.add_argument(
         "--model_dir", metavar="DIR", help="the release's folder of weights: here a name for --out"
     )
     cli.add_shared_flags(parser, default_seed=1)
@@ -155,7 +161,9 @@ def parse_args(argv=None) -> Namespace:
         )
     args.pretrained = args.pretrained or ("imagenet" if args.pretrain else "none")
     args.pretrain = args.pretrained != "none"
-    args.sync_bn = args.fidelity != "released" if args.sync_bn is None else args.sync_bn
+    released = args.fidelity == "released"
+    args.sync_bn = not released if args.sync_bn is None else args.sync_bn
+    args.legacy_batch_mean = released if args.legacy_batch_mean is None else args.legacy_batch_mean
     if args.model_dir and args.out and args.model_dir != args.out:
         parser.error(
             f"argument --model_dir: is a name for --out, give one of them, got {args.model_dir} and {args.out}"
@@ -183,10 +191,11 @@ class Data(NamedTuple):
     cache: ImageCache | None  # of `split`
     labels: Tensor  # noisy labels of `split`, int [N], on the CPU
     validation: Labelled
-    test: Labelled
+    test: Labelled  # all test images, or those of --limit_test
     skipped: tuple[tuple[str, int, str], ...]  # images left out: path, position in its list, reason
     generator: torch.Generator  # orders, crops and flips the training images
     batches: Callable  # (split, cache, transform, **training) -> FileBatches
+    whole_test: Labelled | None = None  # all test images
 
     def training(self, positions: Tensor, args: Namespace) -> FileBatches:
         """Augmented batches of the training images at `positions`, in a new order at every pass."""
@@ -218,8 +227,9 @@ def load(args: Namespace, device: Device) -> Data:
     def batches(split: FileSplit, cache: ImageCache | None, transform: Callable, **training) -> FileBatches:
         return FileBatches(split, args.batch_size, transform, cache=cache, **loading, **training)
 
-    def in_order(split: FileSplit) -> Labelled:
-        whole = batches(split, caches.get(split.part), resize_to_square(args.image_size))
+    def in_order(split: FileSplit, keep: np.ndarray | slice = slice(None)) -> Labelled:
+        cache, split = caches[split.part].only(keep) if caches else None, split.only(keep)
+        whole = batches(split, cache, resize_to_square(args.image_size))
         return Labelled(whole, torch.from_numpy(split.labels).to(device.device))
 
     train = files.train.only(order)
@@ -230,10 +240,11 @@ def load(args: Namespace, device: Device) -> Data:
         caches["train"].only(order) if caches else None,
         torch.from_numpy(train.labels),
         in_order(files.validation),
-        in_order(files.test),
+        in_order(files.test, datasets.limited_test(files.test.labels, args.limit_test, args.seed)),
         files.skipped,
         torch.Generator().manual_seed(args.seed),
         batches,
+        in_order(files.test),
     )
 
 
@@ -408,6 +419,7 @@ def train_epoch(
 # the script -----------------------------------------------------------------------------------------------------------
 
 
+@cli.script
 def main(argv=None) -> None:
     """Train Me-Momentum on Clothing1M and write its run directory."""
     args = parse_args(argv)
@@ -448,7 +460,7 @@ def main(argv=None) -> None:
         )
         processes.share_buffers(network)
 
-        validation = test(network, data.validation, f"{name_of(place)} validation", run)
+        validation = validate(network, data.validation, f"{name_of(place)} validation", run)
         if args.selection == "confident":
             score = class_score(validation.recall, validation.precision, args.beta)
             keep_models(network, memory, place.epoch, score, validation.accuracy)
@@ -457,12 +469,27 @@ def main(argv=None) -> None:
             run.save_weights("model_best.pt", network.state_dict())
         report = {"outer": place.outer, "inner": place.inner, "loss": loss}
         report |= {"validation_accuracy": validation.accuracy}
-        report |= {"test_accuracy": test(network, data.test, f"{name_of(place)} test", run).accuracy}
+        report |= test(network, data.test, f"{name_of(place)} test", run)
         report |= set_columns(memory, data.labels, args.num_classes)
         report |= {"validation_std": validation.std, "lr": learning_rate(place, args.lr)}
         run.log(epoch, **report, new_best=int(new_best))
 
-    run.finish(**summary(run.rows))
+    metric = "test_accuracy_batchmean" if args.legacy_batch_mean else "test_accuracy"
+    full = run.full_test(lambda: full_test(network, data, run))
+    run.finish(metric, **summary(run.rows, metric), **full)
+
+
+def full_test(network: nn.Module, data: Data, run: Run) -> dict[str, float]:
+    """Accuracy on all test images of the reported network, for --full_test_at_end.
+
+    That is the one in model_best.pt; the last one, where no epoch's validation accuracy was above 0.
+    """
+    path = run.folder / "model_best.pt"
+    processes.wait()  # the first process has written it
+    if path.is_file():
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    accuracy = test(network, data.whole_test, "full test", run).accuracy
+    return {"full_test": accuracy, "full_test_images": len(data.whole_test.labels)}
 
 
 def training_set(memory: dict, count: int) -> Tensor:
@@ -476,11 +503,22 @@ def loss_weights(labels: Tensor, validation_labels: Tensor, num_classes: int) ->
     return prior_weights(*counts)
 
 
-def test(network: nn.Module, split: Labelled, what: str, run: Run) -> Scores:
-    """The network's scores on the validation or the test images."""
+def predictions(network: nn.Module, split: Labelled, what: str, run: Run) -> Tensor:
+    """The class that the network predicts for each image of a split, int [N]."""
     batches = run.progress(split.batches, what, training=False)
-    predicted = predict(network, batches, len(split.labels), run.device)
-    return scores(predicted, split.labels, run.args.num_classes)
+    return predict(network, batches, len(split.labels), run.device)
+
+
+def validate(network: nn.Module, split: Labelled, what: str, run: Run) -> Scores:
+    """The network's scores on the clean validation images."""
+    return scores(predictions(network, split, what, run), split.labels, run.args.num_classes)
+
+
+def test(network: nn.Module, split: Labelled, what: str, run: Run) -> dict[str, float]:
+    """Columns of the log: test accuracy over samples, and as the release's mean over batches, in percent."""
+    predicted = predictions(network, split, what, run)
+    batchmean = batch_mean_accuracy(predicted, split.labels, run.args.batch_size)
+    return {"test_accuracy": accuracy(predicted, split.labels), "test_accuracy_batchmean": batchmean}
 
 
 def set_columns(memory: dict, labels: Tensor, num_classes: int) -> dict[str, float | int | None]:
@@ -501,12 +539,12 @@ def set_columns(memory: dict, labels: Tensor, num_classes: int) -> dict[str, flo
     }
 
 
-def summary(rows: list[dict]) -> dict[str, float | None]:
-    """The reported test accuracy: that of the epoch which is best on the clean validation images, the first of equals."""
+def summary(rows: list[dict], metric: str) -> dict[str, float | None]:
+    """The reported test accuracy, a column of the log: at the best epoch on the clean validation images, the first of equals."""
     best = max(rows, key=lambda row: row["validation_accuracy"])
     last = {name: rows[-1][name] for name in ("confident_size", "confident_share")}
     return {
-        "at_best_validation": best["test_accuracy"],
+        "at_best_validation": best[metric],
         "best_validation": best["validation_accuracy"],
         **last,
     }

@@ -32,7 +32,7 @@ from common.datasets.clothing1m import (
     located,
 )
 from common.datasets.file_lists import FileData, make_split, numbered, read_list, require
-from common.files import write_atomic
+from common.files import cannot_write, write_atomic
 
 DATA_ROOT = "data/Clothing1M_Official/"
 INDEX = "Clothing1m-data.npz"
@@ -142,7 +142,7 @@ def main(argv=None) -> None:
     try:
         write_atomic(root / INDEX, content.getvalue())
     except OSError as error:
-        raise UserError(f"{root / INDEX} cannot be written ({error.strerror})") from None
+        raise UserError(cannot_write(root / INDEX, error, "make it writable")) from None
     print(f"written to {root / INDEX}")
 
 

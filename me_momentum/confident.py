@@ -1,5 +1,8 @@
 """Confident examples: training items whose observed label the network predicts (Sec. 6), and what they are like."""
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -30,6 +33,22 @@ def set_statistics(confident: Tensor, right: Tensor, first: Tensor) -> dict[str,
         "hard_share": _share(hard.sum(), len(confident)),
         "hard_precision": _share(kept[hard].sum(), int(hard.sum())),
     }
+
+
+def set_growth(sets: Sequence[tuple[float, float | None]]) -> dict[str, float | None]:
+    """How the confident sets changed from extraction to extraction.
+
+    sets: (share, precision) of each in the order of their extraction. confident_growth and confident_precision_change: of the
+    last one, less that of the first; confident_grew: share of the extractions after the first whose set is larger than the one
+    before. None of fewer than two sets.
+    """
+    names = ("confident_growth", "confident_precision_change", "confident_grew")
+    if len(sets) < 2:
+        return dict.fromkeys(names)
+    shares, precisions = zip(*sets, strict=True)
+    grew = sum(after > before for before, after in pairwise(shares)) / (len(shares) - 1)
+    change = None if None in (precisions[0], precisions[-1]) else precisions[-1] - precisions[0]
+    return dict(zip(names, (shares[-1] - shares[0], change, grew), strict=True))
 
 
 def _share(part: Tensor | int, whole: int) -> float | None:

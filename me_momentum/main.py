@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli, datasets, gpu, noise, selection_report
 from common.augment import training_augmentation
 from common.cli import UserError
-from common.datasets import Data
+from common.datasets import Data, posterior
 from common.loader import Batches, Images
 from common.run import Run, run_name
 from common.selection_report import Selected
 from me_momentum.alternation import Limits, Place, Verdict, advance, learning_rate, name_of
-from me_momentum.confident import confident_examples, set_statistics
+from me_momentum.confident import confident_examples, set_growth, set_statistics
 from me_momentum.networks import NETWORKS, make_network, usual_network
 from me_momentum.training import predict, train_epoch
 from me_momentum.validation import Parts, accuracy, balanced_accuracy, batch_mean_accuracy, split
@@ -56,9 +56,11 @@ def make_parser() -> cli.Parser:
         "--noise_type",
         choices=[*noise.NOISE_TYPES, "given"],
         default="symmetric",
-        help="label noise of the whole training set, validation part included; given: the noisy_labels of an .npz",
+        help="label noise of the whole training set, validation part included; "
+        f"{posterior.HELP}; given: the noisy_labels of an .npz",
     )
     data.add_argument("--noise_rate", type=cli.fraction, default=0.2, help="rate of that noise")
+    posterior.add_flag(data)
     data.add_argument(
         "--data_percent",
         type=cli.fraction,
@@ -161,6 +163,7 @@ def parse_args(argv=None) -> Namespace:
     args.out, args.model_dir = args.out or args.model_dir, None
     if args.noise_file:
         args.noise_type = "given"
+    posterior.check_flag(parser, args, args.noise_type, "--noise_type")
     if not 0 < args.data_percent < 1:
         parser.error(f"argument --data_percent: both parts need images, got {args.data_percent}")
     return args
@@ -184,8 +187,13 @@ def split_part(observed: np.ndarray, num_classes: int, args: Namespace) -> Parts
 
 def network_maker(args: Namespace, data: Data) -> Callable[[], nn.Module]:
     """What makes a network with fresh initial weights, from the global generator [Sec. 3]."""
-    size, channels = data.train.images.shape[2:]
+    height, width, channels = data.train.images.shape[1:]
+    size = min(height, width)
     name = usual_network(data.name, channels, size) if args.network == "auto" else args.network
+    if name == "lenet" and height != width:
+        raise UserError(
+            f"--network lenet: images of {height} x {width} pixels are not square; use resnet18, or small below 14 pixels"
+        )
     return partial(make_network, name, data.num_classes, channels, size, args.stem_padding)
 
 
@@ -235,7 +243,8 @@ def make_setting(
         return Images(images, data.mean, data.std, device.device)
 
     right = observed == data.train.labels[index]
-    labels = (observed[parts.train], observed[parts.validation], data.test.labels, right[parts.train])
+    tested = data.test.only(datasets.limited_test(data.test.labels, args.limit_test, args.seed))
+    labels = (observed[parts.train], observed[parts.validation], tested.labels, right[parts.train])
     size, channels = data.train.images.shape[2:]
     return Setting(
         args,
@@ -243,7 +252,7 @@ def make_setting(
         device,
         data.num_classes,
         *(to_device(data.train.images[index[of_part]]) for of_part in parts),
-        to_device(data.test.images),
+        to_device(tested.images),
         *(torch.from_numpy(of_part).to(device.device) for of_part in labels),
         # random crop and flip of colour images, nothing for grey ones [Sec. 2.1]
         training_augmentation(data.name, size) if channels == 3 else None,
@@ -316,14 +325,16 @@ def copy_of(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in network.state_dict().items()}
 
 
+@cli.script
 def main(argv=None) -> None:
     """Train Me-Momentum and write its run directory."""
     args = parse_args(argv)
     device = gpu.pick(args.device, args.precision, fidelity=args.fidelity)
     data = datasets.load(args.dataset, args.data_path)
     index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
+    eta = posterior.posterior_for(args.noise_type, data, args.data_path, args.posterior)
     observed = datasets.observed_labels(
-        data, index, args.noise_type, args.noise_rate, args.seed, args.noise_file
+        data, index, args.noise_type, args.noise_rate, args.seed, args.noise_file, posterior=eta
     )
     parts = split_part(observed, data.num_classes, args)
     fresh_network = network_maker(args, data)
@@ -378,7 +389,20 @@ def main(argv=None) -> None:
         run.log(epoch, **report, kept=int(verdict.keep), new_best=int(verdict.new_best))
 
     metric = "test_accuracy_batchmean" if args.legacy_batch_mean else "test_accuracy"
-    run.finish(metric, **summary(run.rows, metric, args))
+    full = run.full_test(lambda: full_test(network, memory, data, s))
+    run.finish(metric, **summary(run.rows, metric, args), **full)
+
+
+def full_test(network: nn.Module, memory: dict, data: Data, s: Setting) -> dict[str, float]:
+    """Accuracy on all test images of the reported network, the one in model_best.pt, for --full_test_at_end."""
+    network.load_state_dict(memory["best"] or memory["latest"])
+    images = Images(data.test.images, data.mean, data.std, s.device.device)
+    predicted = s.predictions(network, images, "test", "full test")
+    labels = torch.from_numpy(data.test.labels).to(s.device.device)
+    measured = accuracy(predicted, labels)
+    if s.args.legacy_batch_mean:
+        measured = batch_mean_accuracy(predicted, labels, 2 * s.args.batch_size)
+    return {"full_test": measured, "full_test_images": len(labels)}
 
 
 def loop_limits(args: Namespace) -> Limits:
@@ -401,12 +425,19 @@ def summary(rows: list[dict], metric: str, args: Namespace) -> dict[str, float |
     else:
         reported, validation = 0.0, 0.0
     last = {name: rows[-1][name] for name in SET_COLUMNS}
+    sets = {
+        (row["outer"], row["round"]): (row["confident_share"], row["confident_precision"])
+        for row in rows
+        if row["round"] and row["confident_share"] is not None
+    }
+    growth = set_growth(list(sets.values()))
     return {
         "at_best_validation": reported,
         "best_validation": validation,
         "epochs_trained": len(rows),
         "rounds": len({(row["outer"], row["round"]) for row in rows if row["round"]}),
         **last,
+        **growth,
     }
 
 

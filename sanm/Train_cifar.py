@@ -24,18 +24,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli, datasets, gpu, selection_report
 from common.augment import training_augmentation, warm_up_view
 from common.cli import UserError
-from common.datasets import Data
+from common.datasets import Data, posterior
 from common.encoders import load_encoder
-from common.loader import Batches, Images
+from common.loader import Batches, Images, Labelled, test_batches
+from common.noise import POSTERIOR_TYPES
 from common.policies import six_views
 from common.run import Run, run_name
 from common.selection_report import Selected
-from sanm.flags import add_mask_flags, check_mask_flags, mask_rule
+from sanm.activation import concentration_statistics, map_concentrations
+from sanm.flags import add_mask_flags, mask_rule, settle_mask_flags
 from sanm.losses import ramp_up
 from sanm.masking import MaskRule, draw_masks, mask
 from sanm.mixmatch import Samples
 from sanm.networks import ARCHS, BASES, MaskedNetwork, make_network
-from sanm.selection import averages_history, clean_probability, divide, normalised, remember
+from sanm.selection import HISTORY, averages_history, clean_probability, divide, normalised, remember
 from sanm.training import (
     Masks,
     Step,
@@ -66,17 +68,19 @@ def make_parser() -> cli.Parser:
     data.add_argument("--data_path", default="./data", metavar="DIR", help="where the data sets are")
     data.add_argument(
         "--noise_mode",
-        choices=["sym", "asym", "given"],
+        choices=["sym", "asym", *POSTERIOR_TYPES, "given"],
         default="sym",
         help="sym: a class drawn from all; asym: the look-alike, on CIFAR-100 another class of the superclass; "
-        "given: the labels of --noise_file or of the .npz",
+        f"{posterior.HELP}; given: the labels of --noise_file or of the .npz",
     )
     data.add_argument(
         "--r",
         type=cli.fraction,
         default=0.5,
-        help="share of samples whose label is drawn anew; from 0.9 on the clean probabilities read the last losses' mean",
+        help="noise rate: share of samples that get a new label. From 0.9 on, clean probabilities come from the mean of the "
+        "last 5 loss vectors (the 90 %% rule); with labels from a file --r decides only this",
     )
+    posterior.add_flag(data)
     data.add_argument("--num_class", type=cli.count, default=10, help="ignored: the data set decides")
     data.add_argument("--check_path", default="", help="ignored, as in the release: logs go to --out")
     data.add_argument("--id", default="", help="ignored, as in the release")
@@ -165,9 +169,10 @@ def parse_args(argv=None) -> Namespace:
     """Parse, and settle the defaults that depend on other flags."""
     parser = make_parser()
     args = cli.parse_args(parser, argv, PRESETS)
-    check_mask_flags(parser, args)
+    settle_mask_flags(parser, args)
     if args.noise_file:
         args.noise_mode = "given"
+    posterior.check_flag(parser, args, args.noise_mode, "--noise_mode")
     if args.arch == "narrow" and args.base == "c2d":
         parser.error(
             "argument --arch: narrow is for --base dividemix; encoders for --base c2d are of another shape"
@@ -193,8 +198,25 @@ def note_schedule(args: Namespace) -> None:
         )
 
 
+def uses_history(args: Namespace) -> bool:
+    """Whether the 90 % rule holds. Labels from a file do not set --r, so for them it holds only where --r is typed."""
+    return averages_history(args.r, args.fidelity == "released")
+
+
+def note_quality(args: Namespace) -> None:
+    """Say what the clean probabilities are estimated from."""
+    if uses_history(args):
+        print(
+            f"90 % rule on, --r {args.r}: clean probabilities come from the mean of the last {HISTORY} loss vectors"
+        )
+    else:
+        given = args.noise_mode == "given"
+        more = " (given labels do not set --r: type --r 0.9 if 90 % are wrong)" if given else ""
+        print(f"90 % rule off, --r {args.r}: clean probabilities come from the losses of each epoch{more}")
+
+
 def observed_labels(data: Data, index: np.ndarray, args: Namespace) -> np.ndarray:
-    """The labels that training sees, int [n], of the training images at `index` [Sec. 2].
+    """The labels that training sees, int [n], of the training images at `index` [section 2].
 
     UserError: labels that are not there; asymmetric noise on classes that it has no rule for.
     """
@@ -206,11 +228,14 @@ def observed_labels(data: Data, index: np.ndarray, args: Namespace) -> np.ndarra
             f"--noise_mode asym: is for 10 classes (CIFAR-10's look-alikes) and cifar100, {data.name} has "
             f"{data.num_classes}; use sym or --noise_file"
         )
-    return datasets.observed_labels(data, index, kind, args.r, args.seed, args.noise_file, "--noise_mode")
+    eta = posterior.posterior_for(kind, data, args.data_path, args.posterior)
+    return datasets.observed_labels(
+        data, index, kind, args.r, args.seed, args.noise_file, "--noise_mode", eta
+    )
 
 
 def initial_network(data: Data, args: Namespace) -> MaskedNetwork:
-    """The network of the base for a data set's images, its encoder pre-trained where the base has it so [Sec. 3, 10].
+    """The network of the base for a data set's images, its encoder pre-trained where the base has it so [sections 3 and 10].
 
     UserError: no pre-trained encoder there, or one that does not fit.
     """
@@ -259,20 +284,20 @@ class Setting(NamedTuple):
 
 
 def label_quality(network: MaskedNetwork, history: list[Tensor], epoch: int, s: Setting) -> Tensor:
-    """The clean probability of each sample by one network's losses on plain images, float64 [N] [Sec. 6].
+    """The clean probability of each sample by one network's losses on plain images, float64 [N] [section 6].
 
     history: the network's loss vectors of earlier epochs; this epoch's is added to it.
     """
     plain = s.run.progress(Batches(s.train, 512), f"epoch {epoch} losses", training=False)
     losses = normalised(sample_losses(network, plain, s.labels, len(s.labels), s.device))
     history[:] = remember(history, losses)
-    if averages_history(s.args.r, s.args.fidelity == "released"):
+    if uses_history(s.args):
         losses = torch.stack(history).mean(dim=0)
     return clean_probability(losses, int(s.draws.integers(2**31)))
 
 
 def six_as_samples(views: tuple[Tensor, ...], clean: Tensor) -> Samples:
-    """AutoAugment and RandAugment views are trained on, the reference views make targets, maps and masks [Sec. 2.1]."""
+    """AutoAugment and RandAugment views are trained on, the reference views make targets, maps and masks [section 2.1]."""
     return Samples(views[:4], views[4:], clean)
 
 
@@ -285,7 +310,7 @@ def co_divide(
     epoch: int,
     s: Setting,
 ) -> Tensor:
-    """One epoch of training on the split that the peer's losses made [Sec. 4]: each step's losses [steps, 5]."""
+    """One epoch of training on the split that the peer's losses made [section 4]: each step's losses [steps, 5]."""
     args = s.args
     augmentation = partial(six_views, crop=s.crop(), weak_reference=args.ref_views == "weak")
     labelled = s.batches(args.batch_size, augmentation, subset=selected.nonzero()[:, 0])
@@ -333,15 +358,24 @@ def split_statistics(
     return columns
 
 
+def training_index(data: Data, args: Namespace) -> np.ndarray:
+    """Positions of the images that are trained on, int [N]. UserError: too few to be split."""
+    index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
+    if args.selection == "gmm" and len(index) < 2:
+        raise UserError(f"--limit_train {args.limit_train}: one image cannot be split into two sets")
+    return index
+
+
+@cli.script
 def main(argv=None) -> None:
     """Train SANM and write its run directory."""
     args = parse_args(argv)
     note_schedule(args)
+    if args.selection == "gmm":
+        note_quality(args)
     device = gpu.pick(args.device, args.precision, args.gpuid, fidelity=args.fidelity)
     data = datasets.load(args.dataset, args.data_path)
-    index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
-    if args.selection == "gmm" and len(index) < 2:
-        raise UserError(f"--limit_train {args.limit_train}: one image cannot be split into two sets")
+    index = training_index(data, args)
     clean_labels, observed = data.train.labels[index], observed_labels(data, index, args)
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
     nets = [initial_network(data, args) for _ in range(2)]
@@ -351,10 +385,9 @@ def main(argv=None) -> None:
     run.save_labels(index, clean_labels, observed, data.num_classes)
 
     train = Images(data.train.images[index], data.mean, data.std, device.device)
-    test = Batches(Images(data.test.images, data.mean, data.std, device.device), 512)
-    labels, right, test_labels = (
-        torch.from_numpy(y).to(device.device) for y in (observed, observed == clean_labels, data.test.labels)
-    )
+    tests = test_batches(data, args.limit_test, args.seed, 512, device.device)
+    test, test_labels = tests.limited
+    labels, right = (torch.from_numpy(y).to(device.device) for y in (observed, observed == clean_labels))
     nets = [device.prepare(net, args.compile) for net in nets]
     optimizers = [SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4) for net in nets]
     loader, draws = device.generator(args.seed), np.random.default_rng(args.seed)
@@ -392,11 +425,10 @@ def main(argv=None) -> None:
         names = ("labelled_loss", "unlabelled_loss", "prior_loss", "reconstruction_loss")
         report |= dict(zip(names, parts[1:], strict=True))
         report |= selection_report.columns(chosen)
-        report["lr"] = optimizers[0].param_groups[0]["lr"]
-        run.log(number, **report)
+        run.log(number, **report, lr=optimizers[0].param_groups[0]["lr"])
 
     save_clean_probability(run, memory, observed, clean_labels)
-    run.finish(**{f"last_net1_{name}": run.rows[-1][f"net1_{name}"] for name in STATISTICS})
+    run.finish(**final_metrics(nets, observed == clean_labels, tests.whole, data.num_classes, s))
 
 
 def save_clean_probability(run: Run, memory: dict, observed: np.ndarray, clean: np.ndarray) -> None:
@@ -404,6 +436,30 @@ def save_clean_probability(run: Run, memory: dict, observed: np.ndarray, clean: 
     if memory["clean"][0] is not None:
         first, second = (probability.cpu().numpy() for probability in memory["clean"])
         run.save_arrays("clean_probability", net1=first, net2=second, observed=observed, clean=clean)
+
+
+def final_metrics(
+    nets: list[MaskedNetwork], right: np.ndarray, whole: Labelled, num_classes: int, s: Setting
+) -> dict[str, float | None]:
+    """What the result says beside the test accuracy by epoch. right: bool [N]; whole: all test images."""
+    metrics = {f"last_net1_{name}": s.run.rows[-1][f"net1_{name}"] for name in STATISTICS}
+    metrics |= {} if s.run.is_finished() else map_statistics(nets[0], right, s)
+    return metrics | s.run.full_test(partial(full_test, nets, whole, num_classes, s.device))
+
+
+def map_statistics(network: MaskedNetwork, right: np.ndarray, s: Setting) -> dict[str, float | None]:
+    """Whether the activation maps of plain training images with right labels differ from the others; right: bool [N]."""
+    plain = s.run.progress(Batches(s.train, 512), "activation maps", training=False)
+    values = map_concentrations(network, plain, len(s.labels), s.device)
+    return concentration_statistics(values, torch.from_numpy(right).to(s.device.device))
+
+
+def full_test(
+    nets: list[MaskedNetwork], whole: Labelled, num_classes: int, device: gpu.Device
+) -> dict[str, float]:
+    """Accuracy on all test images by the sum of both networks' scores, for --full_test_at_end."""
+    scores = network_scores(nets, whole.batches, len(whole.labels), num_classes, device)
+    return {"full_test": accuracy(scores.sum(dim=0), whole.labels), "full_test_images": len(whole.labels)}
 
 
 def note_warm_up(s: Setting) -> None:
@@ -414,7 +470,7 @@ def note_warm_up(s: Setting) -> None:
 
 
 def warm_up_epoch(network: MaskedNetwork, optimizer: SGD, epoch: int, s: Setting) -> Tensor:
-    """Cross-entropy on all samples; under asymmetric noise with a penalty on confident predictions [Sec. 4]."""
+    """Cross-entropy on all samples; under asymmetric noise with a penalty on confident predictions [section 4]."""
     view = partial(warm_up_view, crop=s.crop()) if s.args.warm_up_views == "strong" else s.crop()
     batches = s.batches(2 * s.args.batch_size, view)
     return warm_up(
@@ -433,13 +489,16 @@ def method(args: Namespace) -> str:
     if args.selection == "none":
         return "CE"
     base = BASE_NAMES[args.base]
-    return f"SANM({base})" if args.masking == "adversarial" else base
+    without = " without reconstruction" if args.recon_weight == 0 else ""
+    return f"SANM({base}){without}" if args.masking == "adversarial" else base
 
 
 def directory_name(args: Namespace) -> str:
     """The run directory's name: data, noise, base and seed, then whatever differs from the defaults."""
-    always = ("dataset", "noise_mode", "r", "base", "seed")
-    return run_name(args, vars(parse_args(["--dataset", args.dataset, "--base", args.base])), always)
+    fidelity = ["fidelity"] if args.fidelity == "released" else []
+    always = ("dataset", "noise_mode", "r", "base", *fidelity, "seed")
+    words = ["--dataset", args.dataset, "--base", args.base, "--fidelity", args.fidelity]
+    return run_name(args, vars(parse_args(words)), always)
 
 
 def cell(args: Namespace, data: Data) -> dict:

@@ -34,7 +34,7 @@ from common.loader import FileBatches, Labelled, Part
 from common.run import Run, run_name
 from common.selection_report import Selected
 from sanm import clothing
-from sanm.flags import add_mask_flags, check_mask_flags, mask_rule
+from sanm.flags import add_mask_flags, mask_rule, settle_mask_flags
 from sanm.masking import CLOTHING_RULE, draw_clothing_masks, mask_clothing
 from sanm.mixmatch import Samples
 from sanm.networks import clothing_network
@@ -132,7 +132,7 @@ def parse_args(argv=None) -> Namespace:
     """Parse, and settle the defaults that depend on other flags."""
     parser = make_parser()
     args = cli.parse_args(parser, argv, PRESETS)
-    check_mask_flags(parser, args)
+    settle_mask_flags(parser, args)
     if args.num_class != len(CLASSES):
         parser.error(f"argument --num_class: Clothing1M has {len(CLASSES)} classes, got {args.num_class}")
     if args.image_size < 64:
@@ -151,10 +151,11 @@ class Data(NamedTuple):
     split: FileSplit  # the training images with their noisy labels
     cache: ImageCache | None  # of `split`
     validation: Labelled
-    test: Labelled
+    test: Labelled  # all test images, or those of --limit_test
     skipped: tuple[tuple[str, int, str], ...]  # images left out: path, position in its list, reason
     generator: torch.Generator  # orders, crops and flips the training images
     batches: Callable  # (split, cache, transform, batch_size, **training) -> FileBatches
+    whole_test: Labelled | None = None  # all test images
 
     def training(self, positions: np.ndarray, batch_size: int, views: int, args: Namespace) -> FileBatches:
         """Shuffled batches of augmented training images at `positions` [n]; their index counts from 0 to n - 1."""
@@ -191,7 +192,7 @@ def test_batch_size(args: Namespace) -> int:
 
 
 def load(args: Namespace, device: Device) -> Data:
-    """The noisy training list, the clean validation and the clean test list [Sec. 9]. UserError: data or flags do not fit."""
+    """The noisy training list, the clean validation and the clean test list [section 9]. UserError: data or flags do not fit."""
     files = processes.from_first(lambda: _load_files(args))
     kept = datasets.limited(np.arange(len(files.positions)), args.limit_train, args.seed)
     caches = open_caches(args.image_cache, files) if args.image_cache else {}
@@ -201,8 +202,9 @@ def load(args: Namespace, device: Device) -> Data:
     def batches(split: FileSplit, cache: ImageCache | None, transform, size: int, **training) -> FileBatches:
         return FileBatches(split, size, transform, cache=cache, **loading, **training)
 
-    def in_order(split: FileSplit) -> Labelled:
-        whole = batches(split, caches.get(split.part), test_transform(args), test_batch_size(args))
+    def in_order(split: FileSplit, keep: np.ndarray | slice = slice(None)) -> Labelled:
+        cache, split = caches[split.part].only(keep) if caches else None, split.only(keep)
+        whole = batches(split, cache, test_transform(args), test_batch_size(args))
         return Labelled(whole, torch.from_numpy(split.labels).to(device.device))
 
     return Data(
@@ -210,10 +212,11 @@ def load(args: Namespace, device: Device) -> Data:
         files.train.only(kept),
         caches["train"].only(kept) if caches else None,
         in_order(files.validation),
-        in_order(files.test),
+        in_order(files.test, datasets.limited_test(files.test.labels, args.limit_test, args.seed)),
         files.skipped,
         torch.Generator().manual_seed(args.seed),
         batches,
+        in_order(files.test),
     )
 
 
@@ -272,7 +275,7 @@ class Division(NamedTuple):
 
 
 def warm_up_epoch(network: nn.Module, optimizer: SGD, name: str, s: Setting) -> float:
-    """Cross-entropy with a penalty on confident predictions, on a class-balanced subset twice as large [Sec. 9]: mean loss."""
+    """Cross-entropy with a penalty on confident predictions, on a class-balanced subset twice as large [section 9]: mean loss."""
     args = s.args
     positions = s.subset(2 * args.num_batches * args.batch_size)
     batches = s.run.progress(s.data.training(positions, 2 * args.batch_size, 1, args), name)
@@ -289,10 +292,10 @@ def warm_up_steps(s: Setting) -> int:
 
 
 def label_quality(network: nn.Module, name: str, s: Setting) -> Division:
-    """The clean probabilities of a fresh class-balanced subset by one network's losses [Sec. 6, 9].
+    """The clean probabilities of a fresh class-balanced subset by one network's losses [sections 6 and 9].
 
     They stay with the images that they belong to. The release pairs them with the first images of the list; and where classes are
-    short of images, it leaves the rest of the losses at zero [Sec. 12, 16 and 17].
+    short of images, it leaves the rest of the losses at zero [row 8 of the table of differences].
     """
     args = s.args
     asked = args.num_batches * args.batch_size
@@ -308,14 +311,14 @@ def label_quality(network: nn.Module, name: str, s: Setting) -> Division:
 
 
 def two_samples(views: tuple[Tensor, ...], clean: Tensor) -> Samples:
-    """The two weak views are trained on, and make targets, maps and masked images [Sec. 9]."""
+    """The two weak views are trained on, and make targets, maps and masked images [section 9]."""
     return Samples(views, views, clean)
 
 
 def co_divide(
     networks: list[nn.Module], parallel: nn.Module, optimizer: SGD, peers: Division, name: str, s: Setting
 ) -> tuple[list[float], Selected]:
-    """One epoch of the first network on the division by the second's losses [Sec. 9]: mean losses [5], labelled images."""
+    """One epoch of the first network on the division by the second's losses [section 9]: mean losses [5], labelled images."""
     args, device = s.args, s.device.device
     positions, clean = peers.positions.numpy(), peers.clean.to(device)
     selected = divide(peers.clean, args.p_threshold, args.batch_size)
@@ -359,6 +362,7 @@ def scores(networks: list[nn.Module], split: Labelled, name: str, s: Setting) ->
 # the script -----------------------------------------------------------------------------------------------------------
 
 
+@cli.script
 def main(argv=None) -> None:
     """Train SANM on Clothing1M and write its run directory."""
     args = parse_args(argv)
@@ -441,7 +445,14 @@ def reported(nets: list[nn.Module], best: list[dict], s: Setting) -> dict[str, f
         s.run.save_weights(f"net{i + 1}_best.pt", best[i]["weights"])
     summed = scores(nets, s.data.test, "test of the best weights", s).sum(dim=0)
     validation = {f"best_validation_net{i + 1}": kept["accuracy"] for i, kept in enumerate(best)}
-    return {"at_best_validation": accuracy(summed, s.data.test.labels), **validation}
+
+    def full_test() -> dict[str, float]:
+        summed = scores(nets, s.data.whole_test, "full test of the best weights", s).sum(dim=0)
+        labels = s.data.whole_test.labels
+        return {"full_test": accuracy(summed, labels), "full_test_images": len(labels)}
+
+    reported = {"at_best_validation": accuracy(summed, s.data.test.labels), **validation}
+    return reported | s.run.full_test(full_test)
 
 
 def method(args: Namespace) -> str:

@@ -1,4 +1,4 @@
-"""Clothing1M as SANM reads it: both layouts of its lists, and the class-balanced subset of an epoch (Sec. 9)."""
+"""Clothing1M as SANM reads it: both layouts of its lists, and the class-balanced subset of an epoch (README, section 9)."""
 
 import random
 from pathlib import Path

@@ -15,19 +15,19 @@ def add_mask_flags(parser: cli.Parser, rule: MaskRule, recon_weight: float):
         default="adversarial",
         help="none: the base alone, without masks, modulated labels and reconstruction",
     )
-    group.add_argument("--mask-lo", type=cli.fraction, default=rule.low, help="smallest base share")
-    group.add_argument("--mask-hi", type=cli.fraction, default=rule.high, help="largest base share")
+    group.add_argument("--mask-lo", type=cli.fraction, default=rule.low, help="smallest base ratio of a mask")
+    group.add_argument("--mask-hi", type=cli.fraction, default=rule.high, help="largest base ratio of a mask")
     group.add_argument(
         "--mask-quality",
         type=cli.fraction,
         default=rule.quality,
-        help="times (1 - clean probability) is added to the share",
+        help="times (1 - clean probability) is added to the ratio",
     )
     group.add_argument(
         "--mask-anchor",
         choices=["corner", "centre"],
-        default=rule.anchor,
-        help="what of the rectangle stands at the extremum of the activation",
+        help="what of the rectangle stands at the extremum of the activation; by default centre (the paper's Eq. 4), under "
+        "--fidelity released corner",
     )
     group.add_argument("--clamp-targets", action="store_true", help="keep modulated targets above zero")
     group.add_argument(
@@ -39,10 +39,12 @@ def add_mask_flags(parser: cli.Parser, rule: MaskRule, recon_weight: float):
     return group
 
 
-def check_mask_flags(parser: cli.Parser, args: Namespace) -> None:
-    """End with a message where the shares are the wrong way round."""
+def settle_mask_flags(parser: cli.Parser, args: Namespace) -> None:
+    """Settle the anchor by the fidelity; end with a message if the smallest ratio is above the largest."""
     if args.mask_lo > args.mask_hi:
         parser.error(f"argument --mask-lo: must be at most --mask-hi {args.mask_hi}, got {args.mask_lo}")
+    if args.mask_anchor is None:
+        args.mask_anchor = "corner" if args.fidelity == "released" else "centre"
 
 
 def mask_rule(args: Namespace) -> MaskRule:

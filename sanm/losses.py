@@ -1,4 +1,8 @@
-"""The losses of SANM (Sec. 7). Scores and targets are [N, K]; means over rows unless said."""
+"""The losses of SANM (README, section 7). Scores and targets are [N, K]; means over rows unless said.
+
+L_x, L_u and the prior penalty are the parts of the LNL loss (Eq. 8, `mixmatch.step_loss`). The reconstruction error is that of
+SMR (Eq. 10).
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,7 +32,10 @@ def negative_entropy(scores: Tensor) -> Tensor:
 
 
 def reconstruction_error(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """L_rec: mean squared error of either half of the reconstructions [2B, C, H, W] to the unmasked images [B, C, H, W]."""
+    """L_rec of SMR (Eq. 10): mean squared errors of the reconstructions [2B, C, H, W] to the unmasked images [B, C, H, W].
+
+    First half: of the copies masked at the maximum. Second half: of those masked at the minimum. Their two means are added.
+    """
     return sum(F.mse_loss(half, images) for half in reconstruction.chunk(2))
 
 

@@ -1,8 +1,9 @@
-"""Label-quality-guided adversarial masking and label modulation, the method's own idea (Sec. 5; Sec. 9 for Clothing1M).
+"""AMG, adversarial mask generation, and NLR, the modulated label: the method's own idea (README, sections 5 and 9).
 
-A network's activation map says where it looks. The rectangle at its maximum is painted over on one copy of the image, the
-rectangle at its minimum on another; the worse the label seems, the larger the rectangles. What the mask takes from the image,
-modulation takes from the top class of the target. All is done for a whole batch at once.
+AMG: a network's activation map locates a rectangle, which is painted over (Eq. 5). The lower the clean probability of the label,
+the larger the rectangle (Eq. 2). NLR: the share of the image that the mask takes also leaves the top class of the target (Eq. 7).
+The paper's figure draws one masked copy, at the maximum of the map. The second copy, masked at the minimum, is known from the
+released code alone. All functions work on a whole batch.
 """
 
 from typing import NamedTuple
@@ -13,14 +14,14 @@ from torch import Generator, Tensor
 
 
 class MaskRule(NamedTuple):
-    """How large the rectangles are, as shares of the image, and where they stand."""
+    """How large the rectangles are, as ratios of the image's area, and where they stand."""
 
-    low: float = 0.02  # a base share is drawn between low and high
+    low: float = 0.02  # a base ratio is drawn between low and high
     high: float = 0.07
     quality: float = 0.03  # times (1 - clean probability) is added to it
-    anchor: str = "corner"  # what of the rectangle stands at the extremum: its top-left corner, or its centre
+    anchor: str = "centre"  # what of the rectangle stands at the extremum: its centre, or its top-left corner (released code)
     clamp: bool = False  # whether modulated targets are kept above zero
-    as_released: bool = False  # Clothing1M: with the accidents of the release (Sec. 12, 13 to 15)
+    as_released: bool = False  # Clothing1M: with the defects of the release (README, table of differences)
 
 
 CLOTHING_RULE = MaskRule(low=0.06, high=0.13, quality=0.1)
@@ -73,6 +74,11 @@ def extrema(maps: Tensor, height: int, width: int) -> Extrema:
 # rectangles -----------------------------------------------------------------------------------------------------------
 
 
+def mask_ratio(base: Tensor, clean: Tensor, quality: float) -> Tensor:
+    """The ratio of each image that is masked (AMG, Eq. 2), float64 [B]: base + quality (1 - clean probability)."""
+    return base + quality * (1 - clean.double())
+
+
 def side_lengths(area: Tensor, aspect: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and columns of rectangles of given areas (pixels) and aspects (rows / columns), float64 [B], rounded half to even."""
     return (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
@@ -85,9 +91,15 @@ def rectangle(
     columns: Tensor,
     height: int,
     width: int,
-    anchor: str = "corner",
+    anchor: str,
 ) -> Tensor:
-    """The pixels of each image's rectangle, bool [B, H, W]: at (row, column), moved back inside where it would stand out."""
+    """The pixels that each image's mask covers (AMG, Eq. 5), bool [B, H, W].
+
+    row, column int [B]: the extremum. rows, columns [B]: the sides. anchor "centre": the rectangle is centred on the extremum
+    (Eq. 4), which of an even side is the second of the two middle pixels. "corner": its top-left pixel is the extremum, as in
+    the released code. A rectangle that crosses the border is shifted inside, so that it covers its whole area. The release does
+    so too; no source says it of centred rectangles: that is our choice.
+    """
     if anchor == "centre":
         row, column = row - rows // 2, column - columns // 2
     top = torch.minimum(row.clamp_min(0), height - rows)[:, None]
@@ -100,12 +112,12 @@ def rectangle(
 
 
 def paint(images: Tensor, inside: Tensor, fill: Tensor) -> Tensor:
-    """Images [B, C, H, W] with one value per channel, fill [B, C], inside the rectangles [B, H, W]."""
+    """Masked images (AMG, Eq. 5): [B, C, H, W] with one value per channel, fill [B, C], inside the rectangles [B, H, W]."""
     return torch.where(inside[:, None], fill.to(images.dtype)[:, :, None, None], images)
 
 
 def modulate(targets: Tensor, ratio: Tensor, clamp: bool = False) -> Tensor:
-    """Label modulation: ratio [B] is taken off the largest entry of each target [B, K] and spread evenly over the others.
+    """Modulated targets (NLR, Eq. 7): ratio [B] leaves the largest entry of each target [B, K] and goes evenly to the others.
 
     Rows still sum to 1; the largest entry may become negative, unless clamp, which sets it to 0 and rescales the row.
     """
@@ -130,7 +142,7 @@ def _between(uniform: Tensor, low: float, high: float) -> Tensor:
 
 
 def draw_masks(count: int, channels: int, rule: MaskRule, generator: Generator) -> Tensor:
-    """The draws of `mask`, float64 [count, 2 + 2 C]: base share, aspect, fills of the maximum's rectangle, of the minimum's."""
+    """The draws of `mask`, float64 [count, 2 + 2 C]: base ratio, aspect, fills of the maximum's rectangle, of the minimum's."""
     uniform = _uniform(count, 2 + 2 * channels, generator)
     share, aspect = _between(uniform[:, 0], rule.low, rule.high), _between(uniform[:, 1], *ASPECT)
     return torch.cat([share[:, None], aspect[:, None], uniform[:, 2:]], dim=1)
@@ -139,13 +151,13 @@ def draw_masks(count: int, channels: int, rule: MaskRule, generator: Generator) 
 def mask(
     images: Tensor, maps: Tensor, clean: Tensor, targets: Tensor, draws: Tensor, rule: MaskRule
 ) -> Masked:
-    """Both masked copies of normalised images [B, C, H, W], and their modulated targets, as on CIFAR (Sec. 5).
+    """AMG and NLR on CIFAR (README, section 5): both masked copies of normalised images [B, C, H, W], their modulated targets.
 
     maps [B, D, h, w] of the same views; clean probabilities [B]; targets [B, K]; draws of `draw_masks`. The two rectangles have
     the same shape and cover half of the ratio each; the target loses the whole of it, once.
     """
     height, width, channels = *images.shape[2:], images.shape[1]
-    ratio = draws[:, 0] + rule.quality * (1 - clean.double())
+    ratio = mask_ratio(draws[:, 0], clean, rule.quality)
     rows, columns = side_lengths(0.5 * ratio * height * width, draws[:, 1])
     at = extrema(maps, height, width)
     size = rows, columns, height, width, rule.anchor
@@ -162,7 +174,7 @@ def mask(
 
 
 def draw_clothing_masks(count: int, channels: int, rule: MaskRule, generator: Generator) -> Tensor:
-    """The draws of `mask_clothing`, float64 [count, 4 + 2 C]: share and aspect at the maximum, at the minimum, then fills."""
+    """The draws of `mask_clothing`, float64 [count, 4 + 2 C]: base ratio, aspect at the maximum, both at the minimum, fills."""
     uniform = _uniform(count, 4 + 2 * channels, generator)
     shapes = [
         _between(uniform[:, i], *bounds) for i, bounds in enumerate(2 * [(rule.low, rule.high), ASPECT])
@@ -173,23 +185,25 @@ def draw_clothing_masks(count: int, channels: int, rule: MaskRule, generator: Ge
 def mask_clothing(
     images: Tensor, maps: Tensor, clean: Tensor, targets: Tensor, draws: Tensor, rule: MaskRule
 ) -> Masked:
-    """As `mask`, with two rectangles of shapes of their own that cover their whole ratios; each target loses its own (Sec. 9).
+    """As `mask`, with two rectangles of shapes of their own that cover their whole ratios; each target loses its own.
 
-    rule.as_released: the quality term counts pixels and the targets shift by areas in pixels; the maximum's rectangle always
-    stands at the bottom edge (Sec. 12).
+    Clothing1M's form of AMG and NLR (README, section 9). rule.as_released: the quality term counts pixels, the targets shift by
+    areas in pixels, and the maximum's rectangle always stands at the bottom edge.
     """
     height, width, channels = *images.shape[2:], images.shape[1]
     at = extrema(maps, height, width)
     copies, modulated = [], []
     for side, (row, column) in enumerate(((at.row_max, at.column_max), (at.row_min, at.column_min))):
-        ratio, aspect = draws[:, 2 * side], draws[:, 2 * side + 1]
-        quality = rule.quality * (1 - clean.double())
-        area = ratio * height * width + quality if rule.as_released else (ratio + quality) * height * width
+        base, aspect = draws[:, 2 * side], draws[:, 2 * side + 1]
+        ratio = mask_ratio(base, clean, rule.quality)
+        area = ratio * height * width
+        if rule.as_released:
+            area = mask_ratio(base * height * width, clean, rule.quality)
         if rule.as_released and side == 0:
             row = torch.full_like(row, height)  # noqa: PLW2901
         inside = rectangle(row, column, *side_lengths(area, aspect), height, width, rule.anchor)
         fill = draws[:, 4 + side * channels : 4 + (side + 1) * channels]
         copies.append(paint(images, inside, fill))
-        lost = area if rule.as_released else ratio + quality
+        lost = area if rule.as_released else ratio
         modulated.append(modulate(targets, lost, rule.clamp))
     return Masked(*copies, *modulated)

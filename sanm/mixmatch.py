@@ -1,4 +1,4 @@
-"""One training step (Sec. 4; Sec. 9 for Clothing1M): guess, refine, mask, reconstruct, mix, forward.
+"""One training step (README, sections 4 and 9): guess, refine, mask (AMG, NLR), reconstruct (SMR), mix, LNL loss.
 
 Networks map images to `networks.Outputs`. Under torchrun a step sees this process's piece of both global batches; partners of the
 mixture come from all rows of the global batch, and every process computes the same losses of all of them.
@@ -83,7 +83,7 @@ class Stack(NamedTuple):
 
 
 def stack(labelled: Samples, unlabelled: Samples, targets: Tensor, masked: Masked | None) -> Stack:
-    """Trained views with the refined or guessed targets, then the masked copies with the modulated ones.
+    """The rows of the LNL loss (Eq. 8): views with refined or guessed targets, then masked copies with modulated targets.
 
     targets [Bx + Bu, K]; masked: of both sides' first reference views together, or None for training without masks.
     """
@@ -154,7 +154,7 @@ def step_loss(
     reconstruction_weight: float,
     forward_unlabelled: bool = True,
 ) -> Loss:
-    """L_x + weight L_u + L_prior + reconstruction_weight L_rec of a mixed batch (Sec. 4, steps 4 and 6).
+    """The LNL loss of a mixed batch (Eq. 8), L_x + weight L_u + L_prior, plus reconstruction_weight L_rec (SMR, Eq. 10).
 
     train: the network, under torchrun the one that averages gradients. unmasked [B, C, H, W]: what the masked copies are to
     be reconstructed to. Without masks there is no reconstruction.

@@ -1,4 +1,4 @@
-"""Encoder, classifier and reconstruction decoder in one network (Sec. 3).
+"""Encoder, classifier and the decoder of SMR in one network (README, section 3).
 
 Every network maps images to the encoder's last map, the scores of the classes and, of other images that it is given beside them,
 their reconstruction. Layers are made in the order encoder, classifier, decoder. The layers of the SimCLR-style encoder have
@@ -41,7 +41,7 @@ class MaskedNetwork(nn.Module):
     ):
         """encoder: images -> maps [B, width, h, w]; decoder: maps -> images.
 
-        softmax: return probabilities in place of logits, as the released SimCLR-style network does (Sec. 12, 1).
+        softmax: return probabilities in place of logits, as the released SimCLR-style network does.
         """
         super().__init__()
         self.encoder = encoder
@@ -72,7 +72,7 @@ class MaskedNetwork(nn.Module):
 def make_network(
     base: str, num_classes: int, channels: int = 3, size: int = 32, softmax: bool = False, arch: str = "auto"
 ) -> MaskedNetwork:
-    """The network of a base for images [channels, size, size], narrow below 16 pixels (Sec. 3 A and B).
+    """The network of a base for images [channels, size, size], narrow below 16 pixels (README, section 3 A and B).
 
     c2d: SimCLR-style ResNet-18, to begin from pre-trained weights; softmax makes its scores probabilities. dividemix:
     PreAct ResNet-18, which has logits in the release too. arch: auto, or narrow: at any size three blocks whose last map is a
@@ -90,7 +90,7 @@ def make_network(
 
 
 def clothing_network(name: str, num_classes: int, pretrained: str = "none") -> MaskedNetwork:
-    """torchvision's resnet50 (Sec. 3 C), or resnet18 to try things out, with the decoder of 224-pixel images.
+    """torchvision's resnet50 (README, section 3 C), or resnet18 to try things out, with the decoder of 224-pixel images.
 
     pretrained: imagenet, none, or a file with the weights of an encoder. UserError: weights that are not there or do not fit.
     """
@@ -128,7 +128,7 @@ class BasicBlock(nn.Module):
 
 
 class SimCLREncoder(nn.Module):
-    """Post-activation ResNet with a 3x3 stem and no max-pool (Sec. 3 A)."""
+    """Post-activation ResNet with a 3x3 stem and no max-pool (README, section 3 A)."""
 
     def __init__(self, channels: int, widths: Sequence[int], strides: Sequence[int], blocks_per_stage: int):
         super().__init__()
@@ -159,7 +159,7 @@ def simclr_resnet(channels: int = 3, size: int = 32) -> SimCLREncoder:
 
 
 def make_simclr(channels: int = 3, size: int = 32) -> SimCLR:
-    """SimCLR for images [channels, size, size]: ResNet-18 and 128 dimensions; narrow and 64 below 16 pixels (Sec. 3 A, 10)."""
+    """SimCLR for images [channels, size, size]: ResNet-18, 128 dimensions; narrow, 64 below 16 pixels (README, section 10)."""
     return SimCLR(simclr_resnet(channels, size), width_of(size), 64 if size < 16 else 128)
 
 
@@ -174,7 +174,7 @@ def stages(size: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
 
 
 class PreActBlock(nn.Module):
-    """Basic pre-activation block. Its identity shortcut is the activated tensor, not the block's input (Sec. 3 B)."""
+    """Basic pre-activation block. Its identity shortcut is the activated tensor, not the block's input (README, section 3 B)."""
 
     def __init__(self, width_in: int, width: int, stride: int):
         super().__init__()
@@ -193,7 +193,7 @@ class PreActBlock(nn.Module):
 
 
 class PreActEncoder(nn.Module):
-    """Pre-activation ResNet; no norm or activation after the last block (Sec. 3 B)."""
+    """Pre-activation ResNet; no norm or activation after the last block (README, section 3 B)."""
 
     def __init__(self, channels: int, widths: Sequence[int], strides: Sequence[int], blocks_per_stage: int):
         super().__init__()
@@ -227,7 +227,7 @@ class MapOf(nn.Module):
         return images
 
 
-# decoders: transposed convolutions with bias and nothing between them --------------------------------------------------
+# decoders of SMR: transposed convolutions with bias and nothing between them ---------------------------------------------
 
 
 def decoder(width: int, channels: int, narrow: bool) -> nn.Sequential:

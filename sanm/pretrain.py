@@ -70,10 +70,11 @@ def parse_args(argv=None) -> Namespace:
 
 
 def normalisation(data: Data) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation that images are normalised with [Sec. 10]."""
+    """Mean and deviation that images are normalised with [section 10]."""
     return CIFAR100 if data.name == "cifar100" and len(data.mean) == 3 else (data.mean, data.std)
 
 
+@cli.script
 def main(argv=None) -> None:
     """Pre-train an encoder and write its run directory."""
     args = parse_args(argv)
@@ -100,7 +101,9 @@ def main(argv=None) -> None:
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
     network = device.prepare(make_simclr(channels, size), args.compile)
     flip = args.dataset not in ("digits", "mnist")  # a mirrored digit is another sign or none
-    pre_train(run, args, device, network, train, test, labels, test_labels, data.num_classes, flip=flip)
+    tested = datasets.limited_test(data.test.labels, args.limit_test, args.seed)
+    images, classes = (train, test, labels, test_labels), data.num_classes
+    pre_train(run, args, device, network, *images, classes, flip=flip, tested=tested)
 
 
 def directory_name(args: Namespace) -> str:

@@ -1,4 +1,4 @@
-"""Label quality: the clean probability of each sample from its loss, and the split that it makes (Sec. 6)."""
+"""Label quality: the clean probability of each sample from its loss, and the split that it makes (README, section 6)."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,10 @@ def normalised(losses: Tensor) -> Tensor:
 
 
 def averages_history(noise_rate: float, released: bool) -> bool:
-    """The 90 % rule: whether the mixture reads the mean of the last loss vectors. The release asks for 0.9 exactly."""
+    """The 90 % rule: whether the mixture is fitted to the mean of the last HISTORY loss vectors.
+
+    It holds from a noise rate of 0.9 on; in the release for 0.9 exactly.
+    """
     return noise_rate == 0.9 if released else noise_rate >= 0.9
 
 

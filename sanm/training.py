@@ -1,4 +1,4 @@
-"""The passes over the data that SANM's scripts are made of: warm-up, training on a split, losses, test (Sec. 4, 6, 8).
+"""The passes over the data that SANM's scripts are made of (README, sections 4, 6 and 8).
 
 Batches are (views, index): a tuple of [B, ...] tensors and the samples' positions, int [B]. Labels and clean probabilities
 are tensors on the device of the images, by those positions.
@@ -54,7 +54,7 @@ class Step(NamedTuple):
 
 
 def learning_rate(epoch: int, lr: float, drop: int) -> float:
-    """A tenth from epoch `drop` on; epochs count from 0 (Sec. 4)."""
+    """A tenth from epoch `drop` on; epochs count from 0 (README, section 4)."""
     return lr if epoch < drop else lr / 10
 
 
@@ -143,7 +143,7 @@ def train_divided(
 
 @torch.no_grad()
 def sample_losses(network: nn.Module, batches: Iterable, labels: Tensor, size: int, device: Device) -> Tensor:
-    """Cross-entropy of each position 0 .. size - 1 with its observed label, float32 [size], in eval mode (Sec. 6).
+    """Cross-entropy of each position 0 .. size - 1 with its observed label, float32 [size], in eval mode (README, section 6).
 
     Under torchrun each process goes through its batches, and all have the losses of all.
     """
@@ -160,7 +160,7 @@ def sample_losses(network: nn.Module, batches: Iterable, labels: Tensor, size: i
 def network_scores(
     networks: list[nn.Module], batches: Iterable, size: int, num_classes: int, device: Device
 ) -> Tensor:
-    """The scores of each network for each position 0 .. size - 1, float32 [networks, size, K], in eval mode (Sec. 8)."""
+    """The scores of each network for each position 0 .. size - 1, float32 [networks, size, K], in eval mode."""
     networks = [network.eval() for network in networks]
     scores = torch.zeros(len(networks), size, num_classes, device=device.device)
     for (images,), index in batches:

@@ -27,12 +27,13 @@ from common.datasets import Data
 from common.datasets.arrays import read_npy, read_npz
 from common.figures import RunResult, read_run
 from common.loader import Images
+from common.noise import POSTERIOR_TYPES
 from sanm.masking import MaskRule, draw_masks, mask, quantised_activation
 from sanm.networks import MaskedNetwork, make_network
 
 CLEAN, MISLABELLED = "tab:blue", "tab:orange"
 AT_MAX, AT_MIN = "tab:red", "deepskyblue"  # outlines of the masks
-NOISE = {"sym": "symmetric", "asym": "asymmetric"}
+NOISE = {"sym": "symmetric", "asym": "asymmetric", **{kind: kind for kind in POSTERIOR_TYPES}}
 COLUMNS = {
     "image": "black",
     "activation": "black",
@@ -174,7 +175,7 @@ def choose(right: np.ndarray, count: int) -> np.ndarray:
 
 @torch.no_grad()
 def look(network: MaskedNetwork, images: Tensor, labels: Tensor, clean: Tensor, rule: MaskRule) -> Views:
-    """Activation, masks and reconstruction of normalised images [B, C, H, W] [Sec. 4, 5], with masks of a fixed seed.
+    """Activation, masks and reconstruction of normalised images [B, C, H, W] [sections 4 and 5], with masks of a fixed seed.
 
     labels int [B] with clean probabilities [B]: how large the masks are.
     """

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli, datasets, gpu, noise, selection_report
 from common.augment import training_augmentation
 from common.cli import UserError
-from common.datasets import Data
-from common.loader import Batches, Images
+from common.datasets import Data, posterior
+from common.loader import Batches, Images, Labelled, test_batches
 from common.mixture import sklearn_upper_posterior, upper_posterior
 from common.run import Run, run_name
 from common.selection_report import Selected
@@ -75,13 +75,15 @@ def make_parser() -> cli.Parser:
     data.add_argument("--imb_factor", type=cli.positive, default=0.01, help="smallest class / largest class")
     data.add_argument(
         "--noise_mode",
-        choices=["imb", "sym", "given"],
+        choices=["imb", "sym", *noise.POSTERIOR_TYPES, "given"],
         default="imb",
-        help="imb: flips follow the class sizes; sym: all other classes alike; given: the labels of --noise_file or of the .npz",
+        help="imb: flips follow the class sizes; sym: all other classes alike; "
+        f"{posterior.HELP}; given: the labels of --noise_file or of the .npz",
     )
     data.add_argument(
         "--noise_ratio", type=cli.fraction, default=0.5, help="fraction of labels that are flipped"
     )
+    posterior.add_flag(data)
     data.add_argument(
         "--num_class", type=cli.count, default=10, help="ignored, as in the release: the data set decides"
     )
@@ -164,6 +166,7 @@ def parse_args(argv=None) -> Namespace:
         parser.error(f"argument --gce_q: must be at most 1, got {args.gce_q}")
     if args.noise_file:
         args.noise_mode = "given"
+    posterior.check_flag(parser, args, args.noise_mode, "--noise_mode")
     # Wang et al. weigh the two for CIFAR-100 the other way round
     weights = (6, 0.1) if args.dataset == "cifar100" else (0.1, 1)
     args.sce_ce = weights[0] if args.sce_ce is None else args.sce_ce
@@ -197,22 +200,45 @@ def long_tailed_noisy(data: Data, args: Namespace) -> tuple[np.ndarray, np.ndarr
     index = noise.long_tailed(labels, counts, rng)
     clean = labels[index]
     if args.noise_file:
-        observed = datasets.labels_of(args.noise_file, index, len(labels), num_classes)
+        # a release's label file has no index; it is of these images if exactly the release's number of labels is changed
+        changed = int(args.noise_ratio * len(index))
+        observed = datasets.labels_of(
+            args.noise_file,
+            index,
+            len(labels),
+            num_classes,
+            is_subset=lambda file: (file != clean).sum() == changed,
+        )
     elif args.noise_mode == "given":
         if data.noisy_labels is None:
             raise UserError(f"--noise_mode given: {data.name} brings no noisy_labels; use --noise_file")
         observed = data.noisy_labels[index]
+    elif args.noise_mode in noise.POSTERIOR_TYPES:
+        eta = posterior.posterior_for(args.noise_mode, data, args.data_path, args.posterior)[index]
+        try:
+            observed = noise.from_posterior(
+                args.noise_mode, clean, args.noise_ratio, num_classes, args.seed, eta
+            )
+        except ValueError as error:
+            raise UserError(f"--noise_mode {args.noise_mode}: {error}; use another") from None
     else:
-        observed = noise.long_tailed_noise(
-            args.noise_mode, clean, num_classes, args.noise_ratio, python_rng, rng
-        )
+        try:
+            observed = noise.long_tailed_noise(
+                args.noise_mode, clean, num_classes, args.noise_ratio, python_rng, rng
+            )
+        except ValueError as error:
+            raise UserError(f"{data.name}: {error}; use --noise_ratio 0, or data of more classes") from None
     kept = datasets.limited(np.arange(len(index)), args.limit_train, args.seed)
     return index[kept], clean[kept], observed[kept]
 
 
 def make_network(data: Data, args: Namespace) -> PreActResNet:
     """The two-headed network for a data set's images [Sec. 3.1]."""
-    height, channels = data.train.images.shape[1], data.train.images.shape[3]
+    height, width, channels = data.train.images.shape[1:]
+    if min(height, width) < 5:  # on maps of one pixel, batch normalisation fails on a last batch of one image
+        raise UserError(
+            f"{data.name}: images of {height} x {width} pixels are too small, 5 x 5 at least are needed"
+        )
     make = preact_resnet_narrow if args.arch == "narrow" or height < 16 else preact_resnet18
     network = make(data.num_classes, channels)
     if args.loss == "ldam":
@@ -345,6 +371,7 @@ def selection_columns(
     return columns
 
 
+@cli.script
 def main(argv=None) -> None:
     """Train SFA and write its run directory."""
     args = parse_args(argv)
@@ -358,7 +385,7 @@ def main(argv=None) -> None:
     run.save_labels(index, clean, observed, data.num_classes)
 
     train = Images(data.train.images[index], data.mean, data.std, device.device)
-    test = Batches(Images(data.test.images, data.mean, data.std, device.device), 4 * args.batch_size)
+    tests = test_batches(data, args.limit_test, args.seed, 4 * args.batch_size, device.device)
     labels, right = (torch.from_numpy(of).to(device.device) for of in (observed, observed == clean))
     observed_counts = torch.bincount(labels, minlength=data.num_classes)
 
@@ -395,9 +422,7 @@ def main(argv=None) -> None:
             memory["clean"] = [found.clean for found in selections]
         chosen = [Selected(found.selected, labels, right) for found in selections]
         memory["streaks"] = selection_report.follow(memory["streaks"], chosen, "a longer --warm_up")
-        logits = summed_logits(nets, test, len(data.test.labels), data.num_classes, device)
-        predicted = logits.argmax(dim=1).cpu().numpy()
-        report = accuracies(predicted, data.test.labels, observed_counts.cpu().numpy())
+        report = test(nets, tests.limited, observed_counts, device)
         classes = {name: report.pop(name) for name in list(report) if name.startswith("class_")}
         losses = torch.cat(losses)
         mean_loss = float(losses.mean()) if len(losses) else None
@@ -407,7 +432,8 @@ def main(argv=None) -> None:
     save_selection(run, memory, observed, clean)
     last = [f"{shot}_accuracy" for shot in SHOTS]
     last += [f"net1_{name}" for name in ("precision", "recall", "auc", *(f"{shot}_recall" for shot in SHOTS))]
-    run.finish(**{f"last_{name}": run.rows[-1][name] for name in last})
+    full = run.full_test(lambda: full_test(nets, tests.whole, observed_counts, device))
+    run.finish(**{f"last_{name}": run.rows[-1][name] for name in last}, **full)
 
 
 def save_selection(run: Run, memory: dict, observed: np.ndarray, clean: np.ndarray) -> None:
@@ -419,9 +445,29 @@ def save_selection(run: Run, memory: dict, observed: np.ndarray, clean: np.ndarr
         run.save_arrays("centroids", net1=torch.stack(memory["centroids"]).numpy())
 
 
+def test(
+    nets: list[PreActResNet], tested: Labelled, observed_counts: torch.Tensor, device: gpu.Device
+) -> dict[str, float]:
+    """Accuracies in percent by the summed logits of both networks: overall, by shot and by class [Sec. 8]."""
+    labels = tested.labels.cpu().numpy()
+    logits = summed_logits(nets, tested.batches, len(labels), len(observed_counts), device)
+    return accuracies(logits.argmax(dim=1).cpu().numpy(), labels, observed_counts.cpu().numpy())
+
+
+def full_test(
+    nets: list[PreActResNet], whole: Labelled, observed_counts: torch.Tensor, device: gpu.Device
+) -> dict[str, float]:
+    """The accuracies on all test images, overall and by shot, for --full_test_at_end."""
+    report = test(nets, whole, observed_counts, device)
+    shots = {f"full_test_{shot}_accuracy": report[f"{shot}_accuracy"] for shot in SHOTS}
+    return {"full_test": report["test_accuracy"], "full_test_images": len(whole.labels), **shots}
+
+
 def method(args: Namespace) -> str:
     """What a result row calls the method."""
-    return SELECTIONS[args.selection] + (f" + {LOSSES[args.loss]}" if args.loss != "ce" else "")
+    usual = "released" if args.fidelity == "released" else "persist"
+    moments = f" (ema_mode {args.ema_mode})" if args.selection == "sfa" and args.ema_mode != usual else ""
+    return SELECTIONS[args.selection] + moments + (f" + {LOSSES[args.loss]}" if args.loss != "ce" else "")
 
 
 def directory_name(args: Namespace) -> str:

@@ -217,9 +217,10 @@ class Data(NamedTuple):
     index: np.ndarray  # int64 [N]: where the training images stand in the list of these classes, ascending
     split: FileSplit  # the training images with the labels of the search
     cache: ImageCache | None  # of `split`
-    tests: dict[str, Labelled]  # test, and imagenet if it is there
+    tests: dict[str, Labelled]  # test, and imagenet if it is there; all images, or those of --limit_test
     skipped: tuple[tuple[str, int, str], ...]  # images left out: path, position in its list, reason
     batches: Callable  # (split, cache, transform, batch_size, **training) -> FileBatches
+    whole_tests: dict[str, Labelled] | None = None  # all images
 
     def training(
         self,
@@ -276,13 +277,18 @@ def load(args: Namespace, device: Device) -> Data:
         share = {"world": processes.world(), "rank": processes.rank() if processes.world() > 1 else 0}
         return FileBatches(split, size, transform, cache=cache, **loading, **share, **training)
 
-    tests = {}
-    for split in (files.test, files.imagenet):
-        if split is not None:
-            whole = batches(split, caches.get(split.part), test_transform(args), 8 * args.batch_size)
-            tests[split.part] = Labelled(whole, torch.from_numpy(split.labels).to(device.device))
+    def in_order(split: FileSplit, limit: int | None = None) -> Labelled:
+        keep = datasets.limited_test(split.labels, limit, args.seed)
+        cache, split = caches[split.part].only(keep) if caches else None, split.only(keep)
+        whole = batches(split, cache, test_transform(args), 8 * args.batch_size)
+        return Labelled(whole, torch.from_numpy(split.labels).to(device.device))
+
+    splits = [split for split in (files.test, files.imagenet) if split is not None]
+    tests = {split.part: in_order(split, args.limit_test) for split in splits}
+    whole_tests = {split.part: in_order(split) for split in splits}
     train_cache = caches["train"].only(kept) if caches else None
-    return Data(files.positions[kept], files.train.only(kept), train_cache, tests, files.skipped, batches)
+    train = (files.positions[kept], files.train.only(kept), train_cache)
+    return Data(*train, tests, files.skipped, batches, whole_tests)
 
 
 def _load_files(args: Namespace) -> FileData:
@@ -483,12 +489,12 @@ def select(learner: Learner, moments: Moments | None, plain: FileBatches, name: 
     return processes.from_first(found)  # sums on a card come out in another order each time
 
 
-def test(learners: list[Learner], epoch: int, s: Setting) -> dict[str, float]:
+def test(learners: list[Learner], tests: dict[str, Labelled], name: str, s: Setting) -> dict[str, float]:
     """Top-1 and top-5 accuracy on both test sets, by the summed logits of both heads of both networks [Sec. 8]."""
     report, counts = {}, np.bincount(s.data.split.labels, minlength=s.args.num_class)
     networks = [learner.network for learner in learners]
-    for part, (batches, labels) in s.data.tests.items():
-        seen = s.run.progress(batches, f"epoch {epoch} {part}", training=False)
+    for part, (batches, labels) in tests.items():
+        seen = s.run.progress(batches, f"{name} {part}", training=False)
         logits = summed_logits(networks, seen, len(labels), s.args.num_class, s.device)
         own = accuracies(logits.argmax(dim=1).cpu().numpy(), labels.cpu().numpy(), counts)
         name = "" if part == "test" else f"{part}_"
@@ -502,6 +508,7 @@ def test(learners: list[Learner], epoch: int, s: Setting) -> dict[str, float]:
 # the script -----------------------------------------------------------------------------------------------------------
 
 
+@cli.script
 def main(argv=None) -> None:
     """Train SFA on mini-WebVision and write its run directory."""
     argv = sys.argv[1:] if argv is None else argv
@@ -530,7 +537,7 @@ def main(argv=None) -> None:
         for learner in learners:
             learner.optimizer.param_groups[0]["lr"] = args.lr if epoch < args.lr_drop else args.lr / 10
         losses = train_both(learners, memory["clean"], epoch, s)
-        report = test(learners, epoch, s)
+        report = test(learners, data.tests, f"epoch {epoch}", s)
         # at the end of the epoch, for the next one; until the first after the warm-up the moments begin anew
         moments = [None if epoch <= WARM_UP + 1 else Moments(*kept) for kept in memory["moments"]]
         selections = [
@@ -559,7 +566,16 @@ def main(argv=None) -> None:
     first, second = (probability.numpy() for probability in memory["clean"])
     run.save_arrays("clean_probability", net1=first, net2=second, observed=data.split.labels)
     run.save_arrays("centroids", net1=torch.stack(memory["centroids"]).numpy())
-    run.finish(**reported(run.rows))
+    full = run.full_test(lambda: full_test(learners, s))
+    run.finish(**reported(run.rows), **full)
+
+
+def full_test(learners: list[Learner], s: Setting) -> dict[str, float]:
+    """Top-1 accuracy on all images of both test sets, for --full_test_at_end."""
+    report = test(learners, s.data.whole_tests, "full", s)
+    names = {"test_accuracy": "full_test", "imagenet_accuracy": "full_test_imagenet_accuracy"}
+    images = {"full_test_images": len(s.data.whole_tests["test"].labels)}
+    return {new: report[old] for old, new in names.items() if old in report} | images
 
 
 def reported(rows: list[dict]) -> dict[str, float]:

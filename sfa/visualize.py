@@ -31,6 +31,7 @@ from common import cli, figures
 from common.cli import UserError
 from common.datasets.arrays import is_integer, read_npz
 from common.figures import RunResult, naming
+from common.noise import POSTERIOR_TYPES
 from sfa.evaluation import shots
 
 PAPER = "sfa"
@@ -41,6 +42,7 @@ MARKS = {"many": "o", "medium": "s", "few": "^"}  # of the shots
 NOISE = {
     "imb": "{rate:.4g} % noise by class size",
     "sym": "{rate:.4g} % symmetric noise",
+    **dict.fromkeys(POSTERIOR_TYPES, "{rate:.4g} % {kind} noise"),
     "given": "given labels",
     "real": "labels of the search",
 }
@@ -90,7 +92,7 @@ def read_run(folder: Path) -> RunResult:
 def setting(arguments: dict, cell: dict) -> str:
     """Data set, long tail and label noise of a run, in two lines; cell: as in a result row, which a baseline has too."""
     kind, rate, factor = cell["noise_type"], 100 * (cell["noise_rate"] or 0), cell["imb_factor"]
-    words, subset = [cell["dataset"]], cell["profile"].partition("+limit_train=")[2]
+    words, subset = [cell["dataset"]], cell["profile"].partition("+limit_train=")[2].partition("+")[0]
     if "num_class" in arguments and "dataset" not in arguments:  # of WebVision
         words.append(f"{arguments['num_class']} classes")
     if subset:

@@ -21,7 +21,7 @@ from common.datasets.file_lists import FileData, FileSplit
 from common.datasets.food101n import load_food101n
 from common.datasets.given_labels import labels_of, read_labels
 from common.datasets.in_memory import NAMES, Data, Split, download, load
-from common.datasets.limit import limited
+from common.datasets.limit import limited, limited_test
 from common.datasets.mini_imagenet import decoded, load_mini_imagenet
 from common.datasets.observed import observed_labels
 from common.datasets.webvision import load_webvision
@@ -39,6 +39,7 @@ __all__ = [
     "download",
     "labels_of",
     "limited",
+    "limited_test",
     "load",
     "load_clothing1m",
     "load_files",

@@ -3,9 +3,12 @@
 `cache food101n --data_path DIR --out CACHE` makes small copies of the images of a data set of image files.
 """
 
+from pathlib import Path
+
 from common import datasets
 from common.cli import Parser, UserError, count, count_or_zero, exit_cleanly
-from common.datasets import clothing1m, food101n, image_cache, webvision
+from common.datasets import clothing1m, food101n, image_cache, pools, webvision
+from common.datasets.given_labels import label_notes
 
 CACHED = (food101n.NAME, clothing1m.NAME, webvision.NAME)
 
@@ -20,7 +23,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument(
         "name",
-        help=f"one of {', '.join(datasets.NAMES + datasets.FILE_NAMES)}, or NAME for DATA_PATH/NAME.npz",
+        help=f"one of {', '.join((*datasets.NAMES, *datasets.FILE_NAMES, *pools.FOLDERS))}, or NAME for DATA_PATH/NAME.npz",
     )
     parser.add_argument("--data_path", default="./data", metavar="DIR", help="the folder of the data sets")
     group = parser.add_argument_group(f"for {', '.join(datasets.FILE_NAMES)}")
@@ -72,6 +75,13 @@ def main(argv=None):
     if name in datasets.FILE_NAMES:
         image_files(name, args)
         return
+    if name in pools.FOLDERS:
+        if args.action == "download":
+            raise UserError(
+                f"{name} cannot be fetched by a script: see python -m common.datasets check {name}"
+            )
+        print(f"{name}: {pools.open_pool(name, Path(args.data_path)).size} images")
+        return
     if args.action == "download":
         datasets.download(name, args.data_path)
     data = datasets.load(name, args.data_path)
@@ -80,6 +90,8 @@ def main(argv=None):
         print(
             f"{data.name} {split}: images {list(images.shape)}, {len(labels)} labels of {data.num_classes} classes"
         )
+    for note in label_notes(data.train.labels, data.train.labels, data.num_classes, from_file=False):
+        print(f"note: {note}")
 
 
 def image_files(name: str, args) -> None:

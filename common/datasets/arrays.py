@@ -1,5 +1,6 @@
 """NumPy files read as plain arrays only, with every way they can be damaged turned into one kind of error."""
 
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -37,6 +38,52 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     strange = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
     if strange:
         raise ValueError(f"{strange[0]} in it is no array")
+    return arrays
+
+
+def read_pt(path: Path) -> dict[str, np.ndarray]:
+    """The vectors of a file of torch.save, by name; a single one is called "". NumPy's arrays and tensors alone are read.
+
+    CIFAR-N's official files are pickles of NumPy vectors. ValueError: damaged, or holding other objects, which are not loaded.
+    """
+    import pickle  # noqa: PLC0415  (for the name of its error alone; nothing is unpickled freely)
+
+    import torch  # noqa: PLC0415
+
+    reconstruct = np._core.multiarray._reconstruct
+    scalar = np._core.multiarray.scalar
+    allowed = [
+        *(
+            (made, f"numpy.{core}.multiarray.{made.__name__}")
+            for core in ("core", "_core")
+            for made in (reconstruct, scalar)
+        ),
+        *(np.ndarray, np.dtype),
+        *(kind for name in np.dtypes.__all__ if issubclass(kind := getattr(np.dtypes, name), np.dtype)),
+    ]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            "damaged, or it holds other objects than NumPy arrays and tensors, which are not loaded"
+        ) from None
+    except (
+        EOFError,
+        KeyError,
+        IndexError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+        struct.error,
+        zipfile.BadZipFile,
+    ) as error:
+        raise ValueError(f"damaged: {' '.join(str(error).split())[:100]}") from None
+    columns = content if isinstance(content, dict) else {"": content}
+    arrays = {str(name): np.asarray(value) for name, value in columns.items()}
+    strange = [name for name, array in arrays.items() if array.dtype.kind == "O"]
+    if strange:
+        raise ValueError(f"{strange[0]!r} in it is no array")
     return arrays
 
 

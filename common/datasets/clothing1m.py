@@ -30,6 +30,13 @@ TRAIN_ON = ("noisy", "noisy+verified", "noisy+clean")
 NOISY_LABELS, CLEAN_LABELS = "noisy_label_kv.txt", "clean_label_kv.txt"
 NOISY_TRAIN, CLEAN_TRAIN = "noisy_train_key_list.txt", "clean_train_key_list.txt"
 TEST, VALIDATION = "clean_test_key_list.txt", "clean_val_key_list.txt"
+# the same in one list per part, a key and a label in each line, as several repositories hand them round
+COMBINED = {
+    NOISY_TRAIN: "noisy_train.txt",
+    CLEAN_TRAIN: "clean_train.txt",
+    VALIDATION: "clean_val.txt",
+    TEST: "clean_test.txt",
+}
 FILES = (NOISY_LABELS, CLEAN_LABELS, NOISY_TRAIN, CLEAN_TRAIN, VALIDATION, TEST)
 OFFICIAL = {"train": 1_000_000, "test": 10_526, "validation": 14_313, "clean_train": 47_570}
 SOURCE = "its authors, who give it out on request for non-commercial research"
@@ -60,13 +67,32 @@ def read_clothing1m(root: Path, train_on: str = "noisy+clean") -> FileData:
     """What the lists name, whether it is there or not."""
     if train_on not in TRAIN_ON:
         raise ValueError(f"train_on must be one of {', '.join(TRAIN_ON)}, got {train_on}")
-    needed = [file for file in FILES if file != CLEAN_TRAIN or train_on != "noisy"]
-    lists = folder_of_lists(root, needed)
+    lists = folder_of_lists(root)
+    combined = has_combined_lists(lists)
+    needed = [
+        file
+        for file in list_files(lists)
+        if train_on != "noisy" or file not in (CLEAN_TRAIN, COMBINED[CLEAN_TRAIN])
+    ]
     require(NAME, root, lists, needed, SOURCE)
-    noisy, clean = (
-        read_list(lists / file, label_lines, len(CLASSES)) for file in (NOISY_LABELS, CLEAN_LABELS)
-    )
-    keys = {file: read_list(lists / file, key_lines) for file in needed if file.endswith("key_list.txt")}
+    if combined:
+        if train_on == "noisy+verified":
+            raise UserError(
+                f"{lists}: noisy+verified needs {NOISY_LABELS}, the lists here hold one label for each image"
+            )
+        parts = {
+            key: read_list(lists / file, label_lines, len(CLASSES))
+            for key, file in COMBINED.items()
+            if file in needed
+        }
+        noisy = parts[NOISY_TRAIN]
+        clean = {image: label for key in parts if key != NOISY_TRAIN for image, label in parts[key].items()}
+        keys = {key: {image: line for line, image in enumerate(of, start=1)} for key, of in parts.items()}
+    else:
+        noisy, clean = (
+            read_list(lists / file, label_lines, len(CLASSES)) for file in (NOISY_LABELS, CLEAN_LABELS)
+        )
+        keys = {file: read_list(lists / file, key_lines) for file in needed if file.endswith("key_list.txt")}
 
     def split(file: str, part: str) -> FileSplit:
         labels, labels_file = (noisy, NOISY_LABELS) if file == NOISY_TRAIN else (clean, CLEAN_LABELS)
@@ -93,10 +119,23 @@ def read_clothing1m(root: Path, train_on: str = "noisy+clean") -> FileData:
     )
 
 
-def folder_of_lists(root: Path, files: Iterable[str] = FILES) -> Path:
-    """root, or root/annotations where more of the lists are there."""
-    files = list(files)
-    return min(root, root / "annotations", key=lambda folder: len(missing_files(folder, files)))
+def folder_of_lists(root: Path, files: Iterable[str] | None = None) -> Path:
+    """root, or root/annotations where more of the lists are there. files: by default all that the folder is to hold."""
+
+    def missing(folder: Path) -> int:
+        return len(missing_files(folder, files or list_files(folder)))
+
+    return min(root, root / "annotations", key=missing)
+
+
+def has_combined_lists(folder: Path) -> bool:
+    """Whether a folder holds one list of keys and labels per part in the place of the official ones."""
+    return (folder / COMBINED[NOISY_TRAIN]).is_file() and not (folder / NOISY_TRAIN).is_file()
+
+
+def list_files(folder: Path) -> tuple[str, ...]:
+    """The lists that a folder is to hold: the official ones, or one of keys and labels per part where these are there."""
+    return tuple(COMBINED.values()) if has_combined_lists(folder) else FILES
 
 
 def _labels_of(keys: dict[str, int], labels: dict[str, int], file: Path, labels_file: str) -> list[int]:
@@ -135,13 +174,13 @@ def label_lines(lines: Iterable[str], num_classes: int) -> dict[str, int]:
     seen: dict[str, int] = {}
     labels = {}
     for number, line in numbered(lines):
-        key, _, label = line.rpartition(" ")
+        *key, label = line.rsplit(maxsplit=1)
         if not key or not label.isdecimal() or int(label) >= num_classes:
             raise ValueError(
                 f"line {number}: {line!r} is not a key, a blank and a label 0..{num_classes - 1}"
             )
-        remember(seen, key.strip(), number)
-        labels[key.strip()] = int(label)
+        remember(seen, key[0], number)
+        labels[key[0]] = int(label)
     return labels
 
 

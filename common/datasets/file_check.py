@@ -85,7 +85,7 @@ def _read(name: str, root: Path, imagenet: str | None, num_class: int) -> FileDa
     """What the lists name; where lists are missing, a line for each and UserError."""
     module = MODULES[name]
     folder = clothing1m.folder_of_lists(root) if module is clothing1m else root
-    files = mini_imagenet.list_files(root) if module is mini_imagenet else module.FILES
+    files = module.list_files(folder) if module in (mini_imagenet, clothing1m) else module.FILES
     missing = missing_files(folder, files)
     for file in missing:
         print(f"missing: {folder / file}")

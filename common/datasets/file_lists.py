@@ -179,14 +179,9 @@ def find_damaged(split: FileSplit, positions: np.ndarray, workers: int) -> dict[
     damaged: dict[int, str] = {}
     quiet = not sys.stderr.isatty()
     with tqdm(total=len(positions), desc=f"reading {split.part}", unit="image", disable=quiet) as bar:
-        for found in in_workers(partial(_damaged_of, split), chunks, workers):
-            if isinstance(found, UserError):
-                break
-            read, bad = found
+        for read, bad in in_workers(partial(_damaged_of, split), chunks, workers):
             damaged |= bad
             bar.update(read)
-    if isinstance(found, UserError):
-        raise found
     return damaged
 
 

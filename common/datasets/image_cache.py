@@ -14,7 +14,6 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,7 +21,8 @@ from common.cli import UserError
 from common.datasets.arrays import read_npz
 from common.datasets.file_lists import FileData, FileSplit
 from common.datasets.images import in_workers
-from common.files import write_atomic, write_whole
+from common.files import cannot_write, write_atomic, write_whole
+from common.locks import Lock
 
 PIXELS, INDEX = "images.u8", "index.npz"
 SIZE = 256  # pixels of the shorter side, unless asked otherwise
@@ -72,16 +72,14 @@ def build(split: FileSplit, folder: str | Path, size: int = SIZE, workers: int =
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
+        with Lock(folder / ".lock", "choose another folder"):
             if (folder / INDEX).exists():
                 open_cache(folder, split, (size,))
                 return
             _check_space(split, folder, size)
             _write(split, folder, size, workers)
-    except Timeout:
-        raise UserError(f"{folder} is in use by another process: wait, or choose another folder") from None
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}): choose another folder") from None
+        raise UserError(cannot_write(folder, error, "choose another folder")) from None
 
 
 def _write(split: FileSplit, folder: Path, size: int, workers: int) -> None:
@@ -92,14 +90,10 @@ def _write(split: FileSplit, folder: Path, size: int, workers: int) -> None:
         quiet = not sys.stderr.isatty()
         with tqdm(total=len(split.paths), desc=f"caching {split.part}", unit="image", disable=quiet) as bar:
             for images in in_workers(partial(_small_images, split, size), chunks, workers):
-                if isinstance(images, UserError):
-                    break
                 for image in images:
                     sizes.append(tuple(image.shape[:2]))
                     file.write(image.numpy().data)
                 bar.update(len(images))
-        if isinstance(images, UserError):
-            raise images
 
     write_whole(folder / PIXELS, write)
     index = io.BytesIO()

@@ -1,15 +1,30 @@
 """Image files as tensors, read one by one or by worker processes."""
 
 import io
+import multiprocessing.queues
 import os
-from collections.abc import Callable, Sequence
+import signal
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from common.cli import SHARED_MEMORY, MachineError, UserError, at_end, worker_died
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file listed from a folder is an image by its suffix, and no hidden file such as macOS's `._x.jpg`."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
 class DamagedImage(Exception):
@@ -74,18 +89,38 @@ class _Calls(Dataset):
         self.function = function
 
     def __getitem__(self, argument: Any) -> Any:
-        return self.function(argument)
+        result = self.function(argument)
+        if get_worker_info() is not None:
+            try:
+                _share(result)
+            except (
+                RuntimeError
+            ) as error:  # raised later, in a thread of the worker, it would leave the parent waiting
+                reason = str(error).splitlines()[0].rpartition(": ")[2]
+                return MachineError(f"no room for images in shared memory ({reason}): {SHARED_MEMORY}")
+        return result
+
+
+def _share(result: Any) -> None:
+    """Move the tensors of a result to shared memory, which is how they reach the parent. RuntimeError: it is too small."""
+    if isinstance(result, Tensor):
+        result.share_memory_()
+    elif isinstance(result, (list, tuple)):
+        for part in result:
+            _share(part)
 
 
 def in_workers(
     function: Callable, arguments: Sequence, workers: int, *, pin_memory: bool = False
-) -> DataLoader:
+) -> "Passes":
     """function(argument) for each of the arguments in their order, computed by worker processes (by this one for 0).
 
-    The workers live as long as the result, through any number of passes; `arguments` may be changed between passes. Do not
-    raise while a pass is a local variable: kept alive by the traceback, its workers would end late.
+    The workers live as long as the result, but not longer than the script, through any number of passes; `arguments` may be
+    changed between passes. One pass at a time; a pass may be left before its end. A pass raises a UserError that the function
+    returns. MachineError: workers cannot be started, or one has died. After an error no worker is left.
     """
-    return DataLoader(
+    loader = partial(
+        DataLoader,
         _Calls(function),
         sampler=arguments,
         batch_size=None,
@@ -94,8 +129,82 @@ def in_workers(
         persistent_workers=workers > 0,
         worker_init_fn=_leave_the_process_group,
         pin_memory=pin_memory,
+        multiprocessing_context=_quiet_context() if workers else None,
         generator=torch.Generator(),  # or each pass would draw a number from the global one
     )
+    return Passes(loader)
+
+
+class Passes:
+    """A pass over what workers compute at every iteration: see `in_workers`."""
+
+    def __init__(self, new_loader: Callable[[], DataLoader]):
+        self._new_loader = new_loader
+        self._loader: DataLoader | None = None
+        self._running: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        self._start()
+        running = self._running
+        while True:
+            try:
+                result = next(running)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                result = worker_died(str(error))
+            if isinstance(result, UserError):
+                self.close()
+                raise result
+            yield result
+
+    def _start(self) -> None:
+        if self._loader is None:
+            self._loader = self._new_loader()
+            at_end(partial(_close, weakref.ref(self)))
+        try:
+            _try_semaphores(self._loader.num_workers)
+            self._running, failure = iter(self._loader), None
+        except OSError as error:
+            failure = MachineError(f"workers cannot be started ({error.strerror}): {SHARED_MEMORY}")
+        if failure is not None:  # raised here, where no traceback keeps the workers that did start
+            self.close()
+            raise failure
+
+    def close(self) -> None:
+        """End the workers now; another pass starts new ones."""
+        running, self._running, self._loader = self._running, None, None
+        if hasattr(running, "_shutdown_workers"):  # not by `del`: the traceback of an error keeps the pass
+            with suppress(RuntimeError):  # torch's, about one more worker that has died
+                running._shutdown_workers()
+
+
+def _try_semaphores(workers: int) -> None:
+    """OSError: there are not as many as DataLoader takes, which leaves a half-made pass behind if it finds that out."""
+    semaphores = [multiprocessing.Lock() for _ in range(3 * workers + 8 if workers else 0)]
+    del semaphores
+
+
+def _close(passes: weakref.ref, *_error: Any) -> None:
+    if passes() is not None:
+        passes().close()
+
+
+class _QuietQueue(multiprocessing.queues.Queue):
+    """A queue whose thread prints nothing if the other end is gone. `Passes` says so in one line."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self._ignore_epipe = True
+
+
+def _quiet_context() -> multiprocessing.context.BaseContext:
+    """The context of the start method in use, with quiet queues."""
+    context = copy(multiprocessing.get_context(multiprocessing.get_start_method()))
+    context.Queue = partial(_QuietQueue, ctx=context)
+    return context
 
 
 def _as_it_is(result: Any) -> Any:
@@ -105,3 +214,4 @@ def _as_it_is(result: Any) -> Any:
 def _leave_the_process_group(_worker: int) -> None:
     """Ctrl-C, and a signal to the whole job, are for the parent: it ends its workers in its own time."""
     os.setsid()
+    signal.set_wakeup_fd(-1)  # a forked worker has its parent's

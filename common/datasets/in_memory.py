@@ -43,6 +43,10 @@ class Split(NamedTuple):
     images: np.ndarray  # uint8 [N, H, W, C]
     labels: np.ndarray  # int64 [N]
 
+    def only(self, keep: np.ndarray) -> "Split":
+        """The images at `keep`, positions."""
+        return Split(self.images[keep], self.labels[keep])
+
 
 class Data(NamedTuple):
     """A data set in memory, with clean labels unless it came with none."""
@@ -86,8 +90,14 @@ def download(name: str, root: str | Path = "./data") -> None:
     _download(name, Path(root))
 
 
-def _data(name: str, train: Split, test: Split, noisy_labels: np.ndarray | None = None) -> Data:
-    num_classes = NUM_CLASSES.get(name, int(train.labels.max()) + 1)
+def _data(
+    name: str,
+    train: Split,
+    test: Split,
+    noisy_labels: np.ndarray | None = None,
+    num_classes: int | None = None,
+) -> Data:
+    num_classes = num_classes or NUM_CLASSES.get(name, int(train.labels.max()) + 1)
     mean, std = NORMALISATION.get(name, ((), ()))
     if len(mean) != train.images.shape[-1]:  # no constants, or an .npz of that name with other channels
         mean, std = _pixel_statistics(train.images)
@@ -229,6 +239,8 @@ def _load_npz(name: str, path: Path) -> Data:
     splits = [_checked_split(path, part, arrays) for part in ("train", "test")]
     # a data set of your own has as many classes as its labels say, but hardly more than training images
     num_classes = NUM_CLASSES.get(name, min(max(int(splits[0].labels.max()) + 1, 1), len(splits[0].labels)))
+    if "num_classes" in arrays:
+        num_classes = _given_classes(path, name, arrays["num_classes"])
     for part, split in zip(("train", "test"), splits, strict=True):
         _check_range(path, f"{part}_labels", split.labels, num_classes)
     if splits[0].images.shape[1:] != splits[1].images.shape[1:]:
@@ -241,7 +253,18 @@ def _load_npz(name: str, path: Path) -> Data:
             )
         _check_range(path, "noisy_labels", noisy, num_classes)
         noisy = noisy.astype(np.int64)
-    return _data(name, *splits, noisy)
+    return _data(name, *splits, noisy, num_classes)
+
+
+def _given_classes(path: Path, name: str, given: np.ndarray) -> int:
+    """The num_classes of an .npz: settles classes that only the test set, or nothing, has."""
+    if given.size != 1 or not is_integer(given) or not 1 <= given.item() <= 100_000:
+        raise UserError(
+            f"{path}: num_classes must be one whole number above 0, got {given.dtype} {given.tolist()}"
+        )
+    if given.item() != NUM_CLASSES.get(name, given.item()):
+        raise UserError(f"{path}: num_classes is {given.item()}, {name} has {NUM_CLASSES[name]}")
+    return int(given.item())
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -253,13 +276,20 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     missing = [key for key in wanted if key not in arrays]
     if missing:
         raise UserError(f"{path}: has no array {', '.join(missing)}; it needs {', '.join(wanted)}")
-    return {key: arrays[key] for key in [*wanted, "noisy_labels"] if key in arrays}
+    return {key: arrays[key] for key in [*wanted, "noisy_labels", "num_classes"] if key in arrays}
 
 
 def _checked_split(path: Path, part: str, arrays: dict[str, np.ndarray]) -> Split:
     images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
     if images.ndim == 3:
         images = images[..., None]
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if images.ndim == 4 and images.shape[-1] not in (1, 3) and images.shape[1] in (1, 3):
+        raise UserError(
+            f"{path}: {part}_images are [N, C, H, W], here they are [N, H, W, C]: save "
+            f"images.transpose(0, 2, 3, 1): {_shapes(arrays)}"
+        )
     if (
         images.dtype != np.uint8
         or images.ndim != 4
@@ -279,7 +309,12 @@ def _checked_split(path: Path, part: str, arrays: dict[str, np.ndarray]) -> Spli
 def _check_range(path: Path, name: str, labels: np.ndarray, num_classes: int) -> None:
     if labels.min() < 0 or labels.max() >= num_classes:
         first = int(np.flatnonzero((labels < 0) | (labels >= num_classes))[0])
-        raise UserError(f"{path}: {name}[{first}] is {labels[first]}, outside 0..{num_classes - 1}")
+        remedy = (
+            "; an array num_classes in the file settles classes without a training image"
+            if name == "test_labels"
+            else ""
+        )
+        raise UserError(f"{path}: {name}[{first}] is {labels[first]}, outside 0..{num_classes - 1}{remedy}")
 
 
 def _shapes(arrays: dict[str, np.ndarray]) -> str:

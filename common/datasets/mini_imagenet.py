@@ -16,7 +16,6 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -37,6 +36,7 @@ from common.datasets.file_lists import (
 )
 from common.datasets.images import in_workers
 from common.files import write_whole
+from common.locks import InUse, Lock
 
 NAME = "mini_imagenet"
 COLORS = ("red", "blue")  # noise of the web, and synthetic
@@ -45,6 +45,10 @@ LISTS, TEST = "split", "split/clean_validation"
 ANY_TRAIN = "<color>_noise_nl_<rate>"
 TRAIN_IMAGE, TEST_IMAGE = "all_images/{name}", "validation/{label}/{name}"
 OFFICIAL = {"train": 50_000, "test": 5_000}
+# how many images the official training lists name, as far as that is known; all others name about as many
+OFFICIAL_LISTS = {"red_noise_nl_0.0": 50_000, "red_noise_nl_0.3": 49_985, "red_noise_nl_0.4": 50_010}
+OFFICIAL_LISTS |= {"red_noise_nl_0.5": 49_962, "red_noise_nl_0.8": 50_008}
+ABOUT = 100
 SOURCE = "the project page of CNWL, https://google.github.io/controlled-noisy-web-labels"
 # of the release, for its script of this data set
 MEAN, STD = (0.4728, 0.4487, 0.4031), (0.2744, 0.2663, 0.2806)
@@ -61,7 +65,11 @@ def load_mini_imagenet(
     understood, by its line.
     """
     data = read_mini_imagenet(Path(root), train_list(color, rate))
-    report(data, OFFICIAL)
+    count = len(data.train.paths)
+    report(
+        data,
+        OFFICIAL | {"train": count if is_official(train_list(color, rate), count) else OFFICIAL["train"]},
+    )
     return without_bad_images(data, Path(root), on_bad_image, workers)
 
 
@@ -97,16 +105,26 @@ def read_every_list(root: Path) -> FileData:
     images: dict[str, int] = {}
     for name in train_lists(root):
         listed = read_list(root / LISTS / name, list_lines, TRAIN_IMAGE)
-        _report_list(name, len(listed), OFFICIAL["train"])
+        _report_list(
+            name, len(listed), is_official(name, len(listed)), OFFICIAL_LISTS.get(name, OFFICIAL["train"])
+        )
         images |= listed
     data = _data(root, images)
-    _report_list("test", len(data.test.paths), OFFICIAL["test"])
+    count = len(data.test.paths)
+    _report_list("test", count, count == OFFICIAL["test"], OFFICIAL["test"])
     return data
 
 
-def _report_list(name: str, count: int, official: int) -> None:
+def is_official(name: str, count: int) -> bool:
+    """Whether a training list of that name may be the official one by how many images it names."""
+    if name in OFFICIAL_LISTS:
+        return count == OFFICIAL_LISTS[name]
+    return abs(count - OFFICIAL["train"]) <= ABOUT
+
+
+def _report_list(name: str, count: int, is_official: bool, official: int) -> None:
     print(f"{NAME} {name}: {count} images of {NUM_CLASSES} classes")
-    if count != official:
+    if not is_official:
         print(f"note: the {name} list names {count} images, the official one {official}")
 
 
@@ -201,9 +219,9 @@ def _keep(path: Path, parameters: str, images: np.ndarray) -> None:
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock"), timeout=0):
+        with Lock(path.with_suffix(".lock"), "go on"):
             write_whole(path, write)
-    except Timeout:
+    except InUse:
         processes.say(f"note: {path} is being written by another process")
     except OSError as error:
         processes.say(
@@ -219,12 +237,8 @@ def _decode(split: FileSplit, size: int, workers: int) -> np.ndarray:
     function = partial(_resized, split, resize_to_square(size), size)
     with tqdm(total=count, desc=f"decoding {split.part}", unit="image", disable=quiet) as bar:
         for positions, part in zip(chunks, in_workers(function, chunks, workers), strict=True):
-            if isinstance(part, UserError):
-                break
             images[positions] = part.numpy()
             bar.update(len(positions))
-    if isinstance(part, UserError):
-        raise part
     return images
 
 

@@ -16,11 +16,13 @@ def observed_labels(
     seed: int,
     noise_file: str | None = None,
     flag: str = "--noise_type",
+    posterior: np.ndarray | None = None,
 ) -> np.ndarray:
     """Observed labels of the training images at `index` [n]: int64 [n]. Noise is drawn for all, so a subset has its share.
 
     noise_type: one of common.noise.NOISE_TYPES, "none", or "given" for the noisy_labels of an .npz; noise_file goes before it.
-    flag: its name on the command line. UserError: labels that are not there, or do not fit; a noise for more classes.
+    flag: its name on the command line. posterior: float [N, K] of all training images, from `posterior_for`.
+    UserError: labels that are not there, or do not fit; a noise for more classes; a rate that cannot be reached.
     """
     labels = data.train.labels
     if noise_file:
@@ -32,6 +34,7 @@ def observed_labels(
     if noise_type == "none":
         return labels[index]
     try:
-        return add_noise(noise_type, labels, rate, data.num_classes, seed, data.train.images)[index]
+        noisy = add_noise(noise_type, labels, rate, data.num_classes, seed, data.train.images, posterior)
+        return noisy[index]
     except ValueError as error:
         raise UserError(f"{flag} {noise_type}: {error}; use another") from None

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.random import RandomState
 
 from common import noise, processes
@@ -18,6 +17,7 @@ from common.datasets.given_labels import labels_of
 from common.datasets.in_memory import Data
 from common.datasets.pools import FOLDERS, imagenet32_note, listing, open_pool, resized
 from common.files import write_atomic
+from common.locks import InUse, Lock
 
 
 class Corruption(NamedTuple):
@@ -25,7 +25,9 @@ class Corruption(NamedTuple):
 
     pool: str  # imagenet32, place365, photographs, or a data set
     ood_ratio: float
-    noise_type: str  # sym, asym, superclass; no; given, the noisy labels that an .npz brings along
+    noise_type: (
+        str  # sym, asym, superclass, POSTERIOR_TYPES; no; given, the noisy labels that an .npz brings along
+    )
     noise_rate: float
     noise_seed: int = 0  # of Python's generator and of the transition matrix
     label_rng: str = "python"  # what draws symmetric labels: python (the release), or numpy (SNCF)
@@ -49,11 +51,13 @@ def corrupt(
     pool_folder: Path | None = None,
     cache: Path | None = None,
     noise_file: str | None = None,
+    posterior: np.ndarray | None = None,
 ) -> OpenSetData:
     """The training images of `data` corrupted (Manifold DivideMix, Sec. 2.1): the same for the same arguments.
 
     root: where data sets are; pool_folder: where the pool's files are, if not there. cache: a folder for what was taken from
     pools of files (ImageNet 32x32, Places365), so that they are read once. noise_file: observed labels in place of drawn ones.
+    posterior: float [N, K] of the training images of `data`, for a noise type that needs one.
     UserError: a pool that is not there or too small; rates or a noise type that do not fit.
     """
     labels = data.train.labels
@@ -66,6 +70,17 @@ def corrupt(
             observed = labels_of(noise_file, np.arange(len(labels)), len(labels), data.num_classes)
         elif corruption.noise_type in ("no", "given"):
             observed = (labels if corruption.noise_type == "no" else data.noisy_labels).copy()
+        elif corruption.noise_type in noise.POSTERIOR_TYPES:
+            observed = noise.in_distribution_from_posterior(
+                corruption.noise_type,
+                labels,
+                ood,
+                corruption.noise_rate,
+                corruption.ood_ratio,
+                data.num_classes,
+                corruption.noise_seed,
+                posterior,
+            )
         else:
             python = corruption.label_rng == "python"
             observed = noise.in_distribution_noise(
@@ -107,6 +122,10 @@ def replacements(
         raise UserError(
             f"--corruption {corruption.pool}: these are the training images themselves; choose another pool"
         )
+    if pool_folder is not None and not pool_folder.is_dir():
+        raise UserError(
+            f"--ood-dir {pool_folder}: no such folder; name the folder of {corruption.pool}'s files"
+        )
     wanted = {
         "data_set": data.name,
         "images": [size, *shape],
@@ -116,7 +135,8 @@ def replacements(
     }
     path = None
     if corruption.pool in FOLDERS:
-        wanted["files"] = listing(corruption.pool, root, pool_folder)
+        # a folder that was named and holds no such files is no reason to take what the cache has of another
+        wanted["files"] = listing(corruption.pool, root, pool_folder) or (pool_folder and "no files")
         path = cache and cache / f"{data.name}-{corruption.pool}-{corruption.ood_ratio}.npz"
     kept = read_cache(path, wanted) if path and path.is_file() else None
     if kept is not None:
@@ -174,9 +194,9 @@ def write_cache(path: Path, kept: Kept, parameters: dict) -> None:
     np.savez(content, parameters=json.dumps(parameters), source=kept.source, images=kept.images)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock"), timeout=0):
+        with Lock(path.with_suffix(".lock"), "go on"):
             write_atomic(path, content.getvalue())
-    except Timeout:
+    except InUse:
         processes.say(f"note: {path} is being written by another process")
     except OSError as error:
         processes.say(
@@ -187,7 +207,7 @@ def write_cache(path: Path, kept: Kept, parameters: dict) -> None:
 def read_cache(path: Path, wanted: dict) -> Kept:
     """What a cache file holds. UserError: damaged, or made with other parameters than `wanted`.
 
-    A pool whose files are no longer there need not be: the cache stands for it.
+    Where no folder was named, a pool whose files are no longer there need not be: the cache stands for it.
     """
     try:
         arrays = read_npz(path)

@@ -12,13 +12,14 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from common.cli import UserError
+from common.datasets.arrays import read_npz
+from common.datasets.images import is_image_name
 from common.datasets.in_memory import NAMES, load
 
 IMAGENET32_FILES = tuple(f"train_data_batch_{number}" for number in range(1, 11))
 IMAGENET32_SIZE = 1_281_167
 FOLDERS = {"imagenet32": "imagenet32", "place365": "places365"}
 PATCH = 16  # pixels of a side of the photographs' patches
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 
 
 class Pool(NamedTuple):
@@ -58,9 +59,9 @@ def folder_of(name: str, root: Path, folder: Path | None = None) -> Path:
 def listing(name: str, root: Path, folder: Path | None = None) -> str | None:
     """sha256 of the names and sizes of the files of a pool of files; None where its folder is not there."""
     place = folder_of(name, root, folder)
-    names = IMAGENET32_FILES if name == "imagenet32" else _image_names(place)
-    files = [place / file for file in names if (place / file).is_file()]
-    text = "".join(f"{file.name} {file.stat().st_size}\n" for file in files)
+    names = imagenet32_files(place) if name == "imagenet32" else _image_names(place)
+    files = [file for file in names if (place / file).is_file()]
+    text = "".join(f"{file} {(place / file).stat().st_size}\n" for file in files)
     return hashlib.sha256(os.fsencode(text)).hexdigest() if files else None
 
 
@@ -85,20 +86,22 @@ def _as_pixels(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
 def imagenet32(folder: Path) -> Pool:
     """The training images of ImageNet downsampled to 32x32 (Chrabaszcz et al. 2017), their official batches 1 to 10.
 
-    Two batches are never in memory at once: 400 MB each.
+    The batches are the pickles of the first release or the .npz files of the second. Two batches are never in memory at once:
+    400 MB each.
     """
-    missing = [name for name in IMAGENET32_FILES if not (folder / name).is_file()]
+    files = imagenet32_files(folder)
+    missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise UserError(
-            f"ImageNet 32x32 not found: looked in {folder.resolve()} for {', '.join(missing)}; get the official batches "
-            "(Imagenet32_train.zip, image-net.org, registration needed), or name their folder with --ood-dir"
+            f"ImageNet 32x32 not found: looked in {folder.resolve()} for {', '.join(missing)} (or .npz); get the official "
+            "batches (Imagenet32_train.zip, image-net.org, registration needed), or name their folder with --ood-dir"
         )
-    sizes = [len(_imagenet32_batch(folder / name)) for name in IMAGENET32_FILES]
+    sizes = [len(_imagenet32_batch(folder / name)) for name in files]
     starts = np.cumsum([0, *sizes])
 
     def take(rows: np.ndarray) -> list[np.ndarray]:
         chosen: list[np.ndarray | None] = [None] * len(rows)
-        for name, start, end in zip(IMAGENET32_FILES, starts[:-1], starts[1:], strict=True):
+        for name, start, end in zip(files, starts[:-1], starts[1:], strict=True):
             own = np.flatnonzero((rows >= start) & (rows < end))
             if len(own):
                 batch = _imagenet32_batch(folder / name)
@@ -108,6 +111,13 @@ def imagenet32(folder: Path) -> Pool:
         return chosen
 
     return Pool(int(starts[-1]), take)
+
+
+def imagenet32_files(folder: Path) -> tuple[str, ...]:
+    """The names of the batches in a folder: pickles without a suffix, or .npz files where there is no pickle."""
+    as_npz = tuple(f"{name}.npz" for name in IMAGENET32_FILES)
+    pickled = any((folder / name).is_file() for name in IMAGENET32_FILES)
+    return IMAGENET32_FILES if pickled or not any((folder / name).is_file() for name in as_npz) else as_npz
 
 
 def imagenet32_note(size: int) -> str:
@@ -120,8 +130,11 @@ def imagenet32_note(size: int) -> str:
 def _imagenet32_batch(path: Path) -> np.ndarray:
     """The images of a batch file, uint8 [n, 32, 32, 3]. UserError: damaged, or not such a file."""
     try:
-        with path.open("rb") as file:
-            content = _PlainUnpickler(file).load()
+        if path.suffix == ".npz":
+            content = read_npz(path)
+        else:
+            with path.open("rb") as file:
+                content = _PlainUnpickler(file).load()
         pixels = content["data"]
         if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:
             raise ValueError(f"its data are {pixels.dtype} {list(pixels.shape)}, expected uint8 [n, 3072]")
@@ -159,7 +172,10 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def image_folder(folder: Path) -> Pool:
-    """The images of one folder, their names in order, as the benchmark reads Places365's small test images."""
+    """The images of a folder, their names in order, as the benchmark reads Places365's small test images.
+
+    Where the folder itself has none, those below it: Places365's other archives have a folder per class.
+    """
     names = _image_names(folder)
     if not names:
         raise UserError(
@@ -173,10 +189,18 @@ def image_folder(folder: Path) -> Pool:
 
 
 def _image_names(folder: Path) -> list[str]:
-    """The names of the images in a folder, in order."""
+    """The images in a folder, or else in the folders below it, as paths relative to it, in order."""
     if not folder.is_dir():
         return []
-    return sorted(name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES))
+    names = [name for name in os.listdir(folder) if is_image_name(name)]
+    if not names:
+        names = [
+            os.path.relpath(os.path.join(place, name), folder)
+            for place, _, files in os.walk(folder)
+            for name in files
+            if is_image_name(name)
+        ]
+    return sorted(names)
 
 
 def _read(path: Path) -> np.ndarray:

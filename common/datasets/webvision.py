@@ -20,11 +20,21 @@ from common.datasets.file_lists import (
     require,
     without_bad_images,
 )
+from common.datasets.images import is_image_name
 
 NAME = "webvision"
 TRAIN, TEST, SYNSETS = "info/train_filelist_google.txt", "info/val_filelist.txt", "info/synsets.txt"
 FILES = (TRAIN, TEST)
-TEST_IMAGES = "val_images_256"
+TEST_IMAGES, RESIZED = "val_images_256", "google_resized_256"
+# lists of ILSVRC12's validation images, in val/, beside it or in info/: a name and a class id or synset in each line; Kaggle's;
+# and the development kit's ids alone, in the order of the images, whose meta.mat says which synsets they are
+FLAT_LISTS = (
+    "val.txt",
+    "imagenet_val.txt",
+    "ILSVRC2012_val.txt",
+    "LOC_val_solution.csv",
+    "ILSVRC2012_validation_ground_truth.txt",
+)
 CLASSES, ALL_CLASSES, PER_CLASS = 50, 1000, 50  # of mini-WebVision; of WebVision; test images of each class
 # of the training images the count that the literature gives, not checked against the list by us
 OFFICIAL = {"train": 65_944, "test": CLASSES * PER_CLASS, "imagenet": CLASSES * PER_CLASS}
@@ -43,10 +53,11 @@ def load_webvision(
 ) -> FileData:
     """The first num_class classes: images of Google with the labels of the search, and both sets to test on.
 
-    root holds info/ and val_images_256/ as WebVision's archives unpack, and the training images where the list says (google/...).
-    The validation images of ILSVRC12 (`imagenet` of what is returned) are below `imagenet`/val or root/imagenet/val, in a
-    folder per class: named by class id (0, 1, ...) as for the release, or by synset (n01440764, ...) as torchvision's
-    ImageNet has them, for which info/synsets.txt says the order; "none" does without. on_bad_image, workers: as for
+    root holds info/ and val_images_256/ as WebVision's archives unpack, and the training images where the list says (google/...)
+    or in google_resized_256/, the archive of small images. The validation images of ILSVRC12 (`imagenet` of what is returned)
+    are below `imagenet`/val or root/imagenet/val, in a folder per class: named by class id (0, 1, ...) as for the release, or by
+    synset (n01440764, ...) as torchvision's ImageNet has them, for which info/synsets.txt says the order; or all in val/ itself,
+    with one of FLAT_LISTS in val/, beside it or in info/. "none" does without. on_bad_image, workers: as for
     Food-101N. UserError: what is missing, and where to get it; a list that cannot be understood, by its line.
     """
     data = read_webvision(Path(root), num_class, imagenet)
@@ -60,11 +71,13 @@ def read_webvision(root: Path, num_class: int = CLASSES, imagenet: str | Path | 
         raise ValueError(f"num_class must be from 2 to {ALL_CLASSES}, got {num_class}")
     require(NAME, root, root, FILES, SOURCE)
     paths, labels = read_list(root / TRAIN, list_lines, num_class)
+    if not (root / "google").is_dir() and (root / RESIZED).is_dir():  # the archive of small images unpacks so
+        paths = [f"{RESIZED}/{path.removeprefix('google/')}" for path in paths]
     test_paths, test_labels = read_list(root / TEST, list_lines, num_class)
     names = read_list(root / SYNSETS, synset_lines) if (root / SYNSETS).is_file() else ()
     other = None
     if str(imagenet) != "none":
-        other = imagenet_validation(Path(imagenet or root / "imagenet"), num_class, names)
+        other = imagenet_validation(Path(imagenet or root / "imagenet"), num_class, names, root / "info")
     return FileData(
         NAME,
         make_split(root, paths, labels),
@@ -90,13 +103,13 @@ def list_lines(lines: Iterable[str], num_class: int) -> tuple[list[str], list[in
     """
     paths, labels = [], []
     for number, line in numbered(lines):
-        path, _, label = line.rpartition(" ")
+        *path, label = line.rsplit(maxsplit=1)
         if not path or not label.isdecimal() or int(label) >= ALL_CLASSES:
             raise ValueError(
                 f"line {number}: {line!r} is not a path, a blank and a class id 0..{ALL_CLASSES - 1}"
             )
         if int(label) < num_class:
-            paths.append(path.strip())
+            paths.append(path[0].strip())
             labels.append(int(label))
     if not paths:
         raise ValueError(f"no image of the first {num_class} classes in it")
@@ -111,10 +124,13 @@ def synset_lines(lines: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-def imagenet_validation(folder: Path, num_class: int, synsets: tuple[str, ...]) -> FileSplit:
+def imagenet_validation(folder: Path, num_class: int, synsets: tuple[str, ...], info: Path) -> FileSplit:
     """ILSVRC12's validation images of the first num_class classes below folder/val. UserError: a class that is not there."""
     folder = folder / "val"
     by_id = (folder / "0").is_dir()
+    flat = _image_names(folder)
+    if flat and not any(path.is_dir() for path in folder.iterdir()):
+        return _flat_validation(folder, flat, num_class, synsets, info)
     if not by_id and not synsets and folder.is_dir():
         raise UserError(
             f"{folder.resolve()} has no folder 0, 1, ..., and there is no {SYNSETS} to find the classes by their synsets with: "
@@ -129,10 +145,7 @@ def imagenet_validation(folder: Path, num_class: int, synsets: tuple[str, ...]) 
         )
     paths, labels = [], []
     for k, name in enumerate(names):
-        try:
-            files = sorted(file for file in os.listdir(folder / name) if not file.startswith("."))
-        except OSError as error:
-            raise UserError(f"{folder / name} cannot be listed ({error.strerror})") from None
+        files = _image_names(folder / name)
         paths += [f"{name}/{file}" for file in files]
         labels += [k] * len(files)
     if not paths:
@@ -140,3 +153,81 @@ def imagenet_validation(folder: Path, num_class: int, synsets: tuple[str, ...]) 
             f"{NAME}: no image below {folder.resolve()}: get them from image-net.org, or use --imagenet none"
         )
     return make_split(folder, paths, labels, "imagenet")
+
+
+def _image_names(folder: Path) -> list[str]:
+    try:
+        return sorted(name for name in os.listdir(folder) if is_image_name(name)) if folder.is_dir() else []
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed ({error.strerror})") from None
+
+
+def _flat_validation(
+    folder: Path, names: list[str], num_class: int, synsets: tuple[str, ...], info: Path
+) -> FileSplit:
+    """ILSVRC12's validation images that lie in one folder, by the list that says their classes."""
+    places = [place / name for place in (folder, folder.parent, info) for name in FLAT_LISTS]
+    lists = [place for place in places if place.is_file()]
+    if not lists:
+        raise UserError(
+            f"{NAME}: the images in {folder.resolve()} are in no folder per class: put {' or '.join(FLAT_LISTS)} there, "
+            "or use --imagenet none"
+        )
+    class_of = read_list(lists[0], flat_lines, names, synsets, lists[0].parent)
+    without = [name for name in names if Path(name).stem not in class_of]
+    if without:
+        raise UserError(
+            f"{lists[0]}: has no line for {without[0]}: get the whole list, or use --imagenet none"
+        )
+    kept = [(name, class_of[Path(name).stem]) for name in names if class_of[Path(name).stem] < num_class]
+    if not kept:
+        raise UserError(f"{lists[0]}: no image of the first {num_class} classes in it")
+    return make_split(folder, [name for name, _ in kept], [label for _, label in kept], "imagenet")
+
+
+def flat_lines(
+    lines: Iterable[str], names: list[str], synsets: tuple[str, ...], folder: Path
+) -> dict[str, int]:
+    """Class ids by the names of images without suffix. names: of the images, in order, for a list of ids alone.
+
+    ValueError: a line that is none, a synset that is not known, a list of ids of another length or without its meta.mat.
+    """
+    rows = [line.replace(",", " ").split() for _, line in numbered(lines, "ImageId")]
+    if all(len(row) == 1 for row in rows):
+        return dict(
+            zip(
+                (Path(name).stem for name in names),
+                _development_kit(rows, names, synsets, folder),
+                strict=True,
+            )
+        )
+    class_of = {}
+    for number, row in enumerate(rows, start=1):
+        if len(row) == 1 or not (row[1].isdecimal() or row[1] in synsets):
+            raise ValueError(
+                f"line {number}: {' '.join(row)!r} is not an image and its class id or a synset of {SYNSETS}"
+            )
+        class_of[Path(row[0]).stem] = int(row[1]) if row[1].isdecimal() else synsets.index(row[1])
+    return class_of
+
+
+def _development_kit(
+    rows: list[list[str]], names: list[str], synsets: tuple[str, ...], folder: Path
+) -> list[int]:
+    """Class ids of the images in order, from the ids 1..1000 of ILSVRC12's development kit; its meta.mat names their synsets."""
+    if not (folder / "meta.mat").is_file() or not synsets:
+        raise ValueError(
+            f"holds ids alone: put the development kit's meta.mat beside it, and {SYNSETS} into the data set"
+        )
+    if len(rows) != len(names):
+        raise ValueError(f"holds {len(rows)} ids for {len(names)} images: they go by the order of all images")
+    from scipy.io import loadmat  # noqa: PLC0415
+
+    meta = loadmat(folder / "meta.mat", squeeze_me=True)["synsets"]
+    of_id = {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in meta}
+    try:
+        return [synsets.index(of_id[int(row[0])]) for row in rows]
+    except (KeyError, ValueError):
+        raise ValueError(
+            "has an id that meta.mat, or a synset that the data set's list, does not have"
+        ) from None

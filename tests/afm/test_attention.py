@@ -33,6 +33,8 @@ def plain_weights(attention: GroupAttention, group: torch.Tensor) -> torch.Tenso
     z = fused @ last.weight.double().T + last.bias.double()
     if attention.attention == "complement":
         return torch.stack([1 / (1 + (-z[0]).exp()), 1 - 1 / (1 + (-z[0]).exp())])
+    if attention.attention == "relu-sigmoid":
+        z = z.clamp_min(0)
     alpha = z.exp() if attention.attention == "softmax" else 1 / (1 + (-z).exp())
     return alpha / alpha.sum()
 
@@ -46,6 +48,8 @@ def plain_weights(attention: GroupAttention, group: torch.Tensor) -> torch.Tenso
 def test_agrees_with_a_loop_over_groups(group_size, interaction, attention, attn_hidden):
     options = {"interaction": interaction, "attention": attention, "attn_hidden": attn_hidden}
     made = attention_of(9, group_size, hidden=6, **options)
+    with torch.no_grad():  # scores of both signs
+        made.score[-1].bias.copy_(torch.linspace(0.3, -0.1, len(made.score[-1].bias)))
     members = 2 * members_of(7, group_size, 9)
     weights = made(members)
     assert weights.shape == (7, group_size)
@@ -70,7 +74,7 @@ def test_every_projection_and_score_is_a_layer_of_its_own():
 
 
 def test_members_are_not_interchangeable():
-    attention, members = attention_of(8), members_of(5, 2, 8)
+    attention, members = attention_of(8, attention="sigmoid"), members_of(5, 2, 8)
     exchanged = attention(members.flip(1)).flip(1)
     assert ((attention(members) - exchanged).abs() > 1e-4).all()
 
@@ -79,21 +83,57 @@ def test_members_are_not_interchangeable():
 
 
 @pytest.mark.parametrize("shift", [-1e4, -200.0, -90.0, 0.0, 200.0])
-@pytest.mark.parametrize("attention", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("attention", ["relu-sigmoid", "sigmoid", "softmax"])
 def test_weights_and_gradients_stay_finite_for_extreme_scores(attention, shift):
     scores = (torch.tensor([[0.0, 1.0, -1.0], [2.0, 2.0, 2.0]]) + shift).requires_grad_()
     weights = mixing_weights(scores, attention)
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(2))
-    if shift < 0:  # sigmoid(z) is exp(z) there
+    if shift < 0 and attention != "relu-sigmoid":  # sigmoid(z) is exp(z) there
         torch.testing.assert_close(weights, torch.softmax(scores, dim=1), rtol=1e-4, atol=1e-6)
     weights[:, 0].sum().backward()
     assert scores.grad.isfinite().all()
 
 
-def test_the_stable_form_is_sigmoids_divided_by_their_sum():
+@pytest.mark.parametrize("attention", ["relu-sigmoid", "sigmoid"])
+def test_the_stable_form_is_sigmoids_divided_by_their_sum(attention):
     scores = 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    alpha = scores.sigmoid()
-    torch.testing.assert_close(mixing_weights(scores, "sigmoid"), alpha / alpha.sum(dim=1, keepdim=True))
+    scores.requires_grad_()
+    alpha = (scores.clamp_min(0) if attention == "relu-sigmoid" else scores).sigmoid()
+    plain, stable = alpha / alpha.sum(dim=1, keepdim=True), mixing_weights(scores, attention)
+    torch.testing.assert_close(stable, plain)
+    towards = torch.randn(50, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = [torch.autograd.grad((weights * towards).sum(), scores)[0] for weights in (stable, plain)]
+    torch.testing.assert_close(*gradients)
+    assert (gradients[0][scores < 0] == 0).all() == (attention == "relu-sigmoid")
+
+
+@pytest.mark.parametrize("group_size", [2, 3, 7])
+def test_relu_sigmoid_keeps_every_weight_between_its_bounds(group_size):
+    least, greatest = 1 / (2 * group_size - 1), 2 / (group_size + 1)
+    first = torch.full((2, group_size), -50.0)
+    first[0, 0], first[1, 1:] = 50.0, 50.0  # one alpha of 1 beside 1/2; one of 1/2 beside 1
+    extremes = mixing_weights(first, "relu-sigmoid")
+    torch.testing.assert_close(extremes[:, 0], torch.tensor([greatest, least]))
+    scores = 30 * torch.randn(2000, group_size, generator=torch.Generator().manual_seed(0))
+    weights = mixing_weights(scores, "relu-sigmoid")
+    assert weights.min() >= least - 1e-6 and weights.max() <= greatest + 1e-6
+    if group_size == 2:
+        assert (least, greatest) == (1 / 3, 2 / 3)
+
+
+def test_a_dead_relu_gives_uniform_weights_and_no_gradient():
+    scores = torch.tensor([[-1e-3, -5.0, 0.0], [-1e4, -1.0, -80.0]], requires_grad=True)
+    weights = mixing_weights(scores, "relu-sigmoid")
+    torch.testing.assert_close(weights, torch.full((2, 3), 1 / 3))
+    weights[:, 0].sum().backward()
+    assert (scores.grad == 0).all()
+
+
+def test_a_score_whose_sigmoid_rounds_to_1_still_has_a_gradient():
+    scores = torch.tensor([[30.0, 0.5]], requires_grad=True)
+    assert scores[0, 0].sigmoid() == 1
+    mixing_weights(scores, "relu-sigmoid")[0, 0].backward()
+    assert 0 < scores.grad[0, 0] < 1e-12
 
 
 def test_complement_is_a_sigmoid_for_the_first_and_the_rest_for_the_second():
@@ -169,7 +209,7 @@ def test_no_group_no_mixture():
     ("options", "named"),
     [
         ({"interaction": "max"}, "sum, concat, mul, got max"),
-        ({"attention": "tanh"}, "sigmoid, softmax, complement, got tanh"),
+        ({"attention": "tanh"}, "relu-sigmoid, sigmoid, softmax, complement, got tanh"),
         ({"group_size": 3, "attention": "complement"}, "groups of 2, got 3"),
     ],
 )

@@ -18,6 +18,7 @@ FLAGS = [
     (("--train-on",), "noisy"),
     (("--noise-type",), "symmetric"),
     (("--noise-rate",), 0.5),
+    (("--posterior",), None),
     (("--on_bad_image",), "error"),
     (("--image-cache",), None),
     (("--workers",), 4),
@@ -25,8 +26,8 @@ FLAGS = [
     (("--pretrained",), None),
     (("--shared-classifier", "--no-shared-classifier"), True),
     (("--group-size",), 2),
-    (("--group-rounds",), 1),
-    (("--group-order",), "halves"),
+    (("--group-rounds",), None),
+    (("--group-order",), None),
     (("--pair-chunks",), None),
     (("--interaction",), "sum"),
     (("--attention",), None),
@@ -66,6 +67,8 @@ FLAGS = [
     (("--noise_file",), None),
     (("-r", "--resume"), "auto"),
     (("--limit_train",), None),
+    (("--limit_test",), None),
+    (("--full_test_at_end",), False),
 ]
 
 # frozen too: the networks to choose from
@@ -242,25 +245,35 @@ def test_a_typed_flag_wins_over_the_presets():
     assert (args.lr, args.group_size, args.dataset) == (0.2, 4, "digits")
 
 
+PAPER = {"attention": "relu-sigmoid", "mix_target": "soft", "group_order": "random", "group_rounds": 4}
+PAPER |= {"pair_chunks": 1, "sync_bn": True}
+RELEASE = {"attention": "complement", "mix_target": "both", "group_order": "halves", "group_rounds": 1}
+RELEASE |= {"pair_chunks": 1, "sync_bn": False}
+MIXUP = "--mix-at input --weights random --lam 1"
+
+
 @pytest.mark.parametrize(
-    ("argv", "expected"),
+    ("words", "expected"),
     [
-        ([], ("sigmoid", "soft", 1, True)),
-        (["--fidelity", "paper"], ("sigmoid", "soft", 1, True)),
-        (["--fidelity", "released"], ("complement", "both", 1, False)),
-        (["--fidelity", "released", "--attention", "sigmoid"], ("sigmoid", "both", 1, False)),
-        (["--mix-target", "soft", "--fidelity", "released"], ("complement", "soft", 1, False)),
-        (["--fidelity", "released", "--pair-chunks", "8"], ("complement", "both", 8, False)),
-        (["--fidelity", "released", "--sync-bn"], ("complement", "both", 1, True)),
+        ("", PAPER),
+        ("--fidelity paper", PAPER),
+        ("--fidelity released", RELEASE),
+        ("--fidelity released --attention sigmoid", RELEASE | {"attention": "sigmoid"}),
+        ("--mix-target soft --fidelity released", RELEASE | {"mix_target": "soft"}),
+        ("--fidelity released --pair-chunks 8", RELEASE | {"pair_chunks": 8}),
+        ("--fidelity released --sync-bn", RELEASE | {"sync_bn": True}),
+        ("--fidelity released --group-rounds 3", RELEASE | {"group_rounds": 3}),
         (
-            ["--attention", "complement", "--mix-target", "both", "--no-sync-bn"],
-            ("complement", "both", 1, False),
+            "--attention complement --mix-target both --no-sync-bn --group-order halves --group-rounds 1",
+            RELEASE,
         ),
+        (MIXUP, PAPER | {"group_order": "halves", "group_rounds": 1}),
+        (f"{MIXUP} --group-rounds 1", PAPER | {"group_order": "halves", "group_rounds": 1}),
     ],
 )
-def test_fidelity_decides_unless_a_flag_is_typed(argv, expected):
-    args = parse_args(argv)
-    assert (args.attention, args.mix_target, args.pair_chunks, args.sync_bn) == expected
+def test_fidelity_decides_unless_a_flag_is_typed(words, expected):
+    args = vars(parse_args(words.split()))
+    assert {name: args[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(("fidelity", "chunks"), [("paper", 1), ("released", 8)])
@@ -269,7 +282,9 @@ def test_under_torchrun_the_releases_pairs_are_inside_each_processs_piece(fideli
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "0")
     assert parse_args(["--fidelity", fidelity]).pair_chunks == chunks
-    assert parse_args(["--fidelity", fidelity, "--pair-chunks", "2"]).pair_chunks == 2
+    assert parse_args(["--fidelity", fidelity, "--group-order", "random"]).pair_chunks == 1
+    halves = ["--group-order", "halves", "--pair-chunks", "2"]
+    assert parse_args(["--fidelity", fidelity, *halves]).pair_chunks == 2
 
 
 @pytest.mark.parametrize(
@@ -309,6 +324,15 @@ def test_the_noise_of_files_is_given(argv, noise_type):
         (["--weights", "uniform"], "feature mixup, uniform weights (K=2)"),
         (["--weights", "random", "--group-size", "4"], "feature mixup, random weights (K=4)"),
         (["--detach-target", "--interaction", "concat"], "AFM (K=2, detach_target True, interaction concat)"),
+        (
+            ["--attention", "sigmoid", "--group-order", "halves", "--group-rounds", "1"],
+            "AFM (K=2, attention sigmoid, group_order halves, group_rounds 1)",
+        ),
+        (
+            ["--weights", "uniform", "--group-rounds", "2"],
+            "feature mixup, uniform weights (K=2, group_rounds 2)",
+        ),
+        (["--fidelity", "released", "--group-rounds", "4"], "AFM (K=2, group_rounds 4)"),
         (["--fidelity", "released"], "AFM (K=2)"),
         (["--fidelity", "released", "--mix-target", "soft"], "AFM (K=2, mix_target soft)"),
         (["--weights", "random", "--lam", "1", "--mix-at", "input"], "mixup"),
@@ -361,7 +385,7 @@ def test_the_place_of_the_data_is_no_part_of_what_was_run(tmp_path):
     ("words", "line"),
     [
         ("--group-size 1", "--group-size: .*at least 2.*got 1"),
-        ("--group-size 3 --fidelity released", "--group-size: .*got 3.*--attention sigmoid"),
+        ("--group-size 3 --fidelity released", "--group-size: .*got 3.*--attention relu-sigmoid"),
         ("--group-size 3 --attention complement", "--group-size: .*got 3"),
         ("--train-on noisy+clean", "--train-on: .*clothing1m.*digits"),
         ("--train-on clean", "--train-on: .*clean.*choose from"),
@@ -387,6 +411,9 @@ def test_the_place_of_the_data_is_no_part_of_what_was_run(tmp_path):
         ("--weights equal", "--weights: .*equal.*choose from .*attentive"),
         ("--group-order quarters", "--group-order: .*quarters.*choose from .*halves"),
         ("--pair-chunks 0", "--pair-chunks: .*got 0"),
+        ("--pair-chunks 2", "--pair-chunks: 2 pieces .*--group-order halves"),
+        (f"{MIXUP} --group-rounds 2", "--mix-at: .*--group-rounds 2"),
+        (f"{MIXUP} --group-order random", "--mix-at: .*--group-order random"),
         ("--network resnet20", "--network: .*resnet20.*choose from .*resnet18.*preact_resnet18"),
         (
             "--network preact_resnet18 --pretrained imagenet",

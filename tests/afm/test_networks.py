@@ -137,6 +137,7 @@ def test_a_training_step_gives_mixed_and_plain_logits_and_weights_of_the_same_fe
     weights = network.attention(features[groups])
     expected = network.classifier((weights[:, :, None] * features[groups]).sum(dim=1))
     torch.testing.assert_close(outputs.weights, weights)
+    torch.testing.assert_close(outputs.scores, network.attention.scores(features[groups]))
     torch.testing.assert_close(outputs.mixed, expected)
     torch.testing.assert_close(outputs.plain, network.classifier(features))
 
@@ -182,7 +183,7 @@ def test_attention_mixtures_and_classifiers_stay_in_float32_under_autocast():
     with Device(torch.device("cpu"), "bf16", "tests").autocast():
         outputs = network.train()(images_of(6), groups_by_halves(6, 2))
         assert network.eval()(images_of(6)).dtype == torch.float32
-    assert [output.dtype for output in outputs] == [torch.float32] * 3
+    assert [output.dtype for output in outputs] == [torch.float32] * 4
     assert (outputs.weights.sum(dim=1) - 1).abs().max() < 1e-6
 
 

@@ -1,5 +1,6 @@
 """An epoch of training, the test, and the attention of samples: against plain loops, torch and scikit-learn."""
 
+import csv
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -124,7 +125,7 @@ def test_the_flags_of_the_target_arrive_in_the_loss():
     features, labels = samples(8)
     found = {}
     for target, detach in (("soft", False), ("soft", True), ("both", False)):
-        network = head()
+        network = head(attention="sigmoid")
         options = {"loss_weights": (1.5, 0.5), "target": target, "detach_target": detach, "device": CPU}
         done = train_epoch(network, sgd(network), batches_of(features, 8), labels, drawing(), **options)
         found[target, detach] = done.mixed_loss, network.attention.score[-1].weight.detach()
@@ -225,11 +226,11 @@ def test_mixing_inputs_is_mixup():
 @pytest.mark.parametrize("weights", ["attentive", "uniform", "random"])
 def test_draws_give_weights_only_where_none_are_learnt(weights):
     groups, drawn = drawing("--weights", weights, "--group-size", "3")(10)
-    assert groups.shape == (3, 3)
+    assert groups.shape == (4 * 3, 3)  # four rounds
     if weights == "attentive":
         assert drawn is None
     else:
-        torch.testing.assert_close(drawn.sum(dim=1), torch.ones(3))
+        torch.testing.assert_close(drawn.sum(dim=1), torch.ones(12))
         assert (drawn.std() < 1e-6) == (weights == "uniform")
     nothing, none = drawing("--weights", weights, "--group-size", "3", mixing=False)(10)
     assert nothing.shape == none.shape == (0, 3)
@@ -245,8 +246,8 @@ def test_the_order_of_the_data_does_not_depend_on_what_is_mixed(tmp_path, monkey
         return training.train_epoch(network, optimizer, batches, *rest, **options)
 
     monkeypatch.setattr(script, "train_epoch", recorded)
-    random = ["--group-order", "random", "--group-rounds", "2"]
-    settings = [[], ["--group-size", "3", *random], ["--weights", "random", *random], ["--lam", "0"]]
+    halves = ["--group-order", "halves", "--group-rounds", "1"]
+    settings = [[], ["--group-size", "3"], ["--weights", "random", *halves], ["--lam", "0"]]
     for number, flags in enumerate(settings):
         seen.append([])
         common = ["--dataset", "digits", "--limit_train", "64", "--train-batch", "16", "--epochs", "2"]
@@ -254,6 +255,55 @@ def test_the_order_of_the_data_does_not_depend_on_what_is_mixed(tmp_path, monkey
     assert len(seen[0]) == 8
     assert seen[0][:4] != seen[0][4:]
     assert all(order == seen[0] for order in seen)
+
+
+def test_the_share_of_dead_scores_is_that_of_all_groups_of_the_epoch():
+    """Learning rate 0, so that the scores of every batch can be looked at afterwards."""
+    features, labels = samples(7)
+    network, flags = head(), ["--group-rounds", "3"]
+    optimizer = torch.optim.SGD(network.parameters(), 0.0)
+    with torch.no_grad():  # scores of both signs
+        scores = network.attention.scores(torch.stack([features, features.flip(0)], dim=1))
+        network.attention.score[-1].bias -= scores.mean(dim=0)
+    options = {"loss_weights": (1.5, 0.5), "device": CPU}
+    done = train_epoch(network, optimizer, batches_of(features, 4), labels, drawing(*flags), **options)
+    signs, draws = [], drawing(*flags)
+    for (x,), index in batches_of(features, 4):  # of 4 and 3 samples, so of 6 and 3 groups
+        signs += (network.attention.scores(x[draws(len(index))[0]]) <= 0).flatten().tolist()
+    assert len(signs) == 2 * 9 and 0 < sum(signs) < len(signs)
+    assert done.dead == pytest.approx(np.mean(signs))
+    with torch.no_grad():
+        network.attention.score[-1].bias.fill_(-100)
+    for batches, dead in ((batches_of(features, 4), 1.0), (batches_of(features[:1], 1), None)):
+        assert train_epoch(network, optimizer, batches, labels, drawing(), **options).dead == dead
+    drawn = drawing("--weights", "uniform")
+    assert (
+        train_epoch(head(attentive=False), optimizer, batches_of(features, 4), labels, drawn, **options).dead
+        is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"), [([], True), (["--attention", "sigmoid"], False), (["--weights", "random"], False)]
+)
+def test_the_log_shows_a_dead_relu_where_there_is_one(flags, shown, tmp_path):
+    words = [
+        "--dataset",
+        "digits",
+        "--limit_train",
+        "32",
+        "--train-batch",
+        "16",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    script.main([*words, *flags, "--out", str(tmp_path / "run")])
+    with (tmp_path / "run" / "log.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["attention_dead"] != "") == shown
+    assert not shown or 0 <= float(row["attention_dead"]) <= 1
 
 
 # the test ---------------------------------------------------------------------------------------------------------------
@@ -352,7 +402,7 @@ def test_the_attention_of_a_sample_is_the_mean_over_partners_and_positions(group
 
 
 def test_the_attention_of_a_sample_tends_to_its_mean_over_all_ordered_pairs():
-    network, (features, _) = head(), samples(6)
+    network, (features, _) = head(attention="sigmoid"), samples(6)
     with torch.no_grad():  # a strong attention, or the mean is 1/2 for all
         network.attention.score[-1].weight.mul_(20)
     pairs = pair_weights(network, features)

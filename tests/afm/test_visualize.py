@@ -93,6 +93,47 @@ def test_fewer_images_than_places_stay_in_their_rows(tmp_path):
     assert [bool(title) for title in titles] == [*[True] * 5, *[False] * 3] * 2
 
 
+def test_every_setting_has_curves_and_every_method_of_it_its_weights(tmp_path, monkeypatch):
+    """Runs of one method under two kinds of noise are not averaged; the images are of the run with the highest AUC."""
+    hard = ["--noise-type", "hard", "--noise-rate", "0.4"]
+    folders = [
+        write_run(tmp_path / name, *flags, attentive=attentive, seed=seed)
+        for name, flags, attentive, seed in (
+            ("a", [], True, 1),
+            ("b", [], True, 2),
+            ("c", ["--lam", "0"], False, 3),
+            ("d", hard, True, 4),
+        )
+    ]
+    runs = [visualize.read_run(folder) for folder in folders]
+    runs[3].attention["weight"][:] = runs[3].attention["known"]  # AUC 1
+    seen = {"curves": [], "weights": [], "images": []}
+    curves, draw_weights = visualize.figures.draw_curves, visualize.draw_weights
+
+    def record(axes, members):
+        seen["curves"].append([method for method, _ in members])
+        curves(axes, members)
+
+    monkeypatch.setattr(visualize.figures, "draw_curves", record)
+    monkeypatch.setattr(
+        visualize, "draw_weights", lambda axes, run: seen["weights"].append(run) or draw_weights(axes, run)
+    )
+    monkeypatch.setattr(visualize, "draw_images", lambda _, run: seen["images"].append(run))
+    visualize.draw(runs, tmp_path / "figure.png")
+    assert seen["curves"] == [["AFM (K=2)", "AFM (K=2)", "CE"], ["AFM (K=2)"]]
+    assert [run.folder.name for run in seen["weights"]] == ["a", "d"]
+    assert [run.folder.name for run in seen["images"]] == ["d"]
+
+
+def test_equal_weights_of_all_samples_are_drawn(tmp_path, recwarn):
+    """A dead ReLU leaves every weight at 1/K."""
+    run = visualize.read_run(write_run(tmp_path / "run"))
+    run.attention["weight"][:] = 0.5
+    visualize.draw([run], tmp_path / "figure.png")
+    assert is_figure(tmp_path / "figure.png")
+    assert [str(warning.message) for warning in recwarn if warning.category is RuntimeWarning] == []
+
+
 def is_figure(path) -> bool:
     """A picture that is not one colour."""
     with Image.open(path) as image:
@@ -123,7 +164,7 @@ def test_a_figure_with_and_without_attention(runs, panels, tmp_path, monkeypatch
     assert len(titles) == panels
     if panels:
         assert re.search(r"AUC 0\.\d{3}$", titles[0])
-        assert titles[1].endswith("truth not known")
+        assert titles[1].endswith("true labels unknown")
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["figure.png"]
 
 

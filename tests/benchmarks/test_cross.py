@@ -18,6 +18,7 @@ from benchmarks import cross
 from benchmarks.cross import METHODS, Setting, check_given_labels, inputs_of, prepare, settings_of
 from common import datasets, noise
 from common.cli import UserError
+from common.datasets.posterior import posterior_for
 from common.results import COLUMNS
 
 DESCRIPTION = tomllib.loads(cross.DESCRIPTION.read_text(encoding="utf-8"))
@@ -81,21 +82,28 @@ def test_every_method_has_the_same_backbone_and_as_many_epochs(data, capsys):
 
 
 @pytest.mark.parametrize("data", DATA)
-def test_no_method_has_flags_of_its_own_for_a_setting_and_all_read_the_same_labels(data, capsys):
-    labels, flags = {}, {}
+def test_all_methods_read_the_same_images_with_the_same_labels(data, capsys):
+    labels = {}
     for command in dry_run(capsys, "--dataset", data, "--seeds", "3"):
         args = parsed(command)
         assert args.seed == 3 and args.dataset == data
-        setting, method = args.out.split("/")[4:6]
+        setting = args.out.split("/")[4]
         if command[1] != "manifold_dividemix/pretrain.py":
             folder = getattr(args, "data_root", None) or args.data_path
             source = (args.noise_file, folder)
             assert source == labels.setdefault(setting, source)
             assert args.noise_file or "cross_data" in folder
-        own = {"out", "noise_file", "data_path", "data_root", "pretrained", "noise_type", "noise_mode"}
-        rest = {name: value for name, value in vars(args).items() if name not in own}
-        assert rest == flags.setdefault((command[1], method), rest), command
     assert len(labels) == len(DESCRIPTION[data]["settings"]) and len(set(labels.values())) == len(labels)
+
+
+def test_the_long_tail_changes_the_warm_up_in_the_commands(capsys):
+    commands = dry_run(capsys, "--seeds", "1", "--methods", "sfa", "sanm")
+    for setting in settings_of("digits", None, DESCRIPTION):
+        flags = cross.flags_in(setting, DESCRIPTION["digits"])
+        for method in ("sfa", "sanm"):
+            (own,) = (c for c in commands if c[-1].endswith(f"/{setting.name}/{method}/seed1"))
+            assert f" {flags[method]} --out " in " ".join(own)
+            assert (own.count("--warm_up") == 2) == (setting.imb_factor is not None)
 
 
 def test_the_settings_that_the_field_compares_at_are_there():
@@ -121,6 +129,19 @@ def test_labels_are_drawn_from_the_seed_for_all_methods_at_once(tmp_path):
     np.save(inputs.labels, drawn[0])
     with pytest.raises(UserError, match=r"digits-sym0\.5-seed2\.npy was made from other data"):
         prepare(setting, 2, inputs, tmp_path, None)
+
+
+@pytest.mark.parametrize("kind", ["margin1", "hard"])
+def test_settings_may_have_noise_from_a_posterior(kind, tmp_path):
+    data = datasets.load("digits")
+    clean, eta = data.train.labels, posterior_for(kind, data, tmp_path)
+    setting = Setting("digits", f"{kind}-0.4", kind, 0.4)
+    index, observed = cross.draw(setting, 1, data, tmp_path)
+    assert np.array_equal(index, np.arange(1437))
+    assert np.array_equal(observed, noise.add_noise(kind, clean, 0.4, 10, 1, posterior=eta))
+    index, observed = cross.draw(setting._replace(imb_factor=0.1), 1, data, tmp_path)
+    assert len(index) < 700 and (np.diff(index) > 0).all()
+    assert np.mean(observed != clean[index]) == pytest.approx(0.4, abs=0.06)
 
 
 @pytest.mark.parametrize("limit", [None, 300])
@@ -167,6 +188,19 @@ def test_labels_that_people_gave_are_read_from_the_data_folder(tmp_path):
     prepare(setting, 1, part, tmp_path, 8)
     data = datasets.load("cifar10", part.folder)
     assert len(data.noisy_labels) == 8 and np.array_equal(data.noisy_labels, (data.train.labels + 1) % 10)
+
+
+def test_a_file_with_labels_of_the_first_images_alone_makes_a_data_set_of_these(tmp_path):
+    clean = datasets.load("digits").train.labels
+    np.save(tmp_path / "first.npy", (clean[:100] + 1) % 10)
+    setting = Setting("digits", "first", "margin1", 0.35, labels="first.npy", images=100)
+    for limit in (None, 30):
+        inputs = inputs_of(setting, 3, tmp_path / "out", tmp_path, limit)
+        prepare(setting, 3, inputs, tmp_path, limit)
+        data = datasets.load("digits", inputs.folder)
+        assert len(data.train.labels) == (limit or 100)
+        assert np.array_equal(data.noisy_labels, (data.train.labels + 1) % 10)
+    assert cross.columns_of(setting) == {"noise_type": "margin1", "noise_rate": 0.35, "imb_factor": ""}
 
 
 def test_an_unknown_setting_is_refused_with_the_choices():

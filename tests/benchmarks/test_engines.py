@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from benchmarks import engines, run
 from benchmarks.cells import ROOT, cells
 from benchmarks.engines import Machine, cell_resources, run_on_worker
 from common.cli import UserError
+from common.locks import Lock
 
 PRESET = "embedded/digits-if0.1-imb0.5/sfa"
 SHORT = ["--num_epochs", "3", "--warm_up", "1"]
@@ -154,8 +154,10 @@ def test_ended_it_ends_its_runs_and_leaves_their_checkpoints(cluster, tmp_path, 
     assert process.returncode == status
     wait_for(lambda: not is_alive(script), seconds=30)
     assert (folder / "checkpoint.pt").exists() and not (folder / "result.json").exists()
-    with FileLock(folder / ".lock", timeout=5):
-        assert not (tmp_path / "sfa.csv").exists()
+    lock = Lock(folder / ".lock", "wait")
+    lock.acquire(5)
+    lock.release()
+    assert not (tmp_path / "sfa.csv").exists()
 
 
 def test_a_script_that_fails_is_named_and_not_run_again(cluster, tmp_path):
@@ -260,7 +262,7 @@ def test_a_flag_of_the_other_engine_is_refused(given, name):
 
 
 def test_a_run_waits_for_what_a_lost_worker_left_behind(tmp_path):
-    lock = FileLock(tmp_path / ".lock", thread_local=False)
+    lock = Lock(tmp_path / ".lock", "wait")
     lock.acquire()
     held = threading.Timer(1.0, lambda: (tmp_path / "released").touch() or lock.release())
     held.start()
@@ -271,9 +273,9 @@ def test_a_run_waits_for_what_a_lost_worker_left_behind(tmp_path):
 
 def test_a_directory_that_stays_in_use_is_a_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "SECONDS_IN_USE", 0.3)
-    with FileLock(tmp_path / ".lock"):
+    with Lock(tmp_path / ".lock", "wait"):
         finished, failure = run_on_worker(tmp_path, [sys.executable, "-c", ""], {}, None)
-    assert not finished and "is in use by another process" in failure
+    assert not finished and "is in use by process" in failure
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

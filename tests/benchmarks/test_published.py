@@ -93,6 +93,15 @@ def test_the_figures_of_mini_webvision_are_all_of_other_methods_and_secondary():
     assert all("published [secondary: " in line and "SFA, published" not in line for line in lines[2:])
 
 
+def test_the_one_cifar_cell_of_sanm_is_quoted_by_a_reader_and_secondary():
+    lines = beside(cells("sanm", "paper", ["cifar10/cifar10-sym0.5/sanm-c2d"]), [])
+    own = [line.strip() for line in lines if "  SANM" in line]
+    assert own == ["96.4  SANM(C2D), published [secondary: issue 5 of the SANM release]"]
+    assert not any(
+        "  SANM" in line for line in beside(cells("sanm", "paper", ["cifar10/cifar10-sym0.8/sanm-c2d"]), [])
+    )
+
+
 def test_a_paper_without_a_file_has_no_figures(tmp_path):
     assert read_published("afm", tmp_path) == []
     assert read_published("nosuch") == []

@@ -119,6 +119,28 @@ def test_cross_entropy_of_the_same_file_comes_first(alone):
     assert row["against"]["metrics"]["last"]["difference"] == 20
 
 
+# claims ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_claims_are_the_first_section_and_their_shared_rows_are_not_shown_twice(alone):
+    command = "python me_momentum/main.py --preset {} --seed 1"
+    shared, own = "embedded/digits-sym0.4/me-momentum", "claims/mnist-sym0.4/me-momentum"
+    content = rows(90, table="embedded", cell="digits-sym0.4", command=command.format(shared))
+    content += rows(80, table="claims", cell="mnist-sym0.4", command=command.format(own))
+    content += [content[0] | {"metric": "confident_growth", "value": "0.25"}]
+    data = collect([write(alone / "claims.csv", content)], None)
+    assert measured(data)["table"] == "claims"
+    (file,) = data["claims"]
+    (growth,) = [claim for claim in file["claims"] if claim["lines"][0][0].startswith("The set of confident")]
+    assert growth["lines"][0][1:] == (
+        *("digits, symmetric 40 %", "confident_growth", "above 0", "25.00 (1)", "+25.00", "", "undecided"),
+    )
+    assert len(data["claims_heading"]) == len(growth["lines"][0])
+    text = page(data)
+    assert text.index('id="claims"') < text.index('id="glance"') < text.index('id="results"')
+    assert collect([write(alone / "a.csv", rows(90))], None)["claims"] == []
+
+
 # published figures ----------------------------------------------------------------------------------------------------
 
 

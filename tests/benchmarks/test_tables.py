@@ -14,6 +14,7 @@ from common.results import COLUMNS
 
 def test_the_page_is_what_the_files_say():
     assert tables.PAGE.read_text(encoding="utf-8") == page(), "run make tables"
+    assert tables.FRONT.read_text(encoding="utf-8") == tables.front(), "run make tables"
 
 
 def test_every_preset_of_every_paper_is_there_with_the_script_that_runs_it():
@@ -27,7 +28,7 @@ def test_every_preset_of_every_paper_is_there_with_the_script_that_runs_it():
 
 def test_every_row_of_accuracy_is_counted_once_and_no_other():
     found = 0
-    for path in tables.REFERENCE.glob("*.csv"):
+    for path in tables.result_files():
         with path.open(newline="") as file:
             found += sum(
                 row["metric"] in tables.METRICS and row["table"] != "cross" for row in csv.DictReader(file)
@@ -129,18 +130,24 @@ def test_speeds_of_both_paths_are_shown_with_their_ratio_whatever_it_is(tmp_path
 
 def test_a_page_that_is_out_of_date_is_said_so_and_left_as_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    monkeypatch.setattr(tables, "PAGE", tmp_path / "README.md")
+    monkeypatch.setattr(tables, "PAGE", tmp_path / "PAGE.md")
+    monkeypatch.setattr(tables, "FRONT", tmp_path / "README.md")
+    tables.FRONT.write_text("\n".join([tables.MARKS[0], "older", tables.MARKS[1]]))
     for content in (None, "older"):
         if content is not None:
             tables.PAGE.write_text(content)
-        with pytest.raises(SystemExit) as stop:
-            main(["--check"])
-        assert stop.value.code == 1
-        assert capsys.readouterr().err == "README.md is out of date: run make tables\n"
-    assert tables.PAGE.read_text() == "older"
-    main([])
-    main(["--check"])
-    assert tables.PAGE.read_text(encoding="utf-8") == page()
+        assert status("--check") == 1
+        lines = [f"{name}.md is out of date: run make tables\n" for name in ("PAGE", "README")]
+        assert capsys.readouterr().err == "".join(lines)
+    assert tables.PAGE.read_text() == "older" and "older" in tables.FRONT.read_text()
+    assert (status(), status("--check")) == (0, 0)
+    assert tables.PAGE.read_text(encoding="utf-8") == page() and "older" not in tables.FRONT.read_text()
+
+
+def status(*words: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(list(words))
+    return stop.value.code
 
 
 def test_the_command_line():

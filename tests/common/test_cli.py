@@ -1,11 +1,18 @@
 """The command line that all scripts share: number types, one-line errors, presets."""
 
 import argparse
+import errno
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from common import cli
+from common.files import WriteError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 PRESETS = """
 ["table/cell"]
@@ -194,6 +201,102 @@ def test_other_errors_keep_their_traceback():
 
     with pytest.raises(ZeroDivisionError):
         cli.exit_cleanly(main, [])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (
+            WriteError(errno.ENOSPC, "No space left on device", "a.csv"),
+            2,
+            "a.csv cannot be written (No space left on device): make room",
+        ),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded"),
+            2,
+            "the output cannot be written (Disk quota exceeded): make room",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "a.csv"),
+            2,
+            "a.csv cannot be written (Read-only file system): make it writable",
+        ),
+        (
+            WriteError(errno.EIO, "Input/output error", "a.csv"),
+            2,
+            "a.csv cannot be written (Input/output error): check the disk",
+        ),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "b"),
+            2,
+            "b: No such file or directory",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            1,
+            "DataLoader worker (pid 7) is killed by signal: Killed: out of memory? use fewer --workers",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"),
+            2,
+            f"DataLoader worker (pid 7) is killed by signal: Bus error: /dev/shm is too small, {cli.SHARED_MEMORY}",
+        ),
+    ],
+    ids=["full", "quota", "read-only", "I/O", "missing", "killed", "bus error"],
+)
+def test_an_error_of_the_machine_becomes_one_line(error, status, line, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        cli.exit_cleanly(main, [])
+    assert stop.value.code == status
+    assert one_line(capsys.readouterr().err) == f"script.py: error: {line}"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("no number"), RuntimeError("another"), BrokenPipeError(32, "gone")]
+)
+def test_an_error_of_our_own_is_none_of_the_machines(error):
+    assert cli.machine_error(error) is None
+
+
+def test_output_on_a_full_disk_is_a_users_error():
+    program = "import sys; from common import cli; cli.exit_cleanly(lambda _: print('text'), [])"
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert process.returncode == 2
+    assert "the output cannot be written (No space left on device): make room" in one_line(process.stderr)
+
+
+def test_what_a_script_took_is_given_back_last_first_and_once():
+    ended = []
+
+    @cli.script
+    def main(argv):
+        for name in "abc":
+            cli.at_end(lambda kind, *_, name=name: ended.append((name, kind)))
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            main([])
+    assert ended == [(name, KeyboardInterrupt) for name in "cba"] * 2
+    cli.at_end(lambda *_: ended.append("never"))  # no script
+    assert "never" not in ended
+
+
+def test_every_script_that_makes_a_run_is_one():
+    scripts = [path for path in ROOT.glob("*/*.py") if re.search(r"\bRun\(\n? *args", path.read_text())]
+    assert len(scripts) >= 10
+    for path in scripts:
+        text = path.read_text()
+        assert "\ndef main(" not in text or "\n@cli.script\ndef main(" in text, path
 
 
 def test_the_help_shows_the_defaults_where_there_is_one(capsys):

@@ -126,6 +126,14 @@ def test_constant_pixels_have_a_deviation_to_divide_by(tmp_path):
     assert min(datasets.load("own", tmp_path).std) > 0
 
 
+def test_num_classes_settles_classes_that_only_the_test_set_has_and_a_column_of_labels_is_a_vector(tmp_path):
+    changes = {"test_labels": GOOD["test_labels"][:, None] + 1, "num_classes": np.array(6)}
+    write(tmp_path, **changes)
+    data = datasets.load("own", tmp_path)
+    assert data.num_classes == 6
+    assert np.array_equal(data.test.labels, GOOD["test_labels"] + 1)
+
+
 OBJECTS = np.array([0, None] * 10, dtype=object)
 
 
@@ -137,10 +145,10 @@ OBJECTS = np.array([0, None] * 10, dtype=object)
         ({"train_images": GOOD["train_images"] / 255}, "train_images is float64"),
         ({"test_images": GOOD["test_images"].astype(np.int64)}, "test_images is int64"),
         ({"train_images": GOOD["train_images"].reshape(20, -1)}, r"train_images is uint8 \[20, 90\]"),
-        ({"train_images": GOOD["train_images"].transpose(0, 3, 1, 2)}, r"train_images is uint8 \[20, 3, 6, 5\]"),
+        ({"train_images": GOOD["train_images"].transpose(0, 3, 1, 2)}, r"transpose\(0, 2, 3, 1\): .*\[20, 3, 6, 5\]"),
         ({"test_images": GOOD["test_images"][:, :4]}, r"differ in shape: .*test_images is uint8 \[8, 4, 5, 3\]"),
         ({"train_labels": GOOD["train_labels"][1:]}, r"train_labels is int64 \[19\]"),
-        ({"train_labels": GOOD["train_labels"][:, None]}, r"train_labels is int64 \[20, 1\]"),
+        ({"train_labels": GOOD["train_labels"].repeat(2).reshape(20, 2)}, r"train_labels is int64 \[20, 2\]"),
         ({"test_labels": GOOD["test_labels"] / 1}, "test_labels is float64"),
         ({"test_labels": np.array([0, 1, 2, 3, 0, 4, 1, 9])}, r"test_labels\[5\] is 4, outside 0\.\.3"),
         ({"train_labels": GOOD["train_labels"] - 1}, r"train_labels\[0\] is -1"),
@@ -151,12 +159,14 @@ OBJECTS = np.array([0, None] * 10, dtype=object)
         ({"noisy_labels": np.zeros(19, int)}, r"noisy_labels must be 20 integers: .*noisy_labels is int64 \[19\]"),
         ({"noisy_labels": np.zeros(20)}, "noisy_labels must be 20 integers: .*noisy_labels is float64"),
         ({"noisy_labels": np.full(20, 4)}, r"noisy_labels\[0\] is 4, outside 0\.\.3"),
+        ({"num_classes": np.array([4, 4])}, r"num_classes must be one whole number"),
+        ({"num_classes": np.array(3)}, r"train_labels\[\d+\] is 3, outside 0\.\.2"),
     ],
     ids=[
         *("missing array", "two missing", "float images", "int64 images", "2-D images", "channels first"),
         *("other test size", "length mismatch", "2-D labels", "float labels", "label out of range", "negative label"),
         *("empty train", "empty test", "object labels", "object noisy labels"),
-        *("noisy labels too short", "float noisy labels", "noisy label out of range"),
+        *("noisy labels too short", "float noisy labels", "noisy label out of range", "two num_classes", "too few"),
     ],
 )  # fmt: skip
 def test_a_wrong_npz_is_refused_with_its_path_and_what_is_wrong(tmp_path, changes, offending):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from common import datasets
 from common.cli import UserError
+from common.datasets import clothing1m
 from common.datasets.__main__ import main
 from common.datasets.clothing1m import label_lines
 from common.datasets.file_lists import read_list
@@ -255,6 +256,25 @@ def test_a_key_without_label_is_named(clothes):
     write_lines(path, [*lines_of(path), "images/0/0/new.jpg"])
     text = message(datasets.load_clothing1m, clothes)
     assert text == f"{path}: line 13: images/0/0/new.jpg has no label in noisy_label_kv.txt"
+
+
+@pytest.mark.parametrize("separator", [" ", "\t", "  "])
+def test_one_list_of_keys_and_labels_per_part_serves_too(clothes, separator):
+    expected = datasets.load_clothing1m(clothes, "noisy+clean")
+    folder = clothing1m.folder_of_lists(clothes)
+    for part, file in (("train", "noisy_train.txt"), ("clean_train", "clean_train.txt"),
+                       ("validation", "clean_val.txt"), ("test", "clean_test.txt")):  # fmt: skip
+        split = getattr(expected, part)
+        lines = [f"{p.decode()}{separator}{k}" for p, k in zip(split.paths, split.labels, strict=True)]
+        (folder / file).write_text("\n".join(lines))
+    for file in clothing1m.FILES:
+        (folder / file).unlink()
+    found = datasets.load_clothing1m(clothes, "noisy+clean")
+    for one, other in zip(found.splits(), expected.splits(), strict=True):
+        assert (one.paths == other.paths).all() and (one.labels == other.labels).all()
+    assert "noisy+verified needs noisy_label_kv.txt" in message(
+        datasets.load_clothing1m, clothes, "noisy+verified"
+    )
 
 
 def test_missing_clothing1m_is_given_out_by_its_authors(clothes):

@@ -1,14 +1,16 @@
 """Mini-batches of image files: the transforms, the order, the draws, workers and processes, damaged images."""
 
+import errno
 import multiprocessing
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from common import augment, datasets
+from common import augment, cli, datasets
 from common.cli import UserError
 from common.datasets.image_cache import build_caches, open_caches
 from common.loader import FileBatches
@@ -251,8 +253,58 @@ def kill(_: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_worker_that_dies_is_a_users_error(data):
-    with pytest.raises(UserError, match=r"DataLoader worker .*: out of memory\? use fewer workers"):
+    with pytest.raises(cli.WorkerDied, match=r"DataLoader worker .*: out of memory\? use fewer --workers"):
         whole_pass(batches(data.train, 5, kill, workers=1))
+
+
+def test_a_worker_that_dies_while_its_parent_does_something_else_is_one_too(data):
+    @cli.script
+    def main(_):
+        for _ in batches(data.train, 4, noise, workers=1):
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGKILL)
+            time.sleep(10)  # torch raises in the midst of it
+
+    with pytest.raises(cli.WorkerDied) as error:
+        main([])
+    assert error.value.status == 1 and not multiprocessing.active_children()
+
+
+def no_room(*_):
+    """In place of shared memory, or of a semaphore in it."""
+    raise RuntimeError(
+        "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+    )
+
+
+def test_too_little_shared_memory_for_the_images_is_a_users_error(data, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
+    with pytest.raises(UserError, match=r"No space left on device.*--shm-size, or use --workers 0") as error:
+        whole_pass(batches(data.train, 5, noise, workers=2))
+    assert error.value.status == 2 and not multiprocessing.active_children()
+
+
+def test_too_little_shared_memory_for_workers_is_a_users_error(data, monkeypatch):
+    def no_semaphore():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(multiprocessing, "Lock", no_semaphore)
+    with pytest.raises(
+        UserError, match=r"workers cannot be started \(No space .*--shm-size, or use --workers 0"
+    ):
+        whole_pass(batches(data.train, 5, noise, workers=2))
+
+
+@pytest.mark.parametrize("way", [KeyboardInterrupt, SystemExit, ValueError])
+def test_workers_end_with_their_script_though_the_error_is_kept(data, way):
+    @cli.script
+    def main(_):
+        for _ in batches(data.train, 4, noise, workers=2):
+            raise way
+
+    with pytest.raises(way) as kept:
+        main([])
+    assert kept.traceback and not multiprocessing.active_children()
 
 
 def group(_: torch.Tensor) -> torch.Tensor:

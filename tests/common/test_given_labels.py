@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from common.cli import UserError
 from common.datasets import labels_of, read_labels
+from common.datasets.given_labels import label_notes, labels_sha256, own_file
 
 K = 10
 LABELS = np.random.RandomState(0).randint(0, K, size=50)
@@ -42,27 +44,59 @@ def message(path: Path, lengths: tuple[int, ...] = (N,)) -> str:
     return text
 
 
+SHUFFLED = np.random.RandomState(1).permutation(N)
+
+
+def table(
+    *heading: str, order=SHUFFLED, end: str = "\n", delimiter: str = ",", of=lambda i: (i, LABELS[i])
+) -> str:
+    return end.join([delimiter.join(heading), *(delimiter.join(map(str, of(i))) for i in order)]) + end
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
         ("int64.npy", LABELS),
         ("uint8.npy", LABELS.astype(np.uint8)),
+        ("floats.npy", LABELS / 1),
+        ("column.npy", LABELS[:, None]),
         ("one.npz", {"whatever": LABELS}),
-        ("several.npz", {"clean": LABELS * 0, "noisy_label": LABELS}),
-        ("two_known.npz", {"label": LABELS * 0, "noisy_labels": LABELS}),
+        ("several.npz:noisy_label", {"clean": LABELS * 0, "noisy_label": LABELS}),
+        ("index.npz", {"dataset_index": SHUFFLED, "labels": LABELS[SHUFFLED]}),
+        ("confidence.npz", {"confidence": LABELS / 11, "given": LABELS}),
         ("list.json", json.dumps(LABELS.tolist())),
+        ("floats.json", json.dumps((LABELS / 1).tolist())),
+        ("column.json", json.dumps(LABELS[:, None].tolist())),
+        ("by_index.json", json.dumps({str(i): int(LABELS[i]) for i in SHUFFLED})),
+        (
+            "columns.json:noisy",
+            json.dumps({"noisy": {str(i): int(LABELS[i]) for i in SHUFFLED}, "label": [0] * N}),
+        ),
+        ("records.json", json.dumps({"idx": SHUFFLED.tolist(), "noisy": LABELS[SHUFFLED].tolist()})),
         ("plain.csv", lines(LABELS)),
+        ("plain.txt", lines(LABELS / 1)),
         ("windows.csv", lines(LABELS).replace("\n", "\r\n")),
         ("heading.csv", lines(["label", *LABELS])),
         ("marked.csv", "\ufeff" + lines(LABELS)),
         ("signed.csv", lines([f"+{LABELS[0]}", *LABELS[1:]])),
-        ("columns.csv", lines([("id", "clean", "noisy_labels"), *((i, 0, v) for i, v in enumerate(LABELS))])),
+        ("floats.csv", lines(["noisy", *(LABELS / 1)])),
         ("blank_lines.csv", lines([" label ", "", *(f" {v} " for v in LABELS), ""])),
+        ("index.csv", table("Index", "noisy_label")),
+        ("image_id.csv", table("image_id", "noisy_label", end="\r\n")),
+        ("semicolons.csv", table("ID", "y", delimiter=";")),
+        ("tabs.tsv", table("idx", "y", delimiter="\t")),
+        ("pandas.csv", table("", "0")),
+        ("unnamed.csv", table("Unnamed: 0", "noisy")),
+        ("twice.csv", table("", "index", "y", of=lambda i: (N - 1 - i, i, LABELS[i]))),
+        ("path.csv", table("path", "label", order=range(N), of=lambda i: (f"{i}.png", LABELS[i]))),
+        ("typed.csv:noisy", table("index", "label", "noisy", of=lambda i: (i, 0, LABELS[i]))),
     ],
-    ids=lambda value: value if isinstance(value, str) and len(value) < 20 else "",
+    ids=lambda value: value if isinstance(value, str) and len(value) < 24 else "",
 )
 def test_every_form_gives_the_same_int64_labels(tmp_path, file, content):
-    labels = read_labels(save(tmp_path / file, content), (N,), K)
+    name, _, column = file.partition(":")
+    path = save(tmp_path / name, content)
+    labels = read_labels(f"{path}:{column}" if column else path, (N,), K)
     assert labels.dtype == np.int64
     assert np.array_equal(labels, LABELS)
 
@@ -84,8 +118,8 @@ def test_a_file_may_have_any_of_the_expected_lengths(tmp_path):
 )
 def test_a_wrong_length_is_refused_with_both_lengths(tmp_path, file, content):
     path = save(tmp_path / file, content)
-    assert re.search(r"\b49 labels.* 50$", message(path))
-    assert re.search(r"\b49 labels.* 50 or 45$", message(path, (50, 45, 50)))
+    assert re.search(r"\b49 labels.* 50, one per image", message(path))
+    assert re.search(r"\b49 labels.* 50 or 45, one", message(path, (50, 45, 50)))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +127,7 @@ def test_a_wrong_length_is_refused_with_both_lengths(tmp_path, file, content):
     [("empty.npy", LABELS[:0]), ("empty.json", "[]"), ("empty.csv", ""), ("heading_only.csv", "label\n")],
 )
 def test_a_file_without_labels_is_refused(tmp_path, file, content):
-    assert re.search(r"\b0 labels.* 50$", message(save(tmp_path / file, content)))
+    assert re.search(r"\b0 labels.* 50, one", message(save(tmp_path / file, content)))
 
 
 @pytest.mark.parametrize("wrong", [-1, 10, 255])
@@ -113,30 +147,39 @@ def with_one(value) -> list:
 @pytest.mark.parametrize(
     ("file", "content", "offending"),
     [
-        ("floats.npy", LABELS / 1, "float64"),
-        ("nan.npy", np.array(with_one(np.nan)), "float64"),
+        ("halves.npy", LABELS / 2, "needs whole numbers, holds [0-9]\\.5 at position"),
+        ("nan.npy", np.array(with_one(np.nan)), "holds nan at position 30"),
         ("booleans.npy", LABELS > 4, "bool"),
-        ("text.npy", LABELS.astype(str), "<U"),
+        ("text.npy", np.array(with_one("cat"), dtype=str), "'cat'"),
+        ("one_hot.npy", np.eye(K)[LABELS], r"one-hot rows of shape \[50, 10\]: save their argmax"),
         ("two_dimensions.npy", np.stack([LABELS, LABELS]), r"\[2, 50\]"),
         ("scalar.npy", np.array(3), r"\[\]"),
         ("objects.npy", np.array(with_one(None), dtype=object), "Object arrays cannot be loaded"),
-        ("floats.npz", {"labels": LABELS / 1}, "float64"),
+        ("CIFAR-10_human_ordered.npy", LABELS, r"TensorFlow's order.*CIFAR-10_human\.pt:worse_label"),
+        ("from_one.npy", LABELS + 1, r"labels are 1\.\.10, classes count from 0: subtract 1"),
         ("objects.npz", {"labels": np.array(with_one(None), dtype=object)}, "Object arrays cannot be loaded"),
-        ("unnamed.npz", {"a": LABELS, "b": LABELS}, "holds 2 arrays and none called noisy_labels"),
-        ("floats.json", json.dumps(with_one(1.0)), "not a list of integers"),
+        ("several.npz", {"a": LABELS, "b": LABELS}, r"could be the labels, a, b: name one, such as FILE:b"),
+        ("label_and_noisy.csv", table("label", "noisy", of=lambda i: (0, LABELS[i])), "labels, label, noisy: name one"),
+        ("beside_the_index.csv", table("id", "given_label", "noise_label", of=lambda i: (i, 0, 1)), "FILE:noise_label"),
+        ("only_index.csv", table("index", "path", of=lambda i: (i, "x.png")), "column path: .*'x.png'"),
+        ("twice.csv", table("index", "y", of=lambda i: (0, 1)), r"index column index is no permutation of 0\.\.49"),
+        ("from_one.csv", table("idx", "y", of=lambda i: (i + 1, 1)), r"index column idx is no permutation.*from 0"),
+        ("names.csv", table("image_id", "y", of=lambda i: (f"img{i}", 1)), "column image_id: .*'img"),
+        ("differ.csv", table("id", "index", "y", of=lambda i: (i, N - 1 - i, 1)), "id and index differ"),
+        ("half.json", json.dumps(with_one(1.5)), "holds 1.5 at position 30"),
         ("nan.json", json.dumps(with_one(float("nan"))), "not a list of integers"),
         ("booleans.json", json.dumps(with_one(True)), "not a list of integers"),
         ("null.json", json.dumps(with_one(None)), "not a list of integers"),
         ("huge.json", json.dumps(with_one(10**30)), "too (large|big)"),
         ("deep.json", "[" * 200_000, "recursion"),
-        ("heading_nan.csv", lines(["nan", *LABELS]), "'nan'"),
+        ("missing_key.json", json.dumps({str(i): 1 for i in range(1, N + 1)}), "no permutation"),
+        ("paths.json", json.dumps({f"{i}.png": 1 for i in range(N)}), "no image numbers"),
+        ("heading_nan.csv", lines(["nan", *LABELS]), "holds nan at position 0"),
         ("nested.json", json.dumps([LABELS.tolist()]), "not a list of integers"),
-        ("dictionary.json", json.dumps({"labels": LABELS.tolist()}), "not a list of integers"),
-        ("floats.csv", lines(with_one(1.5)), r"'1\.5'"),
-        ("nan.csv", lines(with_one("nan")), "'nan'"),
+        ("floats.csv", lines(with_one(1.5)), r"1\.5 at position 30"),
         ("words.csv", lines(["label", *with_one("cat")]), "'cat'"),
-        ("unnamed.csv", lines([("id", "mine"), *enumerate(LABELS)]), "no heading that names one noisy_labels"),
         ("no_heading.csv", lines(enumerate(LABELS)), "several columns and no heading"),
+        ("same_names.csv", table("y", "Y"), "the same name"),
         ("short_line.csv", lines([("id", "label"), *enumerate(LABELS), "3"]), "its lines differ in length"),
     ],
     ids=lambda value: value if isinstance(value, str) and re.fullmatch(r"\w+\.\w+", value) else "",
@@ -164,10 +207,10 @@ def test_bytes_that_are_no_text_are_refused(tmp_path, suffix):
     assert f"cannot be read as {suffix} labels" in message(path)
 
 
-@pytest.mark.parametrize("file", ["labels.txt", "labels.pt", "labels"])
+@pytest.mark.parametrize("file", ["labels.dat", "labels.pkl", "labels"])
 def test_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path, file):
     text = message(save(tmp_path / file, lines(LABELS)))
-    assert all(suffix in text for suffix in (".npy", ".npz", ".json", ".csv"))
+    assert all(suffix in text for suffix in (".npy", ".npz", ".pt", ".json", ".csv"))
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".json", ".csv"])
@@ -177,20 +220,95 @@ def test_a_file_that_is_not_there_is_refused(tmp_path, suffix):
     assert message(tmp_path / f"folder{suffix}").endswith("no such file")
 
 
+@pytest.mark.parametrize("asked", ["clean", "Noisy", ""])
+def test_a_column_that_is_not_there_is_refused_with_those_there_are(tmp_path, asked):
+    path = save(tmp_path / "a.npz", {"noisy": LABELS, "label": LABELS})
+    with pytest.raises(UserError, match=f"has no column {asked}: choose from 'noisy', 'label'"):
+        read_labels(f"{path}:{asked}", (N,), K)
+
+
+# files of torch.save ----------------------------------------------------------------------------------------------------
+
+
+class Hostile:
+    def __reduce__(self):
+        return (pytest.fail, ("code of a label file was run",))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_official_pickles_of_numpy_vectors_are_read_and_nothing_else_is_run(tmp_path, legacy):
+    path = tmp_path / "CIFAR-10_human.pt"
+    official = {
+        "clean_label": LABELS * 0,
+        "worse_label": LABELS,
+        "as_tensor": torch.from_numpy(LABELS[:, None]),
+    }
+    torch.save(official, path, _use_new_zipfile_serialization=not legacy)
+    for name in ("worse_label", "as_tensor"):
+        assert np.array_equal(read_labels(f"{path}:{name}", (N,), K), LABELS)
+    assert "worse_label: name one" in message(path) or "as_tensor: name one" in message(path)
+    torch.save({"worse_label": Hostile()}, path, _use_new_zipfile_serialization=not legacy)
+    assert "not loaded" in message(path)
+    path.write_bytes(b"junk")
+    assert "cannot be read as .pt labels" in message(path)
+
+
+def test_pickles_of_an_older_numpy_are_read(tmp_path):
+    path = tmp_path / "old.pt"
+    torch.save({"noisy_label": LABELS}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert np.array_equal(read_labels(path, (N,), K), LABELS)
+
+
 # whose labels they are --------------------------------------------------------------------------------------------------
 
 INDEX = np.array([4, 0, 7])
 
 
-def test_labels_of_the_whole_data_set_are_picked_by_image_and_labels_of_the_subset_taken_as_they_are(
-    tmp_path,
-):
+def test_labels_of_the_whole_data_set_are_picked_by_image(tmp_path):
     np.save(tmp_path / "all.npy", np.arange(8))
-    np.save(tmp_path / "subset.npy", np.array([1, 2, 3]))
     assert labels_of(tmp_path / "all.npy", INDEX, 8, 10).tolist() == [4, 0, 7]
-    assert labels_of(tmp_path / "subset.npy", INDEX, 8, 10).tolist() == [1, 2, 3]
-    with pytest.raises(UserError, match="holds 3 labels, the training set needs 9 or 2"):
-        labels_of(tmp_path / "subset.npy", INDEX[:2], 9, 10)
+
+
+def test_labels_as_long_as_a_subset_are_refused_unless_they_are_provably_those_of_its_images(tmp_path):
+    path = save(tmp_path / "subset.npy", np.array([1, 2, 3]))
+    with pytest.raises(UserError, match="holds 3 labels, the training set needs 8"):
+        labels_of(path, INDEX, 8, 10)
+    with pytest.raises(UserError, match="nothing shows which 3 of the 8 training images"):
+        labels_of(path, INDEX, 8, 10, is_subset=lambda labels: labels[0] == 7)
+    assert labels_of(path, INDEX, 8, 10, is_subset=lambda labels: labels[0] == 1).tolist() == [1, 2, 3]
+
+
+def test_a_runs_own_file_carries_its_index(tmp_path):
+    order = np.array([3, 1, 4, 0, 7, 5, 2, 6])
+    path = tmp_path / "noisy_labels.npz"
+    path.write_bytes(own_file(order + 1, order))
+    assert labels_of(path, INDEX, 8, 10).tolist() == [5, 1, 8]
+    assert labels_of(path.rename(tmp_path / "any.npz"), INDEX, 8, 10).tolist() == [5, 1, 8]
+    path.write_bytes(own_file(np.array([1, 2]), np.array([4, 0])))
+    with pytest.raises(UserError, match="no label of training image 7"):
+        labels_of(path, INDEX, 8, 10)
+    np.savez(path, labels=order + 2, index=order, sha256=np.array(labels_sha256(order + 1)))
+    with pytest.raises(UserError, match="do not match its sha256"):
+        labels_of(path, INDEX, 8, 10)
+
+
+@pytest.mark.parametrize(
+    ("clean", "observed", "from_file", "expected"),
+    [
+        ([0, 1, 2, 3], [0, 1, 2, 2], True, []),
+        ([0, 1, 2, 3], [0, 1, 2, 3], True, ["true labels"]),
+        ([0, 1, 2, 3], [0, 1, 2, 3], False, []),
+        ([0, 1, 2, 3], [1, 2, 3, 3], True, ["75.0 % .* another order"]),
+        ([1, 2, 3, 3], [1, 2, 3, 3], False, ["class 0 has no training image: labels may start at 1"]),
+        (None, [0, 1, 1, 3], True, ["class 2 has no training image$"]),
+    ],
+)
+def test_suspicious_labels_get_a_note(clean, observed, from_file, expected):
+    clean = None if clean is None else np.array(clean)
+    notes = label_notes(clean, np.array(observed), 4, from_file)
+    assert len(notes) == len(expected)
+    assert all(re.search(words, note) for words, note in zip(expected, notes, strict=True))
 
 
 def test_a_runs_labels_are_matched_by_the_images_they_belong_to(tmp_path):

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from torchvision.transforms.v2.functional import resized_crop
 
 from common import augment, datasets
@@ -15,6 +14,7 @@ from common.cli import UserError
 from common.datasets import image_cache
 from common.datasets.__main__ import main
 from common.datasets.image_cache import build, build_caches, open_cache, open_caches
+from common.locks import Lock
 from tests.common.small_file_data import make_clothing1m, make_food101n, plant
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -136,7 +136,7 @@ def test_a_damaged_image_and_a_second_builder_are_named(tmp_path):
     plant(split.path(4), "truncated")
     with pytest.raises(UserError, match=r"image 4 of the train list, .* is damaged"):
         build(split, tmp_path / "cache")
-    with FileLock(tmp_path / "cache" / ".lock"), pytest.raises(UserError, match="in use by another process"):
+    with Lock(tmp_path / "cache" / ".lock", "wait"), pytest.raises(UserError, match="in use by process"):
         build(split, tmp_path / "cache")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):

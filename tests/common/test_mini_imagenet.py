@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from PIL import Image
 
 from common import processes
@@ -20,7 +19,8 @@ from common.cli import UserError
 from common.datasets import decoded, load_mini_imagenet, mini_imagenet
 from common.datasets.__main__ import main
 from common.datasets.file_lists import FileSplit, make_split
-from common.datasets.mini_imagenet import TEST_IMAGE, TRAIN_IMAGE, list_lines, train_list
+from common.datasets.mini_imagenet import TEST_IMAGE, TRAIN_IMAGE, is_official, list_lines, train_list
+from common.locks import Lock
 from tests.common.small_file_data import make_mini_imagenet, plant, write_lines
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -227,6 +227,20 @@ def test_check_tells_what_every_list_holds(root, capsys):
         "note: the test list names 4 images, the official one 5000",
         f"mini_imagenet in {root}: every image is there and whole",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "known"),
+    [
+        ("red_noise_nl_0.3", 49_985, True),
+        ("red_noise_nl_0.3", 50_000, False),
+        ("red_noise_nl_0.0", 50_000, True),
+        ("blue_noise_nl_0.2", 49_950, True),
+        ("blue_noise_nl_0.2", 45_000, False),
+    ],
+)
+def test_the_official_lists_are_known_by_how_many_images_they_name(name, count, known):
+    assert is_official(name, count) == known
 
 
 def test_check_names_each_missing_and_damaged_image_of_any_list_once(root, capsys):
@@ -464,7 +478,7 @@ def test_two_runs_do_not_write_one_file_at_a_time(split, tmp_path, capsys):
     expected = decoded(split, 16, 0, tmp_path)
     (path,) = kept(tmp_path)
     path.unlink()
-    with FileLock(path.with_suffix(".lock")):
+    with Lock(path.with_suffix(".lock"), "wait"):
         assert np.array_equal(decoded(split, 16, 0, tmp_path), expected)
     assert capsys.readouterr().out == f"note: {path} is being written by another process\n"
     assert kept(tmp_path) == []

@@ -213,13 +213,36 @@ def test_a_single_batch_is_in_memory_at_a_time_and_none_afterwards(tmp_path, mon
     assert len(alive) == 1, "batches of which nothing is wanted are not read"
 
 
+def test_the_npz_release_holds_the_same_images_as_the_pickles(tmp_path):
+    make_imagenet32(tmp_path)
+    expected = taken(pools.imagenet32(tmp_path))
+    before = pools.listing("imagenet32", tmp_path, tmp_path)
+    for name in pools.IMAGENET32_FILES:
+        content = pickle.loads((tmp_path / name).read_bytes(), encoding="latin1")
+        np.savez(tmp_path / f"{name}.npz", data=content["data"], labels=np.array(content["labels"]))
+        (tmp_path / name).unlink()
+    assert np.array_equal(taken(pools.imagenet32(tmp_path)), expected)
+    assert pools.listing("imagenet32", tmp_path, tmp_path) not in (before, None)
+
+
+def test_a_folder_per_class_is_walked_and_what_is_no_image_left(tmp_path):
+    for name in ("b/2.JPG", "a/1.png", "a/c/3.jpeg", "a/._1.png", "a/Thumbs.db", ".hidden/x.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        photograph("RGB").save(tmp_path / name, format="PNG")
+    pool = pools.image_folder(tmp_path)
+    assert pool.size == len(taken(pool)) == 3
+    assert pools._image_names(tmp_path) == ["a/1.png", "a/c/3.jpeg", "b/2.JPG"]
+    photograph("RGB").save(tmp_path / "own.png")
+    assert pools._image_names(tmp_path) == ["own.png"]
+
+
 def test_missing_batches_are_named_with_the_folder(tmp_path):
     make_imagenet32(tmp_path)
     for number in (3, 10):
         (tmp_path / f"train_data_batch_{number}").unlink()
     (tmp_path / "train_data_batch_3").mkdir()
     text = message(pools.imagenet32, tmp_path)
-    assert f"looked in {tmp_path} for train_data_batch_3, train_data_batch_10; get" in text
+    assert f"looked in {tmp_path} for train_data_batch_3, train_data_batch_10 (or .npz); get" in text
     assert "Imagenet32_train.zip" in text and "--ood-dir" in text
     text = message(pools.open_pool, "imagenet32", tmp_path / "data")
     assert f"looked in {tmp_path / 'data' / 'imagenet32'} for train_data_batch_1, " in text

@@ -6,8 +6,10 @@ import importlib.util
 import json
 import math
 import os
+import re
 import signal
 import sys
+import threading
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import processes, results
+from common import cli, processes, results
 from common.cli import UserError
 from common.gpu import Device
 from common.run import ROOT, Run, command, run_name
@@ -62,10 +64,8 @@ def start(monkeypatch):
 
 
 def end(run: Run) -> None:
-    """What the end of its process does to a run."""
-    if run._writer is not None:
-        run._writer.close()
-    run._lock.release()
+    """What the end of its script does to a run."""
+    run.release()
 
 
 def begin(run: Run, state: dict | None = None) -> dict:
@@ -251,6 +251,22 @@ def test_a_subset_of_the_training_data_shows_in_the_profile_of_every_result(star
     assert {row["profile"] for row in table(tmp_path / "result.csv")} == {"short+limit_train=8"}
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_full_test_is_a_metric_of_its_own_that_says_how_many_images_it_saw(asked, start, tmp_path):
+    run = start(tmp_path, limit_train=8, limit_test=2, full_test_at_end=asked)
+    state, calls = begin(run), []
+    for epoch in run.epochs(3):
+        do_epoch(run, epoch, state)
+    full = run.full_test(lambda: calls.append(1) or {"full_test": 62.5, "full_test_images": 1000})
+    assert full == ({"full_test": 62.5, "full_test_images": 1000} if asked else {})
+    run.finish(**full)
+    assert run.full_test(calls.clear) == {}, "not measured again"
+    rows = table(tmp_path / "result.csv")
+    assert {row["profile"] for row in rows} == {"short+limit_train=8+limit_test=2"}
+    assert {"full_test", "full_test_images"} <= {row["metric"] for row in rows} or not asked
+    assert len(calls) == asked
+
+
 def test_a_finished_run_is_left_as_it_is(start, tmp_path):
     train(start(tmp_path))
     before = {name: (tmp_path / name).read_bytes() for name in ("log.csv", "result.json", "result.csv")}
@@ -311,7 +327,7 @@ def test_where_the_data_are_may_change(start, tmp_path):
     assert (tmp_path / "result.json").exists()
 
 
-@pytest.mark.parametrize("flag", ["data_root", "workers"])
+@pytest.mark.parametrize("flag", ["data_root", "workers", "posterior"])
 def test_what_the_result_does_not_depend_on_may_change_and_is_not_in_the_name(flag, start, tmp_path):
     train(start(tmp_path, **{flag: "one"}), stop_after=2)
     train(start(tmp_path, **{flag: "other"}))
@@ -523,9 +539,8 @@ def test_a_signal_stops_at_the_next_step_and_the_run_goes_on_later(
     assert stop.value.code == status
     done = 1 if moment == "batch" else 2
     assert capsys.readouterr().err.splitlines() == [
-        f"{number.name}: stopped; the same command goes on after epoch {done}"
+        f"{number.name}: stopped; the same command resumes after epoch {done}"
     ]
-    assert signal.getsignal(number) == signal.SIG_DFL  # a second signal would end the process at once
     end(run)
     run = start(tmp_path)
     assert begin(run)["memory"]["total"] == (1 if moment == "batch" else 3)
@@ -536,6 +551,118 @@ def test_a_finished_run_gives_the_signals_back(start, tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     train(start(tmp_path))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+# ways out ---------------------------------------------------------------------------------------------------------------
+
+
+class Leave(Exception):
+    """An error that is nobody's mistake."""
+
+
+WAYS_OUT = [None, UserError("a mistake"), Leave(), KeyboardInterrupt(), SystemExit(3)]
+
+
+@pytest.mark.parametrize("way", WAYS_OUT, ids=lambda way: type(way).__name__)
+@pytest.mark.parametrize("in_thread", [False, True], ids=["", "thread"])
+def test_however_a_script_ends_its_lock_and_the_signals_are_free(way, in_thread, start, tmp_path):
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    kept = []  # the error with its traceback, as a notebook keeps it
+
+    @cli.script
+    def main(_):
+        run = start(tmp_path)
+        begin(run)
+        if way is not None:
+            raise way
+
+    def call():
+        try:
+            main([])
+        except BaseException as error:
+            kept.append(error)
+
+    if in_thread:
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    else:
+        call()
+    assert kept == ([] if way is None else [way])
+    assert [signal.getsignal(number) for number in numbers] == before
+    assert {"heartbeat", "signals"}.isdisjoint(thread.name for thread in threading.enumerate())
+    assert not (tmp_path / ".lock").exists()
+    train(start(tmp_path))
+    assert (tmp_path / "result.json").exists()
+
+
+def fill(run: Run, name: str) -> None:
+    """Have the next write of a file meet a full disk."""
+    if name == "events":
+        run._events.path = Path("/dev/full")
+    elif name == "log.csv":
+        (run.folder / name).symlink_to("/dev/full")
+    else:
+        (run.folder / f"{name}.tmp").symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize(
+    ("name", "fills", "resumes"),
+    [
+        ("checkpoint.pt", 1, "resumes after epoch 0"),
+        ("checkpoint.pt", 3, "resumes after epoch 2"),
+        ("log.csv", 1, "resumes after epoch 0"),
+        ("events", 2, "resumes after epoch 1"),
+        ("result.csv", 3, "resumes after epoch 3"),
+        ("result.json", 3, "resumes after epoch 3"),
+        ("noisy_labels.npy", 0, "starts again"),
+    ],
+)
+def test_on_a_full_disk_the_last_checkpoint_stays_and_the_run_goes_on_later(
+    name, fills, resumes, start, tmp_path
+):
+    folders = tmp_path / "reference" / "run", tmp_path / "run"
+    train(start(folders[0]))
+
+    @cli.script
+    def main(_):
+        run = start(folders[1])
+        if fills == 0:
+            fill(run, name)
+        state = begin(run)
+        for epoch in run.epochs(3):
+            if epoch == fills:
+                fill(run, name)
+            do_epoch(run, epoch, state)
+        run.finish(last_auc=run.rows[-1]["auc"])
+
+    with pytest.raises(cli.MachineError) as error:
+        main([])
+    assert error.value.status == 2
+    line = rf".*{name if name != 'events' else '/dev/full'} cannot be written \(No space left on device\): make room, "
+    assert re.fullmatch(f"{line}the same command {resumes}", str(error.value))
+    assert not list(folders[1].glob("*.tmp"))
+    if name == "log.csv":
+        (folders[1] / name).unlink()
+    run = start(folders[1])
+    begin(run)
+    assert resumes.endswith(f"epoch {len(run.rows)}") or fills == 0
+    end(run)
+    train(start(folders[1]))
+    assert without_seconds(folders[1] / "log.csv") == without_seconds(folders[0] / "log.csv")
+
+
+def test_a_run_whose_directory_was_taken_over_ends_before_its_checkpoint(start, tmp_path):
+    run = start(tmp_path)
+    begin(run)
+    epochs = run.epochs(3)
+    run.log(next(epochs), test_accuracy=1.0)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / ".lock").write_text("4242\nnode018\n2026-01-30 12:00:00\n")
+    with pytest.raises(UserError, match="was taken over by process 4242 on node018"):
+        next(epochs)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
 # names ------------------------------------------------------------------------------------------------------------------

@@ -349,7 +349,7 @@ def pre_trained(tmp_path):
             network = CPU.prepare(small_network())
             pre_train(run, args, CPU, network, TRAIN, TEST, labels, TEST_LABELS, 3, flip=False, **options)
         finally:
-            run._lock.release()
+            run.release()
         return run, network
 
     yield go

@@ -1,6 +1,7 @@
 """mini-WebVision: what its lists say, where ILSVRC12's validation images are, and what becomes of missing and damaged images."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.io import savemat
 
 from common import augment, datasets
 from common.cli import UserError
@@ -158,12 +160,12 @@ def test_the_lists_may_be_of_another_system_and_the_root_end_in_a_slash(by_synse
 
 
 def test_blanks_around_and_within_a_path_are_understood():
-    lines = [" a/b.jpg 1 ", "", "a b/c d.jpg 0", "e.jpg  1"]
+    lines = [" a/b.jpg 1 ", "", "a b/c d.jpg 0", "e.jpg\t1"]
     assert list_lines(lines, 2) == (["a/b.jpg", "a b/c d.jpg", "e.jpg"], [1, 0, 1])
 
 
 @pytest.mark.parametrize(
-    "line", ["b.jpg", "7", " 7", "b.jpg x", "b.jpg 1000", "b.jpg -1", "b.jpg 1.0", "b.jpg\t1", "b.jpg 1,"]
+    "line", ["b.jpg", "7", " 7", "b.jpg x", "b.jpg 1000", "b.jpg -1", "b.jpg 1.0", "b.jpg 1,"]
 )
 def test_a_wrong_line_is_named_with_its_number(line):
     offending = f"line 3: {line.strip()!r} is not a path, a blank and a class id 0..999"
@@ -285,12 +287,9 @@ def test_no_folder_at_all_is_told(root):
     assert "n02000000 is missing (4 are)" in message(load_webvision, root, 4, imagenet=root / "nowhere")
 
 
-@pytest.mark.parametrize("flat", [True, False])
-def test_other_folders_without_the_list_of_synsets_are_told(by_synset, flat):
-    """All images in one folder, as ILSVRC12's archive unpacks, or folders that only the list can explain."""
+def test_other_folders_without_the_list_of_synsets_are_told(by_synset):
+    """Folders that only the list can explain."""
     (by_synset / SYNSETS).unlink()
-    if flat:
-        flatten(by_synset / VAL)
     text = message(load_webvision, by_synset, 4)
     assert text == (
         f"{by_synset / VAL} has no folder 0, 1, ..., and there is no {SYNSETS} to find the classes by their synsets with: "
@@ -299,9 +298,66 @@ def test_other_folders_without_the_list_of_synsets_are_told(by_synset, flat):
     assert load_webvision(by_synset, 4, imagenet="none").imagenet is None
 
 
-def test_a_flat_folder_with_the_list_of_synsets_is_told(by_synset):
+def by_meta_mat(folder: Path, synsets: list[str], order: list[str]) -> str:
+    """Ids of the development kit, which numbers the synsets in another order, and the meta.mat that says so."""
+    kit = sorted(synsets)
+    names = np.array(
+        [(i + 1, wnid) for i, wnid in enumerate(kit)], dtype=[("ILSVRC2012_ID", "i4"), ("WNID", "O")]
+    )
+    savemat(folder / "meta.mat", {"synsets": names})
+    return "".join(f"{kit.index(synset) + 1}\n" for synset in order)
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("imagenet/val/val.txt", "id"),
+        ("info/imagenet_val.txt", "synset"),
+        ("imagenet/LOC_val_solution.csv", "kaggle"),
+        ("imagenet/ILSVRC2012_validation_ground_truth.txt", "kit"),
+    ],
+)
+def test_images_in_one_folder_are_labelled_by_the_list_of_their_classes(by_synset, file, kind):
+    expected = load_webvision(by_synset, 3).imagenet
+    every = load_webvision(by_synset, 4).imagenet
+    class_of = {path.stem: int(label) for path, label in zip(files(every), every.labels, strict=True)}
+    synsets = [line.split()[0] for line in lines_of(by_synset / SYNSETS)]
     flatten(by_synset / VAL)
-    assert "n02000000 is missing (4 are)" in message(load_webvision, by_synset, 4)
+    text = message(load_webvision, by_synset, 4)
+    assert f"the images in {by_synset / VAL} are in no folder per class: put val.txt or " in text
+    lines = {
+        "id": "".join(f"{name}.JPEG {k}\n" for name, k in class_of.items()),
+        "synset": "".join(f"{name}.JPEG\t{synsets[k]}\n" for name, k in class_of.items()),
+        "kaggle": "ImageId,PredictionString\n"
+        + "".join(f"{n},{synsets[k]} 1 2 3 4\n" for n, k in class_of.items()),
+    }
+    if kind == "kit":
+        (by_synset / file).write_text("1\n" * 8)
+        assert "put the development kit's meta.mat beside it" in message(load_webvision, by_synset, 4)
+        lines["kit"] = by_meta_mat(
+            (by_synset / file).parent, synsets, [synsets[class_of[n]] for n in sorted(class_of)]
+        )
+    (by_synset / file).write_text(lines[kind])
+    found = load_webvision(by_synset, 3).imagenet
+    labels = {path.stem: int(label) for path, label in zip(files(found), found.labels, strict=True)}
+    assert labels == {
+        path.stem: int(label) for path, label in zip(files(expected), expected.labels, strict=True)
+    }
+    lost = (by_synset / file).read_text().splitlines()[:-1]
+    (by_synset / file).write_text("\n".join(lost))
+    assert re.search("has no line for|holds 7 ids for 8 images", message(load_webvision, by_synset, 4))
+
+
+def test_small_training_images_and_what_is_no_image_in_a_folder_of_a_class(by_synset):
+    expected = load_webvision(by_synset, 4)
+    (by_synset / "google").rename(by_synset / "google_resized_256")
+    junk = next((by_synset / VAL).iterdir())
+    for name in ("Thumbs.db", "val_annotations.txt", "._x.JPEG"):
+        (junk / name).write_bytes(b"junk")
+    found = load_webvision(by_synset, 4)
+    assert [path.name for path in files(found.train)] == [path.name for path in files(expected.train)]
+    assert all(path.is_file() for path in files(found.train))
+    assert names(found.imagenet) == names(expected.imagenet)
 
 
 def test_folders_without_images_are_told_and_a_single_one_is_counted(root, capsys):

@@ -203,6 +203,7 @@ def part_of_a_cache(folder: Path) -> Ended:
     words = [*FOOD, "--epochs", "1", "--workers", "0", "--data-root", folder / "food", "--limit_train", "8"]
     return train(
         *words,
+        *("--limit_test", "2", "--full_test_at_end"),
         "--image-cache",
         folder / "cache",
         "--noise_file",
@@ -434,7 +435,10 @@ def test_part_of_the_images_from_a_cache_with_labels_of_a_file(scenarios):
     verified = [[1, 0, -1, -1][i % 4] if i // 4 == [2, 1, 0][i % 3] else -1 for i in index]
     assert np.load(scenario.run / "attention.npz")["known"].tolist() == verified
     for row in table(scenario.run / "result.csv"):
-        assert (row["noise_type"], row["profile"]) == ("labels.json", "short+limit_train=8")
+        assert (row["noise_type"], row["profile"]) == ("labels.json", "short+limit_train=8+limit_test=2")
+    metrics = json.loads((scenario.run / "result.json").read_text())["metrics"]
+    assert metrics["last"] in (0, 50, 100) and metrics["full_test_images"] > 2
+    assert round(metrics["full_test"] * metrics["full_test_images"] / 100, 3) % 1 == 0
 
 
 # Clothing1M -------------------------------------------------------------------------------------------------------------

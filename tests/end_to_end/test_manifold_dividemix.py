@@ -57,7 +57,7 @@ COLUMNS = [
     "unlabelled", "labelled_precision", "labelled_ood", "clean_auc", "right_selected_min", "classes_unselected",
     "labelled_loss", "unlabelled_loss", "labelled_embedding_loss", "unlabelled_embedding_loss",
     "contrastive_loss", "penalty_loss", "train_accuracy", "lr_head",
-    "seconds",
+    *(f"removed_class_{k}" for k in range(10)), "seconds",
 ]  # fmt: skip
 OF_SPLIT = COLUMNS[8:21]
 REMOVED = [52, 52, 58, 58, 64, 64]  # a tenth, and a hundredth more at each split
@@ -227,6 +227,8 @@ def test_the_statistics_of_the_last_split_are_those_of_what_is_kept_of_it(run):
     }
     assert {name: float(last[name]) for name in expected} == pytest.approx(expected, rel=1e-9)
     assert arrays["embedding"].shape == (520, 64) and arrays["shown"].tolist() == list(range(520))
+    by_class = np.bincount(samples["observed"][removed], minlength=10)
+    assert [int(last[f"removed_class_{k}"]) for k in range(10)] == by_class.tolist()
     memory = state(run)["memory"]
     assert np.array_equal(memory["kept"].numpy(), arrays["kept"])
     assert np.array_equal(memory["clean"].numpy(), arrays["clean_probability"])
@@ -402,6 +404,41 @@ def test_a_frozen_encoder_stays_as_it_is_and_the_rest_is_trained(tmp_path, encod
     assert not torch.equal(weights["classifier.weight"], state(one_epoch)["network"]["classifier.weight"])
 
 
+def test_scores_of_the_encoder_before_training_are_kept_and_survive_a_kill(
+    tmp_path, tiny, encoder, monkeypatch
+):
+    """Splits at epochs 2 and 3; killed in the third, after the second was saved."""
+    flags = "--knn-encoder pretrained --epochs 3 --interval 1 --clustering --pretrained"
+    words = (*flags.split(), str(encoder))
+    run = small(tmp_path / "whole" / "run", *words)
+    first, last = (np.load(run / f"outliers_{name}.npz") for name in ("first", "last"))
+    assert np.array_equal(first["score"], last["score"])
+    assert not np.array_equal(first["embedding"], last["embedding"])  # the encoder has moved on
+    assert column(run, "removed") == [16, 18, 20]
+    assert not first["kept"][~last["kept"]].all() and not last["kept"][~first["kept"]].any()
+    assert len(set(column(run, "ood_auroc"))) == 1
+    # of other runs there is nothing to keep
+    assert np.array_equal(state(run)["memory"]["scores"].numpy(), first["score"])
+    assert state(tiny)["memory"]["scores"] is None
+    assert result(run)["method"] == "Manifold DivideMix, scored by the pre-trained encoder"
+
+    own, calls = train_semisup.train_divided, []
+
+    def killed(*arguments, **more):
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return own(*arguments, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_semisup, "train_divided", killed)
+        small(tmp_path / "killed" / "run", *words)
+    assert len(table(tmp_path / "killed" / "run")) == 2
+    # the lock of a killed run is freed with its process
+    shutil.copytree(tmp_path / "killed" / "run", tmp_path / "resumed" / "run")
+    assert_same_run(small(tmp_path / "resumed" / "run", *words), run)
+
+
 def test_removing_none_keeps_all(tmp_path):
     run = small(tmp_path / "run", "--remove-ood", "0")
     assert column(run, "removed") == [0, 0] and column(run, "removal_recall") == [0, 0]
@@ -549,7 +586,9 @@ def test_a_run_that_began_with_other_images_labels_or_arguments_is_refused(tmp_p
     )
     write_npz(pool, 400, 8, 0)
     np.save(file, np.roll(labels, 2))
-    assert re.search("began with other labels: the data or --noise_file changed", refused_again())
+    assert re.search(
+        "began with other labels: the data, --noise_file or the posterior changed", refused_again()
+    )
     np.save(file, np.roll(labels, 1))
     assert "alpha was 4, now 2.0" in refused_again("--alpha", "2")
     small(run, *words)  # with everything as it was, it is finished

@@ -54,7 +54,9 @@ COLUMNS = (
     *("epoch", "loss", "test_accuracy", "test_top5", "ood_auroc", "removed", "removal_precision", "removal_recall"),
     *("labelled", "unlabelled", "labelled_precision", "labelled_ood", "clean_auc"),
     *("right_selected_min", "classes_unselected", "labelled_loss", "unlabelled_loss"),
-    *("labelled_embedding_loss", "unlabelled_embedding_loss", "contrastive_loss", "penalty_loss", "lr_head", "seconds"),
+    *("labelled_embedding_loss", "unlabelled_embedding_loss", "contrastive_loss", "penalty_loss", "lr_head"),
+    *(f"removed_class_{k}" for k in range(100)),
+    "seconds",
 )  # fmt: skip
 UNKNOWN = (
     "ood_auroc",
@@ -102,7 +104,8 @@ def as_a_user(base: Path) -> Ended:
     (base / "user").mkdir()
     environment = wrong_copies(base / "user" / "elsewhere")
     words = split(
-        "--epochs 2 --warmup-epoch 1 --limit_train 16 --seed 1 --img-size 16 --workers 1 --fidelity released"
+        "--epochs 2 --warmup-epoch 1 --limit_train 16 --seed 1 --img-size 16 --workers 1 --fidelity released "
+        "--limit_test 3 --full_test_at_end"
     )
     words = [*TINY, *words, "--data-dir", "../../data", "--decoded", "../decoded", "--out", "../run"]
     script = ROOT / "manifold_dividemix" / "train_semisup_miniimagenet.py"
@@ -188,7 +191,8 @@ def test_the_released_network_by_path_with_a_worker(base, ends):
     assert end.status == 0 and end.err == "", end.err
     assert len(list((base / "user" / "decoded").glob("*16x16*.npz"))) == 2
     found, weights = result(run), state(run)["network"]
-    assert (found["fidelity"], found["profile"]) == ("released", "short+limit_train=16")
+    assert (found["fidelity"], found["profile"]) == ("released", "short+limit_train=16+limit_test=3")
+    assert found["metrics"]["full_test"] >= 0 and found["metrics"]["full_test_images"] > 3
     assert weights["encoder.conv1.weight"].shape == (64, 3, 3, 3) and weights["classifier.weight"].shape == (
         100,
         512,
@@ -198,7 +202,8 @@ def test_the_released_network_by_path_with_a_worker(base, ends):
     assert [arguments[name] for name in ("bn_mode", "warmup_mask", "ramp")] == ["warm-up", "all", "released"]
     # in train mode in the warm-up alone: two batches of eight
     assert weights["encoder.layer4.1.bn2.num_batches_tracked"] == 2
-    assert weights["projection_bn.num_batches_tracked"] == 0
+    assert weights["projection_bn.num_batches_tracked"] == 2
+    assert (weights["projection_bn.running_mean"] != 0).all()
 
 
 def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, alone, statuses):

@@ -237,7 +237,11 @@ def test_without_images_from_elsewhere_and_with_a_last_batch_of_one(tmp_path):
     assert (found["noise_type"], found["ood_ratio"], found["images"]) == ("none", 0, 129)
     assert json.loads((run / "images.json").read_text())["replaced"] == 0
     # 128 of 129 images where the last batch is left out
-    assert result(small(tmp_path / "less", *TINY, "--limit_train", "129", "--drop_last"))["images"] == 128
+    words = ("--limit_train", "129", "--drop_last", "--limit_test", "40", "--full_test_at_end")
+    less = result(small(tmp_path / "less", *TINY, *words))
+    assert (less["images"], less["profile"]) == (128, "embedded+limit_train=129+limit_test=40")
+    assert less["metrics"]["full_test"] != less["metrics"]["last"]
+    assert less["metrics"]["last"] % 2.5 == pytest.approx(0)
 
 
 def test_train_semisup_begins_from_the_encoder(tiny, capsys):

@@ -60,7 +60,7 @@ VARIANTS = {
     "released": "--base c2d --pretrained none --fidelity released",
     "asym": "--base dividemix --noise_mode asym --r 0.4",
     "file": "--base dividemix --noise_file {folder}/labels.npy",
-    "flags": "--base dividemix --ref-views weak --mask-anchor centre --clamp-targets --precision bf16",
+    "flags": "--base dividemix --ref-views weak --mask-anchor corner --clamp-targets --precision bf16",
 }
 
 
@@ -221,7 +221,10 @@ def test_by_path_from_another_folder_it_runs_to_the_end(scenarios):
     end = scenarios["whole"].ends["end"]
     assert end.status == 0, end.err
     assert end.err == ""
-    assert "note: the learning rate never drops, --lr_drop 150, --num_epochs 3\n" in end.out
+    assert (
+        "note: the learning rate never drops, --lr_drop 150, --num_epochs 3\n90 % rule on, --r 0.9: "
+        in end.out
+    )
     assert f"epoch {EPOCHS}/{EPOCHS}  " in end.out and "\nfinished: test_accuracy best " in end.out
 
 

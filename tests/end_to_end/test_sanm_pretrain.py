@@ -196,13 +196,14 @@ def test_small_colour_images_without_cosine_a_last_batch_of_one_and_knn_at_the_e
     np.savez(tmp_path / "cifar100.npz", **arrays)
     data = f"--dataset cifar100 --data_path {tmp_path} --device cpu --out {tmp_path / 'run'}"
     schedule = "--epochs 3 --batch_size 4 --no-cosine --lr 0.01 --lr_decay_epochs 2 --knn_every 2"
-    pretrain.main([*data.split(), *schedule.split()])
+    pretrain.main([*data.split(), *schedule.split(), "--limit_test", "4", "--full_test_at_end"])
     rows = table(tmp_path / "run")
     assert [float(row["lr"]) for row in rows] == pytest.approx([0.01, 0.01, 0.001])
     assert [bool(row["knn_accuracy"]) for row in rows] == [False, True, True]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["profile"] == "short" and result["images"] == 27
-    assert set(result["metrics"]) == {"best", "last", "last10", "last_loss"}
+    assert result["profile"] == "short+limit_test=4" and result["images"] == 27
+    assert set(result["metrics"]) == {"best", "last", "last10", "last_loss", "full_test", "full_test_images"}
+    assert result["metrics"]["full_test"] == result["metrics"]["last"], "all four test images are in both"
     encoder = simclr_resnet(3, 8)
     load_encoder(encoder, tmp_path / "run" / "encoder.safetensors")
     assert "0 others left" in capsys.readouterr().out

@@ -193,7 +193,7 @@ def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(bas
 def test_a_run_that_is_stopped_goes_on(base, alone, ends):
     assert ends["in_one"].result()["stopped"] == [[143], [0]]
     out, err = log_of(base, "stopped")
-    assert err == "SIGTERM: stopped; the same command goes on after epoch 1\n" and gone_on(out) == (1,)
+    assert err == "SIGTERM: stopped; the same command resumes after epoch 1\n" and gone_on(out) == (1,)
     assert_same_run(base / "stopped" / "run", alone)
 
 
@@ -222,7 +222,7 @@ def test_two_processes_of_which_one_is_killed_end_as_if_nothing_had_happened(bas
 def test_two_processes_that_are_stopped_go_on(base, ends):
     assert ends["in_two"].result()["networks_stopped"] == [[143, 143], [0, 0]]
     out, err = log_of(base, "networks_stopped")
-    assert err.count("SIGTERM: stopped; the same command goes on after epoch 2\n") == 1
+    assert err.count("SIGTERM: stopped; the same command resumes after epoch 2\n") == 1
     assert gone_on(out) == (2,)
     assert_same_run(base / "networks_stopped" / "run", base / "networks" / "run")
 

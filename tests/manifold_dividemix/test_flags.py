@@ -43,6 +43,8 @@ SHARED = [
     (("--noise_file",), None, None),
     (("-r", "--resume"), "auto", ["auto", "never"]),
     (("--limit_train",), None, None),
+    (("--limit_test",), None, None),
+    (("--full_test_at_end",), False, None),
 ]
 
 
@@ -53,6 +55,7 @@ def noise(types: list[str], default: str | None, drawn: bool = True) -> list:
     ]
     if drawn:
         found += [
+            (("--posterior",), None, None),
             (("--noise-seed",), 0, None),
             (("--label-rng",), "python", ["python", "numpy"]),
         ]
@@ -76,6 +79,7 @@ def training(epochs: int, warm_up: int, start_factor: int) -> list:
         (("--remove-ood",), 0.01, None),
         (("--ood-start-factor",), start_factor, None),
         (("--knn-k",), 10, None),
+        (("--knn-encoder",), "current", ["current", "pretrained"]),
         (("--clustering", "--no-clustering"), False, None),
         (("--interval",), 30, None),
         (("--p-threshold",), 0.3, None),
@@ -103,7 +107,7 @@ def training(epochs: int, warm_up: int, start_factor: int) -> list:
 
 
 WORKERS = (("--workers",), 8, None)
-TYPES = ["sym", "asym", "superclass", "no", "given"]
+TYPES = ["sym", "asym", "superclass", "margin1", "margin2", "margin3", "hard", "no", "given"]
 FLAGS = {
     CIFAR: [*HELP, *OPEN_SET, *noise(TYPES, "sym"), *training(300, 5, 10), WORKERS, *SHARED],
     MINI: [
@@ -465,6 +469,8 @@ BOTH = [
     ("--remove-ood 2", "--remove-ood.*: .*got 2"),
     ("--ood-start-factor -1", "--ood-start-factor.*: .*got -1"),
     ("--knn-k 0", "--knn-k.*: .*got 0"),
+    ("--knn-encoder first", "--knn-encoder.*: .*first.*choose from .*current.*pretrained"),
+    ("--knn-encoder pretrained", "--knn-encoder: pretrained needs .*got --pretrained none"),
     ("--interval 0", "--interval: .*got 0"),
     ("--clustering False", "unrecognized arguments: False"),
     ("--p-threshold 1.1", "--p-threshold.*: .*got 1.1"),

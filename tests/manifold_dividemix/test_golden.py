@@ -426,6 +426,7 @@ def test_top_accuracy(golden):
 
             classify = forward
 
-        batches = [((logits[i : i + 5],), torch.arange(i, min(i + 5, len(logits)))) for i in range(0, 12, 5)]
+        rows = torch.arange(len(logits))
+        batches = [((logits[index],), index) for index in rows.split(5)]
         together = all_logits(Given(), batches, len(logits), logits.shape[1], CPU)
         assert top_accuracy(together, labels) == pytest.approx(float(case["top1_batched5"]), rel=1e-6)

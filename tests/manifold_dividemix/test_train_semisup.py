@@ -1,6 +1,7 @@
 """The parts of train_semisup.py that are no pass over the data: refusals, optimiser, statistics, names of result rows."""
 
 from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from common import processes
 from common.cli import UserError
 from common.gpu import Device
+from common.loader import Images
 from manifold_dividemix import train_semisup, train_semisup_miniimagenet
 from manifold_dividemix.corpus import Corpus
 from manifold_dividemix.losses import learning_rate
@@ -188,6 +190,34 @@ def test_an_encoder_of_other_images_is_refused(tmp_path):
         train_semisup.initial_network(corpus_of([0, 1]), parsed(f"--pretrained {path}"))
 
 
+# the ramp ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("labelled", "released"), [(7, 2), (8, 3), (9, 3)])
+@pytest.mark.parametrize("ramp", ["fixed", "released"])
+def test_the_ramp_counts_the_steps_of_an_epoch_and_as_released_one_too_many(
+    ramp, labelled, released, monkeypatch
+):
+    """In batches of 4, two epochs after the warm-up; the ramp takes sixteen."""
+    steps = {"fixed": -(-labelled // 4), "released": released}[ramp]
+    taken = []
+
+    def train_divided(_network, _optimizer, batches, _unlabelled, step, **_more):
+        taken.append([step.ramp(number) for number, _ in enumerate(batches)])
+        return torch.zeros(1, 7)
+
+    monkeypatch.setattr(train_semisup, "train_divided", train_divided)
+    corpus = corpus_of([0, 1] * 10)
+    images = Images(corpus.images, corpus.mean, corpus.std, torch.device("cpu"))
+    run = SimpleNamespace(progress=lambda batches, *_, **__: batches)
+    args = parsed(f"--dataset digits --batch-size 4 --warmup-epoch 20 --ramp {ramp}")
+    s = train_semisup.Setting(args, CPU, run, images, torch.zeros(20), torch.Generator(), None)
+    sides = torch.arange(labelled), torch.arange(12, 20)
+    epoch = 22 if ramp == "fixed" else 11  # the release counts it twice
+    train_semisup.mixematch_epoch(network(), None, *sides, torch.ones(20), epoch, s)
+    assert taken == [[pytest.approx((2 + step / steps) / 16) for step in range(-(-labelled // 4))]]
+
+
 # the optimiser ----------------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +314,46 @@ def test_of_images_from_the_web_only_the_number_of_removed_ones_is_known():
     assert found == {"removed": 2, "removal_precision": None, "removal_recall": None}
 
 
+def test_removed_samples_are_counted_by_their_given_label():
+    corpus = corpus_of([0, 0, 1, 1, 1, 0], clean=[2] * 6, ood=[])
+    assert train_semisup.removed_by_class(kept(6, 0, 1, 3), corpus) == {
+        "removed_class_0": 2, "removed_class_1": 1, "removed_class_2": 0,
+    }  # fmt: skip
+    assert {type(n) for n in train_semisup.removed_by_class(kept(6), corpus).values()} == {int}
+
+
+def test_a_class_is_lost_when_more_than_half_of_its_correctly_labelled_samples_are():
+    # class 0: positions 0 to 3; class 1: 4 to 6; none of 2. 7 and 8 are mislabelled as 1, 9 and 10 are OOD with label 0
+    observed, clean = [0] * 4 + [1] * 5 + [0, 0], [0] * 4 + [1] * 3 + [0, 2, 0, 0]
+    corpus = corpus_of(observed, clean, ood=[9, 10])
+    half, sides = kept(11, 0, 1, 4, 9, 10), (positions(2, 3, 5, 6, 8), positions(7))
+    assert train_semisup.lost_classes(half, None, corpus).tolist() == []  # two of four, one of three
+    assert train_semisup.lost_classes(half, sides, corpus).tolist() == []
+    sides = positions(2, 5, 6, 7, 8), positions(3)  # and a third one unlabelled
+    assert train_semisup.lost_classes(half, sides, corpus).tolist() == [0]
+    sides = positions(2, 6, 7, 8), positions(3, 5)
+    assert train_semisup.lost_classes(half, sides, corpus).tolist() == [0, 1]
+    # where nobody knows, by all that are given the label: five of six, and two of five
+    unknown = corpus_of(observed)
+    assert train_semisup.lost_classes(half, sides, unknown).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("lost", "clean", "line"),
+    [
+        ([], None, ""),
+        ([1, 2], None, "more than half of the samples of 2 of 3 classes are removed or unlabelled: 1, 2\n"),
+        ([0], [0], "more than half of the correctly labelled samples of 1 of 3 classes are removed or unlabelled: 0\n"),
+        (range(12), None, "more than half of the samples of 12 of 3 classes are removed or unlabelled: "
+         "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...\n"),
+    ],
+)  # fmt: skip
+def test_lost_classes_are_named_in_one_line(lost, clean, line, monkeypatch, capsys):
+    monkeypatch.setattr(train_semisup, "lost_classes", lambda *_: np.array(lost))
+    train_semisup.warn_of_lost_classes(kept(1), None, corpus_of([0], clean, []))
+    assert capsys.readouterr().out == (line and f"warning: {line}")
+
+
 NAMES = ("labelled", "unlabelled", "labelled_precision", "labelled_ood", "clean_auc")
 
 
@@ -338,6 +408,12 @@ def test_a_split_of_one_kind_alone(observed, ood, sides, expected):
         ("--lambda_xe 0 --lambda_ue 0", "Manifold DivideMix without manifold mixup"),
         ("--lambda_xe 0", "Manifold DivideMix"),
         ("--lambda_ue 0", "Manifold DivideMix"),
+        ("--lambda_c 0", "Manifold DivideMix without contrastive loss"),
+        ("--knn-encoder pretrained", "Manifold DivideMix, scored by the pre-trained encoder"),
+        (
+            "--knn-encoder pretrained --lambda_xe 0 --lambda_ue 0",
+            "Manifold DivideMix without manifold mixup, scored by the pre-trained encoder",
+        ),
         (
             "--remove-ood 0 --lambda_xe 0 --lambda_ue 0",
             "Manifold DivideMix without OOD removal and manifold mixup",

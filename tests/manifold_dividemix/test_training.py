@@ -23,6 +23,7 @@ from manifold_dividemix.training import (
     warm_up,
     without_single,
 )
+from tests.manifold_dividemix.toy import ToyEncoder
 
 CPU, BF16 = (Device(torch.device("cpu"), precision, "tests") for precision in ("fp32", "bf16"))
 K, N = 4, 26
@@ -163,10 +164,50 @@ def test_the_projection_is_not_trained_in_the_warm_up():
         assert torch.equal(value, before[name]) is name.startswith("projection"), name
 
 
-def test_a_last_batch_of_one_image_is_trained_on_in_the_warm_up():
+@pytest.mark.parametrize("project", [False, True])
+def test_a_last_batch_of_one_image_is_trained_on_in_the_warm_up(project):
     network = narrow()
-    found = warm_up(network, sgd(network), pass_over(torch.arange(9), 8), labels(), kept() | True, CPU)
+    before = int(network.projection_bn.num_batches_tracked)
+    batches = pass_over(torch.arange(9), 8)
+    found = warm_up(network, sgd(network), batches, labels(), kept() | True, CPU, project=project)
     assert len(found) == 2 and torch.isfinite(found).all()
+    # one sample has no batch statistics
+    assert network.projection_bn.num_batches_tracked == before + project
+
+
+def test_the_projections_batch_norm_collects_statistics_in_every_forward_pass_of_the_warm_up():
+    """Two epochs of three batches, by hand: momentum 0.1, unbiased variance, embeddings before each step; then it is frozen."""
+    torch.manual_seed(4)
+    network = Network(ToyEncoder(16, 5), 5, K, 6)
+    twin, training = copy.deepcopy(network), torch.Generator().manual_seed(3)
+    views = torch.randn(N, 1, 4, 4, generator=training)
+    batches = [((views[index],), index) for index in shuffled().split(9)]
+    assert [len(index) for _, index in batches] == [9, 9, 8]
+    mean, var = torch.zeros(6), torch.ones(6)
+    optimizer, plain = sgd(network, 0.1), sgd(twin, 0.1)
+    for epoch in (1, 2):
+        set_mode(network, "warm-up", True, False)
+        warm_up(network, optimizer, batches, labels(), kept(), CPU, loss="CE", project=True)
+        for (batch,), index in batches:
+            h = twin(batch)
+            projected = (h @ twin.projection.weight.T + twin.projection.bias).detach()
+            centred = projected - projected.mean(dim=0)
+            mean = 0.9 * mean + 0.1 * projected.mean(dim=0)
+            var = 0.9 * var + 0.1 * (centred**2).sum(dim=0) / (len(index) - 1)
+            each = F.cross_entropy(twin.classify(h), labels()[index], reduction="none")
+            plain.zero_grad()
+            (each * kept()[index]).mean().backward()
+            plain.step()
+        assert network.projection_bn.num_batches_tracked == 3 * epoch
+        torch.testing.assert_close(network.projection_bn.running_mean, mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(network.projection_bn.running_var, var, rtol=1e-5, atol=1e-6)
+    assert mean.abs().min() > 1e-3 and (var - 1).abs().min() > 1e-2
+    for name in ("projection.weight", "projection.bias", "projection_bn.weight", "projection_bn.bias"):
+        assert torch.equal(network.state_dict()[name], twin.state_dict()[name]), name  # not trained
+    set_mode(network, "warm-up", False, False)
+    h = network(views)
+    wanted = (network.projection(h) - mean) / (var + network.projection_bn.eps).sqrt()
+    torch.testing.assert_close(network.project(h), wanted, rtol=1e-4, atol=1e-5)
 
 
 # MixEMatch --------------------------------------------------------------------------------------------------------------

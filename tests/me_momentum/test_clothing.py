@@ -58,6 +58,7 @@ FLAGS = [
     (("--weight_decay",), 0.001),
     (("--batch_size",), 32),
     (("--sync_bn", "--no-sync_bn"), None),
+    (("--legacy_batch_mean", "--no-legacy_batch_mean"), None),
     (("--model_dir",), None),
     (("--out",), None),
     (("--seed",), 1),
@@ -69,6 +70,8 @@ FLAGS = [
     (("--noise_file",), None),
     (("-r", "--resume"), "auto"),
     (("--limit_train",), None),
+    (("--limit_test",), None),
+    (("--full_test_at_end",), False),
 ]
 
 # the release's flags: option, default there, a typed value and what it is read as. Not here: --model_dir, a name for --out
@@ -149,6 +152,19 @@ def test_the_released_folder_of_weights_is_a_name_for_out():
     args = parse_args(["--model_dir", "here"])
     assert (args.out, args.model_dir) == ("here", None)
     assert parse_args(["--model_dir", "here", "--out", "here"]).out == "here"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", False),
+        ("--fidelity released", True),
+        ("--legacy_batch_mean", True),
+        ("--fidelity released --no-legacy_batch_mean", False),
+    ],
+)
+def test_fidelity_decides_what_is_reported_unless_it_is_typed(words, expected):
+    assert parse_args(words.split()).legacy_batch_mean is expected
 
 
 def test_the_released_statistics_are_those_of_each_process():
@@ -525,11 +541,24 @@ def test_cross_entropy_on_an_index_without_the_images_that_are_damaged(root):
     assert memory["weights"] == {} and memory["confident"] is None
 
 
-@pytest.mark.parametrize(("fidelity", "images"), [("paper", 10), ("released", 12)])
-def test_the_release_keeps_a_smaller_last_batch(fidelity, images, root, monkeypatch):
+@pytest.mark.parametrize(
+    ("fidelity", "images", "metric"),
+    [("paper", 10, "test_accuracy"), ("released", 12, "test_accuracy_batchmean")],
+)
+def test_the_release_keeps_a_smaller_last_batch_and_reports_the_mean_over_batches(
+    fidelity, images, metric, root, monkeypatch
+):
     monkeypatch.setattr(Clothing, "clothing_network", small_network)
+    monkeypatch.setattr(Clothing, "predict", lambda _, batches, count, *__: torch.zeros(count).long())
     run = run_clothing(root, f"--fidelity {fidelity} --batch_size 5 --max_inner_loop 1 --max_outer_loop 1")
     assert result(run)["images"] == images
+    # of test labels 0 0 1 1 2 2 the first two are hits: two of the first five, none of the last one
+    [row] = table(run / "log.csv")
+    accuracies = {"test_accuracy": 100 / 3, "test_accuracy_batchmean": 20}
+    assert {name: float(row[name]) for name in accuracies} == pytest.approx(accuracies)
+    assert result(run)["metric"] == metric
+    for name in ("best", "last", "at_best_validation"):
+        assert result(run)["metrics"][name] == pytest.approx(accuracies[metric])
 
 
 def test_part_of_the_images_from_a_cache_with_labels_of_a_file(root, monkeypatch):
@@ -539,12 +568,16 @@ def test_part_of_the_images_from_a_cache_with_labels_of_a_file(root, monkeypatch
         image.write_bytes(b"")  # there, but never read
     np.save(root.parent / "labels.npy", np.arange(12) % 3)
     where = f"--image_cache {root.parent / 'cache'} --noise_file {root.parent / 'labels.npy'}"
+    where += " --limit_test 2 --full_test_at_end"
     run = run_clothing(root, f"{where} --limit_train 8 --batch_size 4 --max_inner_loop 2 --max_outer_loop 1")
     index, observed = (np.load(run / f"{name}.npy") for name in ("train_index", "noisy_labels"))
     assert len(index) == 8 and (np.diff(index) > 0).all()
     assert observed.tolist() == (index % 3).tolist()
     for row in table(run / "result.csv"):
-        assert (row["noise_type"], row["profile"]) == ("labels.npy", "short+limit_train=8")
+        assert (row["noise_type"], row["profile"]) == ("labels.npy", "short+limit_train=8+limit_test=2")
+    metrics = result(run)["metrics"]
+    assert metrics["last"] in (0, 50, 100) and metrics["full_test"] >= 0
+    assert metrics["full_test_images"] == len(datasets.load_clothing1m(root, "noisy").test.labels) > 2
 
 
 @pytest.mark.parametrize(

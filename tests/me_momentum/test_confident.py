@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from me_momentum.confident import confident_examples, set_statistics
+from me_momentum.confident import confident_examples, set_growth, set_statistics
 from me_momentum.main import SET_COLUMNS
 
 
@@ -106,3 +106,13 @@ def test_the_numbers_are_pythons_own_and_the_arguments_stay_as_they_are():
 
 def test_the_statistics_are_the_columns_of_the_log():
     assert tuple(statistics([0], [True], [0])) == SET_COLUMNS
+
+
+def test_the_growth_of_the_sets_is_from_the_first_to_the_last():
+    found = set_growth([(0.25, 0.9), (0.5, 0.95), (0.5, 0.85), (0.75, 0.875)])
+    assert found == pytest.approx(
+        {"confident_growth": 0.5, "confident_precision_change": -0.025, "confident_grew": 2 / 3}
+    )
+    assert set_growth([(0.25, 0.9), (0, None)])["confident_precision_change"] is None
+    for few in ([], [(0.25, 0.9)]):
+        assert set(set_growth(few).values()) == {None}

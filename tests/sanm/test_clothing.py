@@ -69,7 +69,7 @@ FLAGS = [
     (("--mask-lo",), 0.06),
     (("--mask-hi",), 0.13),
     (("--mask-quality",), 0.1),
-    (("--mask-anchor",), "corner"),
+    (("--mask-anchor",), None),
     (("--clamp-targets",), False),
     (("--recon-weight",), 0.3),
     (("--out",), None),
@@ -82,6 +82,8 @@ FLAGS = [
     (("--noise_file",), None),
     (("-r", "--resume"), "auto"),
     (("--limit_train",), None),
+    (("--limit_test",), None),
+    (("--full_test_at_end",), False),
 ]
 
 # the release's flags: option, default, a typed value and what it is read as. Not here: --data_path, which it ignores
@@ -785,9 +787,12 @@ def test_part_of_the_images_from_a_cache_with_labels_of_a_file(root, monkeypatch
         image.write_bytes(b"")  # there, but never read
     np.save(root.parent / "labels.npy", np.arange(12) % 3)
     where = f"--image_cache {root.parent / 'cache'} --noise_file {root.parent / 'labels.npy'}"
-    run = run_small(root, monkeypatch, f"{where} --limit_train 8")
+    run = run_small(root, monkeypatch, f"{where} --limit_train 8 --limit_test 2 --full_test_at_end")
     index, observed = (np.load(run / f"{name}.npy") for name in ("train_index", "noisy_labels"))
     assert len(index) == 8 and (np.diff(index) > 0).all()
     assert observed.tolist() == (index % 3).tolist()
     for row in table(run / "result.csv"):
-        assert (row["noise_type"], row["profile"]) == ("labels.npy", "short+limit_train=8")
+        assert (row["noise_type"], row["profile"]) == ("labels.npy", "short+limit_train=8+limit_test=2")
+    metrics = json.loads((run / "result.json").read_text())["metrics"]
+    assert metrics["last"] in (0, 50, 100) and metrics["full_test"] >= 0
+    assert metrics["full_test_images"] == len(datasets.load_clothing1m(root, "noisy").test.labels) > 2

@@ -10,6 +10,7 @@ import torch
 
 from common import cli
 from sanm import Train_cifar, Train_clothing1M, pretrain
+from sanm.flags import mask_rule
 from sanm.networks import simclr_resnet
 from sanm.Train_cifar import PRESETS, directory_name, make_parser, method, parse_args
 
@@ -20,6 +21,7 @@ FLAGS = [
     (("--data_path",), "./data"),
     (("--noise_mode",), "sym"),
     (("--r",), 0.5),
+    (("--posterior",), None),
     (("--num_class",), 10),
     (("--check_path",), ""),
     (("--id",), ""),
@@ -46,7 +48,7 @@ FLAGS = [
     (("--mask-lo",), 0.02),
     (("--mask-hi",), 0.07),
     (("--mask-quality",), 0.03),
-    (("--mask-anchor",), "corner"),
+    (("--mask-anchor",), None),
     (("--clamp-targets",), False),
     (("--recon-weight",), 0.02),
     (("--ref-views",), "strong"),
@@ -60,6 +62,8 @@ FLAGS = [
     (("--noise_file",), None),
     (("-r", "--resume"), "auto"),
     (("--limit_train",), None),
+    (("--limit_test",), None),
+    (("--full_test_at_end",), False),
 ]
 
 # the release's flags: option, default there, a typed value and what it is read as. Of --data_path and --check_path the defaults
@@ -141,6 +145,21 @@ def test_fidelity_and_base_decide_the_second_softmax_unless_it_is_typed(words, s
     assert parse_args(words.split()).released_softmax is softmax
 
 
+@pytest.mark.parametrize("script", [Train_cifar, Train_clothing1M], ids=["cifar", "clothing1m"])
+@pytest.mark.parametrize(
+    ("words", "anchor"),
+    [
+        ("", "centre"),
+        ("--fidelity released", "corner"),
+        ("--fidelity released --mask-anchor centre", "centre"),
+        ("--mask_anchor corner", "corner"),
+    ],
+)
+def test_masks_are_centred_but_in_the_release_unless_an_anchor_is_typed(script, words, anchor):
+    args = script.parse_args(words.split())
+    assert args.mask_anchor == mask_rule(args).anchor == anchor
+
+
 @pytest.mark.parametrize(
     ("words", "epochs"), [("", 10), ("--dataset cifar100", 20), ("--dataset digits", 10), ("--warm_up 3", 3)]
 )
@@ -173,9 +192,14 @@ def test_a_noise_file_means_given_labels():
             "dataset_cifar10-noise_mode_asym-r_0.5-base_dividemix-seed_123-masking_none",
         ),
         (
-            "--base dividemix --selection none --mask-anchor centre",
+            "--base dividemix --selection none --mask-anchor corner",
             "CE",
-            "dataset_cifar10-noise_mode_sym-r_0.5-base_dividemix-seed_123-selection_none-mask_anchor_centre",
+            "dataset_cifar10-noise_mode_sym-r_0.5-base_dividemix-seed_123-selection_none-mask_anchor_corner",
+        ),
+        (
+            "--fidelity released --mask-anchor centre --lr 0.1",
+            "SANM(C2D)",
+            "dataset_cifar10-noise_mode_sym-r_0.5-base_c2d-fidelity_released-seed_123-lr_0.1-mask_anchor_centre",
         ),
     ],
 )
@@ -192,6 +216,31 @@ def test_a_schedule_that_does_not_fit_is_told(capsys):
     assert len(lines) == 2 and "--warm_up 10" in lines[0] and "--lr_drop 150" in lines[1]
     Train_cifar.note_schedule(parse_args(["--num_epochs", "5", "--selection", "none", "--lr_drop", "3"]))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "start", "end"),
+    [
+        ("", "90 % rule off, --r 0.5: ", "of each epoch"),
+        ("--r 0.9", "90 % rule on, --r 0.9: ", "the last 5 loss vectors"),
+        ("--r 0.95 --fidelity released", "90 % rule off, --r 0.95: ", "of each epoch"),
+        ("--noise_file labels.npy", "90 % rule off, --r 0.5: ", "type --r 0.9 if 90 % are wrong)"),
+        ("--noise_mode given", "90 % rule off, --r 0.5: ", "type --r 0.9 if 90 % are wrong)"),
+        ("--noise_file labels.npy --r 0.9", "90 % rule on, --r 0.9: ", "the last 5 loss vectors"),
+        ("--preset cifar10/cifar10-sym0.9/ce", "90 % rule on, --r 0.9: ", "the last 5 loss vectors"),
+        (
+            "--preset cifar10/cifar10-sym0.9/sanm-c2d --noise_file labels.npy",
+            "90 % rule on, --r 0.9: ",
+            "the last 5 loss vectors",
+        ),
+    ],
+)
+def test_labels_from_a_file_turn_the_90_percent_rule_on_only_where_r_is_set(words, start, end, capsys):
+    args = parse_args(words.split())
+    Train_cifar.note_quality(args)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(start) and line.endswith(end)
+    assert Train_cifar.uses_history(args) is (" on, " in start)
 
 
 # presets ----------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch.optim import SGD
 from common.gpu import Device
 from sanm.clothing import balanced_subset, subset_size
 from sanm.losses import negative_entropy, prior_penalty, ramp_up, soft_cross_entropy, squared_error
-from sanm.masking import CLOTHING_RULE, MaskRule, extrema, mask, mask_clothing, side_lengths
+from sanm.masking import CLOTHING_RULE, MaskRule, extrema, mask, mask_clothing, mask_ratio, side_lengths
 from sanm.mixmatch import Samples, guess_labels, mix, refine_labels, stack
 from sanm.networks import clothing_network, make_network
 from sanm.selection import averages_history, clean_probability, divide, normalised, remember
@@ -18,6 +18,7 @@ from sanm.training import Masks, Step, accuracy, learning_rate, train_divided, w
 from tests.sanm.toy import toy_from, weights_of
 
 CPU = Device(torch.device("cpu"), "fp32", "")
+RELEASED = MaskRule(anchor="corner")
 
 
 def tensors(case, *names: str) -> list[Tensor]:
@@ -43,11 +44,11 @@ def test_masking(golden):
         at = extrema(maps, height, width)
         for ours, name in zip(at, ("row_max", "col_max", "row_min", "col_min"), strict=True):
             assert ours.tolist() == case[name].tolist(), (case.name, name)
-        ratio = draws[:, 0] + 0.03 * (1 - clean.double())
+        ratio = mask_ratio(draws[:, 0], clean, 0.03)
         close(ratio, case["rho"])
         rows, columns = side_lengths(0.5 * ratio * height * width, draws[:, 1])
         assert rows.tolist() == case["mask_h"].tolist() and columns.tolist() == case["mask_w"].tolist()
-        masked = mask(images, maps, clean, targets, draws, MaskRule())
+        masked = mask(images, maps, clean, targets, draws, RELEASED)
         close(masked.at_max, case["img_max"])
         close(masked.at_min, case["img_min"])
         close(masked.targets_max, case["targets_out"])
@@ -61,7 +62,7 @@ def test_masking_of_clothing1m_as_released(golden):
         at = extrema(maps, *images.shape[2:])
         for ours, name in zip(at, ("row_max", "col_max", "row_min", "col_min"), strict=True):
             assert ours.tolist() == case[name].tolist(), (case.name, name)
-        rule = CLOTHING_RULE._replace(as_released=True)
+        rule = CLOTHING_RULE._replace(anchor="corner", as_released=True)
         masked = mask_clothing(images, maps, clean, targets, draws, rule)
         close(masked.at_max, case["img_max"])
         close(masked.at_min, case["img_min"])
@@ -229,7 +230,7 @@ def test_a_training_step_in_its_parts(golden):
         maps = torch.cat([refined.maps, guessed.maps])
         clean = torch.cat([s["clean_prob_x"], s["clean_prob_u"]])
         targets = torch.cat([refined.targets, guessed.targets])
-        masked = mask(images, maps, clean, targets, s["draws"], MaskRule())
+        masked = mask(images, maps, clean, targets, s["draws"], RELEASED)
         close(masked.at_max, case["masked_max"], atol=1e-5)
         close(masked.at_min, case["masked_min"], atol=1e-5)
         close(masked.targets_max, case["modulated_targets"], atol=1e-5)
@@ -255,7 +256,7 @@ def test_a_whole_training_step(golden):
         weight = ramp_up(float(case["lambda_u"]), float(case["epoch"]), float(case["warm_up"]))
         step = Step(
             lambda views, clean: Samples(views[:4], views[4:], clean),
-            masks=Masks(lambda *_, pieces=pieces: next(pieces), mask, MaskRule(), torch.Generator()),
+            masks=Masks(lambda *_, pieces=pieces: next(pieces), mask, RELEASED, torch.Generator()),
             draw_share=lambda case=case: float(case["beta_draw"]),
             draw_permutation=lambda _, s=s: s["permutation"],
             weight=lambda _, weight=weight: weight,

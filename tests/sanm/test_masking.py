@@ -1,4 +1,4 @@
-"""Masks and label modulation of whole batches, against loops over single images and pixels written from Sec. 5 and 9."""
+"""Masks and label modulation of whole batches, against loops over single images and pixels."""
 
 import math
 
@@ -234,16 +234,48 @@ def test_rectangles_of_every_size_at_every_place(anchor):
     assert torch.equal(covered, (rows > 0) & (columns > 0))
 
 
-def test_the_anchor_is_the_corner_or_the_centre_of_a_rectangle_that_has_room():
-    at = [torch.tensor([10]), torch.tensor([12]), torch.tensor([5.0]), torch.tensor([4.0])]
-    for anchor, top, left in (("corner", 10, 12), ("centre", 8, 10)):
-        inside = rectangle(*at, 32, 32, anchor)[0].nonzero()
-        assert inside.amin(dim=0).tolist() == [top, left]
-        assert inside.amax(dim=0).tolist() == [top + 4, left + 3]
+@pytest.mark.parametrize(
+    ("at", "sides", "anchor", "rows", "columns"),
+    [
+        ((10, 12), (5, 4), "corner", (10, 14), (12, 15)),
+        ((10, 12), (5, 3), "centre", (8, 12), (11, 13)),  # odd: as many pixels before as behind
+        ((10, 12), (4, 6), "centre", (8, 11), (9, 14)),  # even: one more before
+        ((10, 12), (1, 1), "centre", (10, 10), (12, 12)),
+        ((0, 31), (5, 4), "centre", (0, 4), (28, 31)),  # shifted inside at the border, not cut
+        ((31, 0), (4, 5), "centre", (28, 31), (0, 4)),
+        ((1, 30), (5, 5), "centre", (0, 4), (27, 31)),
+        ((2, 29), (5, 5), "centre", (0, 4), (27, 31)),  # it just has room
+        ((30, 31), (5, 4), "corner", (27, 31), (28, 31)),
+    ],
+)
+def test_the_anchor_is_the_centre_or_the_corner_of_the_rectangle(at, sides, anchor, rows, columns):
+    row, column, height, width = (torch.tensor([number]) for number in (*at, *sides))
+    inside = rectangle(row, column, height.double(), width.double(), 32, 32, anchor)[0].nonzero()
+    assert list(zip(*(inside.amin(dim=0).tolist(), inside.amax(dim=0).tolist()), strict=True)) == [
+        rows,
+        columns,
+    ]
+    assert len(inside) == sides[0] * sides[1]
+
+
+@pytest.mark.parametrize(("apply", "rule"), [(mask, MaskRule()), (mask_clothing, CLOTHING_RULE)])
+def test_by_default_masks_are_centred_on_the_extrema(apply, rule):
+    maps = torch.rand(1, 1, 64, 64, generator=generator()).mul(0.5).add(0.2)
+    maps[0, 0, 20, 40], maps[0, 0, 44, 24] = 1.0, 0.0
+    draw = draw_masks if apply is mask else draw_clothing_masks
+    draws = draw(1, 1, rule, generator(2))
+    found = apply(torch.zeros(1, 1, 64, 64), maps, torch.zeros(1), torch.eye(3)[:1], draws, rule)
+    for painted, middle in zip(found[:2], ((20, 40), (44, 24)), strict=True):
+        pixels = painted[0, 0].nonzero().double()
+        assert len(pixels) > 50
+        off = torch.tensor(middle) - pixels.mean(dim=0)
+        assert set(off.tolist()) <= {0.0, 0.5}
 
 
 def test_a_rectangle_higher_than_the_image_covers_all_rows():
-    found = rectangle(*(torch.tensor([n]) for n in (3, 2)), torch.tensor([9.0]), torch.tensor([2.0]), 6, 20)
+    found = rectangle(
+        *(torch.tensor([n]) for n in (3, 2)), torch.tensor([9.0]), torch.tensor([2.0]), 6, 20, "corner"
+    )
     assert found[0, :, 2:4].all() and found.sum() == 12
 
 
@@ -362,7 +394,8 @@ def test_the_worse_a_label_the_larger_its_rectangles_and_the_more_its_target_los
 
 def test_the_released_clothing_masks_stand_at_the_bottom_and_shift_targets_by_pixels():
     images, maps, clean, targets, draws = batch("CIFAR", "random", "clothing")
-    found = mask_clothing(images, maps, clean, targets, draws, CLOTHING_RULE._replace(as_released=True))
+    rule = CLOTHING_RULE._replace(anchor="corner", as_released=True)
+    found = mask_clothing(images, maps, clean, targets, draws, rule)
     at = extrema(maps, 32, 32)
     for i in range(len(images)):
         (share, aspect, *_), quality = draws[i].tolist(), 0.1 * (1 - float(clean[i]))

@@ -162,7 +162,7 @@ def step_batch(bx: int, bu: int, generator: torch.Generator, trained: int = 4):
 
 
 def plain_rows(x: Samples, u: Samples, targets: Tensor, masked: Masked | None) -> list[tuple[Tensor, Tensor]]:
-    """The rows of a step, image and target, in the order of Sec. 4, step 5."""
+    """The rows of a step, image and target, in the order of the README, section 4, step 5."""
     rows, bx = [], len(x.clean)
     for side, start, count in ((x, 0, bx), (u, bx, len(u.clean))):
         for view in side.trained:

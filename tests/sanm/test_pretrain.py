@@ -42,6 +42,8 @@ FLAGS = [
     (("--noise_file",), None),
     (("-r", "--resume"), "auto"),
     (("--limit_train",), None),
+    (("--limit_test",), None),
+    (("--full_test_at_end",), False),
 ]
 
 

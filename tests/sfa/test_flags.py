@@ -19,6 +19,7 @@ FLAGS = [
     (("--imb_factor",), 0.01),
     (("--noise_mode",), "imb"),
     (("--noise_ratio",), 0.5),
+    (("--posterior",), None),
     (("--num_class",), 10),
     (("--batch_size",), 64),
     (("--lr", "--learning_rate"), 0.02),
@@ -55,6 +56,8 @@ FLAGS = [
     (("--noise_file",), None),
     (("-r", "--resume"), "auto"),
     (("--limit_train",), None),
+    (("--limit_test",), None),
+    (("--full_test_at_end",), False),
 ]
 
 # the release's flags: option, default, a typed value and what it is read as. Not here: -r/--resume, an epoch there
@@ -135,7 +138,7 @@ def test_every_preset_of_the_script_parses_and_its_values_arrive(name):
     assert {flag: args.get(flag) for flag in section} == section
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [name for name in OURS if not name.startswith("claims/")])
 def test_the_name_of_a_preset_ends_in_its_selection_and_its_loss(name):
     args = parse_args(["--preset", name])
     assert name.split("/")[2] == args.selection + (f"-{args.loss}" if args.loss != "ce" else "")

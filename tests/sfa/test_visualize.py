@@ -155,7 +155,7 @@ def refused(capsys, *words) -> str:
         ({"imb_factor": 0.01}, {**DIGITS, "imb_type": "step"}, "digits, imbalance 100 in steps\n50 % noise by class size"),
         ({"imb_factor": 1.0, "noise_type": "given", "noise_rate": None}, DIGITS, "digits\ngiven labels"),
         ({"imb_factor": 1.0, "noise_type": "worse_{1}.npy", "noise_rate": None}, DIGITS, "digits\nlabels of worse_{1}.npy"),
-        ({"profile": "embedded+limit_train=64"}, {}, "digits, 64 images, imbalance 10\n50 % noise by class size"),
+        ({"profile": "embedded+limit_train=64+limit_test=30"}, {}, "digits, 64 images, imbalance 10\n50 % noise by class size"),
         (WEBVISION, {"num_class": 7}, "webvision, 7 classes\nlabels of the search"),
     ],
 )  # fmt: skip

@@ -493,7 +493,7 @@ def test_both_test_sets_are_judged_by_their_first_and_first_five():
         args = parse_args(["--num_class", str(num_class), "--device", "cpu"])
         data = Data(None, split, None, tests, (), None)
         learners = [Learner(Given(), None, None, None, None, None) for _ in range(2)]
-        return Train_webvision.test(learners, 1, Setting(args, CPU, Stub(), data, None))
+        return Train_webvision.test(learners, tests, "epoch 1", Setting(args, CPU, Stub(), data, None))
 
     found = tested(7, test=ranked([1, 2, 5, 6, 7]), imagenet=ranked([1, 1, 3]))
     assert (found["test_accuracy"], found["top5_accuracy"]) == pytest.approx((20, 60))
@@ -794,9 +794,13 @@ def test_part_of_the_images_with_labels_of_a_file_and_a_long_tail(root, tmp_path
     assert np.bincount(observed).tolist() == budget.tolist() != np.bincount(given).tolist()
     assert np.load(run / "clean_probability.npz")["observed"].tolist() == observed.tolist()
     assert (result(run)["noise_type"], result(run)["imb_factor"]) == ("labels.npy", 0.1)
-    limited = run_small(root, tmp_path / "limited", "--limit_train 9 --num_epochs 1")
+    words = "--limit_train 9 --num_epochs 1 --limit_test 3 --full_test_at_end"
+    limited = run_small(root, tmp_path / "limited", words)
     assert len(np.load(limited / "train_index.npy")) == 9
-    assert result(limited)["profile"] == "short+limit_train=9"
+    assert result(limited)["profile"] == "short+limit_train=9+limit_test=3"
+    metrics = result(limited)["metrics"]
+    assert metrics["full_test_images"] == len(datasets.load_webvision(root, K).test.labels) > 3
+    assert {"full_test", "full_test_imagenet_accuracy"} <= metrics.keys()
 
 
 def test_bad_images_are_left_out_from_the_start(tmp_path):
@@ -822,7 +826,7 @@ def test_a_cache_of_320_pixels_gives_the_run_that_the_files_give(root, tmp_path)
     data = datasets.load_webvision(root, K)
     for size in (320, 256):
         build_caches(tmp_path / str(size), data, size=size)
-    words = "--image_size 299 --num_epochs 1 --limit_train 9"
+    words = "--image_size 299 --num_epochs 1 --limit_train 9 --limit_test 3"
     files = run_small(root, tmp_path / "files" / "run", words)
     cached = run_small(root, tmp_path / "cached" / "run", f"{words} --image_cache {tmp_path / '320'}")
     assert log_without_seconds(cached) == log_without_seconds(files)

@@ -59,6 +59,8 @@ FLAGS = [
     (("--noise_file",), None),
     (("-r", "--resume"), "auto"),
     (("--limit_train",), None),
+    (("--limit_test",), None),
+    (("--full_test_at_end",), False),
 ]
 
 # the release's flags: option, default, a typed value and what it is read as. Not here: -r/--resume, an epoch there

@@ -1,0 +1,266 @@
+"""Test what the papers claim: run the cells that claims.toml compares, and say of each claim whether it holds.
+
+    make claims                                           # digits: no data, no GPU
+    make claims DATA=DIR                                  # also MNIST, CIFAR-10 and CIFAR-10N, as far as DIR has them
+    python -m benchmarks.claims --claims afm-attention sfa-rare-classes --seeds 1 2 3 4 5
+
+A finished run is not run again, a killed run resumes; a cell that several claims name is run once per seed. Tests whose data are
+missing are listed as not run. Of all runs in --out that are finished, whatever is asked for now, claims.csv gets the rows,
+claims.md the table, claims.png the figure, claims_logs/ the logs.
+"""
+
+import csv
+import itertools
+import re
+import shlex
+import sys
+import tomllib
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import cross, forest
+from benchmarks.cells import CLAIMS as CELLS
+from benchmarks.cells import Cell, cells
+from benchmarks.compare import read_results
+from benchmarks.cross import Setting
+from benchmarks.engines import Task, add_engine_flags, is_finished, run_all
+from benchmarks.run import collect, make_task
+from benchmarks.verdicts import (
+    CLAIMS,
+    CLAIMS_CSV,
+    Claim,
+    chosen,
+    outcomes,
+    plain_table,
+    preset_of,
+    read_claims,
+    whole_table,
+)
+from common import cli, datasets
+from common.cli import UserError
+from common.files import write_atomic
+from common.results import to_csv, write_results
+
+# columns of a log that benchmarks.report draws
+DRAWN = re.compile(
+    r"^epoch$|(accuracy|precision|recall|auc|auroc|selected|labelled|removed|_size|_share|_ood|attention_(right|wrong))$"
+)
+
+
+class Prepared(NamedTuple):
+    """A data set of its own for each seed: a drawn part of a data set, with labels of a file."""
+
+    setting: Setting
+    limit: int
+
+
+class CellRun(NamedTuple):
+    """A cell with a seed."""
+
+    cell: Cell
+    seed: int
+    task: Task
+
+    @property
+    def setting(self) -> str:
+        """Its data and noise, as its preset names them."""
+        return self.cell.preset.split("/")[1]
+
+
+def read_prepared(path: Path = CLAIMS) -> dict[str, Prepared]:
+    """The settings of claims.toml by their names."""
+    found = {}
+    for name, entries in tomllib.loads(path.read_text(encoding="utf-8"))["settings"].items():
+        limit, data = entries.pop("limit_train"), entries.pop("data")
+        found[name] = Prepared(Setting(data, name.removeprefix(f"{data}-"), **entries), limit)
+    return found
+
+
+# data -----------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def is_there(name: str, data_path: Path) -> bool:
+    """Whether a data set can be loaded."""
+    try:
+        datasets.load(name, data_path)
+    except UserError:
+        return False
+    return True
+
+
+def missing(cell: str, prepared: dict[str, Prepared], data_path: Path) -> list[str]:
+    """The data sets and label files that a cell reads and that are not there."""
+    section, setting = preset_of(cell), cell.split("/")[2]
+    names = [section["dataset"], *[name for name in [section.get("corruption")] if name in datasets.NAMES]]
+    labels = [prepared[setting].setting.labels] if setting in prepared else []
+    lacking = [name for name in names if not is_there(name, data_path)]
+    return lacking + [file for file in labels if not (data_path / file).is_file()]
+
+
+def prepare(runs: Iterable[CellRun], prepared: dict[str, Prepared], out: Path, data_path: Path) -> None:
+    """Write the data sets of the settings that runs still to be done read."""
+    todo = [run for run in runs if not all(is_finished(*one) for one in run.task.commands)]
+    for name, seed in dict.fromkeys((run.setting, run.seed) for run in todo if run.setting in prepared):
+        own = prepared[name]
+        inputs = cross.inputs_of(own.setting, seed, out, data_path, own.limit)
+        cross.prepare(own.setting, seed, inputs, data_path, own.limit)
+
+
+# runs -----------------------------------------------------------------------------------------------------------------
+
+
+def cells_of(claims: Iterable[Claim]) -> dict[str, list[Cell]]:
+    """By the name paper/preset of each cell that tests compare: the cell, before it the one that makes its encoder."""
+    names = dict.fromkeys(name for claim in claims for test in claim.tests for name in test.cells)
+    split = {name: name.partition("/")[::2] for name in names}
+    return {name: cells(paper, preset.split("/")[0], [preset]) for name, (paper, preset) in split.items()}
+
+
+def runs_of(
+    claims: Iterable[Claim], seeds: Sequence[int] | None, prepared: dict[str, Prepared], args: Namespace
+) -> list[CellRun]:
+    """Every cell once with each of its seeds: all cells with their first seed, then all with the second."""
+    out, data_path = Path(args.out).resolve(), Path(args.data_path).resolve()
+    named, wanted = cells_of(claims), {}
+    for claim in claims:
+        for test in claim.tests:
+            numbered = list(enumerate(seeds or test.seeds))
+            for name, (place, seed) in itertools.product(test.cells, numbered):
+                wanted |= {(cell.paper, cell.preset, seed): (place, cell) for cell in named[name]}
+    runs = []
+    for (_, _, seed), (_, cell) in sorted(wanted.items(), key=lambda item: item[1][0]):
+        data, own = data_path, prepared.get(cell.preset.split("/")[1])
+        if own is not None:
+            data = cross.inputs_of(own.setting, seed, out, data_path, own.limit).folder
+        task = make_task(cell, seed, folder_of(cell, out), data, [], baseline=False)
+        runs.append(CellRun(cell, seed, task))
+    return runs
+
+
+def folder_of(cell: Cell, out: Path) -> Path:
+    """Where benchmarks.run has the runs of the cell's profile, too, so that nobody runs what the other has."""
+    return out / "runs" / cell.paper / cell.preset.split("/")[0]
+
+
+def run_waves(runs: list[CellRun], args: Namespace) -> int:
+    """Make the encoders, then run what may begin from them: 0, or 1 if a run failed; the others are run all the same."""
+    encoders = {(run.cell.paper, run.cell.encoder) for run in runs}
+    status = 0
+    for first in (True, False):
+        wave = [run.task for run in runs if ((run.cell.paper, run.cell.preset) in encoders) is first]
+        try:
+            run_all(wave, args, one_thread=True)
+        except SystemExit as ended:
+            if ended.code != 1:  # stopped from outside
+                raise
+            status = 1
+    return status
+
+
+def finished(claims: Iterable[Claim], out: Path) -> dict[Cell, list[Path]]:
+    """The directories of the finished runs of the claims' cells, whatever their seeds."""
+    found = {}
+    for cell in {cell: None for own in cells_of(claims).values() for cell in own}:
+        parent = folder_of(cell, out) / cell.preset.split("/", 1)[1]
+        results = sorted(parent.glob("seed*/result.csv"), key=lambda path: (len(path.parent.name), path))
+        found[cell] = [path.parent for path in results if path.parent.name[len("seed") :].isdigit()]
+    return found
+
+
+def rows_of(runs: dict[Cell, list[Path]], prepared: dict[str, Prepared]) -> list[dict]:
+    """The result rows of finished runs."""
+    rows = []
+    for cell, folders in runs.items():
+        own = prepared.get(cell.preset.split("/")[1])
+        columns = {} if own is None else cross.columns_of(own.setting)
+        rows += [row | columns for row in collect(folders)]
+    return rows
+
+
+def save_logs(runs: dict[Cell, list[Path]], folder: Path) -> None:
+    """The logs of the cells that are of no other table: the columns that the report draws, with six digits."""
+    for cell, folders in runs.items():
+        for run in folders if cell.preset.split("/")[0] == CELLS else ():
+            with (run / "log.csv").open(newline="") as file:
+                log = list(csv.DictReader(file))
+            if "test_accuracy" not in log[0]:
+                continue
+            columns = [name for name in log[0] if DRAWN.search(name) and not name.startswith("net2_")]
+            rows = [{name: row[name] and f"{float(row[name]):.6g}" for name in columns} for row in log]
+            name = "_".join([cell.paper, *cell.preset.split("/")[1:], run.name])
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / f"{name}.csv", to_csv(rows, columns).encode())
+
+
+# the command line -----------------------------------------------------------------------------------------------------
+
+
+def make_parser() -> cli.Parser:
+    """The command line."""
+    parser = cli.Parser(prog="python -m benchmarks.claims", description=__doc__.splitlines()[0])
+    parser.add_argument("--claims", nargs="+", metavar="NAME", help="these only, as claims.toml names them")
+    parser.add_argument("--only", choices=["embedded", "real"], help="tests on digits; tests on other data")
+    parser.add_argument(
+        "--seeds", nargs="+", type=cli.seed, metavar="N", help="one run each; by default those of claims.toml"
+    )
+    parser.add_argument("--data_path", default="./data", metavar="DIR", help="where the data sets are")
+    parser.add_argument(
+        "--out", default="results", metavar="DIR", help="where claims.*, cross_data/ and runs/ go"
+    )
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print the commands and stop")
+    parser.add_argument(
+        "--collect", action="store_true", help="run nothing, write the files of what is finished"
+    )
+    add_engine_flags(parser)
+    return parser
+
+
+def write(every: Sequence[Claim], asked: Sequence[Claim], prepared: dict[str, Prepared], out: Path) -> None:
+    """The files of all claims; the table of those asked for on the terminal."""
+    runs = finished(every, out)
+    rows = rows_of(runs, prepared)
+    out.mkdir(parents=True, exist_ok=True)
+    write_results(out / CLAIMS_CSV, rows)
+    found = outcomes(every, read_results(out / CLAIMS_CSV))
+    write_atomic(out / "claims.md", "\n".join(whole_table(every, found)).encode())
+    forest.draw(every, found, out / "claims.png")
+    save_logs(runs, out / "claims_logs")
+    print("\n".join(plain_table(asked, outcomes(asked, rows))))
+    print(f"\nin {out}: {CLAIMS_CSV}, claims.md, claims.png and claims_logs/ of all finished runs")
+
+
+def main(argv=None) -> None:
+    """Run what is not finished; write and print what the claims come to."""
+    args = make_parser().parse_args(argv)
+    out, data_path = Path(args.out).resolve(), Path(args.data_path).resolve()
+    every, prepared = read_claims(), read_prepared()
+    asked = chosen(every, args.claims, args.only)
+    lacking = {name: missing(name, prepared, data_path) for name in cells_of(asked)}
+    possible = [
+        claim._replace(tests=tuple(t for t in claim.tests if not any(lacking[name] for name in t.cells)))
+        for claim in asked
+    ]
+    runs = runs_of(possible, args.seeds, prepared, args)
+    if args.dry_run:
+        for _, command in itertools.chain(*(run.task.commands for run in runs)):
+            print(shlex.join(["python", *command[1:]]))
+        return
+    status = 0
+    if not args.collect:
+        prepare(runs, prepared, out, data_path)
+        status = run_waves(runs, args)
+    write(every, asked, prepared, out)
+    for name in sorted({name for names in lacking.values() for name in names}):
+        count = sum(any(name in lacking[cell] for cell in t.cells) for c in asked for t in c.tests)
+        print(
+            f"not run: {count} of {sum(len(c.tests) for c in asked)} tests, for want of {name} in {data_path}"
+        )
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    cli.exit_cleanly(main)

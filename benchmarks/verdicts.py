@@ -1,0 +1,257 @@
+"""What the papers claim (claims.toml), and what result rows say about it: intervals, verdicts, tables.
+
+holds: the 95 % interval of the difference lies on the side of the bound that the claim names. contradicted: it lies on the other
+side. undecided: it contains the bound, or there is one seed. not run: a cell has no row. The interval is Welch's, of a difference
+of two means over seeds; against a value it is Student's.
+"""
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.cells import PAPERS, ROOT
+from benchmarks.compare import Sample, summarise, welch_interval
+from common.cli import UserError, read_presets
+
+CLAIMS, CLAIMS_CSV = ROOT / "benchmarks" / "claims.toml", "claims.csv"
+DIRECTIONS = ("above", "below", "differs")
+HOLDS, CONTRADICTED, UNDECIDED, NOT_RUN = "holds", "contradicted", "undecided", "not run"
+VERDICTS = (HOLDS, CONTRADICTED, UNDECIDED, NOT_RUN)
+IN_PERCENT = ("best", "last", "last10", "full_test", "at_best_validation")
+ALL = "all"  # in place of a paper, of claims about several
+
+
+class ClaimTest(NamedTuple):
+    """One test of a claim: a metric of a cell against that of another cell, or against a value."""
+
+    data: str  # in words
+    metric: str
+    direction: str  # where the difference lies by the claim: one of DIRECTIONS
+    value: float  # of what: of the metric, or of the difference of two cells; in the unit of the rows
+    cell: str  # paper/preset
+    than: str | None
+    seeds: tuple[int, ...]
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Those that it needs."""
+        return (self.cell,) if self.than is None else (self.than, self.cell)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether it needs no data: all its cells are on digits."""
+        return all(preset_of(cell)["dataset"] == "digits" for cell in self.cells)
+
+    @property
+    def scale(self) -> float:
+        """What makes percent of the metric's unit: 1 for accuracies, 100 for shares and areas under curves."""
+        return 1.0 if self.metric in IN_PERCENT or self.metric.endswith("_accuracy") else 100.0
+
+
+class Claim(NamedTuple):
+    """What a paper claims, in our words, and where it says so."""
+
+    name: str
+    paper: str
+    sentence: str
+    source: str
+    tests: tuple[ClaimTest, ...]
+
+
+class Outcome(NamedTuple):
+    """What came out of a test. Figures are in percent; difference, low and high in points above the bound of the claim."""
+
+    test: ClaimTest
+    cell: Sample | None
+    than: Sample | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    verdict: str
+
+
+# the claims -----------------------------------------------------------------------------------------------------------
+
+
+def read_claims(path: Path = CLAIMS) -> list[Claim]:
+    """The claims of claims.toml. ValueError: an entry that is misspelt, missing, or names no preset."""
+    description = tomllib.loads(path.read_text(encoding="utf-8"))
+    usual = {"direction": "above", "value": 0, "than": None, "seeds": description["seeds"]}
+    claims = []
+    for name, claim in description["claims"].items():
+        shared = {key: value for key, value in claim.items() if key in ClaimTest._fields}
+        texts = {key: value for key, value in claim.items() if key not in (*ClaimTest._fields, "tests")}
+        if texts.keys() != {"paper", "claim", "source"} or texts["paper"] not in (*PAPERS, ALL):
+            raise ValueError(f"claim {name}: paper, claim and source are needed, and nothing else: {texts}")
+        tests = tuple(_test(name, usual | shared | test) for test in claim["tests"])
+        claims.append(Claim(name, texts["paper"], texts["claim"], texts["source"], tests))
+    return claims
+
+
+def _test(name: str, entries: dict) -> ClaimTest:
+    if entries.keys() != set(ClaimTest._fields) or entries["direction"] not in DIRECTIONS:
+        raise ValueError(f"claim {name}: a test needs {', '.join(ClaimTest._fields)}: {entries}")
+    test = ClaimTest(**entries | {"value": float(entries["value"]), "seeds": tuple(entries["seeds"])})
+    for cell in test.cells:
+        preset_of(cell)
+    return test
+
+
+def preset_of(cell: str) -> dict:
+    """The section of a cell's preset. ValueError: there is none."""
+    paper, _, name = cell.partition("/")
+    sections = _presets(paper) if paper in PAPERS else {}
+    if name not in sections:
+        raise ValueError(f"{cell} is no paper/preset of a presets.toml")
+    return sections[name]
+
+
+_sections: dict[str, dict] = {}
+
+
+def _presets(paper: str) -> dict[str, dict]:
+    if paper not in _sections:
+        _sections[paper] = read_presets(ROOT / paper / "presets.toml")
+    return _sections[paper]
+
+
+def chosen(claims: Sequence[Claim], names: Sequence[str] | None, only: str | None) -> list[Claim]:
+    """The named claims, all by default, with their tests on digits ("embedded") or on other data ("real") alone.
+
+    UserError: a name that is none of a claim.
+    """
+    known = [claim.name for claim in claims]
+    for name in names or ():
+        if name not in known:
+            raise UserError(f"no claim {name}: choose from {', '.join(known)}")
+    kept = [claim for claim in claims if not names or claim.name in names]
+    if only is not None:
+        kept = [
+            c._replace(tests=tuple(t for t in c.tests if t.embedded == (only == "embedded"))) for c in kept
+        ]
+    return [claim for claim in kept if claim.tests]
+
+
+# the verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def outcomes(claims: Iterable[Claim], rows: Iterable[dict]) -> dict[str, list[Outcome]]:
+    """What result rows say of every test, by claim. A cell's rows are found by the --preset of their command."""
+    values: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        named = re.search(r"--preset[ =](\S+)", row["command"])
+        if named:
+            key = (f"{row['paper']}/{named[1]}", row["metric"])
+            values.setdefault(key, {})[str(row["seed"])] = float(row["value"])
+    return {claim.name: [outcome(test, values) for test in claim.tests] for claim in claims}
+
+
+def outcome(test: ClaimTest, values: Mapping[tuple[str, str], Mapping[str, float]]) -> Outcome:
+    """One test. values: by (cell, metric) and seed."""
+
+    def sample(cell: str | None) -> Sample | None:
+        own = values.get((cell, test.metric), {}).values()
+        return summarise(test.scale * value for value in own) if own else None
+
+    cell, than = sample(test.cell), sample(test.than)
+    if cell is None or (than is None and test.than is not None):
+        return Outcome(test, cell, than, None, None, None, NOT_RUN)
+    bound = test.scale * test.value
+    # a value does not vary: Welch's interval is then Student's, of one sample
+    reference = Sample(2, 0.0, 0.0) if than is None else than
+    low, high = (
+        (end - bound for end in interval) if (interval := welch_interval(reference, cell)) else (None, None)
+    )
+    difference = cell.mean - reference.mean - bound
+    return Outcome(test, cell, than, difference, low, high, verdict(low, high, test.direction))
+
+
+def verdict(low: float | None, high: float | None, direction: str) -> str:
+    """What an interval around a difference to the bound says: holds, contradicted or undecided.
+
+    A claim that something differs cannot be contradicted: an interval around 0 does not show that nothing differs.
+    """
+    if low is None:
+        return UNDECIDED
+    above, below = low > 0, high < 0
+    if direction == "differs":
+        return HOLDS if above or below else UNDECIDED
+    right, wrong = (above, below) if direction == "above" else (below, above)
+    return HOLDS if right else CONTRADICTED if wrong else UNDECIDED
+
+
+# as text --------------------------------------------------------------------------------------------------------------
+
+HEADING = ("claim", "data", "metric", "compared with", "method", "difference", "95 % interval", "verdict")
+DIRECTION_TEXT = {"above": "above", "below": "below", "differs": "different from"}
+
+
+def lines(claim: Claim, found: Sequence[Outcome]) -> list[tuple[str, ...]]:
+    """A claim as lines of a table with the columns of HEADING; the claim stands in the first alone."""
+    return [("" if i else claim.sentence, *_line(one)) for i, one in enumerate(found)]
+
+
+def _line(found: Outcome) -> tuple[str, ...]:
+    test = found.test
+    bound = f"{test.scale * test.value:g}"
+    if test.than is None:
+        compared = f"{DIRECTION_TEXT[test.direction]} {bound}"
+    else:
+        compared = sample_text(found.than) + (f" {float(bound):+g}" if test.value else "")
+    numbers = ("", "")
+    if found.difference is not None:
+        numbers = (f"{found.difference:+.2f}", "")
+    if found.low is not None:
+        numbers = (numbers[0], f"[{found.low:+.2f}, {found.high:+.2f}]")
+    return (test.data, test.metric, compared, sample_text(found.cell), *numbers, found.verdict)
+
+
+def sample_text(sample: Sample | None) -> str:
+    """Mean ± standard deviation, and the number of seeds."""
+    if sample is None:
+        return ""
+    spread = "" if sample.std is None else f" ± {sample.std:.2f}"
+    return f"{sample.mean:.2f}{spread} ({sample.n})"
+
+
+def whole_table(claims: Sequence[Claim], found: Mapping[str, Sequence[Outcome]]) -> list[str]:
+    """Every test as Markdown, paper by paper."""
+    text = []
+    for paper in dict.fromkeys(claim.paper for claim in claims):
+        own = [claim for claim in claims if claim.paper == paper]
+        text += [f"### {'All methods' if paper == ALL else f'[{paper}](../{paper}/README.md)'}", ""]
+        text += [f"| {' | '.join(HEADING)} |", "|---" * len(HEADING) + "|"]
+        text += [f"| {' | '.join(line)} |" for claim in own for line in lines(claim, found[claim.name])]
+        text += ["", *(f"- {claim.sentence} Source: {claim.source}." for claim in own), ""]
+    return text
+
+
+def plain_table(claims: Sequence[Claim], found: Mapping[str, Sequence[Outcome]]) -> list[str]:
+    """Every test as text for a terminal: each claim, below it its tests in columns that all claims share."""
+    rows = [HEADING[1:], *(_line(one) for claim in claims for one in found[claim.name])]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
+    heading, rest, text = padded[0], iter(padded[1:]), []
+    for claim in claims:
+        text += ["", claim.sentence, *(f"  {next(rest)}".rstrip() for _ in found[claim.name])]
+    return [f"  {heading}".rstrip(), *text]
+
+
+def short_table(claims: Sequence[Claim], found: Mapping[str, Sequence[Outcome]]) -> list[str]:
+    """A line of Markdown for each claim: its verdicts on digits and on other data, counted."""
+    text = ["| paper | claim | digits | other data |", "|---|---|---|---|"]
+    for claim in claims:
+        kinds = [[one for one in found[claim.name] if one.test.embedded is kind] for kind in (True, False)]
+        text.append(f"| {claim.paper} | {claim.sentence} | {' | '.join(map(counted, kinds))} |")
+    return text
+
+
+def counted(found: Iterable[Outcome]) -> str:
+    """The verdicts of several tests in words, with their numbers where there are several tests."""
+    verdicts = [one.verdict for one in found]
+    words = [word for word in VERDICTS if word in verdicts]
+    if len(verdicts) <= 1:
+        return "".join(words)
+    return ", ".join(f"{word} {verdicts.count(word)} of {len(verdicts)}" for word in words)

@@ -1,0 +1,85 @@
+"""SIGTERM and Ctrl-C: the first is noted, the second ends at once, and what blocks does not keep a process."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from common.signals import SIGNALS, StopSignals
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import ctypes, sys, time
+from common import signals
+signals.INTERRUPT, signals.END = map(float, sys.argv[1:3])
+stop = signals.StopSignals(lambda what: f"{what}; told")
+print("ready", flush=True)
+if sys.argv[3] == "python":
+    time.sleep(60)
+mutex = ctypes.create_string_buffer(64)
+for _ in range(2):  # the second time it waits for itself, and signals do not change that
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    ("blocks", "times", "line"),
+    [
+        ("python", 2, "ended at once; told"),
+        ("python", 1, "ended at once; told"),
+        ("c", 1, "ended, as something blocks since 1 s; told"),
+    ],
+    ids=["second signal", "python", "c"],
+)
+def test_a_process_that_something_blocks_ends(number, blocks, times, line):
+    interrupt = "60" if times == 2 else "0.2"
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, interrupt, "0.6", blocks],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(times):
+        process.send_signal(number)
+        if times == 2:
+            wait_until_handled(process.pid)
+    assert process.communicate(timeout=30)[1] == f"{number.name}: {line}\n"
+    assert process.returncode == 128 + number
+
+
+def wait_until_handled(process: int) -> None:
+    """Two signals of a kind at the same moment are one."""
+    pending = "1"
+    while int(pending, 16):
+        status = Path(f"/proc/{process}/status")
+        lines = status.read_text().splitlines() if status.exists() else []
+        pending = next((line.split()[1] for line in lines if line.startswith("ShdPnd")), "0")
+
+
+def test_the_first_signal_is_noted_and_the_former_handlers_come_back():
+    before = [signal.getsignal(number) for number in SIGNALS], signal.set_wakeup_fd(-1)
+    stop = StopSignals(str)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.number == signal.SIGTERM
+    stop.close()
+    stop.close()
+    assert ([signal.getsignal(number) for number in SIGNALS], signal.set_wakeup_fd(-1)) == before
+    assert "signals" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_in_another_thread_it_leaves_the_signals_alone():
+    before, found = [signal.getsignal(number) for number in SIGNALS], []
+
+    def work():
+        stop = StopSignals(str)
+        found.append([signal.getsignal(number) for number in SIGNALS])
+        stop.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [before]
