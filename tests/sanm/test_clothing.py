@@ -493,9 +493,10 @@ def divided(monkeypatch, clean: list[float], *words: str):
     s = setting([i % 14 for i in range(40)], [float(i) for i in range(40)], "--batch_size", "4", *words)
     division = Division(torch.arange(30, 30 - len(clean), -1), torch.tensor(clean, dtype=torch.float64))
     nets, parallel, optimizer = [nn.Linear(1, 1), nn.Linear(1, 1)], nn.Linear(1, 1), object()
-    returned = co_divide(nets, parallel, optimizer, division, "epoch 1", s)
+    losses, selected = co_divide(nets, parallel, optimizer, division, "epoch 1", s)
+    assert torch.equal(selected.given, seen["labels"]) and selected.right is None
     assert seen["networks"] == tuple(nets) and seen["optimizer"] is optimizer and seen["parallel"] is parallel
-    return seen, returned
+    return seen, (losses, int(selected.chosen.sum()))
 
 
 def test_images_labels_and_probabilities_of_a_division_belong_together(monkeypatch):
@@ -696,7 +697,7 @@ def test_each_network_learns_from_the_division_that_its_peer_made_at_the_end_of_
         returned = train(nets, parallel, optimizer, peers, name, s)
         moved = [not torch.equal(next(n.parameters()), old) for n, old in zip(nets, before, strict=True)]
         assert isinstance(optimizer, SGD) and moved == [True, False]
-        used.append(([id(net) for net in nets], peers, len(divisions), returned[1]))
+        used.append(([id(net) for net in nets], peers, len(divisions), int(returned[1].chosen.sum())))
         return returned
 
     monkeypatch.setattr(Train_clothing1M, "label_quality", label_quality)

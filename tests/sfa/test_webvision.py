@@ -408,10 +408,12 @@ def test_the_columns_of_the_log_and_the_metrics_of_the_result(plain_run, paper):
     imagenet = ["imagenet_accuracy", "imagenet_top5_accuracy"]
     head, end = (
         ["epoch", "loss", "test_accuracy", "top5_accuracy"],
-        [*SHOTS, *NETS, "lr", *classes, "seconds"],
+        [*SHOTS, *NETS, "right_selected_min", "classes_unselected", "lr", *classes, "seconds"],
     )
     assert list(table(plain_run)[0]) == [*head, *imagenet, *end]
     assert list(table(paper[1])[0]) == [*head, *end]
+    # the true labels are unknown; a warm-up ends with a selection too
+    assert {(r["right_selected_min"], r["classes_unselected"]) for r in table(plain_run)} == {("", "0")}
     for run, names in ((plain_run, ["top5_accuracy", *imagenet]), (paper[1], ["top5_accuracy"])):
         rows, found = table(run), result(run)
         expected = {
