@@ -12,6 +12,7 @@ import me_momentum.main
 import sanm.Train_cifar
 import sanm.visualize
 import sfa.Train_cifar
+from benchmarks import baseline
 from common import cli
 from manifold_dividemix import pretrain, train_semisup
 
@@ -64,6 +65,11 @@ def test_a_run_with_the_narrow_network_ends_and_says_so(paper, tmp_path, monkeyp
     whole = content(tmp_path / "whole", "result.json")["metrics"]
     assert found["metrics"]["full_test"] == pytest.approx(whole["last"]) and 0 < whole["last"] <= 100
     assert found["metrics"]["full_test_images"] == 360 and "full_test" not in whole
+    if paper == "sfa":  # cross-entropy on its labels is tested on the same images
+        baseline.main(["--like", str(run), "--device", "cpu"])
+        beside = content(run / "baseline", "result.json")
+        assert beside["profile"] == found["profile"]
+        assert beside["metrics"]["last"] * 0.3 == pytest.approx(round(beside["metrics"]["last"] * 0.3))
     if paper == "sanm":  # its figure shows masks, for which the network is made again
         sanm.visualize.main([str(run), "--out", str(tmp_path / "sanm.png")])
         assert (tmp_path / "sanm.png").is_file()
