@@ -24,7 +24,6 @@ from typing import NamedTuple
 from benchmarks import cross, forest
 from benchmarks.cells import CLAIMS as CELLS
 from benchmarks.cells import Cell, cells
-from benchmarks.compare import read_results
 from benchmarks.cross import Setting
 from benchmarks.engines import Task, add_engine_flags, is_finished, run_all
 from benchmarks.run import collect, make_task
@@ -223,9 +222,11 @@ def write(every: Sequence[Claim], asked: Sequence[Claim], prepared: dict[str, Pr
     """The files of all claims; the table of those asked for on the terminal."""
     runs = finished(every, out)
     rows = rows_of(runs, prepared)
-    out.mkdir(parents=True, exist_ok=True)
+    if not rows:
+        print(f"no run of the claims in {out} is finished")
+        return
     write_results(out / CLAIMS_CSV, rows)
-    found = outcomes(every, read_results(out / CLAIMS_CSV))
+    found = outcomes(every, rows)
     write_atomic(out / "claims.md", "\n".join(whole_table(every, found)).encode())
     forest.draw(every, found, out / "claims.png")
     save_logs(runs, out / "claims_logs")

@@ -365,6 +365,7 @@ def page() -> str:
         "## Every cell",
         "",
         "`benchmarks.run` adds `--seed`, `--out`, the data's folder, and `--pretrained` to cells that begin from an encoder.",
+        "`python -m benchmarks.claims --dry-run` prints the commands of the cells under `claims/`, which are not listed here.",
         "",
     ]
     for paper in PAPERS:

@@ -323,7 +323,13 @@ def test_a_run_that_fails_does_not_keep_the_table_of_the_others(tiny, monkeypatc
     monkeypatch.setattr(claims, "run_all", failing)
     words = ("--out", str(tiny / "results"), "--data_path", str(tiny))
     assert run(*words) == 1
-    assert (tiny / "results" / "claims.csv").is_file() and "not run" in capsys.readouterr().out
+    assert "no run of the claims" in capsys.readouterr().out and not (tiny / "results").exists()
+    kept = tiny / "results" / "runs" / "sfa" / "claims" / "digits-x" / "sfa" / "seed1"
+    kept.mkdir(parents=True)
+    write(kept / "result.csv", [row("claims/digits-x/sfa", 1, "last_net1_recall", 0.5)])
+    (kept / "log.csv").write_text("epoch,test_accuracy\n1,10\n")
+    assert run(*words) == 1
+    assert "50.00 (1)" in capsys.readouterr().out and (tiny / "results" / "claims.csv").is_file()
     monkeypatch.setattr(claims, "run_all", stopped)
     assert run(*words) == 143
 

@@ -16,6 +16,7 @@ import me_momentum.main
 import sanm.Train_cifar
 import sanm.visualize
 import sfa.Train_cifar
+from benchmarks import baseline
 from common import cli, datasets, noise
 from common.datasets.posterior import out_of_fold
 from manifold_dividemix import pretrain, train_semisup
@@ -131,6 +132,11 @@ def test_a_run_with_the_narrow_network_ends_and_says_so(paper, eta, tmp_path, mo
     assert found["metrics"]["full_test"] == pytest.approx(whole["last"]) and 0 < whole["last"] <= 100
     assert found["metrics"]["full_test_images"] == 360 and "full_test" not in whole
     assert_noisy(run, NOISE[paper][1], eta)
+    if paper == "sfa":  # cross-entropy on its labels is tested on the same images
+        baseline.main(["--like", str(run), "--device", "cpu"])
+        beside = content(run / "baseline", "result.json")
+        assert beside["profile"] == found["profile"]
+        assert beside["metrics"]["last"] * 0.3 == pytest.approx(round(beside["metrics"]["last"] * 0.3))
     if paper == "sanm":  # its figure shows masks, for which the network is made again
         sanm.visualize.main([str(run), "--out", str(tmp_path / "sanm.png")])
         assert (tmp_path / "sanm.png").is_file()
