@@ -133,9 +133,8 @@ class Lock:
         if self._released.is_set() or os.getpid() != self._process:  # a forked process holds no lock
             return
         self._released.set()
-        with suppress(
-            OSError
-        ):  # on a disk that became read-only, say; then the end of the heartbeat shows it
+        self._heart.join(1.0)
+        with suppress(OSError):  # of a disk that became read-only, say: the heartbeat ends all the same
             if _content(self.path) == self._content:
                 self.path.unlink()
         if self._handle is not None:

@@ -48,16 +48,16 @@ class StopSignals:
             os.write(2, f"{self._told(f'{signal.Signals(number).name}: {what}')}\n".encode())
 
     def _watch(self) -> None:
-        while (byte := os.read(self._read, 1)) and byte[0] not in SIGNALS:
-            pass
-        if byte and not self._closed.wait(INTERRUPT):
+        byte = b"\0"
+        while byte[0] not in SIGNALS and not self._closed.is_set():
+            byte = os.read(self._read, 1)
+        if not self._closed.wait(INTERRUPT):
             signal.pthread_kill(self._main_thread.ident, byte[0])
             if not self._closed.wait(END - INTERRUPT):
                 self._say(byte[0], f"ended, as something blocks since {END:.0f} s")
                 for child in multiprocessing.active_children():
                     child.kill()
                 os._exit(128 + byte[0])
-        os.close(self._read)
 
     def close(self) -> None:
         """Give the signals back to their former handlers."""
@@ -67,5 +67,7 @@ class StopSignals:
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.set_wakeup_fd(self._wakeup)
-        os.close(self._write)
+        os.write(self._write, b"\0")  # wakes the thread
         self._thread.join(1.0)
+        os.close(self._write)
+        os.close(self._read)
