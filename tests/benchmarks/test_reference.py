@@ -252,7 +252,9 @@ def test_what_the_front_page_says_of_all_methods_on_the_same_data_is_in_the_file
     for cell, gains in (("digits-inst0.4", (13, 17)), ("digits-margin1-0.4", (8, 13))):
         found = [lines[cell, method].difference for method in splitting]
         assert (round(min(found)), round(max(found))) == gains
-    ahead = {cell: {method for (of, method), x in lines.items() if of == cell and x.low > 0} for cell in CROSS}
+    ahead = {
+        cell: {method for (of, method), x in lines.items() if of == cell and x.low > 0} for cell in CROSS
+    }
     assert ahead["digits-inst0.4"] == ahead["digits-margin1-0.4"] == splitting
     assert ahead["digits-sym0.2"] == {"Me-Momentum", "SANM(DivideMix)"}
     assert ahead["digits-sym0.5"] == ahead["digits-if0.1-imb0.5"] == set()

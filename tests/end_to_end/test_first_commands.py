@@ -1,0 +1,77 @@
+"""The commands of the releases' READMEs, word for word: they parse, and train on small data with a shorter schedule behind them."""
+
+import importlib
+import json
+import shlex
+
+import numpy as np
+import pytest
+
+COMMANDS = {
+    "afm.train": [""],
+    "sfa.Train_cifar": [
+        "--dataset cifar10 --noise_ratio 0.5 --imb_factor 0.01 --data_path path_to_your_data",
+        "--noise_ratio 0.5 --imb_factor 0.01",
+    ],
+    "sfa.Train_webvision": ["--data_path path_to_your_data"],
+    "me_momentum.main": [
+        "--dataset mnist --noise_type instance --noise_rate 0.2",
+        "--dataset cifar10 --noise_type symmetric --noise_rate 0.2",
+        "--dataset cifar100 --noise_type symmetric --noise_rate 0.4",
+    ],
+    "me_momentum.Clothing": [""],
+    "manifold_dividemix.train_semisup": [
+        "--weights finetune --data-dir /path/to/cifar100 --exp-dir --pretrained --arch resnet18 --ood-ratio 0.2 "
+        "--noise-ratio 0.2 --warmup-epoch 20 --epochs 300 --clustering True --lr-head 0.2 --lr-backbone 0.002 --interval 10"
+    ],
+    "manifold_dividemix.train_semisup_miniimagenet": [
+        "--weights finetune --data-dir /path/to/mini --exp-dir --pretrained --arch resnet18 --noise-ratio 0.2 --warmup-epoch 10 "
+        "--epochs 50 --clustering True --lr-head 0.2 --lr-backbone 0.002 --interval 10"
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "words"), [(script, words) for script, of in COMMANDS.items() for words in of]
+)
+def test_the_releases_own_commands_are_understood(script, words):
+    module = importlib.import_module(script)
+    args, usual = module.parse_args(shlex.split(words)), module.parse_args([])
+    if "--exp-dir" in words:  # placeholders in the release's README
+        assert (args.out, args.pretrained, args.clustering) == (usual.out, usual.pretrained, True)
+        assert module.parse_args(["--no-clustering"]).clustering is False
+        with pytest.raises(SystemExit):
+            module.parse_args(["--clustering", "perhaps"])
+
+
+def images(count: int, classes: int, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Noise, brighter by its class."""
+    rng, labels = np.random.RandomState(0), np.arange(count) % classes
+    shape = (count, size, size, channels)
+    return rng.randint(0, 128, shape).astype(np.uint8) + (labels % 2 * 100).astype(np.uint8)[
+        :, None, None, None
+    ], labels
+
+
+@pytest.mark.parametrize(
+    ("script", "number", "more", "data", "shape"),
+    [
+        ("sfa.Train_cifar", 0, "--num_epochs 2 --warm_up 1 --arch narrow", "cifar10", (40, 10, 32, 3)),
+        ("me_momentum.main", 0, "--n_epoch 1 --max_outer_loop 1 --max_inner_loop 2", "mnist", (600, 10, 28, 1)),
+    ],
+)  # fmt: skip
+def test_they_train_from_the_papers_folder(script, number, more, data, shape, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = COMMANDS[script][number].replace("path_to_your_data", "./data")
+    (tmp_path / "data").mkdir()
+    train, test = images(*shape), images(20, *shape[1:])
+    np.savez(
+        f"data/{data}.npz",
+        train_images=train[0],
+        train_labels=train[1],
+        test_images=test[0],
+        test_labels=test[1],
+    )
+    importlib.import_module(script).main([*shlex.split(words), *shlex.split(more), "--device", "cpu"])
+    [run] = (tmp_path / "results" / "runs" / script.split(".")[0]).iterdir()
+    assert json.loads((run / "result.json").read_text())["dataset"] == data
