@@ -14,6 +14,7 @@ from common.augment import random_resized_crop_and_flip, resize_and_center_crop,
 from common.cli import UserError
 from common.datasets import FileData, FileSplit
 from common.datasets.image_cache import open_caches
+from common.datasets.posterior import posterior_for
 from common.gpu import Device
 from common.loader import Batches, FileBatches, Images, Labelled
 
@@ -67,7 +68,7 @@ def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
     data = datasets.load(args.dataset, args.data_root or "./data")
     index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
     clean = data.train.labels[index]
-    posterior = datasets.posterior_for(args.noise_type, data, args.data_root or "./data", args.posterior)
+    posterior = posterior_for(args.noise_type, data, args.data_root or "./data", args.posterior)
     observed = datasets.observed_labels(
         data,
         index,

@@ -39,7 +39,7 @@ from afm.training import (
     train_epoch_mixing_inputs,
 )
 from common import cli, gpu, processes
-from common.datasets.posterior import add_posterior_flag, check_posterior_flag
+from common.datasets import posterior
 from common.noise import NOISE_TYPES
 from common.run import Run, run_name
 
@@ -217,11 +217,11 @@ def add_data_flags(parser: cli.Parser) -> None:
         "--noise-type",
         choices=[*NOISE_TYPES, "given", "none"],
         default="symmetric",
-        help="label noise of the data sets that are clean; margin1 to margin3: likelier at a small margin of a posterior (PMD, "
-        "types I to III); hard: the least likely labels; given: the noisy_labels of an .npz",
+        help="label noise of the data sets that are clean; "
+        f"{posterior.HELP}; given: the noisy_labels of an .npz",
     )
     data.add_argument("--noise-rate", type=cli.fraction, default=0.5, help="rate of that noise")
-    add_posterior_flag(data)
+    posterior.add_flag(data)
     data.add_argument(
         "--on_bad_image",
         choices=["error", "skip"],
@@ -255,7 +255,7 @@ def parse_args(argv=None) -> Namespace:
     args.out, args.checkpoint = args.out or args.checkpoint, None
     if args.dataset in ON_DISK or args.noise_file:
         args.noise_type = "given"
-    check_posterior_flag(parser, args, args.noise_type, "--noise-type")
+    posterior.check_flag(parser, args, args.noise_type, "--noise-type")
     if args.group_size < 2:
         parser.error(f"argument --group-size: a group has at least 2 members, got {args.group_size}")
     if args.attention == "complement" and args.weights == "attentive" and args.group_size != 2:

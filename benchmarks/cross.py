@@ -31,6 +31,7 @@ from benchmarks.tables import cross_table
 from common import cli, datasets, noise
 from common.cli import UserError
 from common.datasets.limit import limited
+from common.datasets.posterior import posterior_for
 from common.files import write_atomic
 from common.results import write_results
 
@@ -152,17 +153,20 @@ def draw(setting: Setting, seed: int, data: datasets.Data, data_path: Path) -> t
     labels, every = data.train.labels, np.arange(len(data.train.labels))
     if setting.labels is not None:
         return every, datasets.labels_of(data_path / setting.labels, every, len(labels), data.num_classes)
+    posterior = posterior_for(setting.noise_type, data, data_path)
     if setting.imb_factor is None:
         images = data.train.images
         return every, noise.add_noise(
-            setting.noise_type, labels, setting.noise_rate, data.num_classes, seed, images
+            setting.noise_type, labels, setting.noise_rate, data.num_classes, seed, images, posterior
         )
     python_rng, rng = random.Random(seed), np.random.RandomState(seed)
     counts = noise.class_counts(len(labels), data.num_classes, "exp", setting.imb_factor)
     index = noise.long_tailed(labels, counts, rng)
-    observed = noise.long_tailed_noise(
-        setting.noise_type, labels[index], data.num_classes, setting.noise_rate, python_rng, rng
-    )
+    kind, rate = setting.noise_type, setting.noise_rate
+    if posterior is not None:
+        observed = noise.from_posterior(kind, labels[index], rate, data.num_classes, seed, posterior[index])
+    else:
+        observed = noise.long_tailed_noise(kind, labels[index], data.num_classes, rate, python_rng, rng)
     order = index.argsort()  # class by class would do harm where a method does not shuffle
     return index[order], observed[order]
 

@@ -429,10 +429,7 @@ def in_distribution_noise(
     ValueError: rates that do not fit together; a type that has no rule for that many classes.
     """
     labels = _checked_labels(labels, num_classes)
-    _check_rate(rate)
-    _check_rate(ood_ratio, "ood ratio")
-    if rate + ood_ratio > 1 + 1e-9:
-        raise ValueError(f"noise rate {rate} and ood ratio {ood_ratio} are shares of the whole: more than 1")
+    _check_shares(rate, ood_ratio)
     if noise_type not in ("sym", "asym", "superclass"):
         raise ValueError(f"unknown noise type {noise_type!r}: choose from sym, asym, superclass")
     if rate == 0:
@@ -455,6 +452,34 @@ def in_distribution_noise(
         if matrix_rng is None:
             raise ValueError(f"{noise_type} noise of {num_classes} classes needs matrix_rng")
         noisy = by_matrix(labels, next_in_group(groups, rate), matrix_rng)
+    return noisy
+
+
+def in_distribution_from_posterior(
+    noise_type: str,
+    labels: np.ndarray,
+    ood: np.ndarray,
+    rate: float,
+    ood_ratio: float,
+    num_classes: int,
+    seed: int,
+    posterior: np.ndarray,
+) -> np.ndarray:
+    """Noise of one of POSTERIOR_TYPES on the labels of in-distribution images alone: int64 [N].
+
+    labels [N]; ood: int [M], the positions of OOD images, which keep their labels; posterior: float [N, K] of the images of
+    the data set. rate and ood_ratio are shares of all images, as for `in_distribution_noise`: the rate among in-distribution
+    images is rate / (1 - ood_ratio). Draws from RandomState(seed). ValueError: as from_posterior; rates of more than 1.
+    """
+    labels = _checked_labels(labels, num_classes)
+    _check_shares(rate, ood_ratio)
+    posterior = _checked_posterior(noise_type, posterior, len(labels), num_classes)
+    noisy = labels.copy()
+    if rate == 0:
+        return noisy
+    others = np.setdiff1d(np.arange(len(labels)), ood)
+    own_rate = min(1, rate / (1 - ood_ratio)) if ood_ratio < 1 else 0
+    noisy[others] = from_posterior(noise_type, labels[others], own_rate, num_classes, seed, posterior[others])
     return noisy
 
 
@@ -589,6 +614,13 @@ def _checked_posterior(
 def _check_rate(rate: float, name: str = "noise rate") -> None:
     if not 0 <= rate <= 1:  # also refuses NaN
         raise ValueError(f"{name} must be in [0, 1], got {rate}")
+
+
+def _check_shares(rate: float, ood_ratio: float) -> None:
+    _check_rate(rate)
+    _check_rate(ood_ratio, "ood ratio")
+    if rate + ood_ratio > 1 + 1e-9:
+        raise ValueError(f"noise rate {rate} and ood ratio {ood_ratio} are shares of the whole: more than 1")
 
 
 def checked_posterior(posterior: np.ndarray, size: int, num_classes: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 from common import cli, datasets, processes
 from common.cli import UserError
 from common.datasets.open_set import Corruption, corrupt
+from common.datasets.posterior import add_flag, check_flag, posterior_for
 from common.run import Run
 
 
@@ -81,6 +82,7 @@ def add_noise_flags(parser: cli.Parser, types: list[str], default: str | None, h
         "--noise-ratio", "--noise_ratio", type=cli.fraction, default=0.2, help="its share of all images"
     )
     if "sym" in types:
+        add_flag(noise)
         noise.add_argument(
             "--noise-seed",
             "--noise_seed",
@@ -121,21 +123,27 @@ def add_mini_imagenet_flags(parser: cli.Parser) -> argparse._ArgumentGroup:
     return files
 
 
-def settle_corruption(args: Namespace) -> None:
-    """The default of --corruption that depends on the data set."""
+def settle_corruption(parser: cli.Parser, args: Namespace) -> None:
+    """The default of --corruption that depends on the data set; whether --posterior is of use."""
+    check_flag(parser, args, drawn_noise(args), "--noise-type")
     if args.corruption is None:
         args.corruption = "photographs" if args.dataset == "digits" else "imagenet32"
+
+
+def drawn_noise(args: Namespace) -> str:
+    """The noise type, "given" where a file has the labels."""
+    return "given" if args.noise_file else args.noise_type
 
 
 def load_open_set(args: Namespace) -> Corpus:
     """A data set in memory, corrupted (Sec. 2.1). UserError: data or pool that are not there, rates that do not fit."""
     root = Path(args.data_path)
-    drawn = args.noise_type not in ("no", "given") and not args.noise_file
-    if drawn and args.noise_ratio + args.ood_ratio > 1 + 1e-9:
+    if drawn_noise(args) not in ("no", "given") and args.noise_ratio + args.ood_ratio > 1 + 1e-9:
         raise UserError(
             f"--noise-ratio {args.noise_ratio} and --ood-ratio {args.ood_ratio} are shares of all images: together at most 1"
         )
     data = datasets.load(args.dataset, root)
+    posterior = posterior_for(drawn_noise(args), data, root, args.posterior)
     corruption = Corruption(
         args.corruption, args.ood_ratio, args.noise_type, args.noise_ratio, args.noise_seed, args.label_rng
     )
@@ -143,7 +151,7 @@ def load_open_set(args: Namespace) -> Corpus:
     cache = _folder(args.open_set_cache, root / "open_set")
     # of several processes the first reads the pool, the others what it kept
     found = processes.first_alone(
-        lambda: corrupt(data, corruption, root, pool_folder, cache, args.noise_file)
+        lambda: corrupt(data, corruption, root, pool_folder, cache, args.noise_file, posterior)
     )
     index = datasets.limited(np.arange(len(found.observed)), args.limit_train, args.seed)
     return Corpus(

@@ -24,6 +24,7 @@ from common import cli, gpu, simclr
 from common.cli import UserError
 from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
 from common.loader import Images
+from common.noise import POSTERIOR_TYPES
 from common.run import Run, run_name
 from common.simclr import SimCLR
 from manifold_dividemix import corpus as data
@@ -46,7 +47,7 @@ def make_parser() -> cli.Parser:
     data.add_open_set_flags(parser, f", or {MINI_IMAGENET}")
     data.add_noise_flags(
         parser,
-        ["sym", "asym", "superclass", "no", "given", "red", "blue"],
+        ["sym", "asym", "superclass", *POSTERIOR_TYPES, "no", "given", "red", "blue"],
         None,
         f"red, blue: which list of {MINI_IMAGENET} (by default red); else without effect",
     )
@@ -72,7 +73,9 @@ def parse_args(argv=None) -> Namespace:
         parser.error(f"argument --noise-type: {args.noise_type} is not for --dataset {args.dataset}")
     if args.noise_file:
         parser.error(f"argument --noise_file: no label is used in pre-training, got {args.noise_file}")
-    data.settle_corruption(args)
+    data.settle_corruption(parser, args)
+    if args.noise_type in POSTERIOR_TYPES:
+        args.noise_type = "no"  # no label is used, so no posterior is made
     simclr.settle(args)
     return args
 

@@ -24,9 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli, gpu, processes
 from common.augment import crop_and_flip, training_augmentation
 from common.cli import UserError
+from common.datasets import posterior
 from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
 from common.encoders import load_encoder
 from common.loader import Batches, Images
+from common.noise import POSTERIOR_TYPES
 from common.policies import four_views
 from common.run import Run, run_name
 from manifold_dividemix import corpus as data
@@ -70,10 +72,11 @@ def make_parser() -> cli.Parser:
     data.add_open_set_flags(parser)
     data.add_noise_flags(
         parser,
-        ["sym", "asym", "superclass", "no", "given"],
+        ["sym", "asym", "superclass", *POSTERIOR_TYPES, "no", "given"],
         "sym",
         "sym: a class drawn from all; asym: the look-alike of 10 classes, else the next of a block of five; superclass: the next "
-        "of CIFAR-100's superclass; given: the labels of --noise_file or of the .npz",
+        "of CIFAR-100's superclass; "
+        f"{posterior.HELP}; given: the labels of --noise_file or of the .npz",
     )
     add_training_flags(parser, epochs=300, warm_up=5, start_factor=10)
     parser.add_argument("--workers", type=int, default=8, help="ignored: the images stay on the device")
@@ -85,7 +88,7 @@ def parse_args(argv=None) -> Namespace:
     """Parse, and settle the defaults that depend on other flags."""
     parser = make_parser()
     args = cli.parse_args(parser, argv, PRESETS)
-    data.settle_corruption(args)
+    data.settle_corruption(parser, args)
     settle(parser, args, released_bn="frozen", released_mask="batch")
     return args
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli, datasets, gpu, noise
 from common.augment import training_augmentation
 from common.cli import UserError
-from common.datasets import Data
+from common.datasets import Data, posterior
 from common.loader import Batches, Images
 from common.run import Run, run_name
 from me_momentum.alternation import Limits, Place, Verdict, advance, learning_rate, name_of
@@ -55,9 +55,11 @@ def make_parser() -> cli.Parser:
         "--noise_type",
         choices=[*noise.NOISE_TYPES, "given"],
         default="symmetric",
-        help="label noise of the whole training set, validation part included; given: the noisy_labels of an .npz",
+        help="label noise of the whole training set, validation part included; "
+        f"{posterior.HELP}; given: the noisy_labels of an .npz",
     )
     data.add_argument("--noise_rate", type=cli.fraction, default=0.2, help="rate of that noise")
+    posterior.add_flag(data)
     data.add_argument(
         "--data_percent",
         type=cli.fraction,
@@ -160,6 +162,7 @@ def parse_args(argv=None) -> Namespace:
     args.out, args.model_dir = args.out or args.model_dir, None
     if args.noise_file:
         args.noise_type = "given"
+    posterior.check_flag(parser, args, args.noise_type, "--noise_type")
     if not 0 < args.data_percent < 1:
         parser.error(f"argument --data_percent: both parts need images, got {args.data_percent}")
     return args
@@ -315,8 +318,9 @@ def main(argv=None) -> None:
     device = gpu.pick(args.device, args.precision)
     data = datasets.load(args.dataset, args.data_path)
     index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
+    eta = posterior.posterior_for(args.noise_type, data, args.data_path, args.posterior)
     observed = datasets.observed_labels(
-        data, index, args.noise_type, args.noise_rate, args.seed, args.noise_file
+        data, index, args.noise_type, args.noise_rate, args.seed, args.noise_file, posterior=eta
     )
     parts = split_part(observed, data.num_classes, args)
     fresh_network = network_maker(args, data)

@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli, datasets, gpu
 from common.augment import training_augmentation, warm_up_view
 from common.cli import UserError
-from common.datasets import Data
+from common.datasets import Data, posterior
 from common.encoders import load_encoder
 from common.loader import Batches, Images
+from common.noise import POSTERIOR_TYPES
 from common.policies import six_views
 from common.run import Run, run_name
 from sanm.flags import add_mask_flags, check_mask_flags, mask_rule
@@ -65,10 +66,10 @@ def make_parser() -> cli.Parser:
     data.add_argument("--data_path", default="./data", metavar="DIR", help="where the data sets are")
     data.add_argument(
         "--noise_mode",
-        choices=["sym", "asym", "given"],
+        choices=["sym", "asym", *POSTERIOR_TYPES, "given"],
         default="sym",
         help="sym: a class drawn from all; asym: the look-alike, on CIFAR-100 another class of the superclass; "
-        "given: the labels of --noise_file or of the .npz",
+        f"{posterior.HELP}; given: the labels of --noise_file or of the .npz",
     )
     data.add_argument(
         "--r",
@@ -76,6 +77,7 @@ def make_parser() -> cli.Parser:
         default=0.5,
         help="share of samples whose label is drawn anew; from 0.9 on the clean probabilities read the last losses' mean",
     )
+    posterior.add_flag(data)
     data.add_argument("--num_class", type=cli.count, default=10, help="ignored: the data set decides")
     data.add_argument("--check_path", default="", help="ignored, as in the release: logs go to --out")
     data.add_argument("--id", default="", help="ignored, as in the release")
@@ -170,6 +172,7 @@ def parse_args(argv=None) -> Namespace:
     check_mask_flags(parser, args)
     if args.noise_file:
         args.noise_mode = "given"
+    posterior.check_flag(parser, args, args.noise_mode, "--noise_mode")
     if args.arch == "narrow" and args.base == "c2d":
         parser.error(
             "argument --arch: narrow is for --base dividemix; encoders for --base c2d are of another shape"
@@ -208,7 +211,10 @@ def observed_labels(data: Data, index: np.ndarray, args: Namespace) -> np.ndarra
             f"--noise_mode asym: is for 10 classes (CIFAR-10's look-alikes) and cifar100, {data.name} has "
             f"{data.num_classes}; use sym or --noise_file"
         )
-    return datasets.observed_labels(data, index, kind, args.r, args.seed, args.noise_file, "--noise_mode")
+    eta = posterior.posterior_for(kind, data, args.data_path, args.posterior)
+    return datasets.observed_labels(
+        data, index, kind, args.r, args.seed, args.noise_file, "--noise_mode", eta
+    )
 
 
 def initial_network(data: Data, args: Namespace) -> MaskedNetwork:

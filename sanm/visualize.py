@@ -27,12 +27,13 @@ from common.datasets import Data
 from common.datasets.arrays import read_npy, read_npz
 from common.figures import RunResult, read_run
 from common.loader import Images
+from common.noise import POSTERIOR_TYPES
 from sanm.masking import MaskRule, draw_masks, mask, quantised_activation
 from sanm.networks import MaskedNetwork, make_network
 
 CLEAN, MISLABELLED = "tab:blue", "tab:orange"
 AT_MAX, AT_MIN = "tab:red", "deepskyblue"  # outlines of the masks
-NOISE = {"sym": "symmetric", "asym": "asymmetric"}
+NOISE = {"sym": "symmetric", "asym": "asymmetric", **{kind: kind for kind in POSTERIOR_TYPES}}
 COLUMNS = {
     "image": "black",
     "activation": "black",

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli, datasets, gpu, noise
 from common.augment import training_augmentation
 from common.cli import UserError
-from common.datasets import Data
+from common.datasets import Data, posterior
 from common.loader import Batches, Images
 from common.mixture import sklearn_upper_posterior, upper_posterior
 from common.run import Run, run_name
@@ -74,13 +74,15 @@ def make_parser() -> cli.Parser:
     data.add_argument("--imb_factor", type=cli.positive, default=0.01, help="smallest class / largest class")
     data.add_argument(
         "--noise_mode",
-        choices=["imb", "sym", "given"],
+        choices=["imb", "sym", *noise.POSTERIOR_TYPES, "given"],
         default="imb",
-        help="imb: flips follow the class sizes; sym: all other classes alike; given: the labels of --noise_file or of the .npz",
+        help="imb: flips follow the class sizes; sym: all other classes alike; "
+        f"{posterior.HELP}; given: the labels of --noise_file or of the .npz",
     )
     data.add_argument(
         "--noise_ratio", type=cli.fraction, default=0.5, help="fraction of labels that are flipped"
     )
+    posterior.add_flag(data)
     data.add_argument(
         "--num_class", type=cli.count, default=10, help="ignored, as in the release: the data set decides"
     )
@@ -163,6 +165,7 @@ def parse_args(argv=None) -> Namespace:
         parser.error(f"argument --gce_q: must be at most 1, got {args.gce_q}")
     if args.noise_file:
         args.noise_mode = "given"
+    posterior.check_flag(parser, args, args.noise_mode, "--noise_mode")
     # Wang et al. weigh the two for CIFAR-100 the other way round
     weights = (6, 0.1) if args.dataset == "cifar100" else (0.1, 1)
     args.sce_ce = weights[0] if args.sce_ce is None else args.sce_ce
@@ -201,6 +204,14 @@ def long_tailed_noisy(data: Data, args: Namespace) -> tuple[np.ndarray, np.ndarr
         if data.noisy_labels is None:
             raise UserError(f"--noise_mode given: {data.name} brings no noisy_labels; use --noise_file")
         observed = data.noisy_labels[index]
+    elif args.noise_mode in noise.POSTERIOR_TYPES:
+        eta = posterior.posterior_for(args.noise_mode, data, args.data_path, args.posterior)[index]
+        try:
+            observed = noise.from_posterior(
+                args.noise_mode, clean, args.noise_ratio, num_classes, args.seed, eta
+            )
+        except ValueError as error:
+            raise UserError(f"--noise_mode {args.noise_mode}: {error}; use another") from None
     else:
         observed = noise.long_tailed_noise(
             args.noise_mode, clean, num_classes, args.noise_ratio, python_rng, rng

@@ -31,6 +31,7 @@ from common import cli, figures
 from common.cli import UserError
 from common.datasets.arrays import is_integer, read_npz
 from common.figures import RunResult, naming
+from common.noise import POSTERIOR_TYPES
 from sfa.evaluation import shots
 
 PAPER = "sfa"
@@ -41,6 +42,7 @@ MARKS = {"many": "o", "medium": "s", "few": "^"}  # of the shots
 NOISE = {
     "imb": "{rate:.4g} % noise by class size",
     "sym": "{rate:.4g} % symmetric noise",
+    **dict.fromkeys(POSTERIOR_TYPES, "{rate:.4g} % {kind} noise"),
     "given": "given labels",
     "real": "labels of the search",
 }

@@ -24,7 +24,6 @@ from common.datasets.in_memory import NAMES, Data, Split, download, load
 from common.datasets.limit import limited
 from common.datasets.mini_imagenet import decoded, load_mini_imagenet
 from common.datasets.observed import observed_labels
-from common.datasets.posterior import posterior_for
 from common.datasets.webvision import load_webvision
 
 __all__ = [
@@ -47,7 +46,6 @@ __all__ = [
     "load_mini_imagenet",
     "load_webvision",
     "observed_labels",
-    "posterior_for",
     "read_labels",
     "source",
 ]

@@ -25,7 +25,9 @@ class Corruption(NamedTuple):
 
     pool: str  # imagenet32, place365, photographs, or a data set
     ood_ratio: float
-    noise_type: str  # sym, asym, superclass; no; given, the noisy labels that an .npz brings along
+    noise_type: (
+        str  # sym, asym, superclass, POSTERIOR_TYPES; no; given, the noisy labels that an .npz brings along
+    )
     noise_rate: float
     noise_seed: int = 0  # of Python's generator and of the transition matrix
     label_rng: str = "python"  # what draws symmetric labels: python (the release), or numpy (SNCF)
@@ -49,11 +51,13 @@ def corrupt(
     pool_folder: Path | None = None,
     cache: Path | None = None,
     noise_file: str | None = None,
+    posterior: np.ndarray | None = None,
 ) -> OpenSetData:
     """The training images of `data` corrupted (Manifold DivideMix, Sec. 2.1): the same for the same arguments.
 
     root: where data sets are; pool_folder: where the pool's files are, if not there. cache: a folder for what was taken from
     pools of files (ImageNet 32x32, Places365), so that they are read once. noise_file: observed labels in place of drawn ones.
+    posterior: float [N, K] of the training images of `data`, for a noise type that needs one.
     UserError: a pool that is not there or too small; rates or a noise type that do not fit.
     """
     labels = data.train.labels
@@ -66,6 +70,17 @@ def corrupt(
             observed = labels_of(noise_file, np.arange(len(labels)), len(labels), data.num_classes)
         elif corruption.noise_type in ("no", "given"):
             observed = (labels if corruption.noise_type == "no" else data.noisy_labels).copy()
+        elif corruption.noise_type in noise.POSTERIOR_TYPES:
+            observed = noise.in_distribution_from_posterior(
+                corruption.noise_type,
+                labels,
+                ood,
+                corruption.noise_rate,
+                corruption.ood_ratio,
+                data.num_classes,
+                corruption.noise_seed,
+                posterior,
+            )
         else:
             python = corruption.label_rng == "python"
             observed = noise.in_distribution_noise(

@@ -21,9 +21,14 @@ FOLDS = 5
 MAX_ITERATIONS = 1000
 # part of what a cache is compared by: change it with the recipe
 RECIPE = f"{FOLDS}-fold logistic regression on pixels, C 1, lbfgs, float32, version 1"
+# of these noise types, for the help line of a script's own flag
+HELP = (
+    "margin1 to margin3: likelier at a small margin of a posterior (PMD, types I to III); hard: where the posterior of the true "
+    "label is smallest"
+)
 
 
-def add_posterior_flag(group) -> None:
+def add_flag(group) -> None:
     """--posterior, to an argument group."""
     group.add_argument(
         "--posterior",
@@ -33,7 +38,7 @@ def add_posterior_flag(group) -> None:
     )
 
 
-def check_posterior_flag(parser: Parser, args: Namespace, noise_type: str, flag: str) -> None:
+def check_flag(parser: Parser, args: Namespace, noise_type: str, flag: str) -> None:
     """Refuse --posterior where no noise is drawn from it. noise_type: as settled, so "given" with --noise_file."""
     if args.posterior and noise_type not in POSTERIOR_TYPES:
         parser.error(f"argument --posterior: is for {flag} {', '.join(POSTERIOR_TYPES)}, got {noise_type}")

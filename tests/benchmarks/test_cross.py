@@ -18,6 +18,7 @@ from benchmarks import cross
 from benchmarks.cross import METHODS, Setting, check_given_labels, inputs_of, prepare, settings_of
 from common import datasets, noise
 from common.cli import UserError
+from common.datasets.posterior import posterior_for
 from common.results import COLUMNS
 
 DESCRIPTION = tomllib.loads(cross.DESCRIPTION.read_text(encoding="utf-8"))
@@ -121,6 +122,19 @@ def test_labels_are_drawn_from_the_seed_for_all_methods_at_once(tmp_path):
     np.save(inputs.labels, drawn[0])
     with pytest.raises(UserError, match=r"digits-sym0\.5-seed2\.npy was made from other data"):
         prepare(setting, 2, inputs, tmp_path, None)
+
+
+@pytest.mark.parametrize("kind", ["margin1", "hard"])
+def test_settings_may_have_noise_from_a_posterior(kind, tmp_path):
+    data = datasets.load("digits")
+    clean, eta = data.train.labels, posterior_for(kind, data, tmp_path)
+    setting = Setting("digits", f"{kind}-0.4", kind, 0.4)
+    index, observed = cross.draw(setting, 1, data, tmp_path)
+    assert np.array_equal(index, np.arange(1437))
+    assert np.array_equal(observed, noise.add_noise(kind, clean, 0.4, 10, 1, posterior=eta))
+    index, observed = cross.draw(setting._replace(imb_factor=0.1), 1, data, tmp_path)
+    assert len(index) < 700 and (np.diff(index) > 0).all()
+    assert np.mean(observed != clean[index]) == pytest.approx(0.4, abs=0.06)
 
 
 @pytest.mark.parametrize("limit", [None, 300])

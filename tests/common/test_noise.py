@@ -128,6 +128,127 @@ def test_an_unknown_name_is_refused(use):
         use()
 
 
+# from a posterior -------------------------------------------------------------------------------------------------------
+
+# by hand: margins 0.5, 0 (class 0 is likelier than the label), 0.7 (classes 0 and 1 are equals), 1
+FOUR = np.array([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [1, 0, 0]])
+FOUR_LABELS = np.array([0, 1, 2, 0])
+FACTORS = {
+    "margin1": [0.375, 0.5, 0.255, 0],
+    "margin2": [0.875, 1, 0.657, 0],
+    "margin3": [1 - 0.875 / 3, 1, 0.489, 0],
+}
+
+
+@pytest.mark.parametrize("name", noise.MARGIN_TYPES)
+def test_flip_probabilities_of_four_samples_by_hand(name):
+    factors = np.array(FACTORS[name])
+    found, targets = noise.margin_flips(name, FOUR_LABELS, 0.25, 3, FOUR)
+    assert targets.tolist() == [1, 0, 0, 1]
+    assert np.allclose(found, factors / factors.sum(), rtol=0, atol=1e-15)  # their sum is 0.25 x 4
+    # a sum of 2.6: the second would be above 1, so the first and the third have 1.6
+    found, _ = noise.margin_flips(name, FOUR_LABELS, 0.65, 3, FOUR)
+    expected = [1.6 * factors[0] / factors[[0, 2]].sum(), 1, 1.6 * factors[2] / factors[[0, 2]].sum(), 0]
+    assert np.allclose(found, expected, rtol=0, atol=1e-15)
+    assert noise.margin_flips(name, FOUR_LABELS, 0.75, 3, FOUR)[0].tolist() == [1, 1, 1, 0]
+    with pytest.raises(
+        ValueError, match=r"^noise rate 0.8 cannot be reached: only 3 of 4 labels have a margin below 1$"
+    ):
+        noise.margin_flips(name, FOUR_LABELS, 0.8, 3, FOUR)
+
+
+def test_noisy_labels_of_four_samples_by_hand():
+    assert RandomState(0).random_sample(4).round(2).tolist() == [0.55, 0.72, 0.6, 0.54]
+    # type I at 0.6: 0.83, 1, 0.57, 0
+    assert noise.add_noise("margin1", FOUR_LABELS, 0.6, 3, 0, posterior=FOUR).tolist() == [1, 0, 2, 0]
+    assert RandomState(0).randint(1, 3, size=2).tolist() == [1, 2]
+    assert noise.add_noise("hard", FOUR_LABELS, 0.5, 3, 0, posterior=FOUR).tolist() == [1, 0, 2, 0]
+
+
+@pytest.mark.parametrize("rate", [0, 1e-6, 0.1, 0.35, 0.5, 0.7, 0.9, 0.999, 1])
+@pytest.mark.parametrize("name", noise.MARGIN_TYPES)
+@pytest.mark.parametrize("concentration", [0.05, 0.3, 3])
+def test_the_mean_of_the_flip_probabilities_is_the_rate(name, rate, concentration):
+    posterior = RandomState(3).dirichlet(np.full(K, concentration), size=N)
+    assert posterior.max() < 1
+    found, targets = noise.margin_flips(name, LABELS, rate, K, posterior)
+    assert abs(found.mean() - rate) < 1e-12 and found.min() >= 0 and found.max() <= 1
+    own, rows = posterior[np.arange(N), LABELS], np.arange(N)
+    assert (targets != LABELS).all()
+    ranked = posterior.argsort(axis=1)
+    most, second = ranked[:, -1], ranked[:, -2]
+    assert np.array_equal(targets, np.where(most == LABELS, second, most))
+    margins = np.maximum(0, own - posterior[rows, targets])
+    assert (np.diff(found[margins.argsort()]) <= 1e-15).all(), "the smaller the margin, the likelier"
+
+
+@pytest.mark.parametrize("name", noise.MARGIN_TYPES)
+def test_labels_flip_to_the_most_likely_other_class_and_the_more_seldom_the_larger_the_margin(name):
+    posterior = RandomState(4).dirichlet(np.full(3, 0.5), size=30000)
+    labels = posterior.argmax(axis=1)
+    noisy = noise.add_noise(name, labels, 0.4, 3, 0, posterior=posterior)
+    flips = noisy != labels
+    assert np.array_equal(noisy[flips], posterior.argsort(axis=1)[flips, 1])
+    probabilities, _ = noise.margin_flips(name, labels, 0.4, 3, posterior)
+    order = np.sort(posterior, axis=1)
+    thirds = np.array_split((order[:, 2] - order[:, 1]).argsort(), 3)
+    shares = [flips[third].mean() for third in thirds]
+    assert shares == pytest.approx([probabilities[third].mean() for third in thirds], abs=0.02)
+    assert shares[0] > shares[1] + 0.03 and shares[1] > shares[2] + 0.03
+
+
+def test_a_seed_gives_nested_flips_at_growing_rates():
+    few, many = (noise.add_noise("margin1", LABELS, rate, K, 5, posterior=POSTERIOR) for rate in (0.2, 0.5))
+    assert np.array_equal(many[few != LABELS], few[few != LABELS])
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.25, 1])
+def test_hard_noise_takes_the_labels_of_the_smallest_posterior_and_draws_any_other_class(rate):
+    noisy = corrupt("hard", LABELS, rate)
+    own = POSTERIOR[np.arange(N), LABELS]
+    changed = noisy != LABELS
+    assert changed.sum() == rate * N
+    assert own[changed].max() <= own[~changed].min(initial=1)
+    offsets = (noisy - LABELS)[changed] % K
+    assert chisquare(np.bincount(offsets, minlength=K)[1:]).pvalue > 0.01
+    equal = np.full((N, K), 1 / K)
+    assert np.flatnonzero(
+        noise.add_noise("hard", LABELS, 0.1, K, 0, posterior=equal) != LABELS
+    ).tolist() == list(range(200))
+
+
+@pytest.mark.parametrize(
+    ("posterior", "reason"),
+    [
+        (None, "noise needs a posterior"),
+        (POSTERIOR[1:], rf"of shape \[{N}, {K}\], got float64 of shape \[{N - 1}, {K}\]"),
+        (POSTERIOR[:, 1:], rf"got float64 of shape \[{N}, {K - 1}\]"),
+        (POSTERIOR.ravel(), rf"got float64 of shape \[{N * K}\]"),
+        (POSTERIOR > 0, "got bool"),
+        (np.where(np.arange(N)[:, None] == 5, np.nan, POSTERIOR), "NaN or infinity, first in row 5"),
+        (np.where(np.arange(N)[:, None] == 6, np.inf, POSTERIOR), "NaN or infinity, first in row 6"),
+        (np.where(np.arange(N)[:, None] == 7, 0.2, POSTERIOR), "row 7 has the sum 2 "),
+        (
+            np.concatenate([POSTERIOR[:8], np.eye(K)[[0]] * 2 - np.eye(K)[[1]], POSTERIOR[9:]]),
+            "row 8 .* minimum -1",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["margin1", "hard"])
+def test_an_unfit_posterior_is_refused(name, posterior, reason):
+    with pytest.raises(ValueError, match=reason):
+        noise.add_noise(name, LABELS, 0.4, K, 0, posterior=posterior)
+
+
+def test_one_class_is_too_few_and_rows_may_be_rounded():
+    for name in noise.POSTERIOR_TYPES:
+        with pytest.raises(ValueError, match=f"^{name} noise needs at least 2 classes, got 1$"):
+            noise.add_noise(name, np.zeros(3, dtype=int), 0.5, 1, 0, posterior=np.ones((3, 1)))
+        rounded = noise.add_noise(name, LABELS, 0.4, K, 0, posterior=POSTERIOR.round(4).astype(np.float16))
+        assert np.mean(rounded == corrupt(name, LABELS, 0.4)) > 0.9
+        assert noise.add_noise(name, LABELS[:0], 0.5, K, 0, posterior=POSTERIOR[:0]).shape == (0,)
+
+
 # class-conditional ------------------------------------------------------------------------------------------------------
 
 

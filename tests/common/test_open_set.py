@@ -46,6 +46,26 @@ def draw(
     return chosen, noisy
 
 
+def test_noise_from_a_posterior_is_for_in_distribution_images_alone():
+    labels, ood = LABELS[10], np.arange(0, N, 4)
+    posterior = RandomState(2).dirichlet(np.full(10, 0.3), size=N)
+    rest = np.setdiff1d(np.arange(N), ood)
+    for kind in noise.POSTERIOR_TYPES:
+
+        def noisy(rate: float, ood_ratio: float, ood=ood, kind=kind) -> np.ndarray:
+            return noise.in_distribution_from_posterior(kind, labels, ood, rate, ood_ratio, 10, 3, posterior)
+
+        found = noisy(0.3, 0.25)
+        assert np.array_equal(found[ood], labels[ood])
+        assert np.array_equal(
+            found[rest], noise.from_posterior(kind, labels[rest], 0.4, 10, 3, posterior[rest])
+        )
+        assert (noisy(0.75, 0.25)[rest] != labels[rest]).all() and np.array_equal(noisy(0, 0.25), labels)
+        assert np.array_equal(noisy(0, 1, np.arange(N)), labels)
+        with pytest.raises(ValueError, match="shares of the whole"):
+            noisy(0.3, 0.8)
+
+
 # the draws ----------------------------------------------------------------------------------------------------------------
 
 
@@ -400,6 +420,18 @@ def test_some_images_are_the_pools_and_some_labels_noise(root, pool):
     assert np.array_equal(data.train.images, before[0]) and np.array_equal(data.train.labels, before[1])
     assert not np.shares_memory(found.images, data.train.images)
     assert_same(corrupt(data, Corruption(pool, 0.3, "sym", 0.2, noise_seed=3), root), found)
+
+
+def test_noise_from_a_posterior_is_drawn_for_the_images_that_stay(root):
+    data, eta = small(), RandomState(2).dirichlet(np.full(10, 0.3), size=SIZE)
+    corruption = IMAGENET._replace(noise_type="hard", noise_seed=3)
+    found = corrupt(data, corruption, root, posterior=eta)
+    rest, labels = np.flatnonzero(~found.ood), data.train.labels
+    expected = noise.from_posterior("hard", labels[rest], 0.2 / 0.7, 10, 3, eta[rest])
+    assert np.array_equal(found.observed[rest], expected)
+    assert np.array_equal(found.observed[found.ood], labels[found.ood])
+    assert np.array_equal(found.images, corrupt(data, IMAGENET, root).images)
+    assert "hard noise needs a posterior" in message(data, corruption, root)
 
 
 def test_labels_decide_neither_places_nor_images_and_seeds_only_labels(root):

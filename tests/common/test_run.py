@@ -311,7 +311,7 @@ def test_where_the_data_are_may_change(start, tmp_path):
     assert (tmp_path / "result.json").exists()
 
 
-@pytest.mark.parametrize("flag", ["data_root", "workers"])
+@pytest.mark.parametrize("flag", ["data_root", "workers", "posterior"])
 def test_what_the_result_does_not_depend_on_may_change_and_is_not_in_the_name(flag, start, tmp_path):
     train(start(tmp_path, **{flag: "one"}), stop_after=2)
     train(start(tmp_path, **{flag: "other"}))

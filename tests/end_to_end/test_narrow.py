@@ -1,9 +1,13 @@
-"""All five scripts with the narrow network that is asked for by its name, on digits, for an epoch or two each."""
+"""All five scripts with the narrow network that is asked for by its name, on digits, for an epoch or two each.
+
+Each with label noise from a posterior.
+"""
 
 import json
 from pathlib import Path
 from shlex import split
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +16,8 @@ import me_momentum.main
 import sanm.Train_cifar
 import sanm.visualize
 import sfa.Train_cifar
-from common import cli
+from common import cli, datasets, noise
+from common.datasets.posterior import out_of_fold
 from manifold_dividemix import pretrain, train_semisup
 
 COMMON = split("--dataset digits --device cpu --limit_train 160")
@@ -26,6 +31,63 @@ RUNS = {
         "--n_epoch 1 --max_outer_loop 1 --data_percent 0.5 --network preact_narrow",
     ),
 }
+
+
+# the flag of the noise type, a type, and the rate as a flag
+NOISE = {
+    "sfa": ("--noise_mode", "margin1", "--noise_ratio 0.4"),
+    "sanm": ("--noise_mode", "margin2", "--r 0.4"),
+    "afm": ("--noise-type", "hard", "--noise-rate 0.4"),
+    "me_momentum": ("--noise_type", "margin3", "--noise_rate 0.4"),
+    "manifold_dividemix": ("--noise-type", "hard", "--noise-ratio 0.4"),
+}
+
+
+@pytest.fixture(scope="module")
+def eta() -> np.ndarray:
+    """The posterior of digits."""
+    return out_of_fold(datasets.load("digits").train, 10)[0]
+
+
+def noise_flags(paper: str) -> list[str]:
+    flag, kind, rate = NOISE[paper]
+    return [flag, kind, *rate.split()]
+
+
+def assert_noisy(run: Path, kind: str, eta: np.ndarray) -> None:
+    """The run's labels are those of the noise type, of which the result row has the name."""
+    index, observed = (np.load(run / f"{name}.npy") for name in ("train_index", "noisy_labels"))
+    clean, seed = datasets.load("digits").train.labels, content(run, "args.json")["arguments"]["seed"]
+    if run.parent.name == "sfa":  # drawn for the long-tailed set
+        counts = noise.class_counts(1437, 10, "exp", 0.5)
+        tail = noise.long_tailed(clean, counts, np.random.RandomState(seed))
+        noisy = dict(
+            zip(tail, noise.from_posterior(kind, clean[tail], 0.4, 10, seed, eta[tail]), strict=True)
+        )
+    else:
+        seed = 0 if run.name == "run" else seed  # Manifold DivideMix's --noise-seed
+        noisy = noise.from_posterior(kind, clean, 0.4, 10, seed, eta)
+    assert observed.tolist() == [noisy[i] for i in index]
+    assert content(run, "result.json")["noise_type"] == kind
+    assert content(run, "result.json")["noise_rate"] == 0.4
+
+
+@pytest.mark.parametrize("paper", NOISE)
+def test_a_posterior_is_refused_where_no_noise_is_drawn_from_it(paper, capsys):
+    parse_args = (train_semisup if paper == "manifold_dividemix" else RUNS[paper][0]).parse_args
+    words = [*COMMON, "--posterior", "eta.npy"]
+    flag, kind, _ = NOISE[paper]
+    for more, found in (
+        ([flag, "given"], "given"),
+        ([flag, kind, "--noise_file", "labels.npy"], "given"),
+        ([], ""),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            parse_args([*words, *more])
+        assert stop.value.code == 2
+        error = f"argument --posterior: is for {flag} margin1, margin2, margin3, hard, got {found}"
+        assert error in capsys.readouterr().err
+    assert parse_args([*words, flag, kind]).posterior == "eta.npy"
 
 
 def content(run: Path, name: str) -> dict:
@@ -48,29 +110,40 @@ def widths(weights: dict[str, torch.Tensor]) -> list[int]:
 
 
 @pytest.mark.parametrize("paper", RUNS)
-def test_a_run_with_the_narrow_network_ends_and_says_so(paper, tmp_path, monkeypatch):
+def test_a_run_with_the_narrow_network_ends_and_says_so(paper, eta, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    np.save("eta.npy", eta)
     script, flags = RUNS[paper]
-    script.main([*COMMON, *flags.split()])
+    given = [] if paper == "me_momentum" else ["--posterior", "eta.npy"]  # one makes it
+    script.main([*COMMON, *noise_flags(paper), *given, *flags.split()])
+    assert not Path("data").exists()
     [run] = (tmp_path / "results" / "runs" / paper).iterdir()
     assert run.name.endswith(flags.split()[-1]) or f"{flags.split()[-1]}-" in run.name
     arguments = content(run, "args.json")["arguments"]
     assert flags.split()[-1] in (arguments.get("arch"), arguments.get("network"))
     assert widths(state(run)) == [16, 16, 16, 32, 32, 64, 64]
     assert 0 < content(run, "result.json")["metrics"]["last"] <= 100
+    assert_noisy(run, NOISE[paper][1], eta)
     if paper == "sanm":  # its figure shows masks, for which the network is made again
         sanm.visualize.main([str(run), "--out", str(tmp_path / "sanm.png")])
         assert (tmp_path / "sanm.png").is_file()
 
 
-def test_manifold_dividemix_begins_from_the_narrow_encoder_and_no_other_network_does(tmp_path, capsys):
+def test_manifold_dividemix_begins_from_the_narrow_encoder_and_no_other_network_does(
+    eta, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    np.save("eta.npy", eta)
+    kind = [*noise_flags("manifold_dividemix"), "--posterior", "eta.npy"]
     flags = split("--ood-ratio 0 --epochs 1 --batch_size 64 --lr 0.05 --arch narrow --out")
-    pretrain.main([*COMMON, *flags, str(tmp_path / "encoder")])
+    pretrain.main([*COMMON, *kind, *flags, str(tmp_path / "encoder")])
+    assert content(tmp_path / "encoder", "noise.json")["realised_rate"] == 0, "no label is used"
     file = tmp_path / "encoder" / "encoder.safetensors"
-    words = [*MANIFOLD, "--pretrained", str(file), "--out"]
+    words = [*MANIFOLD, *kind, "--pretrained", str(file), "--out"]
     train_semisup.main([*words, str(tmp_path / "run"), "--arch", "narrow"])
     assert "encoder.safetensors: 44 tensors taken, 0 others left" in capsys.readouterr().out
     assert content(tmp_path / "run", "result.json")["metrics"]["last"] > 0
+    assert_noisy(tmp_path / "run", "hard", eta)
     assert widths(state(tmp_path / "run")) == [16, 16, 16, 32, 32, 64, 64]
     with pytest.raises(SystemExit) as stop:
         cli.exit_cleanly(train_semisup.main, [*words, str(tmp_path / "other")])

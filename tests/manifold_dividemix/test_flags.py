@@ -53,6 +53,7 @@ def noise(types: list[str], default: str | None, drawn: bool = True) -> list:
     ]
     if drawn:
         found += [
+            (("--posterior",), None, None),
             (("--noise-seed", "--noise_seed"), 0, None),
             (("--label-rng", "--label_rng"), "python", ["python", "numpy"]),
         ]
@@ -103,7 +104,7 @@ def training(epochs: int, warm_up: int, start_factor: int) -> list:
 
 
 WORKERS = (("--workers",), 8, None)
-TYPES = ["sym", "asym", "superclass", "no", "given"]
+TYPES = ["sym", "asym", "superclass", "margin1", "margin2", "margin3", "hard", "no", "given"]
 FLAGS = {
     CIFAR: [*HELP, *OPEN_SET, *noise(TYPES, "sym"), *training(300, 5, 10), WORKERS, *SHARED],
     MINI: [

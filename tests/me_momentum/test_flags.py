@@ -17,6 +17,7 @@ FLAGS = [
     (("--data_path",), "./data"),
     (("--noise_type",), "symmetric"),
     (("--noise_rate",), 0.2),
+    (("--posterior",), None),
     (("--data_percent",), 0.9),
     (("--network",), "auto"),
     (("--stem_padding",), 0),

@@ -20,6 +20,7 @@ FLAGS = [
     (("--data_path",), "./data"),
     (("--noise_mode",), "sym"),
     (("--r",), 0.5),
+    (("--posterior",), None),
     (("--num_class",), 10),
     (("--check_path",), ""),
     (("--id",), ""),

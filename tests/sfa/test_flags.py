@@ -19,6 +19,7 @@ FLAGS = [
     (("--imb_factor",), 0.01),
     (("--noise_mode",), "imb"),
     (("--noise_ratio",), 0.5),
+    (("--posterior",), None),
     (("--num_class",), 10),
     (("--batch_size",), 64),
     (("--lr", "--learning_rate"), 0.02),
