@@ -7,6 +7,7 @@ from sklearn.model_selection import cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 
 from common import datasets
+from common.datasets.posterior import posterior_for
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ def test_what_a_supervised_detector_of_wrong_labels_finds_in_the_images(noise_ty
     """The detector sees the image alone: 30 nearest neighbours on pixels, 5 folds, told which other labels are wrong."""
     data = datasets.load("digits", "./data")
     train, every = data.train, np.arange(len(data.train.labels))
-    posterior = datasets.posterior_for(noise_type, data, "./no_such_folder")
+    posterior = posterior_for(noise_type, data, "./no_such_folder")
     observed = datasets.observed_labels(data, every, noise_type, rate, 1, posterior=posterior)
     right = observed == train.labels
     pixels = train.images.reshape(len(train.images), -1)
