@@ -5,6 +5,7 @@ load_state_dict), torch and NumPy generators, dicts of tensors and numbers (rest
 these.
 """
 
+import errno
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ import torch
 from common.cli import UserError
 from common.files import write_whole
 
+UNREADABLE = (errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 
@@ -41,7 +43,8 @@ def load(folder: Path) -> dict | None:
     """The folder's checkpoint on the CPU, or its predecessor with a warning; None where there never was one.
 
     Read with weights_only: a file that holds more than tensors and plain data is refused, and runs nothing. A predecessor
-    that had to step in takes the place of the checkpoint. UserError: a checkpoint is there, but none can be read.
+    that had to step in takes the place of the checkpoint. UserError: a checkpoint is there, but none can be read. OSError: the
+    disk fails, which says nothing about what the file holds.
     """
     current, previous = folder / CURRENT, folder / PREVIOUS
     for path in (current, previous):
@@ -52,6 +55,8 @@ def load(folder: Path) -> dict | None:
         except (
             Exception
         ) as error:  # torch raises a dozen kinds for damaged files, with advice not to be passed on
+            if isinstance(error, OSError) and error.errno in UNREADABLE:
+                raise
             reason = f"damaged, or holds more than tensors and plain data ({type(error).__name__})"
             print(f"warning: {path} is {reason}; it is not used", file=sys.stderr)
             continue

@@ -108,9 +108,11 @@ class Run:
 
     def _resumes(self) -> str:
         """What the same command will do."""
-        if self._saved is None:
-            return "the same command starts again"
-        return f"the same command resumes after epoch {self._saved}"
+        command = "the same command" + (" with --resume auto" if self.args.resume == "never" else "")
+        if self._saved is not None:
+            return f"{command} resumes after epoch {self._saved}"
+        begun = (self.folder / checkpoint.CURRENT).exists()
+        return f"{command} {'resumes from the checkpoint' if begun else 'starts again'}"
 
     # what the directory holds -----------------------------------------------------------------------------------------
 

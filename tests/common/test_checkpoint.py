@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back, damaged files fall back to their predecessor, nothing in them is run."""
 
+import errno
 import os
 import pickle
 
@@ -102,6 +103,17 @@ def test_dictionaries_are_restored_in_place_with_exactly_the_saved_entries(tmp_p
 def test_without_a_checkpoint_there_is_nothing_to_load(tmp_path, capsys):
     assert checkpoint.load(tmp_path) is None
     assert capsys.readouterr().err == ""
+
+
+def test_a_checkpoint_on_a_failing_disk_is_not_taken_for_a_damaged_one(folder, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoint.load(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_an_intact_checkpoint_loads_without_a_warning(folder, capsys):

@@ -714,6 +714,28 @@ def test_on_a_full_disk_the_last_checkpoint_stays_and_the_run_goes_on_later(
     assert without_seconds(folders[1] / "log.csv") == without_seconds(folders[0] / "log.csv")
 
 
+@pytest.mark.parametrize(
+    ("resume", "epochs", "line"),
+    [
+        ("auto", 0, "the same command starts again"),
+        ("never", 1, "the same command with --resume auto resumes after epoch 1"),
+        ("auto", 1, "the same command resumes after epoch 1"),
+    ],
+)
+def test_an_error_of_the_machine_says_what_the_same_command_does(resume, epochs, line, start, tmp_path):
+    @cli.script
+    def main(_):
+        run = start(tmp_path, resume=resume)
+        if epochs:
+            state, loop = begin(run), run.epochs(3)
+            do_epoch(run, next(loop), state)
+            next(loop)
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    with pytest.raises(cli.WorkerDied, match=rf"is killed by signal: Killed: .*, {line}$"):
+        main([])
+
+
 def test_a_run_whose_directory_was_taken_over_ends_before_its_checkpoint(start, tmp_path):
     run = start(tmp_path)
     begin(run)

@@ -1,4 +1,4 @@
-"""The commands of the releases' READMEs, word for word: they parse, and train on small data with a shorter schedule behind them."""
+"""The commands of the releases' READMEs, word for word: they parse, and train on small data with a shorter schedule."""
 
 import importlib
 import json

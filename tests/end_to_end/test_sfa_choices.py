@@ -6,6 +6,8 @@ This file is also the script that the killed runs are started by, in a process o
 import csv
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from common import selection_report
+from common.run import Run
 from sfa import Train_cifar
 from sfa.evaluation import SELECTION_STATISTICS, selection_statistics
 from sfa.small_loss import SmallLoss
@@ -330,6 +333,30 @@ def test_the_centroids_kept_are_the_mean_draws_of_the_first_network(watched, tmp
         first, second = one.found.centroids.numpy()
         assert np.allclose(found, (first + second) / 2, rtol=2e-3, atol=1e-6), "but for their 16 bits"
     assert not np.array_equal(first, second)
+
+
+def test_the_stop_button_ends_a_notebooks_cell_and_the_same_cell_resumes(tmp_path, monkeypatch, capsys):
+    flags = "--dataset digits --limit_train 120 --imb_factor 0.5 --num_epochs 2 --warm_up 2 --device cpu"
+    monkeypatch.setattr("sys.argv", [Train_cifar.__file__, *split(flags), "--out", str(tmp_path / "run")])
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    log = Run.log
+
+    def log_and_stop(self, epoch, **values):
+        log(self, epoch, **values)
+        if epoch == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Run, "log", log_and_stop)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(Train_cifar.__file__, run_name="__main__")  # as %run does
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "SIGINT: stopped; the same command resumes after epoch 1\n"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    for _ in range(2):  # the rest of the run, and a finished run once more
+        runpy.run_path(Train_cifar.__file__, run_name="__main__")
+        assert len(table(tmp_path / "run")) == 2
+    assert "going on after epoch 2" in capsys.readouterr().out
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 if __name__ == "__main__":
