@@ -337,6 +337,17 @@ def test_pre_trained_it_learns_digits(tmp_path):
     assert column(tmp_path / "run", "test_accuracy")[-1] > 50
 
 
+def test_the_oracle_of_the_readme_removes_ood_images_only(tmp_path, monkeypatch):
+    text = (ROOT / "manifold_dividemix" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for name in ("judge", "knn_scores"):  # what the code replaces is put back
+        monkeypatch.setattr(train_semisup, name, getattr(train_semisup, name))
+    monkeypatch.setattr("sys.argv", ["oracle.py", *TINY, "--out", str(tmp_path / "run")])
+    exec(code, {})
+    assert column(tmp_path / "run", "removal_precision") == [1, 1]
+    assert column(tmp_path / "run", "removed") == [16, 18]
+
+
 # seeds ------------------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import noise
 from manifold_dividemix.outliers import (
     kept_samples,
     knn_scores,
@@ -198,6 +199,9 @@ def test_the_published_run_removes_a_tenth_then_a_hundredth_more_at_each_split()
     splits = split_epochs(300, 20, 10, True)
     counts = [removal_count(epoch, 50000, 0.01, 10, splits) for epoch in (0, 19, 20, 29, 30, 299)]
     assert counts == [5000, 5000, 5500, 5500, 6000, 19000]
+    # 38 % in the end, of which at least 18 % of all are in distribution: fewer than 20 % are OOD
+    ood = noise.open_set(50000, 0.2, 50000, np.random.RandomState(noise.OPEN_SET_SEED)).positions
+    assert len(ood) == 9831 and 19000 / 50000 == 0.38 and (19000 - len(ood)) / 50000 >= 0.18
     # of mini-ImageNet a hundredth at first
     assert [removal_count(e, 50000, 0.01, 1, [10, 20]) for e in (0, 10, 20, 49)] == [500, 1000, 1500, 1500]
 
