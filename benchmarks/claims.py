@@ -210,7 +210,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument(
         "--out", default="results", metavar="DIR", help="where claims.*, cross_data/ and runs/ go"
     )
-    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print the commands and stop")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")
     parser.add_argument(
         "--collect", action="store_true", help="run nothing, write the files of what is finished"
     )

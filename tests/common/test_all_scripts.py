@@ -41,7 +41,7 @@ def picking(monkeypatch):
     """Ends a script where it picks its device, with what it asked for."""
 
     def pick(device, precision, *_, fidelity, **__):
-        raise InterruptedError(precision, fidelity)
+        raise LookupError(precision, fidelity)
 
     monkeypatch.setattr(gpu, "pick", pick)
 
@@ -49,7 +49,7 @@ def picking(monkeypatch):
 @pytest.mark.parametrize("fidelity", ["paper", "released"])
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_the_precision_follows_fidelity(script, fidelity, picking):
-    with pytest.raises(InterruptedError) as stop:
+    with pytest.raises(LookupError) as stop:
         script.main(["--device", "cpu", "--fidelity", fidelity])
     assert stop.value.args == ("auto", fidelity)
 
@@ -59,6 +59,6 @@ def test_the_baselines_precision_follows_the_fidelity_of_the_run_it_is_like(tmp_
     (tmp_path / "args.json").write_text(json.dumps({"arguments": arguments, "cell": {}}))
     for name in ("train_index", "noisy_labels"):
         np.save(tmp_path / f"{name}.npy", np.arange(3))
-    with pytest.raises(InterruptedError) as stop:
+    with pytest.raises(LookupError) as stop:
         baseline.main(["--like", str(tmp_path), "--device", "cpu"])
     assert stop.value.args == ("auto", "released")

@@ -60,10 +60,10 @@ def test_a_lost_class_is_logged_in_each_epoch_and_warned_about_once_after_three_
     def killing(*words):
         calls.append(words)
         if len(calls) == 4:
-            raise InterruptedError
+            raise LookupError("killed here")
         return logits(*words)
 
-    with monkeypatch.context() as patched, pytest.raises(InterruptedError):
+    with monkeypatch.context() as patched, pytest.raises(LookupError, match="killed here"):
         patched.setattr(Train_cifar, "summed_logits", killing)
         Train_cifar.main([*SFA, "--out", str(tmp_path / "killed")])
     capsys.readouterr()

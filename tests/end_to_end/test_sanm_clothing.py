@@ -119,7 +119,7 @@ def test_what_is_logged_of_warm_up_and_co_divide(base, ends):
     assert {row["right_selected_min"] for row in rows} == {""}, "nobody knows the true labels"
     for row in rows[1:]:
         values = {name: float(row[name]) for name in COLUMNS if name != "right_selected_min"}
-        assert values["classes_unselected"] == 0
+        assert values["classes_unselected"] in (0, 1, 2), "of three"
         expected = values["labelled_loss"] + values["prior_loss"] + 0.3 * values["reconstruction_loss"]
         assert values["loss"] == pytest.approx(expected, rel=1e-12)
         # both sides of the split have a batch at least
