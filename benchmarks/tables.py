@@ -123,9 +123,9 @@ CROSS_HEAD = """## All methods on the same data
     python -m benchmarks.cross --dataset cifar10 --data_path ./data # 7 settings, CIFAR-10N's human labels among them
 
 The same images, observed labels and backbone (one PreAct ResNet) and the same number of epochs, pre-training and rounds
-included, for all. Schedules follow from the presets by a rule; no value is chosen by an accuracy. Me-Momentum may end earlier, and validates on a part of the images, as its
-protocol wants. [`cross.toml`](cross.toml) has the settings and every flag. An epoch is not the same work in each method: the last
-table of a file says how long they take.
+included, for all. Schedules follow from the presets by a rule; no value is chosen by an accuracy. Me-Momentum may end earlier,
+and validates on a part of the images, as its protocol requires. [`cross.toml`](cross.toml) has the settings and every flag. An
+epoch is not the same work in each method: the last table of a file says how long they take.
 """
 
 
