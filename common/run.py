@@ -246,6 +246,7 @@ class Run:
             self._save()
         self._signals = StopSignals(lambda what: f"{what}; {self._resumes()}")
         self._taken.callback(self._signals.close)
+        self._signals.start()
         if processes.rank() > 0:
             return
         if self.rows:  # rows written after the checkpoint belong to an epoch that will be done again

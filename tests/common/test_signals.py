@@ -17,6 +17,7 @@ import ctypes, sys, time
 from common import signals
 signals.INTERRUPT, signals.END = map(float, sys.argv[1:3])
 stop = signals.StopSignals(lambda what: f"{what}; told")
+stop.start()
 print("ready", flush=True)
 if sys.argv[3] == "python":
     time.sleep(60)
@@ -63,6 +64,7 @@ def wait_until_handled(process: int) -> None:
 def test_the_first_signal_is_noted_and_the_former_handlers_come_back():
     before = [signal.getsignal(number) for number in SIGNALS], signal.set_wakeup_fd(-1)
     stop = StopSignals(str)
+    stop.start()
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.number == signal.SIGTERM
     stop.close()
@@ -76,6 +78,7 @@ def test_in_another_thread_it_leaves_the_signals_alone():
 
     def work():
         stop = StopSignals(str)
+        stop.start()
         found.append([signal.getsignal(number) for number in SIGNALS])
         stop.close()
 
