@@ -155,10 +155,11 @@ class Lock:
 
 def _open(path: Path) -> tuple[int, bool]:
     """The lock file's handle, and whether this call made the file."""
-    flags = os.O_RDWR | os.O_CREAT
-    with suppress(FileExistsError):
-        return os.open(path, flags | os.O_EXCL, 0o666), True
-    return os.open(path, flags, 0o666), False
+    while True:
+        with suppress(FileExistsError):
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
+        with suppress(FileNotFoundError):  # removed between the two
+            return os.open(path, os.O_RDWR), False
 
 
 def _flock(handle: int) -> bool | None:

@@ -27,17 +27,17 @@ for _ in range(2):  # the second time it waits for itself, and signals do not ch
 """
 
 
-@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize(
-    ("blocks", "times", "line"),
+    ("blocks", "number", "times", "line"),
     [
-        ("python", 2, "ended at once; told"),
-        ("python", 1, "ended at once; told"),
-        ("c", 1, "ended, as something blocks since 1 s; told"),
+        ("python", signal.SIGINT, 2, "ended at once; told"),
+        ("python", signal.SIGTERM, 1, "ended at once; told"),
+        ("c", signal.SIGTERM, 1, "ended, as something blocks since 1 s; told"),
+        ("c", signal.SIGINT, 1, "ended, as something blocks since 1 s; told"),
     ],
-    ids=["second signal", "python", "c"],
+    ids=["second signal", "python", "c", "c-interrupt"],
 )
-def test_a_process_that_something_blocks_ends(number, blocks, times, line):
+def test_a_process_that_something_blocks_ends(blocks, number, times, line):
     interrupt = "60" if times == 2 else "0.2"
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, interrupt, "0.6", blocks],
