@@ -28,7 +28,7 @@ from benchmarks.cells import ROOT
 from benchmarks.compare import read_results
 from common import cli
 from common.cli import UserError
-from common.files import writing
+from common.files import append
 from common.locks import InUse, Lock
 
 RETRIES = 3
@@ -153,12 +153,11 @@ def follow(
     """Keep a process's output in <folder>/console.txt until it ends: None, or its exit status and the last line it wrote."""
     last, path = "", folder / "console.txt"
     try:
-        # by the line: it is read while the run goes on
-        with writing(path), path.open("a", buffering=1) as console:
-            for line in child.stdout:
-                console.write(line)
-                last = line.strip() or last
-                on_line(line)
+        append(path, b"")
+        for line in child.stdout:
+            append(path, line.encode())
+            last = line.strip() or last
+            on_line(line)
     except BaseException:
         child.terminate()
         raise
@@ -416,8 +415,8 @@ def run_on_worker(
         return False, str(error)
     if is_finished(folder, command):
         return True, headline(folder)
-    with (folder / "console.txt").open("a") as console:
-        console.write(f"{time.strftime('%F %T')} on {socket.gethostname()}, Ray worker {os.getpid()}\n")
+    begins = f"{time.strftime('%F %T')} on {socket.gethostname()}, Ray worker {os.getpid()}\n"
+    append(folder / "console.txt", begins.encode())
     # the thread that starts it waits for it: the kernel takes the end of that thread for the end of the parent
     child = subprocess.Popen(
         [command[0], "-c", BOUND_TO_PARENT, str(os.getpid()), *command],

@@ -13,7 +13,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,8 @@ def exit_cleanly(main: Callable, argv: Sequence[str] | None = None) -> None:
         _discard_output()
         path = Path(sys.argv[0])
         name = path.parent.name if path.name == "__main__.py" else path.name
-        sys.stderr.write(f"{name}: error: {error}\n")  # at once: lines of several processes stay whole
+        with suppress(OSError):
+            sys.stderr.write(f"{name}: error: {error}\n")  # at once: lines of several processes stay whole
         sys.exit(error.status)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -53,7 +53,7 @@ class Lock:
         self._handle: int | None = None  # open as long as flock holds it
         self._process = os.getpid()
         self._released = threading.Event()
-        self._released.set()
+        self._heart: threading.Thread | None = None
 
     def acquire(self, patience: float = 0.0) -> None:
         """Take the lock. InUse: another process holds it, and `patience` seconds later still does.
@@ -129,13 +129,15 @@ class Lock:
             )
 
     def release(self) -> None:
-        """Give the lock back; nothing happens if it is not held."""
-        if self._released.is_set() or os.getpid() != self._process:  # a forked process holds no lock
+        """Give back what is held of the lock, after an interruption of `acquire` too."""
+        if os.getpid() != self._process:  # a forked process holds no lock
             return
         self._released.set()
-        self._heart.join(1.0)
+        if self._heart is not None and self._heart.is_alive():
+            self._heart.join(1.0)
+        content, self._content = self._content, b""
         with suppress(OSError):  # of a disk that became read-only, say: the heartbeat ends all the same
-            if _content(self.path) == self._content:
+            if content and _content(self.path) == content:
                 self.path.unlink()
         if self._handle is not None:
             os.close(self._handle)
@@ -153,10 +155,11 @@ class Lock:
 
 def _open(path: Path) -> tuple[int, bool]:
     """The lock file's handle, and whether this call made the file."""
-    flags = os.O_RDWR | os.O_CREAT
-    with suppress(FileExistsError):
-        return os.open(path, flags | os.O_EXCL, 0o666), True
-    return os.open(path, flags, 0o666), False
+    while True:
+        with suppress(FileExistsError):
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
+        with suppress(FileNotFoundError):  # removed between the two
+            return os.open(path, os.O_RDWR), False
 
 
 def _flock(handle: int) -> bool | None:

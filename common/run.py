@@ -5,6 +5,7 @@ noisy_labels.npz        the observed labels with the training images they belong
 noise.json              sha256 of noisy_labels.npy, realised noise rate and transition matrix
 log.csv                 a row per epoch; also as TensorBoard events in tensorboard/
 checkpoint.pt           everything needed to go on after the last finished epoch; its predecessor beside it
+.lock                   the process that the directory belongs to, as long as it runs
 result.json, result.csv written when the run is finished, and only then
 
 Of several processes (common.processes) the first alone writes; the others read the checkpoint it goes on from.
@@ -272,6 +273,7 @@ class Run:
             self._save()
         self._signals = StopSignals(lambda what: f"{what}; {self._resumes()}")
         self._taken.callback(self._signals.close)
+        self._signals.start()
         if processes.rank() > 0:
             return
         if self.rows:  # rows written after the checkpoint belong to an epoch that will be done again

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # seconds after the first signal: what blocks in Python is interrupted; the process ends
@@ -14,26 +15,35 @@ INTERRUPT, END = 25.0, 30.0
 
 
 class StopSignals:
-    """From its making until `close`: the first signal is kept in `number`, a second one raises SystemExit at once.
+    """From `start` until `close`: the first signal is kept in `number`, a second one raises SystemExit at once.
 
-    If neither leads to `close` within END seconds, the process ends. Only the main thread can have signals: made in another
-    one, this does nothing.
+    If neither leads to `close` within END seconds, the process ends. Only the main thread can have signals: in another one
+    `start` does nothing.
     """
 
     def __init__(self, told: Callable[[str], str]):
         """told: makes the line for standard error of a few words on what happened."""
         self.number: int | None = None
         self._told, self._closed = told, threading.Event()
-        self._main_thread = threading.main_thread()
-        if threading.current_thread() is not self._main_thread:
-            self._closed.set()
+        self._handlers: dict[int, Any] = {}
+        self._pipe: tuple[int, ...] = ()
+        self._wakeup = -1
+        self._thread = threading.Thread()
+
+    def start(self) -> None:
+        """Take the signals from their handlers."""
+        if threading.current_thread() is not threading.main_thread():
             return
         # Python's handlers wait for what blocks; the byte that a signal writes to this pipe does not
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
-        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
-        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        for number in SIGNALS:
+            self._handlers[number] = signal.getsignal(number)
+            signal.signal(number, self._note)
+        self._thread = threading.Thread(
+            target=self._watch, args=(self._pipe[0],), name="signals", daemon=True
+        )
         self._thread.start()
 
     def _note(self, number: int, _frame) -> None:
@@ -47,12 +57,12 @@ class StopSignals:
         with suppress(OSError):
             os.write(2, f"{self._told(f'{signal.Signals(number).name}: {what}')}\n".encode())
 
-    def _watch(self) -> None:
+    def _watch(self, pipe: int) -> None:
         byte = b"\0"
         while byte[0] not in SIGNALS and not self._closed.is_set():
-            byte = os.read(self._read, 1)
+            byte = os.read(pipe, 1)
         if not self._closed.wait(INTERRUPT):
-            signal.pthread_kill(self._main_thread.ident, byte[0])
+            signal.pthread_kill(threading.main_thread().ident, byte[0])
             if not self._closed.wait(END - INTERRUPT):
                 self._say(byte[0], f"ended, as something blocks since {END:.0f} s")
                 for child in multiprocessing.active_children():
@@ -61,13 +71,15 @@ class StopSignals:
 
     def close(self) -> None:
         """Give the signals back to their former handlers."""
-        if self._closed.is_set():
-            return
         self._closed.set()
-        for number, handler in self._handlers.items():
+        while self._handlers:
+            number, handler = self._handlers.popitem()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        signal.set_wakeup_fd(self._wakeup)
-        os.write(self._write, b"\0")  # wakes the thread
-        self._thread.join(1.0)
-        os.close(self._write)
-        os.close(self._read)
+        pipe, self._pipe = self._pipe, ()
+        if pipe:
+            signal.set_wakeup_fd(self._wakeup)
+            os.write(pipe[1], b"\0")  # wakes the thread
+            if self._thread.is_alive():
+                self._thread.join(1.0)
+            for end in pipe:
+                os.close(end)

@@ -17,6 +17,7 @@ import ctypes, sys, time
 from common import signals
 signals.INTERRUPT, signals.END = map(float, sys.argv[1:3])
 stop = signals.StopSignals(lambda what: f"{what}; told")
+stop.start()
 print("ready", flush=True)
 if sys.argv[3] == "python":
     time.sleep(60)
@@ -26,17 +27,17 @@ for _ in range(2):  # the second time it waits for itself, and signals do not ch
 """
 
 
-@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize(
-    ("blocks", "times", "line"),
+    ("blocks", "number", "times", "line"),
     [
-        ("python", 2, "ended at once; told"),
-        ("python", 1, "ended at once; told"),
-        ("c", 1, "ended, as something blocks since 1 s; told"),
+        ("python", signal.SIGINT, 2, "ended at once; told"),
+        ("python", signal.SIGTERM, 1, "ended at once; told"),
+        ("c", signal.SIGTERM, 1, "ended, as something blocks since 1 s; told"),
+        ("c", signal.SIGINT, 1, "ended, as something blocks since 1 s; told"),
     ],
-    ids=["second signal", "python", "c"],
+    ids=["second signal", "python", "c", "c-interrupt"],
 )
-def test_a_process_that_something_blocks_ends(number, blocks, times, line):
+def test_a_process_that_something_blocks_ends(blocks, number, times, line):
     interrupt = "60" if times == 2 else "0.2"
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, interrupt, "0.6", blocks],
@@ -63,6 +64,7 @@ def wait_until_handled(process: int) -> None:
 def test_the_first_signal_is_noted_and_the_former_handlers_come_back():
     before = [signal.getsignal(number) for number in SIGNALS], signal.set_wakeup_fd(-1)
     stop = StopSignals(str)
+    stop.start()
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.number == signal.SIGTERM
     stop.close()
@@ -76,6 +78,7 @@ def test_in_another_thread_it_leaves_the_signals_alone():
 
     def work():
         stop = StopSignals(str)
+        stop.start()
         found.append([signal.getsignal(number) for number in SIGNALS])
         stop.close()
 
