@@ -54,7 +54,7 @@ ROUNDS = 20  # random groups that a sample's attention is averaged over at the e
 
 def make_parser() -> cli.Parser:
     """The release's flags and defaults, flags for its single quirks and the ablations, and the flags all scripts share."""
-    parser = cli.Parser(prog="train.py", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="train.py", description=__doc__)
     add_data_flags(parser)
     network = parser.add_argument_group("network")
     network.add_argument(

@@ -191,7 +191,7 @@ def best_network(run: RunResult) -> AttentiveFeatureMixup:
 
 def main(argv=None) -> None:
     """Parse the command line and draw."""
-    parser = Parser(prog="python -m afm.visualize", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m afm.visualize", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
     parser.add_argument(
         "--out", default="afm.png", metavar="FILE", help="the figure to write (.png, .pdf or .svg)"

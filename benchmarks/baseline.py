@@ -64,7 +64,7 @@ class Network(nn.Sequential):
 
 def make_parser() -> cli.Parser:
     """The baseline's flags."""
-    parser = cli.Parser(prog="baseline.py", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="baseline.py", description=__doc__)
     parser.add_argument(
         "--like", required=True, metavar="RUN", help="run directory to take data and labels from"
     )

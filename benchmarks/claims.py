@@ -200,7 +200,7 @@ def save_logs(runs: dict[Cell, list[Path]], folder: Path) -> None:
 
 def make_parser() -> cli.Parser:
     """The command line."""
-    parser = cli.Parser(prog="python -m benchmarks.claims", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m benchmarks.claims", description=__doc__)
     parser.add_argument("--claims", nargs="+", metavar="NAME", help="these only, as claims.toml names them")
     parser.add_argument("--only", choices=["embedded", "real"], help="tests on digits; tests on other data")
     parser.add_argument(

@@ -448,7 +448,7 @@ def _csv_rows(comparison: Comparison) -> list[dict]:
 
 def parse_args(argv: Sequence[str] | None):
     """The command line. Raises UserError where the number of files does not fit --against."""
-    parser = Parser(prog="python -m benchmarks.compare", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.compare", description=__doc__)
     parser.add_argument(
         "files",
         nargs="+",

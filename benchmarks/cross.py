@@ -237,7 +237,7 @@ def rows_of(task: Task, setting: Setting, description: dict, limit: int | None) 
 
 def make_parser(description: dict) -> cli.Parser:
     """The command line."""
-    parser = cli.Parser(prog="python -m benchmarks.cross", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m benchmarks.cross", description=__doc__)
     names = [name for name in description if name != "settings"]
     parser.add_argument("--dataset", choices=names, default="digits", help="the data set")
     parser.add_argument(

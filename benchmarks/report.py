@@ -634,7 +634,7 @@ def page(data: dict) -> str:
 
 def make_parser() -> Parser:
     """The command line."""
-    parser = Parser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument(
         "files",
         nargs="*",

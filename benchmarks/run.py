@@ -67,7 +67,7 @@ def _only(words: list[str], flags: tuple[str, ...]) -> list[str]:
 
 def make_parser() -> cli.Parser:
     """The command line."""
-    parser = cli.Parser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("paper", choices=list(PAPERS), help="whose cells")
     parser.add_argument(
         "--profile",

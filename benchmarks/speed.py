@@ -86,7 +86,7 @@ def row_line(row: dict) -> str:
 
 def make_parser() -> cli.Parser:
     """The command line: a measurement, and its own flags."""
-    parser = cli.Parser(prog="python -m benchmarks.speed", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m benchmarks.speed", description=__doc__)
     measurements = parser.add_subparsers(dest="what", required=True, metavar="{images,views,steps}")
     for what, about in (("images", "images read from files and cache"), ("views", "views of small images")):
         flags = measurements.add_parser(what, help=about)

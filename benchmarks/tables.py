@@ -388,7 +388,7 @@ def _on_cards() -> bool:
 
 def main(argv=None) -> None:
     """Write the page, or look whether it is up to date."""
-    parser = Parser(prog="python -m benchmarks.tables", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.tables", description=__doc__)
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit with status 1 where a page is out of date"
     )

@@ -14,7 +14,6 @@ DataLoader; networks keep PyTorch's own memory format, and on a card convolution
 
 import argparse
 import json
-import resource
 import runpy
 import sys
 import time
@@ -34,7 +33,7 @@ from common import cli
 from common.files import write_atomic
 from common.gpu import Device
 from common.loader import Batches
-from common.run import Run
+from common.run import Run, peak_resident_mb
 
 PARTS = ("augment", "forward", "backward", "optimiser")
 WAITING = "waiting for a turn"  # what is printed before a line is read from standard input
@@ -292,7 +291,7 @@ def most_memory_mb() -> float:
     if status.exists():  # the other way would begin with what the process had that started this one
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_resident_mb()
 
 
 # the plain path -------------------------------------------------------------------------------------------------------
@@ -373,7 +372,7 @@ def in_place_of(owner: Any, method: Callable, original: Callable, *given, **name
 
 def make_parser() -> cli.Parser:
     """The command line."""
-    parser = cli.Parser(prog="python -m benchmarks.timed_script", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m benchmarks.timed_script", description=__doc__)
     parser.add_argument(
         "--plain", action="store_true", help="views by PIL in workers, and PyTorch's own formats"
     )

@@ -55,6 +55,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         options.setdefault("formatter_class", _Help)
+        # the first line of a module's docstring; python -OO leaves none
+        options["description"] = (options.get("description") or "").partition("\n")[0] or None
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
@@ -148,8 +150,11 @@ def exit_cleanly(main: Callable, argv: Sequence[str] | None = None) -> None:
     """Call main(argv); a UserError becomes its one line on standard error and its exit status, 2 for most.
 
     So do errors of the operating system. Ctrl-C exits 130, and a reader of the output that is gone (as with `| head`) 141,
-    both in silence.
+    both in silence. Characters that a terminal cannot show are escaped.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         script(main)(argv)
     except UserError as error:

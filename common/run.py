@@ -411,9 +411,7 @@ class Run:
         timing = {
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images / self.seconds, 1) if self.seconds else None,
-            "peak_memory_mb": round(
-                self.device.peak_memory_mb() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1
-            ),
+            "peak_memory_mb": round(self.device.peak_memory_mb() or peak_resident_mb(), 1),
         }
         noise = json.loads((self.folder / "noise.json").read_text())
         content = {"paper": self.paper, "method": self.method, **self._cell_columns(), "metric": metric}
@@ -515,6 +513,11 @@ def content_of(place: str | None) -> str | None:
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest() if files else "a folder"
+
+
+def peak_resident_mb() -> float:
+    """Most memory that this process held so far, in MiB. macOS counts it in bytes, Linux in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def run_name(args: Namespace, defaults: dict[str, Any], always: Iterable[str]) -> str:

@@ -40,7 +40,7 @@ def make_parser() -> cli.Parser:
     """The recipe's settings, the flags of the data as train_semisup has them, and the flags all scripts share."""
     parser = cli.Parser(
         prog="pretrain.py",
-        description=__doc__.splitlines()[0],
+        description=__doc__,
         epilog="There is no released code of this step: --fidelity released changes the precision alone. No label is used "
         "in training; the flags of label noise name the list of mini_imagenet, and let the rest of a command be that of "
         "train_semisup.",

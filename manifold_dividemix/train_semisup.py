@@ -69,7 +69,7 @@ SHOWN = 2000  # samples whose embeddings are kept for the figure
 
 def make_parser() -> cli.Parser:
     """The release's flags and defaults, flags for its single quirks, and the flags all scripts share."""
-    parser = cli.Parser(prog="train_semisup.py", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="train_semisup.py", description=__doc__)
     data.add_open_set_flags(parser)
     data.add_noise_flags(
         parser,

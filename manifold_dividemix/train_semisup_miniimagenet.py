@@ -27,7 +27,7 @@ PRESETS = Path(__file__).with_name("presets.toml")
 
 def make_parser() -> cli.Parser:
     """The release's flags and defaults, flags for its single quirks, and the flags all scripts share."""
-    parser = cli.Parser(prog="train_semisup_miniimagenet.py", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="train_semisup_miniimagenet.py", description=__doc__)
     files = data.add_mini_imagenet_flags(parser)
     files.add_argument(
         "--data-dir",

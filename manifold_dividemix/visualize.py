@@ -370,7 +370,7 @@ def draw(runs: list[RunResult], shown: Shown | None, projection: str, out: Path)
 
 def main(argv=None) -> None:
     """Parse the command line and draw."""
-    parser = cli.Parser(prog="python -m manifold_dividemix.visualize", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m manifold_dividemix.visualize", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories of this paper's scripts")
     parser.add_argument(
         "--out",

@@ -58,7 +58,7 @@ MILESTONES = (10, 20)  # epochs of an outer loop after which the learning rate i
 
 def make_parser() -> cli.Parser:
     """The release's flags and defaults, flags of our own, and the flags all scripts share."""
-    parser = cli.Parser(prog="Clothing.py", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="Clothing.py", description=__doc__)
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data_root",

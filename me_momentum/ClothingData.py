@@ -132,7 +132,7 @@ def read_index(root: Path) -> FileData:
 
 def main(argv=None) -> None:
     """Write the index beside the lists."""
-    parser = cli.Parser(prog="ClothingData.py", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="ClothingData.py", description=__doc__)
     parser.add_argument(
         "--data_root", default=DATA_ROOT, metavar="DIR", help="the lists are in it or in its annotations/"
     )

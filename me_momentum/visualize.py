@@ -93,7 +93,7 @@ def draw(runs: list[RunResult], out: Path) -> None:
 
 def main(argv=None) -> None:
     """Parse the command line and draw."""
-    parser = Parser(prog="python -m me_momentum.visualize", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m me_momentum.visualize", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories of main.py or Clothing.py")
     parser.add_argument(
         "--out", default="me_momentum.png", metavar="FILE", help="the figure to write (.png, .pdf or .svg)"

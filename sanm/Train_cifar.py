@@ -58,7 +58,7 @@ STATISTICS = ("selected", "auc", "precision", "recall")
 
 def make_parser() -> cli.Parser:
     """The release's flags and defaults, flags for its single quirks, and the flags all scripts share."""
-    parser = cli.Parser(prog="Train_cifar.py", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="Train_cifar.py", description=__doc__)
     data = parser.add_argument_group("data and label noise")
     data.add_argument(
         "--dataset",

@@ -55,7 +55,7 @@ PRESETS = Path(__file__).with_name("presets.toml")
 
 def make_parser() -> cli.Parser:
     """The release's flags and defaults, flags of our own, and the flags all scripts share."""
-    parser = cli.Parser(prog="Train_clothing1M.py", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="Train_clothing1M.py", description=__doc__)
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data_path",

@@ -35,7 +35,7 @@ def make_parser() -> cli.Parser:
     """The recipe's settings under SupContrast's names, and the flags all scripts share."""
     parser = cli.Parser(
         prog="pretrain.py",
-        description=__doc__.splitlines()[0],
+        description=__doc__,
         epilog="There is no released code of this step: --fidelity released changes the precision alone. No label is used "
         "in training, so there is no label noise to choose and --noise_file is refused.",
     )

@@ -345,7 +345,7 @@ def draw(
 
 def main(argv=None) -> None:
     """Parse the command line and draw."""
-    parser = cli.Parser(prog="python -m sanm.visualize", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m sanm.visualize", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories of SANM's scripts")
     parser.add_argument(
         "--out", default="sanm.png", metavar="FILE", help="the figure to write (.png, .pdf or .svg)"

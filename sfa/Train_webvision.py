@@ -56,7 +56,7 @@ CACHE_SIZES = (320, 256)
 
 def make_parser() -> cli.Parser:
     """The release's flags and defaults, flags of our own, and the flags all scripts share."""
-    parser = cli.Parser(prog="Train_webvision.py", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="Train_webvision.py", description=__doc__)
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data_path",

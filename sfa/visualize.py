@@ -343,7 +343,7 @@ def draw(runs: list[RunResult], shown: Shown | None, histories: dict[str, list[H
 
 def main(argv=None) -> None:
     """Parse the command line and draw."""
-    parser = cli.Parser(prog="python -m sfa.visualize", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m sfa.visualize", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, of SFA or of a baseline")
     parser.add_argument(
         "--out", default="sfa.png", metavar="FILE", help="the figure to write (.png, .pdf or .svg)"

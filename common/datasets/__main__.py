@@ -15,7 +15,7 @@ CACHED = (food101n.NAME, clothing1m.NAME, webvision.NAME)
 
 def make_parser() -> Parser:
     """The command line."""
-    parser = Parser(prog="python -m common.datasets", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m common.datasets", description=__doc__)
     parser.add_argument(
         "action",
         choices=["download", "check", "cache"],
