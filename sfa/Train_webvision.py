@@ -499,9 +499,9 @@ def test(learners: list[Learner], tests: dict[str, Labelled], name: str, s: Sett
         seen = s.run.progress(batches, f"{name} {part}", training=False)
         logits = summed_logits(networks, seen, len(labels), s.args.num_class, s.device)
         own = accuracies(logits.argmax(dim=1).cpu().numpy(), labels.cpu().numpy(), counts)
-        name = "" if part == "test" else f"{part}_"
-        report[f"{name or 'test_'}accuracy"] = own.pop("test_accuracy")
-        report[f"{name}top5_accuracy"] = top_k_accuracy(logits, labels, min(5, s.args.num_class))
+        prefix = "" if part == "test" else f"{part}_"
+        report[f"{prefix or 'test_'}accuracy"] = own.pop("test_accuracy")
+        report[f"{prefix}top5_accuracy"] = top_k_accuracy(logits, labels, min(5, s.args.num_class))
         if part == "test":
             shots_and_classes = own
     return report | shots_and_classes

@@ -303,7 +303,7 @@ def test_two_processes_log_what_one_does_with_the_same_global_batch(alone_and_by
         assert float(two["attention_dead"]) == pytest.approx(float(one["attention_dead"]), abs=0.01)
         assert two["lr"] == one["lr"]
     # what is compared moves by more than it may differ
-    assert float(alone[0]["loss"]) > 1.01 * float(alone[-1]["loss"])
+    assert float(alone[0]["loss"]) > 1.005 * float(alone[-1]["loss"])
 
 
 def test_two_processes_end_with_the_weights_and_the_attention_of_one(alone_and_by_two):

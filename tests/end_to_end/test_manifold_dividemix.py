@@ -10,6 +10,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shlex import split
+from textwrap import dedent
 
 import numpy as np
 import pytest
@@ -339,11 +340,11 @@ def test_pre_trained_it_learns_digits(tmp_path):
 
 def test_the_oracle_of_the_readme_removes_ood_images_only(tmp_path, monkeypatch):
     text = (ROOT / "manifold_dividemix" / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (code,) = re.findall(r"^    import sys, torch\n(?:    .*\n)+", text, re.MULTILINE)
     for name in ("judge", "knn_scores"):  # what the code replaces is put back
         monkeypatch.setattr(train_semisup, name, getattr(train_semisup, name))
     monkeypatch.setattr("sys.argv", ["oracle.py", *TINY, "--out", str(tmp_path / "run")])
-    exec(code, {})
+    exec(dedent(code), {})
     assert column(tmp_path / "run", "removal_precision") == [1, 1]
     assert column(tmp_path / "run", "removed") == [16, 18]
 

@@ -138,7 +138,7 @@ def test_a_run_leaves_its_log_result_and_encoder(run, ends):
     assert ends["whole"].result().err == ""
     assert content_of(run).keys() == {
         "args.json", "checkpoint.pt", "checkpoint.previous.pt", "encoder.safetensors", "images.json", "log.csv", "noise.json",
-        "noisy_labels.npy", "result.csv", "result.json", "samples.npz", "train_index.npy",
+        "noisy_labels.npy", "noisy_labels.npz", "result.csv", "result.json", "samples.npz", "train_index.npy",
     }  # fmt: skip
     rows = table(run)
     assert list(rows[0]) == COLUMNS and len(rows) == EPOCHS

@@ -248,7 +248,7 @@ def test_what_is_reported_is_the_test_accuracy_of_the_last_new_best(scenarios, d
     assert metrics["best"] == max(float(row["test_accuracy"]) for row in rows)
     assert metrics["last"] == float(rows[-1]["test_accuracy"])
     assert (metrics["epochs_trained"], metrics["rounds"]) == (EPOCHS, 4)
-    assert all(metrics[name] == float(rows[-1][name]) for name in SET_COLUMNS)
+    assert all(metrics[name] == float(rows[-1][name]) for name in main.SET_COLUMNS)
     # and the weights that are kept are those of that epoch
     hits = predicted(weights(run), digits.test) == digits.test_labels
     assert 100 * hits.mean() == pytest.approx(metrics["at_best_validation"], rel=1e-12)
@@ -426,7 +426,7 @@ def test_as_released_grey_images_train_the_same_and_the_mean_over_batches_is_rep
     assert (found["metric"], found["fidelity"]) == ("test_accuracy_batchmean", "released")
     assert found["metrics"]["at_best_validation"] == float(best["test_accuracy_batchmean"])
     assert found["metrics"]["last"] == float(rows[-1]["test_accuracy_batchmean"])
-    same_metrics = {"best_validation", "epochs_trained", "rounds", *SET_COLUMNS}
+    same_metrics = {"best_validation", "epochs_trained", "rounds", *main.SET_COLUMNS}
     paper = result(recorded.run)["metrics"]
     assert {n for n, value in found["metrics"].items() if value == paper[n]} >= same_metrics
 
