@@ -495,7 +495,7 @@ def full_test(network: nn.Module, data: Data, run: Run) -> dict[str, float]:
     processes.wait()  # the first process has written it
     if path.is_file():
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    accuracy = test(network, data.whole_test, "full test", run).accuracy
+    accuracy = test(network, data.whole_test, "full test", run)["test_accuracy"]
     return {"full_test": accuracy, "full_test_images": len(data.whole_test.labels)}
 
 

@@ -34,7 +34,9 @@ SPLITTING = ("sfa", "sanm", "manifold_dividemix")
 DATA_FLAGS = {"dataset", "data_path", "noise_type", "noise_mode", "noise_rate", "noise_ratio", "r"}
 DATA_FLAGS |= {"imb_type", "imb_factor", "ood_ratio", "corruption"}
 OTHER_FLAGS = {"preset", "limit_train", "seed", "out", "network", "arch", "pretrained", "knn_every"}
-EXCEPTIONS = {  # by data set and method: not the preset's
+EXCEPTIONS = {
+    ("digits", "pretrain"): {"knn_k": 10},
+    ("digits", "manifold_dividemix"): {"knn_k": 10},  # by data set and method: not the preset's
     ("digits", "me_momentum"): {"data_percent": 0.8},
     ("mnist", "sanm"): {"warm_up_views": "weak"},
 }

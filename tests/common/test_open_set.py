@@ -608,7 +608,9 @@ def test_labels_of_a_file_take_the_place_of_drawn_ones(root):
         assert np.array_equal(found.images, corrupt(data, IMAGENET, root).images)
     np.save(root / "labels.npy", labels[1:])
     text = message(data, IMAGENET, root, noise_file=file)
-    assert text == f"--noise_file {file}: holds 89 labels, the training set needs 90"
+    assert (
+        text == f"--noise_file {file}: holds 89 labels, the training set needs 90, one per image in its order"
+    )
 
 
 def test_one_process_of_several_speaks_and_writes(root, capsys, monkeypatch):
