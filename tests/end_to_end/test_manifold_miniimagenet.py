@@ -216,7 +216,12 @@ def test_the_released_network_by_path_with_a_worker(base, ends):
 
 def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, alone, statuses):
     out, err = ((base / f"killed.{name}").read_text() for name in ("out", "err"))
-    assert statuses["killed"] == [-9] * len(MOMENTS) + [0] and err == "", err
+    assert statuses["killed"] == [-9] * len(MOMENTS) + [0]
+    # this small run does lose a class, and says so at each of its starts that comes to the second split
+    assert all(
+        re.match(r"warning: class \d+ has had no selected sample for 2 selections", line)
+        for line in err.splitlines()
+    ), err
     assert tuple(int(n) for n in re.findall(r"going on after epoch (\d+)\n", out)) == GONE_ON
     assert len(table(alone)) == EPOCHS
     assert_same_run(base / "killed" / "run", alone)
