@@ -157,7 +157,8 @@ def draw(setting: Setting, seed: int, data: datasets.Data, data_path: Path) -> t
     labels = data.train.labels
     every = np.arange(setting.images or len(labels))
     if setting.labels is not None:
-        return every, datasets.labels_of(data_path / setting.labels, every, len(labels), data.num_classes)
+        path, of_first = data_path / setting.labels, setting.images is not None
+        return every, datasets.labels_of(path, every, len(labels), data.num_classes, lambda _: of_first)
     posterior = posterior_for(setting.noise_type, data, data_path)
     if setting.imb_factor is None:
         images = data.train.images
