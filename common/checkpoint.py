@@ -27,14 +27,15 @@ def save(folder: Path, content: dict) -> None:
 
     WriteError: the disk is full, or refuses for another reason; the checkpoint that was there stays.
     """
-    write_whole(folder / CURRENT, lambda file: _write(content, file), keep_as=folder / PREVIOUS)
+    write_whole(folder / CURRENT, lambda file: write(content, file), keep_as=folder / PREVIOUS)
 
 
-def _write(content: dict, file: BinaryIO) -> None:
+def write(content: dict, file: BinaryIO) -> None:
+    """torch.save that raises what went wrong: a full disk's OSError, or what ends the script in the midst of it."""
     try:
         torch.save(content, file)
-    except RuntimeError as error:  # torch raises its own after the file's
-        if isinstance(error.__context__, OSError):
+    except RuntimeError as error:  # torch's own, about the file that is not whole
+        if error.__context__ is not None:
             raise error.__context__ from None
         raise
 

@@ -237,7 +237,7 @@ class Run:
     def save_weights(self, name: str, weights: dict[str, torch.Tensor]) -> None:
         """Write a state dict of tensors into the run directory, as tensors on the CPU."""
         content = io.BytesIO()
-        torch.save({key: value.cpu() for key, value in weights.items()}, content)
+        checkpoint.write({key: value.cpu() for key, value in weights.items()}, content)
         self.save_file(name, content.getvalue())
 
     # going on ---------------------------------------------------------------------------------------------------------

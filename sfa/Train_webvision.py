@@ -445,7 +445,7 @@ def train_both(learners: list[Learner], clean: list[Tensor | None], epoch: int, 
 def packed(learner: Learner, losses: Tensor) -> bytes:
     """A learner and the losses of its last epoch, to be sent to another process."""
     content = io.BytesIO()
-    torch.save({"state": checkpoint.collect(learner.state()), "losses": losses}, content)
+    checkpoint.write({"state": checkpoint.collect(learner.state()), "losses": losses}, content)
     return content.getvalue()
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back, damaged files fall back to their predecessor, nothing in them is run."""
 
 import errno
+import io
 import os
 import pickle
 
@@ -103,6 +104,16 @@ def test_dictionaries_are_restored_in_place_with_exactly_the_saved_entries(tmp_p
 def test_without_a_checkpoint_there_is_nothing_to_load(tmp_path, capsys):
     assert checkpoint.load(tmp_path) is None
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("way", [KeyboardInterrupt, SystemExit, OSError])
+def test_what_ends_a_script_while_it_saves_is_what_is_raised(way):
+    class Interrupted(io.BytesIO):
+        def write(self, content):
+            raise way
+
+    with pytest.raises(way):
+        checkpoint.write({"weights": torch.zeros(1000)}, Interrupted())
 
 
 def test_a_checkpoint_on_a_failing_disk_is_not_taken_for_a_damaged_one(folder, monkeypatch):
