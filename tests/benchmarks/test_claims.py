@@ -220,7 +220,7 @@ def test_the_methods_of_a_prepared_setting_read_the_same_data_set(tmp_path):
     names = claims.make_parser().parse_args(["--out", str(tmp_path), "--data_path", str(tmp_path / "data")])
     runs = runs_of(chosen(EVERY, ["across-above-ce"], None), [5], PREPARED, names)
     assert len(runs) == 7 and len({run.cell.paper for run in runs}) == 5
-    folder = str(tmp_path / "cross_data" / "cifar10-human-worst-limit20000-seed5")
+    folder = str(tmp_path / "cross_data" / "cifar10-human-worst-limit10000-seed5")
     for run in runs:
         ((_, command),) = run.task.commands
         assert folder in command, command

@@ -177,7 +177,8 @@ def test_it_runs_to_the_end_and_leaves_its_files(base, run):
     assert f"epoch {EPOCHS}/{EPOCHS}  " in out and "\nfinished: test_accuracy best " in out
     assert content_of(run).keys() == {
         "args.json", "checkpoint.pt", "checkpoint.previous.pt", "images.json", "log.csv", "noise.json", "noisy_labels.npy",
-        "noisy_labels.npz", "outliers_first.npz", "outliers_last.npz", "result.csv", "result.json", "samples.npz", "train_index.npy",
+        "noisy_labels.npz", "outliers_first.npz", "outliers_last.npz", "result.csv", "result.json", "samples.npz",
+        "train_index.npy",
     }  # fmt: skip
     assert list((run / "tensorboard").iterdir())
 
