@@ -9,7 +9,7 @@ RUN     := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 DATASETS := cifar10 cifar100 mnist fashion_mnist
-.PHONY: help setup test lint format lock reproduce-afm reproduce-manifold-dividemix reproduce-me-momentum reproduce-sanm reproduce-sfa reproduce-all cross claims tables report speed check-data $(DATASETS:%=data-%)
+.PHONY: help setup test test-all lint format lock reproduce-afm reproduce-manifold-dividemix reproduce-me-momentum reproduce-sanm reproduce-sfa reproduce-all cross claims tables report speed check-data $(DATASETS:%=data-%)
 
 help:  ## list the targets
 	@awk -F':[^#]*## ' '/^[a-z0-9_ -]+:.*## /{n = split($$1, names, " "); for (i = 1; i <= n; i++) printf "%-29s %s\n", names[i], $$2}' Makefile
@@ -26,12 +26,16 @@ $(VENV)/.ready: requirements.lock
 	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(RUN) --require-hashes -r requirements.lock
 	@touch $@
 
-test: setup  ## run the tests, a file at a time on each core
+test: setup  ## run the fast tests, a file at a time on each core
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-all: setup  ## run all tests: whole runs, killed runs and several processes too
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-lint: setup  ## check style
+lint: setup  ## check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 format: setup  ## apply style
 	$(VENV)/bin/ruff check --fix .

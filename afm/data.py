@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from common import datasets, processes
-from common.augment import random_resized_crop_and_flip, resize_and_center_crop, training_augmentation
-from common.cli import UserError
+from common import datasets
 from common.datasets import FileData, FileSplit
 from common.datasets.image_cache import open_caches
 from common.datasets.posterior import posterior_for
-from common.gpu import Device
-from common.loader import Batches, FileBatches, Images, Labelled, test_batches
+from common.gpu import processes
+from common.gpu.augment import random_resized_crop_and_flip, resize_and_center_crop, training_augmentation
+from common.gpu.device import Device
+from common.gpu.loader import Batches, FileBatches, Images, Labelled, test_batches
+from common.runs.cli import UserError
 
 ON_DISK = ("food", "clothing1m")
 FOLDERS = {"food": "./data/food", "clothing1m": "./data/clothing1m"}

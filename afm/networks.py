@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afm.attention import GroupAttention, mix, mixing_weights
-from common import processes
-from common.cli import UserError
-from common.weights import imagenet_resnet, read_weights
+from common.gpu import processes
+from common.gpu.weights import imagenet_resnet, read_weights
+from common.runs.cli import UserError
 
 PREACT = ("preact_resnet18", "preact_narrow")
 NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", *PREACT)

@@ -38,10 +38,12 @@ from afm.training import (
     train_epoch,
     train_epoch_mixing_inputs,
 )
-from common import cli, gpu, processes
 from common.datasets import posterior
+from common.gpu import device as gpu
+from common.gpu import processes
 from common.noise import NOISE_TYPES
-from common.run import Run, run_name
+from common.runs import cli
+from common.runs.run import Run, run_name
 
 PRESETS = Path(__file__).with_name("presets.toml")
 # what --fidelity decides where the flag is not typed

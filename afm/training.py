@@ -17,8 +17,8 @@ from afm.attention import mix
 from afm.grouping import random_groups
 from afm.losses import mixed_loss, total_loss
 from afm.networks import AttentiveFeatureMixup
-from common import processes
-from common.gpu import Device
+from common.gpu import processes
+from common.gpu.device import Device
 
 # groups [M, K] of a global batch of N rows, and their mixing weights [M, K]; None: the attention gives the weights
 Draw = Callable[[int], tuple[Tensor, Tensor | None]]

@@ -21,14 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from afm.data import IMAGE_SIZE, ON_DISK, images_at
 from afm.networks import AttentiveFeatureMixup, make_network
 from afm.training import attention_statistics, pair_weights
-from common import figures
-from common.augment import normalise, resize_and_center_crop
-from common.cli import Parser, UserError, exit_cleanly
 from common.datasets.arrays import read_npz
 from common.datasets.file_lists import IMAGENET_MEAN, IMAGENET_STD
 from common.datasets.images import DamagedImage, read_image
-from common.files import write_atomic
-from common.weights import read_weights
+from common.gpu.augment import normalise, resize_and_center_crop
+from common.gpu.weights import read_weights
+from common.runs import figures
+from common.runs.cli import Parser, UserError, exit_cleanly
+from common.runs.files import write_atomic
 
 SHOWN = 8  # images at each end
 

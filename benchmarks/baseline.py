@@ -20,11 +20,13 @@ from torch.optim import SGD
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, datasets, gpu
-from common.augment import training_augmentation
-from common.cli import UserError
-from common.loader import Batches, Images, test_batches
-from common.run import Run
+from common import datasets
+from common.gpu import device as gpu
+from common.gpu.augment import training_augmentation
+from common.gpu.loader import Batches, Images, test_batches
+from common.runs import cli
+from common.runs.cli import UserError
+from common.runs.run import Run
 
 
 class Block(nn.Module):

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from common.cli import UserError, read_presets
+from common.runs.cli import UserError, read_presets
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = ("embedded", "short", "paper")

@@ -38,10 +38,11 @@ from benchmarks.verdicts import (
     read_claims,
     whole_table,
 )
-from common import cli, datasets
-from common.cli import UserError
-from common.files import write_atomic
-from common.results import to_csv, write_results
+from common import datasets
+from common.runs import cli
+from common.runs.cli import UserError
+from common.runs.files import write_atomic
+from common.runs.results import to_csv, write_results
 
 # columns of a log that benchmarks.report draws
 DRAWN = re.compile(

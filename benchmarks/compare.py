@@ -23,9 +23,9 @@ from scipy.stats import t as student_t
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import Parser, UserError, exit_cleanly, non_negative
-from common.files import cannot_write, write_atomic
-from common.results import COLUMNS, to_csv
+from common.runs.cli import Parser, UserError, exit_cleanly, non_negative
+from common.runs.files import cannot_write, write_atomic
+from common.runs.results import COLUMNS, to_csv
 
 NUMERIC = {"noise_rate", "imb_factor", "ood_ratio", "epochs", "seed"}
 CONFIDENCE = 0.95

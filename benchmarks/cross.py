@@ -31,12 +31,13 @@ from benchmarks.compare import CROSS, read_results
 from benchmarks.engines import Task, add_engine_flags, run_all
 from benchmarks.run import collect, from_root
 from benchmarks.tables import cross_table
-from common import cli, datasets, noise
-from common.cli import UserError
+from common import datasets, noise
 from common.datasets.limit import limited
 from common.datasets.posterior import posterior_for
-from common.files import write_atomic
-from common.results import write_results
+from common.runs import cli
+from common.runs.cli import UserError
+from common.runs.files import write_atomic
+from common.runs.results import write_results
 
 DESCRIPTION = ROOT / "benchmarks" / "cross.toml"
 

@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from benchmarks.cells import ROOT
 from benchmarks.compare import read_results
-from common import cli
-from common.cli import UserError
-from common.files import append
-from common.locks import InUse, Lock
+from common.runs import cli
+from common.runs.cli import UserError
+from common.runs.files import append
+from common.runs.locks import InUse, Lock
 
 RETRIES = 3
 # bytes, of a cluster that is started here: about the least that Ray takes, as nothing is kept in it

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from benchmarks.verdicts import CONTRADICTED, HOLDS, UNDECIDED, Claim, Outcome
-from common.figures import write
+from common.runs.figures import write
 
 COLOURS = {HOLDS: "tab:blue", CONTRADICTED: "tab:orange", UNDECIDED: "0.5"}
 LINE_HEIGHT = 0.2  # inches

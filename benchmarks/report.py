@@ -30,9 +30,9 @@ from benchmarks.compare import CROSS, NUMERIC, Sample, read_results, summarise, 
 from benchmarks.published import read_published
 from benchmarks.tables import METRICS, REFERENCE
 from benchmarks.verdicts import CLAIMS_CSV, HEADING, lines, outcomes, read_claims
-from common.cli import Parser, UserError, exit_cleanly, read_presets
-from common.figures import naming
-from common.results import COLUMNS
+from common.runs.cli import Parser, UserError, exit_cleanly, read_presets
+from common.runs.figures import naming
+from common.runs.results import COLUMNS
 
 TEMPLATE = ROOT / "benchmarks"
 RESULTS, RUNS, OUT = Path("results"), Path("results/runs"), Path("results/report.html")

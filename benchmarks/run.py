@@ -23,8 +23,8 @@ from benchmarks.cells import PAPERS, PROFILES, ROOT, Cell, cells
 from benchmarks.compare import against, compare, format_table, read_results
 from benchmarks.engines import Task, add_engine_flags, run_all
 from benchmarks.published import beside
-from common import cli
-from common.results import write_results
+from common.runs import cli
+from common.runs.results import write_results
 
 METRICS = ("best", "last", "last10")
 

@@ -32,15 +32,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.speed_inputs import PilViews, make_small_images, surroundings, views_by_pil
 from benchmarks.step_speed import add_step_flags, step_line, steps
-from common import augment, cli, gpu
-from common.cli import UserError
 from common.datasets.file_lists import IMAGENET_MEAN, IMAGENET_STD, FileSplit, make_split
 from common.datasets.image_cache import build, open_cache
 from common.datasets.in_memory import NORMALISATION
-from common.files import write_atomic
-from common.loader import Batches, FileBatches, Images
-from common.policies import six_views
-from common.results import to_csv
+from common.gpu import augment
+from common.gpu import device as gpu
+from common.gpu.loader import Batches, FileBatches, Images
+from common.gpu.policies import six_views
+from common.runs import cli
+from common.runs.cli import UserError
+from common.runs.files import write_atomic
+from common.runs.results import to_csv
 
 SIZE = (512, 384)  # width and height; the longer side of Food-101's images is 512
 QUALITY = 90

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
 
-from common import augment
-from common.policies import four_views, six_views
-from common.run import command, git_commit
+from common.gpu import augment
+from common.gpu.policies import four_views, six_views
+from common.runs.run import command, git_commit
 
 
 def make_small_images(count: int, size: int = 32) -> np.ndarray:
@@ -33,7 +33,7 @@ def make_small_images(count: int, size: int = 32) -> np.ndarray:
 
 
 def views_by_pil(augmentation: Callable | None, views: int, size: int) -> list[Callable]:
-    """PIL's transform for each view that `common.loader.Batches` makes by this augmentation: of images of `size` pixels.
+    """PIL's transform for each view that `common.gpu.loader.Batches` makes by this augmentation: of images of `size` pixels.
 
     ValueError: an augmentation that has no counterpart here.
     """
@@ -70,7 +70,7 @@ def auto_augment() -> Callable:
 
 
 def simclr_view(size: int) -> Callable:
-    """SimCLR's view, as `common.augment.simclr_view`."""
+    """SimCLR's view, as `common.gpu.augment.simclr_view`."""
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(size, scale=(0.2, 1)),
@@ -82,7 +82,7 @@ def simclr_view(size: int) -> Callable:
 
 
 def warm_up_view(crop: Callable) -> Callable:
-    """The view of SANM's warm-up, as `common.augment.warm_up_view`."""
+    """The view of SANM's warm-up, as `common.gpu.augment.warm_up_view`."""
     shear = (-0.1, 0.1, -0.1, 0.1)
     return transforms.Compose(
         [

@@ -34,9 +34,10 @@ import torch
 from benchmarks.cells import ROOT
 from benchmarks.speed_inputs import make_small_images, surroundings
 from benchmarks.timed_script import PARTS, WAITING
-from common import cli, gpu
-from common.cli import UserError
-from common.gpu import Device
+from common.gpu import device as gpu
+from common.gpu.device import Device
+from common.runs import cli
+from common.runs.cli import UserError
 
 DATASET = "squares"
 CLASSES = 10

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.cells import PAPERS, ROOT, cells
 from benchmarks.compare import CROSS, read_results
 from benchmarks.verdicts import CLAIMS_CSV, outcomes, read_claims, short_table, whole_table
-from common.cli import Parser, UserError, exit_cleanly
-from common.files import write_atomic
+from common.runs.cli import Parser, UserError, exit_cleanly
+from common.runs.files import write_atomic
 
 REFERENCE, PAGE = ROOT / "benchmarks" / "reference", ROOT / "benchmarks" / "README.md"
 # of the repository; what is generated of it stands between two comments

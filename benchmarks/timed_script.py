@@ -4,8 +4,8 @@
     python -m benchmarks.timed_script --plain times.json sfa/Train_cifar.py --dataset digits ...
 
 The script runs as it is, in this process. Timed are the borders that all scripts have in common: epochs and passes
-(common.run.Run), the views of a batch (common.loader.Batches), the forward passes of the networks that are prepared for a
-device (common.gpu.Device), Tensor.backward and the steps of optimisers. On a card every border is an event of its stream,
+(common.runs.run.Run), the views of a batch (common.gpu.loader.Batches), the forward passes of the networks prepared for a
+device (common.gpu.device.Device), Tensor.backward and the steps of optimisers. On a card every border is an event of its stream,
 and the events are read when the epoch is over and the card has been waited for: nothing waits because it is timed.
 
 --plain: the usual way instead of ours. The views are made by PIL and torchvision, image by image, in the workers of a
@@ -29,11 +29,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import cli
-from common.files import write_atomic
-from common.gpu import Device
-from common.loader import Batches
-from common.run import Run, peak_resident_mb
+from common.gpu.device import Device
+from common.gpu.loader import Batches
+from common.runs import cli
+from common.runs.files import write_atomic
+from common.runs.run import Run, peak_resident_mb
 
 PARTS = ("augment", "forward", "backward", "optimiser")
 WAITING = "waiting for a turn"  # what is printed before a line is read from standard input

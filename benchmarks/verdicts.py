@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from benchmarks.cells import PAPERS, ROOT
 from benchmarks.compare import Sample, summarise, welch_interval
-from common.cli import UserError, read_presets
+from common.runs.cli import UserError, read_presets
 
 CLAIMS, CLAIMS_CSV = ROOT / "benchmarks" / "claims.toml", "claims.csv"
 DIRECTIONS = ("above", "below", "differs")

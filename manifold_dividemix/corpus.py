@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import cli, datasets, processes
-from common.cli import UserError
+from common import datasets
 from common.datasets.open_set import Corruption, corrupt
 from common.datasets.posterior import add_flag, check_flag, posterior_for
-from common.run import Run
+from common.gpu import processes
+from common.runs import cli
+from common.runs.cli import UserError
+from common.runs.run import Run
 
 
 class Corpus(NamedTuple):

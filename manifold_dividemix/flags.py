@@ -2,7 +2,8 @@
 
 from argparse import BooleanOptionalAction, Namespace
 
-from common import cli, processes
+from common.gpu import processes
+from common.runs import cli
 from manifold_dividemix.mixematch import Weights
 from manifold_dividemix.networks import ARCH_HELP, ARCHS
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import processes
+from common.gpu import processes
 from manifold_dividemix.losses import balance_penalty, contrastive_loss, labelled_loss, unlabelled_loss
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from common import gpu
+from common.gpu import device as gpu
 
 CHUNK = 1024  # rows that are compared with all others at once: 200 MB of float32 at 50000 samples
 

@@ -20,13 +20,15 @@ from torch import Tensor
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, gpu, simclr
-from common.cli import UserError
 from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
-from common.loader import Images
+from common.gpu import device as gpu
+from common.gpu.loader import Images
 from common.noise import POSTERIOR_TYPES
-from common.run import Run, run_name
-from common.simclr import SimCLR
+from common.pretraining import simclr
+from common.pretraining.simclr import SimCLR
+from common.runs import cli
+from common.runs.cli import UserError
+from common.runs.run import Run, run_name
 from manifold_dividemix import corpus as data
 from manifold_dividemix.corpus import Corpus
 from manifold_dividemix.networks import ARCH_HELP, ARCHS, make_encoder

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from common.cli import UserError
-from common.mixture import lower_posterior
+from common.gpu.mixture import lower_posterior
+from common.runs.cli import UserError
 
 
 def normalised(losses: Tensor) -> Tensor:

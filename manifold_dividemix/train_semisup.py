@@ -21,17 +21,19 @@ from torch.optim import SGD, Optimizer
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, gpu, processes, selection_report
-from common.augment import crop_and_flip, training_augmentation
-from common.cli import UserError
 from common.datasets import posterior
 from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
-from common.encoders import load_encoder
-from common.loader import Batches, Images
+from common.gpu import device as gpu
+from common.gpu import processes
+from common.gpu.augment import crop_and_flip, training_augmentation
+from common.gpu.encoders import load_encoder
+from common.gpu.loader import Batches, Images
+from common.gpu.policies import four_views
 from common.noise import POSTERIOR_TYPES
-from common.policies import four_views
-from common.run import Run, run_name
-from common.selection_report import PATIENCE, Selected
+from common.runs import cli, selection_report
+from common.runs.cli import UserError
+from common.runs.run import Run, run_name
+from common.runs.selection_report import PATIENCE, Selected
 from manifold_dividemix import corpus as data
 from manifold_dividemix.corpus import Corpus
 from manifold_dividemix.flags import add_training_flags, settle

@@ -14,9 +14,10 @@ from pathlib import Path
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, gpu
 from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
-from common.run import run_name
+from common.gpu import device as gpu
+from common.runs import cli
+from common.runs.run import run_name
 from manifold_dividemix import corpus as data
 from manifold_dividemix.corpus import Corpus
 from manifold_dividemix.flags import add_training_flags, settle

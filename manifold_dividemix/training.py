@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common import processes
-from common.gpu import Device
+from common.gpu import processes
+from common.gpu.device import Device
 from manifold_dividemix.losses import symmetric_cross_entropy, warm_up_loss
 from manifold_dividemix.mixematch import Views, Weights, encode, make_targets, step_loss
 

@@ -27,11 +27,11 @@ from sklearn.metrics import roc_auc_score
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, figures
-from common.cli import UserError
 from common.datasets.arrays import is_integer, read_npz
 from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
-from common.figures import RunResult, naming
+from common.runs import cli, figures
+from common.runs.cli import UserError
+from common.runs.figures import RunResult, naming
 from manifold_dividemix.outliers import outlier_auroc, split_epochs
 
 PAPER = "manifold_dividemix"

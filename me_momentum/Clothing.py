@@ -22,17 +22,20 @@ from torch.optim import SGD
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, datasets, gpu, processes, selection_report
-from common.augment import resize_crop_and_flip, resize_to_square
-from common.cli import UserError
+from common import datasets
 from common.datasets import FileData, FileSplit
 from common.datasets.clothing1m import CLASSES, NAME, folder_of_lists
 from common.datasets.file_lists import missing_files, without_bad_images
 from common.datasets.image_cache import ImageCache, open_caches
-from common.gpu import Device
-from common.loader import FileBatches, Labelled
-from common.run import Run, run_name
-from common.selection_report import Selected
+from common.gpu import device as gpu
+from common.gpu import processes
+from common.gpu.augment import resize_crop_and_flip, resize_to_square
+from common.gpu.device import Device
+from common.gpu.loader import FileBatches, Labelled
+from common.runs import cli, selection_report
+from common.runs.cli import UserError
+from common.runs.run import Run, run_name
+from common.runs.selection_report import Selected
 from me_momentum.ClothingData import DATA_ROOT, INDEX, LISTS, read_index
 from me_momentum.confident import confident_examples
 from me_momentum.losses import prior_weights, weighted_cross_entropy

@@ -15,8 +15,6 @@ import numpy as np
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli
-from common.cli import UserError
 from common.datasets.arrays import is_integer, read_npz
 from common.datasets.clothing1m import (
     CLASSES,
@@ -32,7 +30,9 @@ from common.datasets.clothing1m import (
     located,
 )
 from common.datasets.file_lists import FileData, make_split, numbered, read_list, require
-from common.files import cannot_write, write_atomic
+from common.runs import cli
+from common.runs.cli import UserError
+from common.runs.files import cannot_write, write_atomic
 
 DATA_ROOT = "data/Clothing1M_Official/"
 INDEX = "Clothing1m-data.npz"

@@ -21,13 +21,15 @@ from torch.optim import SGD
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, datasets, gpu, noise, selection_report
-from common.augment import training_augmentation
-from common.cli import UserError
+from common import datasets, noise
 from common.datasets import Data, posterior
-from common.loader import Batches, Images
-from common.run import Run, run_name
-from common.selection_report import Selected
+from common.gpu import device as gpu
+from common.gpu.augment import training_augmentation
+from common.gpu.loader import Batches, Images
+from common.runs import cli, selection_report
+from common.runs.cli import UserError
+from common.runs.run import Run, run_name
+from common.runs.selection_report import Selected
 from me_momentum.alternation import Limits, Place, Verdict, advance, learning_rate, name_of
 from me_momentum.confident import confident_examples, set_growth, set_statistics
 from me_momentum.networks import NETWORKS, make_network, usual_network

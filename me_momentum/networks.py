@@ -7,8 +7,8 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.cli import UserError
-from common.weights import imagenet_resnet, read_weights
+from common.gpu.weights import imagenet_resnet, read_weights
+from common.runs.cli import UserError
 
 PREACT = ("preact_resnet18", "preact_narrow")
 NETWORKS = ("lenet", "resnet18", "resnet34", "small", *PREACT)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common import processes
-from common.gpu import Device
+from common.gpu import processes
+from common.gpu.device import Device
 
 
 def train_epoch(

@@ -14,8 +14,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import figures
-from common.cli import Parser, UserError, exit_cleanly
+from common.runs import figures
+from common.runs.cli import Parser, UserError, exit_cleanly
 
 # columns of log.csv that are shown by round, with their names in the figure and the factor that makes them percent
 SHOWN = {

@@ -21,16 +21,18 @@ from torch.optim import SGD
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, datasets, gpu, selection_report
-from common.augment import training_augmentation, warm_up_view
-from common.cli import UserError
+from common import datasets
 from common.datasets import Data, posterior
-from common.encoders import load_encoder
-from common.loader import Batches, Images, Labelled, test_batches
+from common.gpu import device as gpu
+from common.gpu.augment import training_augmentation, warm_up_view
+from common.gpu.encoders import load_encoder
+from common.gpu.loader import Batches, Images, Labelled, test_batches
+from common.gpu.policies import six_views
 from common.noise import POSTERIOR_TYPES
-from common.policies import six_views
-from common.run import Run, run_name
-from common.selection_report import Selected
+from common.runs import cli, selection_report
+from common.runs.cli import UserError
+from common.runs.run import Run, run_name
+from common.runs.selection_report import Selected
 from sanm.activation import concentration_statistics, map_concentrations
 from sanm.flags import add_mask_flags, mask_rule, settle_mask_flags
 from sanm.losses import ramp_up

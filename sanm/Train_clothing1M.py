@@ -23,16 +23,19 @@ from torch.optim import SGD
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, datasets, gpu, processes, selection_report
-from common.augment import resize_and_center_crop, resize_random_crop_and_flip
-from common.cli import UserError
+from common import datasets
 from common.datasets import FileData, FileSplit
 from common.datasets.clothing1m import CLASSES, NAME
 from common.datasets.image_cache import ImageCache, open_caches
-from common.gpu import Device
-from common.loader import FileBatches, Labelled, Part
-from common.run import Run, run_name
-from common.selection_report import Selected
+from common.gpu import device as gpu
+from common.gpu import processes
+from common.gpu.augment import resize_and_center_crop, resize_random_crop_and_flip
+from common.gpu.device import Device
+from common.gpu.loader import FileBatches, Labelled, Part
+from common.runs import cli, selection_report
+from common.runs.cli import UserError
+from common.runs.run import Run, run_name
+from common.runs.selection_report import Selected
 from sanm import clothing
 from sanm.flags import add_mask_flags, mask_rule, settle_mask_flags
 from sanm.masking import CLOTHING_RULE, draw_clothing_masks, mask_clothing

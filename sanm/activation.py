@@ -7,7 +7,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from common.gpu import Device
+from common.gpu.device import Device
 from sanm.masking import activation_energy
 
 

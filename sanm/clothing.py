@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from common import datasets
-from common.cli import UserError
 from common.datasets import FileData
 from common.datasets.clothing1m import CLASSES, NAME, OFFICIAL, label_lines, located
 from common.datasets.file_lists import make_split, missing_files, read_list, report, without_bad_images
+from common.runs.cli import UserError
 
 MEAN, STD = (0.6959, 0.6537, 0.6371), (0.3113, 0.3192, 0.3214)
 RELEASED_LISTS = {"train": "noisy_train.txt", "validation": "clean_val.txt", "test": "clean_test.txt"}

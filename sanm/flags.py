@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from common import cli
+from common.runs import cli
 from sanm.masking import MaskRule
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import processes
+from common.gpu import processes
 from sanm.losses import prior_penalty, reconstruction_error, soft_cross_entropy, squared_error
 from sanm.masking import Masked
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.encoders import load_encoder
-from common.simclr import SimCLR
-from common.weights import imagenet_resnet
+from common.gpu.encoders import load_encoder
+from common.gpu.weights import imagenet_resnet
+from common.pretraining.simclr import SimCLR
 
 BASES = ("dividemix", "c2d")
 ARCHS = ("auto", "narrow")

@@ -4,7 +4,7 @@
     python sanm/pretrain.py --dataset cifar10                    # CIFAR-10 under ./data
 
 The encoder is in encoder.safetensors of the run directory. Neither the paper nor the release has this script: the recipe is the
-one that SupContrast documents for SimCLR (common/simclr.py has it). The sections in brackets are those of the method's
+one that SupContrast documents for SimCLR (see common/pretraining/simclr.py). The sections in brackets are those of the method's
 description in sanm/README.md.
 """
 
@@ -18,12 +18,14 @@ import torch
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, datasets, gpu
-from common.cli import UserError
+from common import datasets
 from common.datasets import Data
-from common.loader import Images
-from common.run import Run, run_name
-from common.simclr import add_recipe_flags, pre_train, settle
+from common.gpu import device as gpu
+from common.gpu.loader import Images
+from common.pretraining.simclr import add_recipe_flags, pre_train, settle
+from common.runs import cli
+from common.runs.cli import UserError
+from common.runs.run import Run, run_name
 from sanm.networks import make_simclr
 
 PRESETS = Path(__file__).with_name("presets.toml")

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from common.cli import UserError
-from common.mixture import lower_posterior
+from common.gpu.mixture import lower_posterior
+from common.runs.cli import UserError
 
 HISTORY = 5  # loss vectors that the 90 % rule averages
 MARGIN = 1e-5  # the threshold stays this far inside the range of the clean probabilities

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from common import processes
-from common.gpu import Device
+from common.gpu import processes
+from common.gpu.device import Device
 from sanm.losses import negative_entropy
 from sanm.masking import Masked, MaskRule
 from sanm.mixmatch import Samples, guess_labels, mix, refine_labels, stack, step_loss

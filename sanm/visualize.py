@@ -21,13 +21,14 @@ from torch import Tensor
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import checkpoint, cli, datasets, figures
-from common.cli import UserError
+from common import datasets
 from common.datasets import Data
 from common.datasets.arrays import read_npy, read_npz
-from common.figures import RunResult, read_run
-from common.loader import Images
+from common.gpu.loader import Images
 from common.noise import POSTERIOR_TYPES
+from common.runs import checkpoint, cli, figures
+from common.runs.cli import UserError
+from common.runs.figures import RunResult, read_run
 from sanm.masking import MaskRule, draw_masks, mask, quantised_activation
 from sanm.networks import MaskedNetwork, make_network
 

@@ -23,14 +23,16 @@ from torch.optim import SGD
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, datasets, gpu, noise, selection_report
-from common.augment import training_augmentation
-from common.cli import UserError
+from common import datasets, noise
 from common.datasets import Data, posterior
-from common.loader import Batches, Images, Labelled, test_batches
-from common.mixture import sklearn_upper_posterior, upper_posterior
-from common.run import Run, run_name
-from common.selection_report import Selected
+from common.gpu import device as gpu
+from common.gpu.augment import training_augmentation
+from common.gpu.loader import Batches, Images, Labelled, test_batches
+from common.gpu.mixture import sklearn_upper_posterior, upper_posterior
+from common.runs import cli, selection_report
+from common.runs.cli import UserError
+from common.runs.run import Run, run_name
+from common.runs.selection_report import Selected
 from sfa import losses as standard_losses
 from sfa.evaluation import SELECTION_STATISTICS, SHOTS, accuracies, selection_statistics
 from sfa.flags import add_averaging_flags

@@ -1,6 +1,6 @@
 """Flags that both training scripts of SFA have: how samples are selected."""
 
-from common import cli
+from common.runs import cli
 
 
 def add_averaging_flags(group, beta: float, min_draw_count: int | None, classes_drawn: str = "") -> None:

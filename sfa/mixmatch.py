@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import processes
+from common.gpu import processes
 from sfa.losses import balanced, cross_entropy, prior_penalty, soft_cross_entropy, squared_error
 
 

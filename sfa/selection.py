@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.cli import UserError
-from common.mixture import upper_posterior
+from common.gpu.mixture import upper_posterior
+from common.runs.cli import UserError
 
 
 class Moments(NamedTuple):

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.cli import UserError
-from common.mixture import lower_posterior
+from common.gpu.mixture import lower_posterior
+from common.runs.cli import UserError
 
 
 class SmallLoss(NamedTuple):

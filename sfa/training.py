@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common import processes
-from common.gpu import Device
+from common.gpu import processes
+from common.gpu.device import Device
 from sfa.losses import cross_entropy, warm_up_loss
 from sfa.mixmatch import mixmatch_loss
 

@@ -27,11 +27,11 @@ from sklearn.decomposition import PCA
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, figures
-from common.cli import UserError
 from common.datasets.arrays import is_integer, read_npz
-from common.figures import RunResult, naming
 from common.noise import POSTERIOR_TYPES
+from common.runs import cli, figures
+from common.runs.cli import UserError
+from common.runs.figures import RunResult, naming
 from sfa.evaluation import shots
 
 PAPER = "sfa"

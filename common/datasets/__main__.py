@@ -6,9 +6,9 @@
 from pathlib import Path
 
 from common import datasets
-from common.cli import Parser, UserError, count, count_or_zero, exit_cleanly
 from common.datasets import clothing1m, food101n, image_cache, pools, webvision
 from common.datasets.given_labels import label_notes
+from common.runs.cli import Parser, UserError, count, count_or_zero, exit_cleanly
 
 CACHED = (food101n.NAME, clothing1m.NAME, webvision.NAME)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cli import UserError
 from common.datasets.file_lists import (
     FileData,
     FileSplit,
@@ -20,6 +19,7 @@ from common.datasets.file_lists import (
     require,
     without_bad_images,
 )
+from common.runs.cli import UserError
 
 NAME = "clothing1m"
 CLASSES = (

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cli import UserError
 from common.datasets import clothing1m, food101n, mini_imagenet, webvision
 from common.datasets.file_lists import (
     FileData,
@@ -16,6 +15,7 @@ from common.datasets.file_lists import (
     missing_files,
     report,
 )
+from common.runs.cli import UserError
 
 MODULES = {module.NAME: module for module in (food101n, clothing1m, mini_imagenet, webvision)}
 FILE_NAMES = tuple(MODULES)

@@ -14,9 +14,9 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from common.cli import UserError
 from common.datasets.images import DamagedImage, in_workers, read_image
-from common.files import write_atomic
+from common.runs.cli import UserError
+from common.runs.files import write_atomic
 
 # the usual constants of networks trained on ImageNet; AFM's release has them for Food-101N
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from common.cli import UserError
 from common.datasets.arrays import is_integer, read_npy, read_npz, read_pt
+from common.runs.cli import UserError
 
 # columns that say which training image a row is of, in lower case; pandas leaves its index without a name
 INDEX_NAMES = ("index", "idx", "id", "image_id", "dataset_index")

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.cli import UserError
 from common.datasets.arrays import read_npz
 from common.datasets.file_lists import FileData, FileSplit
 from common.datasets.images import in_workers
-from common.files import cannot_write, write_atomic, write_whole
-from common.locks import Lock
+from common.runs.cli import UserError
+from common.runs.files import cannot_write, write_atomic, write_whole
+from common.runs.locks import Lock
 
 PIXELS, INDEX = "images.u8", "index.npz"
 SIZE = 256  # pixels of the shorter side, unless asked otherwise

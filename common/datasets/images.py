@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from common.cli import SHARED_MEMORY, MachineError, UserError, at_end, worker_died
+from common.runs.cli import SHARED_MEMORY, MachineError, UserError, at_end, worker_died
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 

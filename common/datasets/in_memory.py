@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.cli import UserError
 from common.datasets.arrays import is_integer, read_npz
+from common.runs.cli import UserError
 
 NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")
 TORCHVISION = {

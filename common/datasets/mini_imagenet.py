@@ -19,9 +19,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import processes
-from common.augment import resize_to_square
-from common.cli import UserError
 from common.datasets.arrays import read_npz
 from common.datasets.file_lists import (
     FileData,
@@ -35,8 +32,11 @@ from common.datasets.file_lists import (
     without_bad_images,
 )
 from common.datasets.images import in_workers
-from common.files import write_whole
-from common.locks import InUse, Lock
+from common.gpu import processes
+from common.gpu.augment import resize_to_square
+from common.runs.cli import UserError
+from common.runs.files import write_whole
+from common.runs.locks import InUse, Lock
 
 NAME = "mini_imagenet"
 COLORS = ("red", "blue")  # noise of the web, and synthetic

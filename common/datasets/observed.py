@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from common.cli import UserError
 from common.datasets.given_labels import labels_of
 from common.datasets.in_memory import Data
 from common.noise import add_noise
+from common.runs.cli import UserError
 
 
 def observed_labels(

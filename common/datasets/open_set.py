@@ -10,14 +10,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.random import RandomState
 
-from common import noise, processes
-from common.cli import UserError
+from common import noise
 from common.datasets.arrays import read_npz
 from common.datasets.given_labels import labels_of
 from common.datasets.in_memory import Data
 from common.datasets.pools import FOLDERS, imagenet32_note, listing, open_pool, resized
-from common.files import write_atomic
-from common.locks import InUse, Lock
+from common.gpu import processes
+from common.runs.cli import UserError
+from common.runs.files import write_atomic
+from common.runs.locks import InUse, Lock
 
 
 class Corruption(NamedTuple):

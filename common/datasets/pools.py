@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from common.cli import UserError
 from common.datasets.arrays import read_npz
 from common.datasets.images import is_image_name
 from common.datasets.in_memory import NAMES, load
+from common.runs.cli import UserError
 
 IMAGENET32_FILES = tuple(f"train_data_batch_{number}" for number in range(1, 11))
 IMAGENET32_SIZE = 1_281_167

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from common import processes
-from common.cli import Parser, UserError, place
 from common.datasets.arrays import read_npy, read_npz
 from common.datasets.in_memory import Data, Split
-from common.files import write_atomic
+from common.gpu import processes
 from common.noise import POSTERIOR_TYPES, checked_posterior
+from common.runs.cli import Parser, UserError, place
+from common.runs.files import write_atomic
 
 FOLDS = 5
 MAX_ITERATIONS = 1000

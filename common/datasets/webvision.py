@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cli import UserError
 from common.datasets.file_lists import (
     FileData,
     FileSplit,
@@ -21,6 +20,7 @@ from common.datasets.file_lists import (
     without_bad_images,
 )
 from common.datasets.images import is_image_name
+from common.runs.cli import UserError
 
 NAME = "webvision"
 TRAIN, TEST, SYNSETS = "info/train_filelist_google.txt", "info/val_filelist.txt", "info/synsets.txt"

@@ -10,8 +10,8 @@ from afm import data as afm_data
 from afm.data import images_at, load, sampled_positions
 from afm.train import parse_args
 from common import datasets
-from common.cli import UserError
-from common.gpu import Device
+from common.gpu.device import Device
+from common.runs.cli import UserError
 from tests.common.small_file_data import image_files, make_clothing1m, make_food101n, plant
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")

@@ -13,7 +13,7 @@ from afm.losses import mixed_loss, total_loss
 from afm.networks import AttentiveFeatureMixup, Outputs, make_network
 from afm.train import draw, keep_weights, learning_rate, parse_args, train
 from afm.training import evaluate
-from common.gpu import Device
+from common.gpu.device import Device
 
 CPU = Device(torch.device("cpu"), "fp32", "tests")
 

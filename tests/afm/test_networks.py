@@ -9,8 +9,8 @@ from torch import nn
 from afm.grouping import groups_by_halves
 from afm.networks import AttentiveFeatureMixup, load_weights, make_backbone, make_network
 from afm.train import parse_args
-from common.cli import UserError
-from common.gpu import Device
+from common.gpu.device import Device
+from common.runs.cli import UserError
 
 
 def network_of(

@@ -28,7 +28,7 @@ from afm.training import (
     train_epoch,
     train_epoch_mixing_inputs,
 )
-from common.gpu import Device
+from common.gpu.device import Device
 
 CPU = Device(torch.device("cpu"), "fp32", "tests")
 WIDTH, CLASSES = 6, 4

@@ -12,9 +12,9 @@ from PIL import Image
 from afm import train, visualize
 from afm.networks import make_network
 from afm.train import method, parse_args
-from common import cli
-from common.augment import normalise, resize_and_center_crop
 from common.datasets.images import read_image
+from common.gpu.augment import normalise, resize_and_center_crop
+from common.runs import cli
 from tests.common.small_file_data import image_files, make_food101n
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")

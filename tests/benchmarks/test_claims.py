@@ -13,8 +13,8 @@ from benchmarks.cells import PAPERS
 from benchmarks.claims import main, missing, read_prepared, runs_of
 from benchmarks.compare import Sample, read_results
 from benchmarks.verdicts import Claim, ClaimTest, chosen, outcomes, preset_of, read_claims, verdict
-from common.cli import UserError
-from common.results import COLUMNS
+from common.runs.cli import UserError
+from common.runs.results import COLUMNS
 
 EVERY, PREPARED = read_claims(), read_prepared()
 TESTS = [(claim, test) for claim in EVERY for test in claim.tests]

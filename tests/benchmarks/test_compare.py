@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import ttest_ind
 
 from benchmarks.compare import COLUMNS, against, compare, format_table, main, read_results
-from common.cli import UserError
+from common.runs.cli import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CELL = {

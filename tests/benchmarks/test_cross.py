@@ -17,9 +17,9 @@ import sfa.Train_cifar
 from benchmarks import cross
 from benchmarks.cross import METHODS, Setting, check_given_labels, inputs_of, prepare, settings_of
 from common import datasets, noise
-from common.cli import UserError
 from common.datasets.posterior import posterior_for
-from common.results import COLUMNS
+from common.runs.cli import UserError
+from common.runs.results import COLUMNS
 
 DESCRIPTION = tomllib.loads(cross.DESCRIPTION.read_text(encoding="utf-8"))
 DATA = [name for name in DESCRIPTION if name != "settings"]

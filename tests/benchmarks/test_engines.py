@@ -18,8 +18,8 @@ import pytest
 from benchmarks import engines, run
 from benchmarks.cells import ROOT, cells
 from benchmarks.engines import Machine, cell_resources, run_on_worker
-from common.cli import UserError
-from common.locks import Lock
+from common.runs.cli import UserError
+from common.runs.locks import Lock
 
 PRESET = "embedded/digits-if0.1-imb0.5/sfa"
 SHORT = ["--num_epochs", "3", "--warm_up", "1"]

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import published
 from benchmarks.cells import PAPERS, PROFILES, ROOT, cells
 from benchmarks.published import beside, read_published
-from common.cli import read_presets
+from common.runs.cli import read_presets
 
 COLUMNS = (
     *(

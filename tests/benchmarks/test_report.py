@@ -13,8 +13,8 @@ import pytest
 from benchmarks import report
 from benchmarks.cells import PAPERS, ROOT, cells
 from benchmarks.report import collect, main, metric_of, page, same_method
-from common.cli import UserError
-from common.results import COLUMNS
+from common.runs.cli import UserError
+from common.runs.results import COLUMNS
 
 HOSTILE = '</script><img src=x onerror="document.title=1">'
 CELL = {

@@ -12,8 +12,8 @@ from afm import train
 from benchmarks import run
 from benchmarks.cells import CLAIMS, PAPERS, PROFILES, ROOT, cells
 from benchmarks.engines import is_finished
-from common.cli import UserError, read_presets
-from common.results import COLUMNS
+from common.runs.cli import UserError, read_presets
+from common.runs.results import COLUMNS
 from sfa import Train_cifar
 
 

@@ -11,8 +11,8 @@ from scipy.stats import ks_2samp
 
 from benchmarks.speed import main, make_photographs, view_pipelines
 from benchmarks.speed_inputs import RAND_AUGMENT, make_small_images, rand_augment, rand_augment_operation
-from common import policies
-from common.cli import UserError
+from common.gpu import policies
+from common.runs.cli import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 

@@ -15,11 +15,11 @@ from benchmarks import speed, step_speed, timed_script
 from benchmarks.speed_inputs import make_small_images, views_by_pil
 from benchmarks.step_speed import METHODS, PATHS, Workload
 from benchmarks.timed_script import PARTS
-from common import augment, policies
-from common.cli import UserError
 from common.datasets.in_memory import NORMALISATION
-from common.gpu import Device
-from common.loader import Batches, Images
+from common.gpu import augment, policies
+from common.gpu.device import Device
+from common.gpu.loader import Batches, Images
+from common.runs.cli import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SELECTING = ("sfa", "me_momentum", "manifold_dividemix", "sanm")
@@ -98,7 +98,7 @@ def test_a_timed_script_gives_the_very_same_results(name, workload, as_script, t
     assert len(log_of(tmp_path / "timed")) >= 3
     assert log_of(tmp_path / "timed") == log_of(tmp_path / "plainly")
     # nothing of the timing is left behind
-    assert Batches.__iter__.__module__ == "common.loader"
+    assert Batches.__iter__.__module__ == "common.gpu.loader"
     assert torch.Tensor.backward.__module__ == "torch._tensor"
 
 

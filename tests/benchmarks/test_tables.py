@@ -9,7 +9,7 @@ import pytest
 from benchmarks import tables
 from benchmarks.cells import PAPERS, ROOT, cells
 from benchmarks.tables import figure, main, measured, page
-from common.results import COLUMNS
+from common.runs.results import COLUMNS
 
 
 def test_the_page_is_what_the_files_say():

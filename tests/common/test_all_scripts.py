@@ -7,7 +7,7 @@ import pytest
 
 from afm import train
 from benchmarks import baseline
-from common import gpu
+from common.gpu import device as gpu
 from manifold_dividemix import pretrain as manifold_pretrain
 from manifold_dividemix import train_semisup, train_semisup_miniimagenet
 from me_momentum import Clothing, main

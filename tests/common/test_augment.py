@@ -9,8 +9,8 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional, v2
 
-from common import augment
-from common.image_operations import hue
+from common.gpu import augment
+from common.gpu.image_operations import hue
 
 
 def numbered(channels: int, height: int, width: int, dtype: torch.dtype = torch.int32) -> Tensor:

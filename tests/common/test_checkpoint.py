@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from common import checkpoint
-from common.cli import UserError
-from common.files import write_atomic
+from common.runs import checkpoint
+from common.runs.cli import UserError
+from common.runs.files import write_atomic
 
 
 def training_state(seed: int) -> dict:

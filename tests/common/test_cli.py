@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from common import cli
-from common.files import WriteError
+from common.runs import cli
+from common.runs.files import WriteError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from common import datasets
-from common.cli import UserError
 from common.datasets.in_memory import MNIST_MD5
+from common.runs.cli import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 UNPACK = ROOT.parent / "shared" / "data" / "unpack.py"

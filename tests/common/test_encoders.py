@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import resnet18
 
-from common.cli import UserError
-from common.encoders import load_encoder
+from common.gpu.encoders import load_encoder
+from common.runs.cli import UserError
 from sanm.networks import MapOf, make_network, make_simclr, simclr_resnet
 
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from common import figures
-from common.cli import UserError
+from common.runs import figures
+from common.runs.cli import UserError
 
 
 def write_run(

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from common import datasets
-from common.cli import UserError
 from common.datasets import clothing1m
 from common.datasets.__main__ import main
 from common.datasets.clothing1m import label_lines
 from common.datasets.file_lists import read_list
 from common.datasets.food101n import class_lines, food101_test_lines, food101n_lines, verified_lines
 from common.datasets.images import DamagedImage, read_image
+from common.runs.cli import UserError
 from tests.common.small_file_data import (
     DISHES,
     image_files,

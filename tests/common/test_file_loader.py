@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from common import augment, cli, datasets
-from common.cli import UserError
+from common import datasets
 from common.datasets.image_cache import build_caches, open_caches
-from common.loader import FileBatches
+from common.gpu import augment
+from common.gpu.loader import FileBatches
+from common.runs import cli
+from common.runs.cli import UserError
 from tests.common.small_file_data import make_food101n, plant
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from common import checkpoint, files
-from common.events import EventFile
-from common.files import WriteError, append, cannot_write, write_atomic
+from common.runs import checkpoint, files
+from common.runs.events import EventFile
+from common.runs.files import WriteError, append, cannot_write, write_atomic
 
 
 @contextmanager

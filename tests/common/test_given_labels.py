@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.cli import UserError
 from common.datasets import labels_of, read_labels
 from common.datasets.given_labels import label_notes, labels_sha256, own_file
+from common.runs.cli import UserError
 
 K = 10
 LABELS = np.random.RandomState(0).randint(0, K, size=50)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from common.cli import UserError
-from common.gpu import Device, exact_products, pick
+from common.gpu.device import Device, exact_products, pick
+from common.runs.cli import UserError
 
 
 @pytest.fixture

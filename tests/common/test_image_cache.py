@@ -9,12 +9,13 @@ import pytest
 import torch
 from torchvision.transforms.v2.functional import resized_crop
 
-from common import augment, datasets
-from common.cli import UserError
+from common import datasets
 from common.datasets import image_cache
 from common.datasets.__main__ import main
 from common.datasets.image_cache import build, build_caches, open_cache, open_caches
-from common.locks import Lock
+from common.gpu import augment
+from common.runs.cli import UserError
+from common.runs.locks import Lock
 from tests.common.small_file_data import make_clothing1m, make_food101n, plant
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")

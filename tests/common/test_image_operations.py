@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from common import image_operations as operations
+from common.gpu import image_operations as operations
 
 SIZES = [(32, 32), (8, 8), (7, 13), (3, 3), (2, 9), (1, 5), (5, 1), (1, 1)]
 every_kind = pytest.mark.parametrize("channels", [1, 3], ids=["grey", "colour"])

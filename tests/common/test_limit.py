@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import cli, datasets
-from common.loader import test_batches as batches_of
+from common import datasets
+from common.gpu.loader import test_batches as batches_of
+from common.runs import cli
 
 LABELS = np.repeat([0, 1, 2], [60, 30, 10])[np.random.default_rng(0).permutation(100)]
 

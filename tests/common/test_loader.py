@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import augment
-from common.loader import Batches, Images
+from common.gpu import augment
+from common.gpu.loader import Batches, Images
 
 N, MEAN, STD = 10, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 PIXELS = np.random.RandomState(0).randint(0, 256, size=(N, 8, 6, 3), dtype=np.uint8)

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from common import locks
-from common.locks import InUse, Lock
+from common.runs import locks
+from common.runs.locks import InUse, Lock
 
 # two of the answers of file systems without flock
 NO_FLOCK = [errno.ENOSYS, errno.ENOLCK]

@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from common import processes
-from common.cli import UserError
 from common.datasets import decoded, load_mini_imagenet, mini_imagenet
 from common.datasets.__main__ import main
 from common.datasets.file_lists import FileSplit, make_split
 from common.datasets.mini_imagenet import TEST_IMAGE, TRAIN_IMAGE, is_official, list_lines, train_list
-from common.locks import Lock
+from common.gpu import processes
+from common.runs.cli import UserError
+from common.runs.locks import Lock
 from tests.common.small_file_data import make_mini_imagenet, plant, write_lines
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")

@@ -9,7 +9,7 @@ import torch
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from common.mixture import lower_posterior, sklearn_upper_posterior, upper_posterior
+from common.gpu.mixture import lower_posterior, sklearn_upper_posterior, upper_posterior
 
 
 def two_normals(rng, low: tuple[float, float, int], high: tuple[float, float, int]) -> np.ndarray:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from common import datasets, noise
-from common.cli import UserError
 from common.datasets import Data, Split, observed_labels
+from common.runs.cli import UserError
 
 LABELS = np.arange(40) % 4
 SOME = np.array([3, 7, 8, 39])

@@ -10,12 +10,13 @@ import pytest
 from numpy.random import RandomState
 from PIL import Image
 
-from common import datasets, noise, processes
-from common.cli import UserError
+from common import datasets, noise
 from common.datasets import open_set, pools
 from common.datasets.in_memory import Data, Split
 from common.datasets.open_set import Corruption, OpenSetData, corrupt
-from common.locks import Lock
+from common.gpu import processes
+from common.runs.cli import UserError
+from common.runs.locks import Lock
 from tests.common.small_file_data import make_imagenet32
 
 N = 600
@@ -816,7 +817,7 @@ def test_a_cache_that_cannot_be_written_is_told_and_gone_round(root, capsys, mon
     def full(_) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("common.files.os.fsync", full)
+    monkeypatch.setattr("common.runs.files.os.fsync", full)
     assert_same(cached(root), expected)
     assert f"note: {path} cannot be written (No space left on device)" in capsys.readouterr().out
     assert files(root) == [], "nothing half-written"

@@ -10,9 +10,9 @@ from scipy.stats import binomtest, chisquare, kstest
 from torch import Generator, Tensor
 from torchvision import transforms
 
-from common import policies
-from common.augment import crop_and_flip
-from common.policies import AutoAugmentDraws, RandAugmentDraws
+from common.gpu import policies
+from common.gpu.augment import crop_and_flip
+from common.gpu.policies import AutoAugmentDraws, RandAugmentDraws
 
 every_kind = pytest.mark.parametrize("channels", [1, 3], ids=["grey", "colour"])
 every_size = pytest.mark.parametrize(("height", "width"), [(32, 32), (8, 8), (7, 13)])

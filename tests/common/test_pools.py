@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from common.cli import UserError
 from common.datasets import pools
+from common.runs.cli import UserError
 from tests.common.small_file_data import imagenet32_rows, make_imagenet32
 
 RNG = np.random.RandomState(0)

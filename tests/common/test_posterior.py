@@ -7,9 +7,9 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from common import noise
-from common.cli import UserError
 from common.datasets import Data, Split, load, posterior
 from common.datasets.posterior import out_of_fold, posterior_for, read_posterior
+from common.runs.cli import UserError
 
 SIZE, CLASSES = 60, 3
 

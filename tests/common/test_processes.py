@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import cli, processes
-from common.cli import UserError
+from common.gpu import processes
+from common.runs import cli
+from common.runs.cli import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

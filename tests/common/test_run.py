@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from common import cli, processes, results
-from common.cli import UserError
-from common.gpu import Device
-from common.run import ROOT, Run, command, content_of, run_name
+from common.gpu import processes
+from common.gpu.device import Device
+from common.runs import cli, results
+from common.runs.cli import UserError
+from common.runs.run import ROOT, Run, command, content_of, run_name
 
 SCRIPTS = (
     *(
@@ -823,9 +824,9 @@ def test_the_command_under_torchrun_is_one_that_starts_as_many_processes(
     monkeypatch.setattr(processes, "world", lambda: world)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
     monkeypatch.setattr("sys.argv", [str(ROOT / "afm" / "train.py"), "--dataset", "a b"])
-    spec = importlib.util.find_spec("common.run") if module else None
+    spec = importlib.util.find_spec("common.runs.run") if module else None
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
-    assert command() == f"{starter} {'-m common.run' if module else 'afm/train.py'} --dataset 'a b'"
+    assert command() == f"{starter} {'-m common.runs.run' if module else 'afm/train.py'} --dataset 'a b'"
 
 
 @pytest.mark.parametrize(("dirs", "name"), [((), "afm/train.py"), (("elsewhere",), None)])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from common import selection_report
-from common.selection_report import Selected, columns, count, follow, no_streaks
+from common.runs import selection_report
+from common.runs.selection_report import Selected, columns, count, follow, no_streaks
 
 GIVEN = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 4])
 RIGHT = torch.tensor([1, 1, 1, 0, 1, 0, 1, 1, 0]).bool()  # of class 4 none, and there is no class 3

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from common.signals import SIGNALS, StopSignals
+from common.runs.signals import SIGNALS, StopSignals
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import ctypes, sys, time
-from common import signals
+from common.runs import signals
 signals.INTERRUPT, signals.END = map(float, sys.argv[1:3])
 stop = signals.StopSignals(lambda what: f"{what}; told")
 stop.start()

@@ -15,11 +15,10 @@ from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from torch.optim import SGD
 
-from common import cli, simclr
-from common.gpu import Device
-from common.loader import Batches, Images
-from common.run import Run
-from common.simclr import (
+from common.gpu.device import Device
+from common.gpu.loader import Batches, Images
+from common.pretraining import simclr
+from common.pretraining.simclr import (
     SimCLR,
     add_recipe_flags,
     encoder_file,
@@ -31,6 +30,8 @@ from common.simclr import (
     settle,
     train_epoch,
 )
+from common.runs import cli
+from common.runs.run import Run
 
 CPU = Device(torch.device("cpu"), "fp32", "")
 

@@ -11,14 +11,15 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from common import augment, datasets
-from common.cli import UserError
+from common import datasets
 from common.datasets import load_webvision
 from common.datasets.__main__ import main
 from common.datasets.file_lists import IMAGENET_MEAN, IMAGENET_STD, FileData, FileSplit
 from common.datasets.image_cache import build, open_cache, open_caches
 from common.datasets.webvision import list_lines, read_webvision, synset_lines
-from common.loader import FileBatches
+from common.gpu import augment
+from common.gpu.loader import FileBatches
+from common.runs.cli import UserError
 from tests.common.small_file_data import make_webvision, plant, write_lines
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import torch._dynamo  # noqa: F401  (what an optimiser imports when it is made, for seconds: here once for all)
 
-from common.run import Run
+from common.runs.run import Run
 from me_momentum import main
 
 

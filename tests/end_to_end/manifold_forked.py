@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 import torch._dynamo  # what an optimiser imports when it is made, for seconds: here once for all
 
-import common.run
-from common import augment
+import common.runs.run
 from common.datasets import pools
+from common.gpu import augment
 from tests.end_to_end import killed
 from tests.end_to_end.killed import die
 
@@ -51,7 +51,7 @@ class MortalRun(killed.MortalRun):
                 die()
 
 
-common.run.Run = MortalRun
+common.runs.run.Run = MortalRun
 # after the class is replaced, which the scripts import by its name
 from manifold_dividemix import pretrain, train_semisup, train_semisup_miniimagenet  # noqa: E402, F401
 

@@ -12,7 +12,8 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from common import augment, cli
+from common.gpu import augment
+from common.runs import cli
 from sanm import Train_clothing1M
 from sanm.networks import MaskedNetwork
 from tests.end_to_end.killed import MortalRun, die

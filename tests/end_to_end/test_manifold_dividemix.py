@@ -18,9 +18,10 @@ import safetensors.torch
 import torch
 from sklearn.metrics import roc_auc_score
 
-from common import cli, datasets, noise
+from common import datasets, noise
 from common.datasets import pools
-from common.loader import Images
+from common.gpu.loader import Images
+from common.runs import cli
 from manifold_dividemix import pretrain, train_semisup
 from manifold_dividemix.networks import Network, make_encoder
 from tests.end_to_end.manifold_runs import (

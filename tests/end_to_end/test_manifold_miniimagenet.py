@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from common import cli
+from common.runs import cli
 from manifold_dividemix import train_semisup_miniimagenet
 from manifold_dividemix.networks import make_encoder
 from tests.common.small_file_data import make_mini_imagenet, plant

@@ -16,10 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
-from common import cli, datasets, simclr
+from common import datasets
 from common.datasets import pools
-from common.loader import Images
-from common.simclr import knn_accuracy
+from common.gpu.loader import Images
+from common.pretraining import simclr
+from common.pretraining.simclr import knn_accuracy
+from common.runs import cli
 from manifold_dividemix import pretrain, train_semisup, train_semisup_miniimagenet
 from manifold_dividemix.networks import Network, make_encoder
 from manifold_dividemix.outliers import knn_scores

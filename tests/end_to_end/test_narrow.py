@@ -17,8 +17,9 @@ import sanm.Train_cifar
 import sanm.visualize
 import sfa.Train_cifar
 from benchmarks import baseline
-from common import cli, datasets, noise
+from common import datasets, noise
 from common.datasets.posterior import out_of_fold
+from common.runs import cli
 from manifold_dividemix import pretrain, train_semisup
 
 COMMON = split("--dataset digits --device cpu --limit_train 160")

@@ -22,8 +22,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from common import datasets, noise
-from common.gpu import Device
-from common.loader import Images
+from common.gpu.device import Device
+from common.gpu.loader import Images
 from sanm import Train_cifar
 from sanm.networks import make_network, simclr_resnet
 from sanm.selection import clean_probability, divide

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import cli
+from common.runs import cli
 from sanm import Train_clothing1M
 from sanm.networks import clothing_network
 from tests.common.small_file_data import make_clothing1m

@@ -19,10 +19,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from common import datasets, gpu
-from common.encoders import load_encoder
-from common.loader import Batches, Images
-from common.simclr import knn_accuracy, pooled_features
+from common import datasets
+from common.gpu import device as gpu
+from common.gpu.encoders import load_encoder
+from common.gpu.loader import Batches, Images
+from common.pretraining.simclr import knn_accuracy, pooled_features
 from sanm import pretrain
 from sanm.networks import make_simclr, simclr_resnet
 from tests.end_to_end.outcome import log_without_seconds, result_without_time_and_place

@@ -20,8 +20,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import selection_report
-from common.run import Run
+from common.runs import selection_report
+from common.runs.run import Run
 from sfa import Train_cifar
 from sfa.evaluation import SELECTION_STATISTICS, selection_statistics
 from sfa.small_loss import SmallLoss

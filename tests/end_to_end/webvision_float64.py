@@ -21,8 +21,9 @@ import torch._dynamo  # what an optimiser imports when it is made, for seconds: 
 from PIL import Image
 from torch import nn
 
-from common import augment, cli, processes
-from common.run import Run
+from common.gpu import augment, processes
+from common.runs import cli
+from common.runs.run import Run
 from sfa import Train_webvision
 from sfa.networks import TwoHeads
 from tests.common.small_file_data import SIZE, image_files, make_webvision

@@ -7,7 +7,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from common import cli, processes
+from common.gpu import processes
+from common.runs import cli
 from manifold_dividemix import pretrain, train_semisup, train_semisup_miniimagenet
 from manifold_dividemix.networks import make_encoder
 from manifold_dividemix.train_semisup import PRESETS

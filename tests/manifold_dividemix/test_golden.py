@@ -11,11 +11,12 @@ from numpy.random import RandomState
 from PIL import Image
 from torch import Tensor, nn
 
-from common import noise, policies
+from common import noise
 from common.datasets import pools
-from common.gpu import Device
-from common.policies import AutoAugmentDraws
-from common.simclr import SimCLR
+from common.gpu import policies
+from common.gpu.device import Device
+from common.gpu.policies import AutoAugmentDraws
+from common.pretraining.simclr import SimCLR
 from manifold_dividemix.losses import (
     balance_penalty,
     contrastive_loss,

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.gpu import Device
-from common.simclr import nt_xent
+from common.gpu.device import Device
+from common.pretraining.simclr import nt_xent
 from manifold_dividemix import losses
 
 K = 6

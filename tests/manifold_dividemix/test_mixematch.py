@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.gpu import Device
+from common.gpu.device import Device
 from manifold_dividemix import losses, mixematch
 from manifold_dividemix.mixematch import Targets, Views, Weights
 from manifold_dividemix.networks import Network, make_encoder

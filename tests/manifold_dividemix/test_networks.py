@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.cli import UserError
-from common.encoders import Taken, load_encoder
-from common.simclr import SimCLR, encoder_file
+from common.gpu.encoders import Taken, load_encoder
+from common.pretraining.simclr import SimCLR, encoder_file
+from common.runs.cli import UserError
 from manifold_dividemix.networks import (
     ARCHITECTURES,
     PROJECTION,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.mixture import GaussianMixture
 
-from common.cli import UserError
+from common.runs.cli import UserError
 from manifold_dividemix.selection import clean_probability, divide, normalised
 
 

@@ -9,10 +9,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from common import processes
-from common.cli import UserError
-from common.gpu import Device
-from common.loader import Images
+from common.gpu import processes
+from common.gpu.device import Device
+from common.gpu.loader import Images
+from common.runs.cli import UserError
 from manifold_dividemix import train_semisup, train_semisup_miniimagenet
 from manifold_dividemix.corpus import Corpus
 from manifold_dividemix.losses import learning_rate

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from common.gpu import Device
-from common.loader import Batches, Images
+from common.gpu.device import Device
+from common.gpu.loader import Batches, Images
 from manifold_dividemix import mixematch
 from manifold_dividemix.mixematch import Views, Weights
 from manifold_dividemix.networks import Network, make_encoder

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.colors import to_rgb, to_rgba
 from PIL import Image
 
-from common import cli
+from common.runs import cli
 from manifold_dividemix import visualize
 from manifold_dividemix.visualize import figures, read_run
 

@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from common import augment, cli, datasets
-from common.cli import UserError
+from common import datasets
 from common.datasets.file_lists import make_split
 from common.datasets.image_cache import build_caches
-from common.gpu import Device
-from common.selection_report import no_streaks
+from common.gpu import augment
+from common.gpu.device import Device
+from common.runs import cli
+from common.runs.cli import UserError
+from common.runs.selection_report import no_streaks
 from me_momentum import Clothing, ClothingData
 from me_momentum.Clothing import (
     Data,

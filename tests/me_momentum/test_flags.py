@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import cli
+from common.runs import cli
 from me_momentum import main
 from me_momentum.main import PRESETS, directory_name, loop_limits, make_parser, method, parse_args
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from common import noise
-from common.gpu import Device
+from common.gpu.device import Device
 from me_momentum.alternation import Limits, Place, advance, learning_rate
 from me_momentum.confident import confident_examples
 from me_momentum.networks import LeNet, ResNet, make_network

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import checkpoint
+from common.runs import checkpoint
 from me_momentum.confident import confident_examples
 from me_momentum.per_class import (
     ClassModels,

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.optim import SGD
 
-from common.cli import UserError
-from common.gpu import Device
-from common.loader import Batches, Images
+from common.gpu.device import Device
+from common.gpu.loader import Batches, Images
+from common.runs.cli import UserError
 from me_momentum.networks import ResNet, make_network
 from me_momentum.training import predict, train_epoch
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from common.cli import UserError
+from common.runs.cli import UserError
 from me_momentum import visualize
 from me_momentum.visualize import draw_rounds, figures, read_run, setting
 

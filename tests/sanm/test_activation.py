@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from common.gpu import Device
-from common.loader import Batches, Images
+from common.gpu.device import Device
+from common.gpu.loader import Batches, Images
 from sanm.activation import concentration, concentration_statistics, map_concentrations
 from sanm.networks import make_network
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torchvision.models import resnet18
 
-from common import cli, datasets
-from common.cli import UserError
+from common import datasets
 from common.datasets.file_lists import make_split
 from common.datasets.image_cache import build_caches
-from common.gpu import Device
+from common.gpu.device import Device
+from common.runs import cli
+from common.runs.cli import UserError
 from sanm import Train_clothing1M, clothing, networks
 from sanm.clothing import balanced_subset, subset_size
 from sanm.networks import MaskedNetwork, Outputs, clothing_network

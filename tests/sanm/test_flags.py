@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from common import cli
+from common.runs import cli
 from sanm import Train_cifar, Train_clothing1M, pretrain
 from sanm.flags import mask_rule
 from sanm.networks import simclr_resnet

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from common.gpu import Device
+from common.gpu.device import Device
 from sanm.clothing import balanced_subset, subset_size
 from sanm.losses import negative_entropy, prior_penalty, ramp_up, soft_cross_entropy, squared_error
 from sanm.masking import CLOTHING_RULE, MaskRule, extrema, mask, mask_clothing, mask_ratio, side_lengths

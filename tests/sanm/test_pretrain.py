@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from common import cli
 from common.datasets import Data, Split
+from common.runs import cli
 from sanm import pretrain
 from sanm.pretrain import PRESETS, directory_name, make_parser, parse_args
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.mixture import GaussianMixture
 
-from common.cli import UserError
+from common.runs.cli import UserError
 from sanm.selection import averages_history, clean_probability, divide, normalised, remember
 
 

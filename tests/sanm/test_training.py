@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from common.gpu import Device
-from common.loader import Batches, Images
+from common.gpu.device import Device
+from common.gpu.loader import Batches, Images
 from sanm import mixmatch
 from sanm.masking import MaskRule, draw_masks, mask
 from sanm.mixmatch import Samples

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from common import cli, datasets
-from common.augment import normalise
-from common.cli import UserError
+from common import datasets
+from common.gpu.augment import normalise
+from common.runs import cli
+from common.runs.cli import UserError
 from sanm import Train_cifar, visualize
 from sanm.masking import MaskRule, draw_masks, mask, quantised_activation
 from sanm.networks import make_network

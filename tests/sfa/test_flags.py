@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from common import cli
+from common.runs import cli
 from sfa import Train_cifar, losses
 from sfa.Train_cifar import PRESETS, make_parser, parse_args
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.gpu import Device
-from common.mixture import sklearn_upper_posterior, upper_posterior
+from common.gpu.device import Device
+from common.gpu.mixture import sklearn_upper_posterior, upper_posterior
 from sfa import evaluation, losses, selection
 from sfa.networks import InceptionResNetV2, PreActBlock, preact_resnet18
 from sfa.training import summed_logits, train_semi, warm_up

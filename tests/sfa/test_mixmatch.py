@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.gpu import Device
+from common.gpu.device import Device
 from sfa import losses, mixmatch
 from sfa.networks import TwoHeads, preact_resnet_narrow
 from sfa.training import train_semi

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import checkpoint
-from common.cli import UserError
-from common.mixture import sklearn_upper_posterior, upper_posterior
+from common.gpu.mixture import sklearn_upper_posterior, upper_posterior
+from common.runs import checkpoint
+from common.runs.cli import UserError
 from sfa import selection
 from sfa.selection import Moments, Selection, incoming_moments, stochastic_feature_averaging
 
@@ -269,4 +269,11 @@ def test_it_knows_no_network_no_script_and_nothing_else_of_the_method():
     tree = ast.parse(Path(selection.__file__).read_text())
     names = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert sorted(names) == ["collections.abc", "common.cli", "common.mixture", "torch", "torch", "typing"]
+    assert sorted(names) == [
+        "collections.abc",
+        "common.runs.cli",
+        "common.gpu.mixture",
+        "torch",
+        "torch",
+        "typing",
+    ]

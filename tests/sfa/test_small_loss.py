@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.mixture import GaussianMixture
 
-from common.cli import UserError
+from common.runs.cli import UserError
 from sfa import small_loss
 from sfa.small_loss import SmallLoss, small_loss_selection
 
@@ -156,4 +156,4 @@ def test_it_knows_no_script_and_nothing_else_of_the_method():
     tree = ast.parse(Path(small_loss.__file__).read_text())
     names = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert sorted(names) == ["common.cli", "common.mixture", "torch", "torch", "typing"]
+    assert sorted(names) == ["common.runs.cli", "common.gpu.mixture", "torch", "torch", "typing"]

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from common import processes
-from common.gpu import Device
+from common.gpu import processes
+from common.gpu.device import Device
 from sfa import losses, training
 from sfa.mixmatch import mixmatch_loss
 from sfa.networks import TwoHeads

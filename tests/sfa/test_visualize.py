@@ -13,7 +13,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from common import cli
+from common.runs import cli
 from sfa import Train_cifar, visualize
 from sfa.visualize import figures, read_run
 

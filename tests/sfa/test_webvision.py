@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import center_crop, resize
 
-from common import cli, datasets, noise, processes
+from common import datasets, noise
 from common.datasets.file_lists import make_split
 from common.datasets.image_cache import build_caches
-from common.gpu import Device
+from common.gpu import processes
+from common.gpu.device import Device
+from common.runs import cli
 from sfa import Train_webvision
 from sfa.selection import Moments, stochastic_feature_averaging
 from sfa.Train_webvision import (

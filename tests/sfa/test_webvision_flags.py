@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from common import cli, datasets, processes
-from common.cli import UserError
+from common import datasets
 from common.datasets.image_cache import build_caches
+from common.gpu import processes
+from common.runs import cli
+from common.runs.cli import UserError
 from sfa import Train_webvision
 from sfa.Train_webvision import PRESETS, cell, directory_name, make_parser, parse_args, start_both
 from tests.common.small_file_data import image_files, make_webvision, plant

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from common import processes
-from common.cli import UserError
+from common.gpu import processes
+from common.runs.cli import UserError
 
 
 class Device(NamedTuple):

@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from common.files import REMEDIES, WriteError, cannot_write
+from common.runs.files import REMEDIES, WriteError, cannot_write
 
 SHARED_MEMORY = "give a container more with --shm-size, or use --workers 0"
 

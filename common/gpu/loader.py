@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from common import augment
-from common.cli import UserError
 from common.datasets.file_lists import FileSplit
 from common.datasets.image_cache import ImageCache
 from common.datasets.images import in_workers
 from common.datasets.in_memory import Data, Split
 from common.datasets.limit import limited_test
+from common.gpu import augment
+from common.runs.cli import UserError
 
 
 class Images:

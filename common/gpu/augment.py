@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from common.image_operations import affine_nearest, brightness, color, contrast, luminance
-from common.image_operations import hue as shift_hue
+from common.gpu.image_operations import affine_nearest, brightness, color, contrast, luminance
+from common.gpu.image_operations import hue as shift_hue
 
 JITTER = (brightness, contrast, color, shift_hue)  # ColorJitter's operations, as its `order` numbers them
 

@@ -8,7 +8,7 @@ checkpoint.pt           everything needed to go on after the last finished epoch
 .lock                   the process that the directory belongs to, as long as it runs
 result.json, result.csv written when the run is finished, and only then
 
-Of several processes (common.processes) the first alone writes; the others read the checkpoint it goes on from.
+Of several processes (common.gpu.processes) the first alone writes; the others read the checkpoint it goes on from.
 """
 
 import hashlib
@@ -35,17 +35,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import checkpoint, processes, results
-from common.cli import MachineError, UserError, at_end
 from common.datasets.given_labels import label_notes, own_file
-from common.events import EventFile
-from common.files import append, cannot_write, write_atomic
-from common.gpu import Device
-from common.locks import Lock
+from common.gpu import processes
+from common.gpu.device import Device
 from common.noise import realised
-from common.signals import StopSignals
+from common.runs import checkpoint, results
+from common.runs.cli import MachineError, UserError, at_end
+from common.runs.events import EventFile
+from common.runs.files import append, cannot_write, write_atomic
+from common.runs.locks import Lock
+from common.runs.signals import StopSignals
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # what may differ when a run is resumed, besides the flags that name places (`cli.place`): how it is computed; and on_bad_image,
 # for the images that are left out are compared
 NOT_COMPARED = ("resume", "workers", "device_ids", "parallel", "gpuid1", "gpuid2", "on_bad_image")
@@ -243,7 +244,7 @@ class Run:
     # going on ---------------------------------------------------------------------------------------------------------
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Take `state` (see common.checkpoint) into every checkpoint, and restore it from the last one if there is one.
+        """Take `state` (see common.runs.checkpoint) into every checkpoint, and restore it from the last one if there is one.
 
         From here on SIGTERM and Ctrl-C stop at the next step, with the last finished epoch's checkpoint in place. A second
         one stops at once. A process that something blocks ends 30 s after the first.

@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
-from common.files import write_atomic
+from common.runs.files import write_atomic
 
 COLUMNS = (
     *("paper", "table", "cell", "method", "dataset", "noise_type", "noise_rate", "imb_factor", "ood_ratio"),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common import processes
+from common.gpu import processes
 
 COLUMNS = ("right_selected_min", "classes_unselected")
 PATIENCE = 3  # selections in a row without a sample of a class before the warning

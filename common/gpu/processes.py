@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.cli import UserError
+from common.runs.cli import UserError
 
 PATIENCE = timedelta(hours=2)  # a process may have to wait while another looks through a million images
 _alone = ContextVar("_alone", default=False)

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import processes
-from common.cli import UserError
+from common.gpu import processes
+from common.runs.cli import UserError
 
 
 def imagenet_resnet(name: str) -> nn.Module:

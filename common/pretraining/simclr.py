@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from common import cli
-from common.augment import simclr_view
-from common.gpu import Device
-from common.loader import Batches, Images
-from common.run import Run
+from common.gpu.augment import simclr_view
+from common.gpu.device import Device
+from common.gpu.loader import Batches, Images
+from common.runs import cli
+from common.runs.run import Run
 
 QUERIES = 512  # of kNN that are compared with the whole bank at once: 100 MB at a bank of 50000
 

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from common.cli import UserError
-from common.files import write_whole
+from common.runs.cli import UserError
+from common.runs.files import write_whole
 
 UNREADABLE = (errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"

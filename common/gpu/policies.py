@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from common.image_operations import (
+from common.gpu.image_operations import (
     affine_nearest,
     autocontrast,
     brightness,

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common import processes
-from common.cli import UserError
+from common.gpu import processes
+from common.runs.cli import UserError
 
 PREFIXES = ("module.", "encoder.")  # of DataParallel and of the network around the encoder
 SHORTCUTS = (".shortcut.", ".downsample.")  # the published encoders' name and torchvision's

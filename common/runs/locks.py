@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from common.cli import UserError
+from common.runs.cli import UserError
 
 try:
     import fcntl

@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
-from common.cli import UserError
-from common.files import cannot_write, write_atomic
+from common.runs.cli import UserError
+from common.runs.files import cannot_write, write_atomic
 
 SUFFIXES = (".png", ".pdf", ".svg")
 COLORS = plt.colormaps["tab10"].colors
@@ -82,7 +82,7 @@ def read_run(folder: Path) -> RunResult:
 
 
 def measures_knn(folder: Path) -> bool:
-    """Whether a run's log has a kNN accuracy, as that of common.simclr has."""
+    """Whether a run's log has a kNN accuracy, as that of common.pretraining.simclr has."""
     try:
         with (folder / "log.csv").open(newline="") as file:
             return "knn_accuracy" in next(csv.reader(file), [])

@@ -1,0 +1,1 @@
+"""Devices, processes, batches, augmentation and what else computes on the device."""

@@ -1,0 +1,1 @@
+"""Run directories, checkpoints, results, the command line and figures."""
