@@ -11,6 +11,8 @@ from torch import nn
 from common.gpu import processes
 from common.runs.cli import UserError
 
+BF16_SINCE = (8, 0)  # compute capability
+
 
 class Device(NamedTuple):
     """Where a run computes, and how precisely."""
@@ -93,10 +95,10 @@ def pick(
 ) -> Device:
     """Choose device (auto, cpu, cuda; index: which card) and precision (auto, fp32, bf16), and print both with the reason.
 
-    auto: the card if there is one; bfloat16 autocast on CUDA, with TF32 for what stays float32; float32 on CPU. fp32 on
-    CUDA switches TF32 off. fidelity: with released, auto is fp32 everywhere. several: the script can run as several processes
-    under torchrun; each takes the card of its local rank, or a CPU, and joins the others. UserError: a card that is not
-    there; torchrun where one process is meant.
+    auto: the card if there is one; on cards of compute capability 8.0 and above bfloat16 autocast, with TF32 for what stays
+    float32; float32 on older cards and on CPU. fp32 on CUDA switches TF32 off. fidelity: with released, auto is fp32 everywhere.
+    several: the script can run as several processes under torchrun; each takes the card of its local rank, or a CPU, and joins
+    the others. UserError: a card that is not there; torchrun where one process is meant.
     """
     if processes.launched():
         if not several:
@@ -118,8 +120,9 @@ def pick(
     elif fidelity == "released":
         chosen, why = "fp32", "as released"
     else:
-        chosen, why = ("bf16", "the default on CUDA") if on_cuda else ("fp32", "the default on CPU")
+        chosen, why = default_precision(index if on_cuda else None)
     if on_cuda:
+        torch.cuda.set_device(index)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high" if chosen == "bf16" else "highest")
         torch.backends.cudnn.allow_tf32 = chosen == "bf16"
@@ -130,3 +133,13 @@ def pick(
         reason += f", {processes.world()} processes"
     processes.say(reason)
     return Device(picked, chosen, reason)
+
+
+def default_precision(card: int | None) -> tuple[str, str]:
+    """The precision of --precision auto on a CUDA device, None for the CPU, and why."""
+    if card is None:
+        return "fp32", "the default on CPU"
+    capability = torch.cuda.get_device_capability(card)
+    if capability < BF16_SINCE:
+        return "fp32", f"compute capability {capability[0]}.{capability[1]} has no fast bfloat16"
+    return "bf16", "the default on CUDA"

@@ -90,10 +90,14 @@ def collect(state: Any) -> Any:
     )
 
 
-def restore(state: Any, saved: Any) -> None:
-    """Put what `collect` returned back into the same objects, in place."""
+def restore(state: Any, saved: Any, generators: bool = True) -> None:
+    """Put what `collect` returned back into the same objects, in place.
+
+    generators: torch's too; without them they stay as they were seeded, because a state of a generator fits one kind of device.
+    """
     if isinstance(state, torch.Generator):
-        state.set_state(saved)
+        if generators:
+            state.set_state(saved)
     elif isinstance(state, np.random.Generator):
         state.bit_generator.state = json.loads(saved)
     elif hasattr(state, "load_state_dict"):
@@ -102,14 +106,14 @@ def restore(state: Any, saved: Any) -> None:
         if len(state) != len(saved):
             raise ValueError(f"the checkpoint holds {len(saved)} of what are {len(state)} objects here")
         for item, saved_item in zip(state, saved, strict=True):
-            restore(item, saved_item)
+            restore(item, saved_item, generators)
     elif isinstance(state, dict):
-        _restore_dict(state, saved)
+        _restore_dict(state, saved, generators)
     else:
         raise TypeError(f"a {type(state).__name__} cannot be restored in place: put it in a dict")
 
 
-def _restore_dict(state: dict, saved: dict) -> None:
+def _restore_dict(state: dict, saved: dict, generators: bool) -> None:
     missing = [name for name, item in state.items() if name not in saved and _is_live(item)]
     if missing:
         raise ValueError(f"the checkpoint holds no {', '.join(missing)}")
@@ -117,7 +121,7 @@ def _restore_dict(state: dict, saved: dict) -> None:
         del state[name]
     for name, item in saved.items():
         if name in state and _is_live(state[name]):
-            restore(state[name], item)
+            restore(state[name], item, generators)
         else:
             state[name] = item
 

@@ -283,9 +283,10 @@ def add_shared_flags(parser: Parser, default_seed: int) -> None:
     group.add_argument(
         "-r",
         "--resume",
-        choices=["auto", "never"],
+        choices=["auto", "never", "anyway"],
         default="auto",
-        help="auto: go on from the run directory's checkpoint; never: refuse a directory that holds a run",
+        help="auto: resume from the run directory's checkpoint; never: refuse a directory that holds a run; anyway: resume on "
+        "another kind of device too, with fresh random generators",
     )
     group.add_argument(
         "--limit_train", type=count, metavar="N", help="train on a seeded subset, to try things out"

@@ -49,7 +49,7 @@ from common.runs.signals import StopSignals
 ROOT = Path(__file__).resolve().parents[2]
 # what may differ when a run is resumed, besides the flags that name places (`cli.place`): how it is computed; and on_bad_image,
 # for the images that are left out are compared
-NOT_COMPARED = ("resume", "workers", "device_ids", "parallel", "gpuid1", "gpuid2", "on_bad_image")
+NOT_COMPARED = ("resume", "device", "workers", "device_ids", "parallel", "gpuid1", "gpuid2", "on_bad_image")
 # places that are not part of a run's name; what is made of them, labels and images taken from a pool, is compared instead
 UNSAID = ("out", "data_path", "data_root", "ood_dir", "open_set_cache", "decoded", "posterior")
 
@@ -257,10 +257,7 @@ class Run:
             saved = checkpoint.load(self.folder)
         processes.wait()
         if saved is not None:
-            checkpoint.restore(self._state, saved["state"])
-            torch.set_rng_state(saved["torch_generator"])
-            if saved["cuda_generators"] and self.device.device.type == "cuda":
-                torch.cuda.set_rng_state_all(saved["cuda_generators"])
+            self._restore(saved)
             self.rows, self.images, self.seconds = saved["rows"], saved["images"], saved["seconds"]
             self._saved = len(self.rows)
             processes.say(f"going on after epoch {len(self.rows)}")
@@ -283,16 +280,32 @@ class Run:
             (self.folder / "log.csv").unlink(missing_ok=True)
         self._events = EventFile(self.folder / "tensorboard", len(self.rows) + 1)
 
+    def _restore(self, saved: dict) -> None:
+        """Put a checkpoint's state back. UserError: it is of another kind of device, and --resume anyway is not given."""
+        here, before = self.device.device.type, saved["device"]
+        if here != before and self.args.resume != "anyway":
+            raise UserError(
+                f"{self.folder} was trained on {before}, and this is {here}: generators cannot move; use --device {before}, or "
+                "--resume anyway to resume with fresh generators"
+            )
+        checkpoint.restore(self._state, saved["state"], generators=here == before)
+        torch.set_rng_state(saved["torch_generator"])
+        if here != before:
+            processes.say(f"resumed on {here} after {len(saved['rows'])} epochs on {before}, with fresh random generators")
+        elif here == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_generator"], self.device.device)
+
     def _save(self) -> None:
         if processes.rank() > 0:
             self._saved = len(self.rows)
             return
         self._lock.check()
-        cuda = self.device.device.type == "cuda"
+        device = self.device.device
         content = {
+            "device": device.type,
             "state": checkpoint.collect(self._state),
             "torch_generator": torch.get_rng_state(),
-            "cuda_generators": torch.cuda.get_rng_state_all() if cuda else [],
+            "cuda_generator": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "rows": self.rows,
             "images": self.images,
             "seconds": self.seconds,
@@ -526,7 +539,7 @@ def run_name(args: Namespace, defaults: dict[str, Any], always: Iterable[str]) -
 
     Of a place the last part of the path says enough.
     """
-    unsaid = {*NOT_COMPARED, *UNSAID, "_places", "preset", *always}
+    unsaid = {*NOT_COMPARED, *UNSAID, "_places", "preset", *always} - {"device"}
     changed = [
         flag for flag, value in vars(args).items() if flag not in unsaid and value != defaults.get(flag)
     ]

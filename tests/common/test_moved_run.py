@@ -1,0 +1,107 @@
+"""Runs that move between kinds of devices; precision and device chosen for cards of several kinds."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+
+from common.gpu.device import Device, pick
+from common.runs import checkpoint
+from common.runs.cli import UserError
+from common.runs.run import Run
+
+CELL = {
+    "dataset": "digits",
+    "noise_type": "sym",
+    "noise_rate": 0.5,
+    "imb_factor": None,
+    "ood_ratio": None,
+    "profile": "short",
+}
+
+
+def open_run(folder, device="cpu", **changed):
+    usual = {
+        "out": str(folder),
+        "resume": "auto",
+        "num_epochs": 3,
+        "seed": 1,
+        "fidelity": "paper",
+        "preset": None,
+    }
+    args = Namespace(**usual | {"device": device} | changed)
+    return Run(
+        args,
+        Device(torch.device("cpu"), "fp32", "for the test"),
+        paper="sfa",
+        method="SFA",
+        name="name",
+        cell=CELL,
+    )
+
+
+def one_epoch(run, state):
+    run.resume(state)
+    for epoch in run.epochs(1):
+        state["generator"].initial_seed()
+        torch.rand(3, generator=state["generator"])
+        run.log(epoch, test_accuracy=1.0)
+    run.release()
+
+
+@pytest.fixture
+def trained_on_a_card(tmp_path):
+    """The folder of a run of one epoch whose checkpoint says that it is of a card."""
+    one_epoch(open_run(tmp_path), {"generator": torch.Generator().manual_seed(1), "step": 7})
+    saved = checkpoint.load(tmp_path)
+    saved["state"]["generator"] = torch.zeros(16, dtype=torch.uint8)  # as long as a CUDA generator's state
+    checkpoint.save(
+        tmp_path, saved | {"device": "cuda", "cuda_generator": torch.zeros(16, dtype=torch.uint8)}
+    )
+    return tmp_path
+
+
+def test_a_run_of_another_kind_of_device_is_refused(trained_on_a_card):
+    run = open_run(trained_on_a_card)
+    with pytest.raises(
+        UserError, match=r"was trained on cuda, and this is cpu: .*--device cuda, or --resume anyway"
+    ):
+        run.resume({"generator": torch.Generator(), "step": 0})
+    run.release()
+
+
+def test_resume_anyway_keeps_the_fresh_generators_and_all_else(trained_on_a_card, capsys):
+    run, state = (
+        open_run(trained_on_a_card, resume="anyway"),
+        {"generator": torch.Generator().manual_seed(5), "step": 0},
+    )
+    run.resume(state)
+    assert state["step"] == 7 and len(run.rows) == 1
+    assert torch.equal(state["generator"].get_state(), torch.Generator().manual_seed(5).get_state())
+    assert "resumed on cpu after 1 epochs on cuda, with fresh random generators" in capsys.readouterr().out
+    run.release()
+
+
+def test_the_device_flag_may_change_between_starts(tmp_path):
+    for device in ("auto", "cpu"):
+        state = {"generator": torch.Generator().manual_seed(1)}
+        one_epoch(open_run(tmp_path, device), state)
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "precision"),
+    [((7, 5), "auto", "fp32"), ((8, 0), "auto", "bf16"), ((9, 0), "auto", "bf16"), ((7, 5), "bf16", "bf16")],
+)
+def test_older_cards_train_in_float32(monkeypatch, capability, asked, precision):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("benchmark", "allow_tf32"):
+        monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
+    usual = torch.get_float32_matmul_precision()
+    assert pick("auto", asked, 1).precision == precision
+    torch.set_float32_matmul_precision(usual)
+    assert chosen == [1]
