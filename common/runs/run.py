@@ -282,7 +282,7 @@ class Run:
 
     def _restore(self, saved: dict) -> None:
         """Put a checkpoint's state back. UserError: it is of another kind of device, and --resume anyway is not given."""
-        here, before = self.device.device.type, saved["device"]
+        here, before = self.device.device.type, saved.get("device", self.device.device.type)
         if here != before and self.args.resume != "anyway":
             raise UserError(
                 f"{self.folder} was trained on {before}, and this is {here}: generators cannot move; use --device {before}, or "
@@ -291,9 +291,12 @@ class Run:
         checkpoint.restore(self._state, saved["state"], generators=here == before)
         torch.set_rng_state(saved["torch_generator"])
         if here != before:
-            processes.say(f"resumed on {here} after {len(saved['rows'])} epochs on {before}, with fresh random generators")
+            processes.say(
+                f"resumed on {here} after {len(saved['rows'])} epochs on {before}, with fresh random generators"
+            )
         elif here == "cuda":
-            torch.cuda.set_rng_state(saved["cuda_generator"], self.device.device)
+            states = saved["cuda_generators"]  # one per card of the machine that wrote them
+            torch.cuda.set_rng_state_all(states[: torch.cuda.device_count()])
 
     def _save(self) -> None:
         if processes.rank() > 0:
@@ -305,7 +308,7 @@ class Run:
             "device": device.type,
             "state": checkpoint.collect(self._state),
             "torch_generator": torch.get_rng_state(),
-            "cuda_generator": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "cuda_generators": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
             "rows": self.rows,
             "images": self.images,
             "seconds": self.seconds,
