@@ -6,20 +6,26 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from common.datasets.images import DamagedImage, in_workers, read_image
+from common.gpu import processes
 from common.runs.cli import UserError
 from common.runs.files import write_atomic
 
 # the usual constants of networks trained on ImageNet; AFM's release has them for Food-101N
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+TRAINED_ON = ("train", "clean_train")
+THREADS = 16  # that read heads of images: they wait for the disk
 
 
 class FileSplit(NamedTuple):
@@ -200,8 +206,9 @@ def _damaged_of(split: FileSplit, positions: np.ndarray) -> tuple[int, dict[int,
 def without_bad_images(data: FileData, root: Path, on_bad_image: str, workers: int) -> FileData:
     """The data set as it can be trained on; `data` is what the lists name.
 
-    on_bad_image: "error" looks which images are there and raises UserError where one is missing; "skip" leaves missing and
-    damaged ones out of every split. For that all images are decoded once, and the outcome is kept in root.
+    on_bad_image: "error" raises UserError if an image is missing, or if the first bytes of one to test on are no image's;
+    "skip" leaves missing and damaged ones out of every split. For that all images are decoded once, and the outcome is kept in
+    root.
     """
     if on_bad_image not in ("error", "skip"):
         raise ValueError(f"on_bad_image must be error or skip, got {on_bad_image}")
@@ -211,6 +218,8 @@ def without_bad_images(data: FileData, root: Path, on_bad_image: str, workers: i
         there = are_there(split, listings)
         if on_bad_image == "error":
             _require_all(data.name, root, split, there)
+            if split.part not in TRAINED_ON:
+                _require_heads(split)
             continue
         bad = {int(i): "missing" for i in np.flatnonzero(~there)}
         bad |= _damaged_images(data.name, root, split, there, workers)
@@ -238,6 +247,42 @@ def _require_all(name: str, root: Path, split: FileSplit, there: np.ndarray) -> 
             f"{len(split.paths)} are): see which with python -m common.datasets check {name} --data_path "
             f"{shlex.quote(str(root))}, or use --on_bad_image skip"
         )
+
+
+def _require_heads(split: FileSplit) -> None:
+    """UserError: an image to test on has no image's head. A run would otherwise end on it after its first epoch."""
+    paths = [split.path(i) for i in range(len(split.paths))]
+    quiet = not sys.stderr.isatty() or processes.rank() > 0
+    with ThreadPoolExecutor(THREADS) as pool:
+        heads = tqdm(
+            pool.map(_damage_in_head, paths),
+            f"checking {split.part}",
+            len(paths),
+            disable=quiet,
+            unit="image",
+        )
+        bad = {i: reason for i, reason in enumerate(heads) if reason is not None}
+    if bad:
+        first = min(bad)
+        raise UserError(
+            f"image {first} of the {split.part} list, {paths[first]}, is damaged ({bad[first]}; {len(bad)} of {len(paths)} are): "
+            "replace it, or use --on_bad_image skip"
+        )
+
+
+def _damage_in_head(path: Path) -> str | None:
+    """What is wrong with the first bytes of an image file; None if nothing is."""
+    try:
+        with Image.open(path):
+            return None
+    except Exception:  # whatever Pillow's dozens of formats raise: what trains decides
+        try:
+            read_image(path)
+        except DamagedImage as error:
+            return error.reason
+        except OSError as error:
+            return f"cannot be read, {error.strerror}"
+    return None
 
 
 def _damaged_images(

@@ -1,4 +1,4 @@
-"""One training step of each paper on a pretend card: nothing of it is on the wrong device, and the host waits for nothing unasked.
+"""A training step of each paper on a pretend card: no tensor on the wrong device, no host wait that is not listed.
 
 See pretend_card.py beside this file. A step is the second of two, so that what is made once (constants of policies, momentum)
 is not counted. Networks are the narrow ones, images 8 pixels: kinds and places of operators do not depend on sizes.
@@ -235,7 +235,7 @@ def test_a_cpu_tensor_inside_a_step_is_an_error(card, monkeypatch):
     monkeypatch.setattr(
         sfa, "warm_up_loss", lambda s, a, given, counts, loss: (s * torch.ones(len(s), 1)).sum()
     )
-    with pytest.raises(CardError, match="Expected all tensors to be on the same device.* cuda:0 and cpu"):
+    with pytest.raises(CardError, match=r"Expected all tensors to be on the same device.* cuda:0 and cpu"):
         step_of_sfa_warm_up(Bench(card))
 
 
@@ -272,7 +272,7 @@ def test_bfloat16_features_into_a_float32_buffer_are_an_error(card, monkeypatch)
     """What `features[index], _, auxiliary = network(images)` does where the network leaves bfloat16."""
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
     with pytest.raises(
-        RuntimeError, match="Index put requires the source and destination dtypes match|dtype"
+        RuntimeError, match=r"Index put requires the source and destination dtypes match|dtype"
     ):
         step_of_sfa(Bench(card))
 
