@@ -347,7 +347,7 @@ def co_divide(
         clean=split.clean,
         class_counts=split.counts,
         weight=lambda step: ramp_up(args.lambda_u, epoch + step / steps, args.warm_up),
-        draw_mix_weight=lambda: s.draws.beta(args.alpha, args.alpha),
+        draw_lam=lambda: s.draws.beta(args.alpha, args.alpha),
         draw_permutation=lambda rows: torch.randperm(rows, generator=s.loader, device=s.device.device),
         temperature=args.T,
         device=s.device,

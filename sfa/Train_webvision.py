@@ -411,7 +411,7 @@ def co_divide(learner: Learner, peer: nn.Module, clean: Tensor, name: str, s: Se
         clean=clean,
         class_counts=torch.bincount(s.labels[selected], minlength=args.num_class),
         weight=lambda _: 0.0,
-        draw_mix_weight=lambda: learner.draws.beta(args.alpha, args.alpha),
+        draw_lam=lambda: learner.draws.beta(args.alpha, args.alpha),
         draw_permutation=lambda rows: torch.randperm(
             rows, generator=learner.partners, device=s.device.device
         ),

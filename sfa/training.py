@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from common.gpu import processes
 from common.gpu.device import Device
 from sfa.losses import cross_entropy, warm_up_loss
-from sfa.mixmatch import mixmatch_loss
+from sfa.mixmatch import gather_logits, step_loss
 
 
 def warm_up(
@@ -33,8 +33,7 @@ def warm_up(
     for (images,), index in batches:
         given = labels[processes.gather_rows(index)]
         with device.autocast():
-            _, *logits = network(images)
-            standard, auxiliary = (processes.gather_rows(own) for own in logits)
+            standard, auxiliary = gather_logits(network, images)
             total = warm_up_loss(standard, auxiliary, given, class_counts, loss)
         _step(optimizer, total)
         losses.append(total.detach())
@@ -52,7 +51,7 @@ def train_semi(
     clean: Tensor,
     class_counts: Tensor,
     weight: Callable[[int], float],
-    draw_mix_weight: Callable[[], float],
+    draw_lam: Callable[[], float],
     draw_permutation: Callable[[int], Tensor],
     temperature: float,
     device: Device,
@@ -74,22 +73,22 @@ def train_semi(
         doubtful = next(unlabelled)[0] if unlabelled is not None else None
         rows = 2 * len(index) + (2 * len(doubtful[0]) if doubtful is not None else 0)
         with device.autocast():
-            found = mixmatch_loss(
+            loss_and_parts = step_loss(
                 network,
                 peer,
                 (views, labels[index], clean[index]),
                 doubtful,
                 class_counts=class_counts,
                 weight=weight(step),
-                mix_weight=draw_mix_weight(),
+                lam=draw_lam(),
                 permutation=draw_permutation(processes.world() * rows),
                 temperature=temperature,
                 forward_unlabelled=forward_unlabelled,
                 loss=loss,
                 parallel=parallel,
             )
-        _step(optimizer, found.total)
-        losses.append(torch.stack([found.total.detach(), *found[1:]]))
+        _step(optimizer, loss_and_parts.total)
+        losses.append(torch.stack([part.detach() for part in loss_and_parts]))
     return torch.stack(losses)
 
 

@@ -31,7 +31,7 @@ def generator():
 
 
 def settings(rows: int, **changes):
-    given = {"class_counts": torch.ones(K), "weight": 2.0, "mix_weight": 0.3, "temperature": 0.5}
+    given = {"class_counts": torch.ones(K), "weight": 2.0, "lam": 0.3, "temperature": 0.5}
     return given | {"permutation": torch.randperm(rows, generator=torch.Generator().manual_seed(1))} | changes
 
 
@@ -93,7 +93,7 @@ def test_without_doubtful_samples_only_labelled_terms_remain(generator):
         torch.arange(4),
         torch.ones(4),
     )
-    found = mixmatch.mixmatch_loss(network, peer, (views, labels, clean), None, **settings(8))
+    found = mixmatch.step_loss(network, peer, (views, labels, clean), None, **settings(8))
     assert found.unlabelled == 0 and found.balanced_unlabelled == 0
     assert torch.isfinite(found.total) and found.total.requires_grad
 
@@ -103,7 +103,7 @@ def test_rows_that_are_not_forwarded_still_serve_as_partners(generator):
     views, doubtful = (tuple(torch.randn(4, 6, generator=generator) for _ in range(2)) for _ in range(2))
     permutation = torch.arange(15, -1, -1)  # every labelled row meets an unlabelled one
     given = (views, torch.arange(4), torch.ones(4))
-    run = lambda u: mixmatch.mixmatch_loss(  # noqa: E731
+    run = lambda u: mixmatch.step_loss(  # noqa: E731
         network, peer, given, u, **settings(16, permutation=permutation), forward_unlabelled=False
     )
     first, second = run(doubtful), run(tuple(view + 1 for view in doubtful))
@@ -126,7 +126,7 @@ def test_a_last_batch_of_one_row_trains(generator):
         clean=torch.tensor([0.9]),
         class_counts=torch.ones(K),
         weight=lambda step: 1.0,
-        draw_mix_weight=lambda: 0.5,
+        draw_lam=lambda: 0.5,
         draw_permutation=torch.randperm,
         temperature=0.5,
         device=CPU,

@@ -22,7 +22,7 @@ from torch.optim import SGD
 from common.gpu import processes
 from common.gpu.device import Device
 from sfa import losses, training
-from sfa.mixmatch import mixmatch_loss
+from sfa.mixmatch import step_loss
 from sfa.networks import TwoHeads
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,7 +138,7 @@ def mix_settings() -> dict[str, Any]:
     weights, generator = iter((0.8, 0.3, 0.6)), torch.Generator().manual_seed(5)
     return {
         "weight": lambda step: 2.0 + step,
-        "draw_mix_weight": lambda: next(weights),
+        "draw_lam": lambda: next(weights),
         "draw_permutation": lambda rows: torch.randperm(rows, generator=generator),
     }
 
@@ -407,14 +407,14 @@ def test_the_share_of_the_own_row_is_never_below_one_half():
     totals = []
     for draw in (0.2, 0.8):
         own = deepcopy(network)  # its running statistics do not matter in training mode, but leave them alone
-        found = mixmatch_loss(
+        found = step_loss(
             own,
             peer,
             (pair(index), labels()[index], clean()[index]),
             pair(DOUBTFUL[:4]),
             class_counts=COUNTS,
             weight=1.0,
-            mix_weight=draw,
+            lam=draw,
             permutation=torch.arange(16).flip(0),
             temperature=TEMPERATURE,
         )

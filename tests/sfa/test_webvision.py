@@ -664,7 +664,7 @@ def test_fewer_selected_than_processes_train_nothing(monkeypatch, capsys):
 def test_the_draws_of_a_mixture_are_those_of_the_learner(monkeypatch):
     seen, _ = divided(monkeypatch, [0.9] * 10, "--alpha", "0.25", "--p_threshold", "0.8")
     expected = np.random.default_rng(0).beta(0.25, 0.25, size=3).tolist()
-    assert [seen["draw_mix_weight"]() for _ in range(3)] == expected
+    assert [seen["draw_lam"]() for _ in range(3)] == expected
     again = torch.randperm(9, generator=torch.Generator())
     assert torch.equal(seen["draw_permutation"](9), again)
     assert divided(monkeypatch, [0.9] * 10, "--p_threshold", "0.9")[0] == {}
