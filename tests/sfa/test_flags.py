@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from common.runs import cli
-from sfa import Train_cifar, losses
-from sfa.Train_cifar import PRESETS, make_parser, parse_args
+from sfa import Train_cifar, losses, robust_losses
+from sfa.flags import PRESETS, cifar_directory, note_schedule
+from sfa.Train_cifar import make_parser, parse_args
 
 # frozen: a change of a name or a default is a change for every user
 FLAGS = [
@@ -211,25 +212,28 @@ def test_the_choices_of_selection_and_loss_are_the_frozen_ones():
     ("words", "expected"),
     [
         ("ce", losses.cross_entropy),
-        ("ldam", partial(losses.ldam, largest_margin=0.5, scale=30)),
-        ("ldam --ldam_margin 0.2", partial(losses.ldam, largest_margin=0.2, scale=30)),
-        ("ldam --ldam_scale 5", partial(losses.ldam, largest_margin=0.5, scale=5)),
-        ("gce", partial(losses.generalised_cross_entropy, q=0.7)),
-        ("gce --gce_q 1", partial(losses.generalised_cross_entropy, q=1)),
-        ("sce", partial(losses.symmetric_cross_entropy, ce_weight=0.1, rce_weight=1)),
-        ("sce --dataset cifar100", partial(losses.symmetric_cross_entropy, ce_weight=6, rce_weight=0.1)),
-        ("sce --sce_ce 2", partial(losses.symmetric_cross_entropy, ce_weight=2, rce_weight=1)),
-        ("sce --sce_rce 3", partial(losses.symmetric_cross_entropy, ce_weight=0.1, rce_weight=3)),
-        ("logit_adjusted", losses.balanced_softmax),
-        ("logit_adjusted --adjustment_tau 0.5", partial(losses.logit_adjusted, tau=0.5)),
-        ("balanced_softmax", losses.balanced_softmax),
+        ("ldam", partial(robust_losses.ldam, largest_margin=0.5, scale=30)),
+        ("ldam --ldam_margin 0.2", partial(robust_losses.ldam, largest_margin=0.2, scale=30)),
+        ("ldam --ldam_scale 5", partial(robust_losses.ldam, largest_margin=0.5, scale=5)),
+        ("gce", partial(robust_losses.generalised_cross_entropy, q=0.7)),
+        ("gce --gce_q 1", partial(robust_losses.generalised_cross_entropy, q=1)),
+        ("sce", partial(robust_losses.symmetric_cross_entropy, ce_weight=0.1, rce_weight=1)),
+        (
+            "sce --dataset cifar100",
+            partial(robust_losses.symmetric_cross_entropy, ce_weight=6, rce_weight=0.1),
+        ),
+        ("sce --sce_ce 2", partial(robust_losses.symmetric_cross_entropy, ce_weight=2, rce_weight=1)),
+        ("sce --sce_rce 3", partial(robust_losses.symmetric_cross_entropy, ce_weight=0.1, rce_weight=3)),
+        ("logit_adjusted", robust_losses.balanced_softmax),
+        ("logit_adjusted --adjustment_tau 0.5", partial(robust_losses.logit_adjusted, tau=0.5)),
+        ("balanced_softmax", robust_losses.balanced_softmax),
     ],
 )
 def test_the_loss_asked_for_is_the_one_trained_with_and_its_flags_arrive(words, expected):
     generator = torch.Generator().manual_seed(0)
     logits, targets = torch.randn(4, 3, generator=generator), torch.rand(4, 3, generator=generator)
     given = (logits, targets, torch.tensor([50, 9, 2]))
-    loss = Train_cifar.standard_loss(parse_args(["--loss", *words.split()]))
+    loss = robust_losses.standard_loss(parse_args(["--loss", *words.split()]))
     torch.testing.assert_close(loss(*given), expected(*given))
 
 
@@ -259,7 +263,7 @@ def test_the_run_directory_names_what_differs_from_the_defaults_of_the_data_set(
         ("--selection gmm --loss sce", "-loss_sce-selection_gmm"),
     ):
         args = parse_args(["--dataset", "cifar100", *words.split()])
-        assert Train_cifar.directory_name(args) == always + name
+        assert cifar_directory(args) == always + name
 
 
 @pytest.mark.parametrize(
@@ -273,7 +277,7 @@ def test_the_run_directory_names_what_differs_from_the_defaults_of_the_data_set(
     ],
 )
 def test_a_warm_up_to_the_end_is_said_unless_nothing_is_to_be_selected(words, notes, capsys):
-    Train_cifar.note_schedule(parse_args(words.split()))
+    note_schedule(parse_args(words.split()))
     assert capsys.readouterr().out.count("note: ") == notes
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sfa import losses
+from sfa import losses, robust_losses
 from sfa.mixmatch import semi_loss
 
 COUNTS = [400, 90, 30, 7, 1]
@@ -17,11 +17,11 @@ N, K = 6, len(COUNTS)
 # the settings are not the defaults, so that each of them matters
 LOSSES = {
     "ce": losses.cross_entropy,
-    "balanced_softmax": losses.balanced_softmax,
-    "logit_adjusted": partial(losses.logit_adjusted, tau=0.6),
-    "ldam": partial(losses.ldam, largest_margin=0.4, scale=7),
-    "gce": partial(losses.generalised_cross_entropy, q=0.3),
-    "sce": partial(losses.symmetric_cross_entropy, ce_weight=0.7, rce_weight=1.3),
+    "balanced_softmax": robust_losses.balanced_softmax,
+    "logit_adjusted": partial(robust_losses.logit_adjusted, tau=0.6),
+    "ldam": partial(robust_losses.ldam, largest_margin=0.4, scale=7),
+    "gce": partial(robust_losses.generalised_cross_entropy, q=0.3),
+    "sce": partial(robust_losses.symmetric_cross_entropy, ce_weight=0.7, rce_weight=1.3),
 }
 BY_COUNTS = ("balanced_softmax", "logit_adjusted", "ldam")
 
@@ -117,7 +117,7 @@ def test_a_soft_target_gives_the_weighed_mean_of_the_hard_ones(name):
 
 def test_the_reverse_term_of_a_soft_target_is_a_cross_entropy_with_it():
     """So it takes the target's own logarithm, where the weighed mean of hard ones would take that of 1e-4 alone."""
-    loss = partial(losses.symmetric_cross_entropy, ce_weight=0, rce_weight=1)
+    loss = partial(robust_losses.symmetric_cross_entropy, ce_weight=0, rce_weight=1)
     even = torch.full((1, K), 1 / K, dtype=torch.float64)
     for seed in range(3):
         assert float(loss(random_logits(seed)[:1], even, None)) == pytest.approx(math.log(K))
@@ -208,20 +208,22 @@ def test_of_two_classes_the_rarer_weighs_more(name):
 
 def test_gce_goes_to_cross_entropy_and_to_the_absolute_error():
     logits, targets = random_logits(), random_targets()
-    near = losses.generalised_cross_entropy(logits, targets, None, q=1e-7)
+    near = robust_losses.generalised_cross_entropy(logits, targets, None, q=1e-7)
     torch.testing.assert_close(near, losses.cross_entropy(logits, targets, None), rtol=1e-5, atol=0)
     labels = one_hot(LABELS)
     absolute = (torch.softmax(logits, dim=1) - labels).abs().sum(dim=1).mean()
-    torch.testing.assert_close(losses.generalised_cross_entropy(logits, labels, None, q=1), absolute / 2)
+    torch.testing.assert_close(
+        robust_losses.generalised_cross_entropy(logits, labels, None, q=1), absolute / 2
+    )
 
 
 def test_logit_adjustment_of_weight_1_is_balanced_softmax_and_of_weight_0_cross_entropy():
     logits, targets, counts = random_logits(), random_targets(), torch.tensor(COUNTS)
-    for tau, other in ((1, losses.balanced_softmax), (0, losses.cross_entropy)):
-        found = losses.logit_adjusted(logits, targets, counts, tau=tau)
+    for tau, other in ((1, robust_losses.balanced_softmax), (0, losses.cross_entropy)):
+        found = robust_losses.logit_adjusted(logits, targets, counts, tau=tau)
         torch.testing.assert_close(found, other(logits, targets, counts))
-    default = losses.logit_adjusted(logits, targets, counts)
-    torch.testing.assert_close(default, losses.balanced_softmax(logits, targets, counts))
+    default = robust_losses.logit_adjusted(logits, targets, counts)
+    torch.testing.assert_close(default, robust_losses.balanced_softmax(logits, targets, counts))
 
 
 def test_the_margins_of_ldam_go_by_the_fourth_root_of_the_counts_up_to_the_largest_for_the_rarest_class():
@@ -230,7 +232,7 @@ def test_the_margins_of_ldam_go_by_the_fourth_root_of_the_counts_up_to_the_large
         margins = []
         for k in range(3):
             target = F.one_hot(torch.tensor([k]), 3).double()
-            loss = losses.ldam(zeros, target, counts, largest_margin=largest, scale=scale)
+            loss = robust_losses.ldam(zeros, target, counts, largest_margin=largest, scale=scale)
             # -log(e^-m / (e^-m + 2)), turned round for m
             margins.append(math.log((math.exp(float(loss)) - 1) / 2))
         assert margins == pytest.approx([scale * largest / 2, scale * largest, scale * largest / 3])
@@ -239,31 +241,31 @@ def test_the_margins_of_ldam_go_by_the_fourth_root_of_the_counts_up_to_the_large
 def test_the_margin_of_ldam_is_one_for_all_where_the_counts_are_equal():
     logits, labels = random_logits(), one_hot(LABELS)
     for count in (1, 50):
-        found = losses.ldam(logits, labels, torch.full((K,), count), largest_margin=0.5, scale=4)
+        found = robust_losses.ldam(logits, labels, torch.full((K,), count), largest_margin=0.5, scale=4)
         torch.testing.assert_close(found, losses.cross_entropy(logits - 2 * labels, labels, None))
 
 
 def test_the_weights_of_sce_are_those_of_its_two_terms():
     logits, targets = random_logits(), random_targets()
     plain, reverse = (
-        losses.symmetric_cross_entropy(logits, targets, None, *weights) for weights in ((1, 0), (0, 1))
+        robust_losses.symmetric_cross_entropy(logits, targets, None, *weights) for weights in ((1, 0), (0, 1))
     )
     torch.testing.assert_close(plain, losses.cross_entropy(logits, targets, None))
-    found = losses.symmetric_cross_entropy(logits, targets, None, ce_weight=6, rce_weight=0.1)
+    found = robust_losses.symmetric_cross_entropy(logits, targets, None, ce_weight=6, rce_weight=0.1)
     torch.testing.assert_close(found, 6 * plain + 0.1 * reverse)
     # of a sure label: what the other classes get, times -log 1e-4
     wrong = 1 - torch.softmax(logits, dim=1)[torch.arange(N), LABELS]
-    reverse = losses.symmetric_cross_entropy(logits, one_hot(LABELS), None, ce_weight=0)
+    reverse = robust_losses.symmetric_cross_entropy(logits, one_hot(LABELS), None, ce_weight=0)
     torch.testing.assert_close(reverse, -math.log(1e-4) * wrong.mean())
 
 
 def test_the_defaults_are_those_of_the_papers():
     logits, targets, counts = random_logits(), random_targets(), torch.tensor(COUNTS)
     settings = {
-        losses.ldam: {"largest_margin": 0.5, "scale": 30},
-        losses.generalised_cross_entropy: {"q": 0.7},
-        losses.symmetric_cross_entropy: {"ce_weight": 0.1, "rce_weight": 1},
-        losses.logit_adjusted: {"tau": 1},
+        robust_losses.ldam: {"largest_margin": 0.5, "scale": 30},
+        robust_losses.generalised_cross_entropy: {"q": 0.7},
+        robust_losses.symmetric_cross_entropy: {"ce_weight": 0.1, "rce_weight": 1},
+        robust_losses.logit_adjusted: {"tau": 1},
     }
     for loss, values in settings.items():
         assert torch.equal(loss(logits, targets, counts), loss(logits, targets, counts, **values))

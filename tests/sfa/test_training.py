@@ -21,7 +21,7 @@ from torch.optim import SGD
 
 from common.gpu import processes
 from common.gpu.device import Device
-from sfa import losses, training
+from sfa import losses, robust_losses, training
 from sfa.mixmatch import step_loss
 from sfa.networks import TwoHeads
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU = Device(torch.device("cpu"), "fp32", "tests")
 N, K, BATCH, TEMPERATURE = 26, 4, 8, 0.6
 COUNTS = torch.tensor([11, 8, 5, 2])
-LDAM = partial(losses.ldam, largest_margin=0.3, scale=3)
+LDAM = partial(robust_losses.ldam, largest_margin=0.3, scale=3)
 
 
 @contextmanager

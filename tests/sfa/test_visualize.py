@@ -15,6 +15,7 @@ from PIL import Image
 
 from common.runs import cli
 from sfa import Train_cifar, visualize
+from sfa.flags import cifar_cell
 from sfa.visualize import figures, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,7 +172,7 @@ def test_a_run_of_the_script_and_its_baseline_are_of_one_setting(tmp_path):
     class Digits:
         name = "digits"
 
-    cell = Train_cifar.cell(args, Digits)
+    cell = cifar_cell(args, Digits)
     own = read_run(write_run(tmp_path / "run", "SFA", cell=cell, **vars(args)))
     baseline = read_run(write_run(tmp_path / "baseline", "CE", cell=cell, like="run", num_epochs=2))
     assert own.curve.arguments["setting"] == baseline.curve.arguments["setting"]

@@ -14,8 +14,12 @@ from common.datasets.image_cache import build_caches
 from common.gpu import processes
 from common.runs import cli
 from common.runs.cli import UserError
-from sfa import Train_webvision
-from sfa.Train_webvision import PRESETS, cell, directory_name, make_parser, parse_args, start_both
+from sfa import Train_webvision, webvision
+from sfa.flags import PRESETS
+from sfa.flags import webvision_cell as cell
+from sfa.flags import webvision_directory as directory_name
+from sfa.learners import start_two_processes as start_both
+from sfa.Train_webvision import make_parser, parse_args
 from tests.common.small_file_data import image_files, make_webvision, plant
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -422,15 +426,15 @@ def test_what_processes_cannot_share_is_refused(root, monkeypatch):
         monkeypatch.setattr(processes, name, lambda: 2)
     args = parse_args([*QUICK.split(), "--data_path", str(root)])
     args.parallel = "data"
-    assert len(Train_webvision._load_files(args).positions) == 12
+    assert len(webvision.load_files(args).positions) == 12
     args.batch_size = 3
     with pytest.raises(UserError, match="--batch_size 3: cannot be cut into equal pieces for 2 processes"):
-        Train_webvision._load_files(args)
+        webvision.load_files(args)
     args.parallel = "networks"  # each has whole batches
-    assert len(Train_webvision._load_files(args).positions) == 12
+    assert len(webvision.load_files(args).positions) == 12
     args.limit_train = 1
     with pytest.raises(UserError, match="1 training images are too few for 2 processes"):
-        Train_webvision._load_files(args)
+        webvision.load_files(args)
 
 
 def test_data_that_are_not_there_are_told_before_two_processes_are_started(root, capsys, monkeypatch):
