@@ -2,7 +2,8 @@
 
 Each takes logits [N, K], targets [N, K] and class_counts [K], and returns a scalar. Targets are one-hot in the warm-up and soft
 afterwards. With soft targets a loss is the mean of its hard form, weighted by the target. The reverse term of SCE is an
-exception: it takes the logarithm of the soft target itself.
+exception: it takes the logarithm of the soft target itself. The paper's abstract names combinations with distribution-robust
+and noise-robust losses, but neither it nor the release says which. The auxiliary head keeps balanced softmax.
 """
 
 from argparse import Namespace
@@ -34,7 +35,8 @@ def ldam(
 ) -> Tensor:
     """Cross-entropy with a margin of the labelled class: z_y - scale Delta_y, Delta_y ~ n_y^(-1/4) (Cao et al. 2019).
 
-    logits: scale times cosines (networks.CosineHead). The rarest class has the largest margin, in cosines.
+    logits: scale times cosines (networks.CosineHead). The rarest class has the largest margin, in cosines. Without
+    LDAM's deferred re-weighting.
     """
     rarity = class_counts.to(logits.dtype).clamp_min(1) ** -0.25
     margin = scale * largest_margin * rarity / rarity.max()
