@@ -1,4 +1,4 @@
-"""What the log says about a run: accuracy by class and by shot, and how good the selection of clean samples is (Sec. 6, 8)."""
+"""Measures in the log: accuracy by class and by shot, and the quality of the selection (README, sections 6 and 8)."""
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
@@ -13,7 +13,7 @@ SELECTION_STATISTICS = (
 
 
 def shots(observed_counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Which classes are many, medium and few shot, bool [K] each, as in the release's log.
+    """The many-, medium- and few-shot classes, bool [K] each, as in the release's log.
 
     10 classes: many = 0 and 1, few = 7 to 9. Otherwise by the observed labels: many above 100 samples, few below 20.
     """
@@ -49,15 +49,16 @@ def selection_statistics(
 ) -> dict[str, float]:
     """Quality of a selection against the true labels: selected, auc, precision and recall overall and per shot.
 
-    All inputs [N]. precision: clean share of the selected, 0 if none is; recall: selected share of the clean, NaN if a
-    shot has no clean sample; auc: of clean_probability against (observed == clean), NaN if all or none is clean.
+    All inputs [N]. precision: fraction of the selected that is clean, 0 without a selected sample. recall: fraction of the
+    clean that is selected, NaN if a shot has no clean sample. auc: of clean_probability against (observed == clean), NaN if
+    all or none is clean.
     """
     is_clean, counts = observed == clean, np.bincount(observed, minlength=num_classes)
     both = 0 < is_clean.sum() < len(is_clean)
     auc = float(roc_auc_score(is_clean, clean_probability)) if both else float("nan")
     report = {"selected": int(selected.sum()), "auc": auc}
-    everyone = {"": np.ones(num_classes, dtype=bool)}
-    for name, classes in (everyone | shots(counts)).items():
+    overall = {"": np.ones(num_classes, dtype=bool)}
+    for name, classes in (overall | shots(counts)).items():
         prefix, members = f"{name}_" if name else "", classes[observed]
         chosen, truly = members & selected, members & is_clean
         report[f"{prefix}precision"] = float(is_clean[chosen].mean()) if chosen.any() else 0.0

@@ -1,10 +1,10 @@
-"""Semi-supervised training on a split into confident and doubtful samples (Sec. 4): MixMatch with a balanced copy.
+"""One step of semi-supervised training (README, section 4): guess, refine, mix, MixMatch's loss with a balanced copy.
 
-Networks map images to (features, standard logits, balanced logits); pseudo-labels come from the standard head alone. Under
-torchrun a step sees this process's piece of both global batches; every process computes the same loss of all their rows.
+Networks map images to (features, standard logits, balanced logits). Pseudo-labels come from the standard head alone. Under
+torchrun a step sees this process's piece of both global batches, and every process computes the same loss of all their rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,8 +15,18 @@ from common.gpu import processes
 from sfa.losses import balanced, cross_entropy, prior_penalty, soft_cross_entropy, squared_error
 
 
+class Loss(NamedTuple):
+    """The total that is back-propagated, and its parts (detached)."""
+
+    total: Tensor
+    labelled: Tensor
+    unlabelled: Tensor
+    balanced_labelled: Tensor
+    balanced_unlabelled: Tensor
+
+
 def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
-    """q^(1/T), rows renormalised. [N, K]; T = 1 leaves the rows as they are. ValueError: T <= 0."""
+    """p^(1/T), rows renormalised. [N, K]; T = 1 leaves the rows as they are. ValueError: T <= 0."""
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     # in log space: p^(1/T) underflows in float32 where T is small
@@ -24,26 +34,25 @@ def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
-def guess_labels(
-    network: nn.Module, peer: nn.Module, views: tuple[Tensor, ...], temperature: float
-) -> Tensor:
-    """Co-guessed targets [N, K] of doubtful samples: the mean prediction of both networks on both views, sharpened.
+def guess_labels(network: nn.Module, peer: nn.Module, views: Sequence[Tensor], temperature: float) -> Tensor:
+    """Co-guessed targets [B, K] of unlabelled samples: the mean prediction of both networks on both views, sharpened.
 
-    network is in train mode, as in the release: each view is a batch of its own for its batch norms. peer is in
-    evaluation mode, where joining the views changes nothing.
+    network is in train mode, so each view is a batch of its own for its batch norms. peer is in evaluation mode, where
+    joining the views changes nothing.
     """
     own = [F.softmax(network(view)[1], dim=1) for view in views]
     other = F.softmax(peer(torch.cat(views))[1], dim=1).chunk(len(views))
-    return sharpen(sum([*own, *other]) / (2 * len(views)), temperature)
+    predictions = [*own, *other]
+    return sharpen(sum(predictions) / len(predictions), temperature)
 
 
 @torch.no_grad()
 def refine_labels(
-    network: nn.Module, views: tuple[Tensor, ...], labels: Tensor, clean: Tensor, temperature: float
+    network: nn.Module, views: Sequence[Tensor], labels: Tensor, clean: Tensor, temperature: float
 ) -> Tensor:
-    """Targets [N, K] of confident samples: w onehot(observed) + (1 - w) own mean prediction, sharpened.
+    """Targets [B, K] of labelled samples: w onehot(observed) + (1 - w) own mean prediction, sharpened.
 
-    labels int [N]; clean: clean probabilities w [N].
+    labels int [B]; clean: clean probabilities w [B].
     """
     predictions = [F.softmax(network(view)[1], dim=1) for view in views]
     mean = sum(predictions) / len(predictions)
@@ -52,14 +61,24 @@ def refine_labels(
     return sharpen(weight * observed + (1 - weight) * mean, temperature)
 
 
-class SemiLoss(NamedTuple):
-    """The total that is back-propagated, and its parts (detached)."""
+def mix(rows: Tensor, lam: float, permutation: Tensor) -> Tensor:
+    """Each row mixed with its partner: l row + (1 - l) partner, l = max(lam, 1 - lam). [N, ...].
 
-    total: Tensor
-    labelled: Tensor
-    unlabelled: Tensor
-    balanced_labelled: Tensor
-    balanced_unlabelled: Tensor
+    permutation: the partners, int [N]; a shorter one [n] mixes the first n rows alone.
+    """
+    lam = max(lam, 1 - lam)
+    return lam * rows[: len(permutation)] + (1 - lam) * rows[permutation]
+
+
+def gather(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all processes, part after part: [world n, ...] of parts [n_i, ...]."""
+    return torch.cat([processes.gather_rows(part) for part in parts])
+
+
+def gather_logits(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard and auxiliary logits [world B, K] of the images of all processes, of which [B, ...] are this one's."""
+    _, standard, auxiliary = network(images)
+    return processes.gather_rows(standard), processes.gather_rows(auxiliary)
 
 
 def semi_loss(
@@ -70,65 +89,54 @@ def semi_loss(
     class_counts: Tensor,
     weight: float,
     loss: Callable[..., Tensor] = cross_entropy,
-) -> SemiLoss:
-    """L_x + lambda L_u + L_x' + lambda L_u' + penalty of mixed rows [N, K], the first labelled_rows of them labelled.
+) -> Loss:
+    """L = L_x + lambda L_u + L_x' + lambda L_u' + L_prior of mixed rows [N, K], of which the first labelled_rows are labelled.
 
-    The primed losses are those of the auxiliary head with the prior shift. Without unlabelled rows their losses are 0.
-    loss: L_x, another than cross-entropy if asked.
+    The primed losses are those of the auxiliary head with the prior shift. weight: lambda. loss: L_x of the standard head.
     """
-    shifted, cut = balanced(auxiliary, class_counts), labelled_rows
-    parts = [loss(standard[:cut], targets[:cut], class_counts)]
-    parts.append(soft_cross_entropy(shifted[:cut], targets[:cut]))
-    if cut < len(targets):
-        parts += [squared_error(logits[cut:], targets[cut:]) for logits in (standard, shifted)]
-    else:
-        parts += [standard.new_zeros(())] * 2
-    labelled, balanced_labelled, unlabelled, balanced_unlabelled = parts
-    total = labelled + weight * unlabelled + balanced_labelled + weight * balanced_unlabelled
-    total = total + prior_penalty(standard)
-    return SemiLoss(
-        total, *(p.detach() for p in (labelled, unlabelled, balanced_labelled, balanced_unlabelled))
-    )
+    x, u = slice(labelled_rows), slice(labelled_rows, None)
+    shifted = balanced(auxiliary, class_counts)
+    l_x = loss(standard[x], targets[x], class_counts)
+    l_u = squared_error(standard[u], targets[u])
+    l_x_balanced = soft_cross_entropy(shifted[x], targets[x])
+    l_u_balanced = squared_error(shifted[u], targets[u])
+    total = l_x + weight * l_u + l_x_balanced + weight * l_u_balanced + prior_penalty(standard)
+    return Loss(total, *(part.detach() for part in (l_x, l_u, l_x_balanced, l_u_balanced)))
 
 
-def mixmatch_loss(
+def step_loss(
     network: nn.Module,
     peer: nn.Module,
-    labelled: tuple[tuple[Tensor, ...], Tensor, Tensor],
-    unlabelled: tuple[Tensor, ...] | None,
+    labelled: tuple[Sequence[Tensor], Tensor, Tensor],
+    unlabelled: Sequence[Tensor] | None,
     *,
     class_counts: Tensor,
     weight: float,
-    mix_weight: float,
+    lam: float,
     permutation: Tensor,
     temperature: float,
     forward_unlabelled: bool = True,
     loss: Callable[..., Tensor] = cross_entropy,
     parallel: nn.Module | None = None,
-) -> SemiLoss:
-    """One step's loss (Sec. 4, steps 2 to 6): guess, refine, mix, forward.
+) -> Loss:
+    """The loss of one step (README, section 4, steps 2 to 6).
 
-    labelled: (two views [B, ...], observed labels [B], clean probabilities [B]); unlabelled: two views, or None where
-    every sample is confident. class_counts [K]: confident samples per observed class. weight: lambda of the unlabelled
-    terms. mix_weight: the Beta draw l, used as max(l, 1 - l). permutation: of all stacked rows, the mixing partners; of the
-    global batch under torchrun. forward_unlabelled=False is WebVision's form: unlabelled rows are mixing partners only.
-    loss: of the standard head. parallel: the network around which gradients are averaged, under torchrun.
+    labelled: (two views [B, ...], observed labels [B], clean probabilities [B]). unlabelled: two views, or None if all
+    samples are labelled. class_counts [K]: labelled samples per observed class. weight: lambda of the unlabelled losses.
+    lam: the Beta draw. permutation: the partners of all stacked rows, of the global batch under torchrun.
+    forward_unlabelled=False is WebVision's form: unlabelled rows are partners only. loss: of the standard head.
+    parallel: the network around which gradients are averaged, under torchrun.
     """
     views, labels, clean = labelled
     inputs, targets = list(views), []
     if unlabelled is not None:
-        guessed = guess_labels(network, peer, unlabelled, temperature)
-        inputs += list(unlabelled)
-        targets = [guessed] * len(unlabelled)
+        inputs += unlabelled
+        targets = [guess_labels(network, peer, unlabelled, temperature)] * len(unlabelled)
     targets = [refine_labels(network, views, labels, clean, temperature)] * len(views) + targets
-    inputs, targets = (
-        torch.cat([processes.gather_rows(part) for part in parts]) for parts in (inputs, targets)
-    )
-    labelled_rows = processes.world() * len(labels) * len(views)
-    rows = len(inputs) if forward_unlabelled else labelled_rows
-    share, partner = max(mix_weight, 1 - mix_weight), permutation[:rows]
-    mixed_inputs = share * inputs[:rows] + (1 - share) * inputs[partner]
-    mixed_targets = share * targets[:rows] + (1 - share) * targets[partner]
-    _, *logits = (network if parallel is None else parallel)(processes.piece(mixed_inputs))
-    standard, auxiliary = (processes.gather_rows(own) for own in logits)
-    return semi_loss(standard, auxiliary, mixed_targets, labelled_rows, class_counts, weight, loss)
+    inputs, targets = gather(inputs), gather(targets)
+    labelled_rows = processes.world() * len(views) * len(labels)
+    if not forward_unlabelled:
+        permutation = permutation[:labelled_rows]
+    inputs, targets = mix(inputs, lam, permutation), mix(targets, lam, permutation)
+    standard, auxiliary = gather_logits(parallel or network, processes.piece(inputs))
+    return semi_loss(standard, auxiliary, targets, labelled_rows, class_counts, weight, loss)

@@ -1,4 +1,4 @@
-"""Networks with two heads on one feature (Sec. 3): a standard classifier and an auxiliary balanced one.
+"""Networks with two heads on one feature (README, section 3): a standard classifier and an auxiliary balanced one.
 
 Every network maps images to (features [B, D], standard logits [B, K], balanced logits [B, K]), float32 whatever the
 autocast: the selection and the losses read them. PyTorch's default initialisation throughout.
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class CosineHead(nn.Linear):
-    """A classifier by angles, as LDAM wants it: scale times the cosines of the feature with the weights of the classes."""
+    """A classifier by angles, as LDAM needs it: scale times the cosines of the feature with the weights of the classes."""
 
     def __init__(self, feature_size: int, num_classes: int, scale: float):
         super().__init__(feature_size, num_classes, bias=False)
@@ -43,7 +43,7 @@ class TwoHeads(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """Basic pre-activation block. Its identity skip is the activated tensor, not the block's input (Sec. 3.1)."""
+    """Basic pre-activation block. Its identity skip is the activated tensor, not the block's input (README, section 3.1)."""
 
     def __init__(self, width_in: int, width: int, stride: int):
         super().__init__()
@@ -84,16 +84,16 @@ class PreActResNet(nn.Module):
 
 
 def preact_resnet18(num_classes: int, in_channels: int = 3) -> PreActResNet:
-    """PreAct ResNet-18 of the release (Sec. 3.1): 512 features; 11 176 404 parameters for 10 classes."""
+    """PreAct ResNet-18 of the release: 512 features; 11 176 404 parameters for 10 classes."""
     return PreActResNet(num_classes, in_channels, widths=(64, 128, 256, 512), blocks_per_stage=2)
 
 
 def preact_resnet_narrow(num_classes: int, in_channels: int = 1) -> PreActResNet:
-    """Its narrow relative: three stages, so that the last map of 8-pixel images is still 2x2; 64 features at any size."""
+    """Its narrow form: three stages, so that the last map of 8-pixel images is still 2x2; 64 features at any size."""
     return PreActResNet(num_classes, in_channels, widths=(16, 32, 64), blocks_per_stage=1)
 
 
-# WebVision: Inception-ResNet-v2 (Sec. 3.2), and torchvision's ResNets -------------------------------------------------
+# WebVision: Inception-ResNet-v2 (README, section 3.2), and torchvision's ResNets ------------------------------------
 
 
 class Unit(nn.Sequential):

@@ -1,17 +1,19 @@
-"""Stochastic Feature Averaging (Sec. 6): which samples carry a clean label, judged by features and drawn class centroids.
+"""Stochastic Feature Averaging (README, section 6): features and drawn class centroids say which labels are clean.
 
-Nothing here knows a network or a script: features, observed labels, the auxiliary classifier's confidences and the running
-moments go in, clean probabilities and the new moments come out.
+Features, observed labels, the auxiliary head's confidences and the running moments go in. Clean probabilities and the new
+moments come out. No function here needs a network or a script.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from common.gpu.mixture import upper_posterior
+from common.gpu.mixture import sklearn_upper_posterior, upper_posterior
 from common.runs.cli import UserError
+
+POSTERIORS = {"em": upper_posterior, "sklearn": sklearn_upper_posterior}  # by --mixture
 
 
 class Moments(NamedTuple):
@@ -22,7 +24,7 @@ class Moments(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """One network's judgement of the training set."""
+    """The selection of one network at one epoch."""
 
     clean: Tensor  # [N] float64: probability that the observed label is clean
     selected: Tensor  # [N] bool: clean > p_threshold
@@ -70,16 +72,17 @@ def update_moments(moments: Moments | None, centroids: Tensor, present: Tensor, 
     return Moments(torch.where(keep, moments.mean, mean), torch.where(keep, moments.square, square))
 
 
-def incoming_moments(moments: Moments | None, ema_mode: str, device: torch.device) -> Moments | None:
-    """The moments an epoch starts from, on a device; None at the first selection, where there are none.
+def incoming_moments(moments: Sequence[Tensor] | None, ema_mode: str, device: torch.device) -> Moments | None:
+    """The moments that an epoch starts from, on a device; None at the first selection, where there are none.
 
-    ema_mode: "persist" hands on those of the epoch before. The release rebinds them inside its routine, so that every later
-    epoch starts from zeros: "released".
+    moments: those of the epoch before. ema_mode: "persist" hands them on. The release rebinds them inside its routine, so
+    every later epoch starts from zeros: "released".
     """
     if moments is None:
         return None
-    moments = Moments(*(kept.to(device) for kept in moments))
-    return moments if ema_mode == "persist" else Moments(*(torch.zeros_like(kept) for kept in moments))
+    if ema_mode == "released":
+        moments = [torch.zeros_like(moment) for moment in moments]
+    return Moments(*(moment.to(device) for moment in moments))
 
 
 def draw_centroids(moments: Moments, drawn: Tensor, normals: Tensor) -> Tensor:
@@ -92,10 +95,7 @@ def draw_centroids(moments: Moments, drawn: Tensor, normals: Tensor) -> Tensor:
 
 
 def closeness(unit: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
-    """S_i = sum over draws of -||g_i - m||^2, m the drawn centroid of the sample's observed class: [N].
-
-    Only the column of the observed class is ever read, so the others are not computed.
-    """
+    """S_i = sum over draws of -||g_i - m||^2, m the drawn centroid of the sample's observed class: [N]."""
     score = unit.new_zeros(len(unit))
     for drawn in centroids.to(unit.dtype):
         own = drawn[labels]
@@ -135,11 +135,11 @@ def stochastic_feature_averaging(
     p_threshold: float = 0.5,
     posterior: Callable[..., Tensor] = upper_posterior,
 ) -> Selection:
-    """The whole selection of one network at one epoch (Sec. 6, steps 1 to 7).
+    """The selection of one network at one epoch (README, section 6).
 
-    features float32 [N, D] (evaluation mode, un-augmented); labels: observed, int [N]; confidence [N]: softmax of the
-    auxiliary head at the observed label; moments: of the epoch before, None at the first one; normals [draws, K, D]:
-    standard normal draws; threshold: tau of this epoch. A class is drawn from its Gaussian if it has more than
+    features: float32 [N, D], of un-augmented images in evaluation mode. labels: observed, int [N]. confidence [N]: softmax of
+    the auxiliary head at the observed label. moments: of the epoch before, None at the first one. normals [draws, K, D]:
+    standard normal draws. threshold: tau of this epoch. A class is drawn from its Gaussian if it has more than
     min_draw_count confident samples (0: every class is). UserError: features that are not finite.
     """
     # the sum of squares too: it is divided by
@@ -153,11 +153,11 @@ def stochastic_feature_averaging(
     centroids, counts = class_means(unit, labels, confident, num_classes)
     present = counts > 0
     if not present.all():
-        # no confident sample: the moments carry on from the epochs before; before there are any, all samples serve
-        known = torch.zeros_like(present) if moments is None else (moments.square > 0).any(dim=1)
-        everyone, sizes = class_means(unit, labels, torch.ones_like(confident), num_classes)
-        fallback = ~present & ~known & (sizes > 0)
-        centroids = torch.where(fallback[:, None], everyone, centroids)
+        # a class without a confident sample keeps its moments; if it has none yet, the centroid of all its samples serves
+        has_moments = torch.zeros_like(present) if moments is None else (moments.square > 0).any(dim=1)
+        of_all, sizes = class_means(unit, labels, torch.ones_like(confident), num_classes)
+        fallback = ~present & ~has_moments & (sizes > 0)
+        centroids = torch.where(fallback[:, None], of_all, centroids)
         present = present | fallback
     moments = update_moments(moments, centroids, present, beta)
     drawn = counts > min_draw_count if min_draw_count else torch.ones_like(present)

@@ -1,7 +1,6 @@
-"""DivideMix's selection by small losses (Li et al. 2020), to compare stochastic feature averaging with.
+"""DivideMix's selection by small losses (Li et al. 2020), for comparison with stochastic feature averaging.
 
-As sfa.selection it knows no script: losses and observed labels go in, clean probabilities come out. One mixture serves all
-classes, so that a rare class, whose losses are large, is easily taken for mislabelled: what SFA is meant to mend.
+Losses and observed labels go in, clean probabilities come out. One mixture serves all classes.
 """
 
 from typing import NamedTuple
@@ -14,28 +13,38 @@ from common.runs.cli import UserError
 
 
 class SmallLoss(NamedTuple):
-    """One network's judgement of the training set."""
+    """The selection of one network."""
 
     clean: Tensor  # [N] float64: probability that the observed label is clean
-    selected: Tensor  # [N] bool: clean > p_threshold
+    selected: Tensor  # [N] bool: clean > threshold
     counts: Tensor  # [K] selected samples per observed class
 
 
-def small_loss_selection(
-    losses: Tensor, labels: Tensor, num_classes: int, *, p_threshold: float = 0.5, seed: int = 0
-) -> SmallLoss:
-    """Clean: the component of the smaller losses, in a mixture of two Gaussians of all losses scaled to [0, 1].
+def normalised(losses: Tensor) -> Tensor:
+    """Losses [N] scaled to [0, 1] by their minimum and maximum; zeros where all are equal."""
+    losses = losses - losses.min()
+    spread = losses.max()
+    return losses / spread if spread > 0 else losses
 
-    losses [N]: cross-entropy with the observed labels int [N], of un-augmented samples in evaluation mode. seed: of the mixture's
-    start. Where all losses are equal every sample is as clean as any: 1. UserError: losses that are not finite.
+
+def clean_probability(losses: Tensor, seed: int) -> Tensor:
+    """Posterior w of the component with the smaller mean, float64 [N], of the losses [N] of all samples.
+
+    losses: cross-entropy with the observed labels, of un-augmented samples in evaluation mode. scikit-learn's mixture of two
+    Gaussians with DivideMix's settings; seed: of its k-means start. 1 if all losses are equal. UserError: losses that are
+    not finite.
     """
-    if not torch.isfinite(losses).all():
+    scaled = normalised(losses)
+    if not torch.isfinite(scaled).all():
         raise UserError(
             "losses of training samples are not finite: lower --lr or try --precision fp32, with another --out"
         )
-    shifted = losses - losses.min()
-    clean = torch.ones(len(losses), dtype=torch.float64, device=losses.device)
-    if shifted.any():
-        clean = lower_posterior(shifted / shifted.max(), seed)
-    selected = clean > p_threshold
+    if not scaled.any():
+        return torch.ones(len(scaled), dtype=torch.float64, device=losses.device)
+    return lower_posterior(scaled, seed)
+
+
+def divide(clean: Tensor, labels: Tensor, num_classes: int, threshold: float) -> SmallLoss:
+    """Samples with a clean probability [N] above the threshold are selected. labels: observed, int [N]."""
+    selected = clean > threshold
     return SmallLoss(clean, selected, torch.bincount(labels[selected], minlength=num_classes))

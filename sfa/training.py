@@ -1,8 +1,8 @@
-"""The passes over the data that SFA's scripts are made of: warm-up, semi-supervised training, features, test (Sec. 4).
+"""The passes over the data: warm-up, semi-supervised training, features, losses, test (README, sections 4, 6 and 8).
 
-Batches are (views, index): a tuple of [B, ...] tensors and the samples' positions in the training set, int [B]. Labels,
-clean probabilities and class counts are tensors on the device of the images. Under torchrun each process trains on its piece of
-every batch with the loss of all of it, and evaluates its share of the batches; each ends up with the results of all.
+Batches are (views, index): a tuple of [B, ...] tensors and the samples' positions in the training set, int [B]. Labels, clean
+probabilities and class counts are on the device of the images. Under torchrun each process trains on its piece of every batch,
+with the loss of all pieces. It evaluates every n-th batch; all processes get the results of all batches.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from common.gpu import processes
 from common.gpu.device import Device
 from sfa.losses import cross_entropy, warm_up_loss
-from sfa.mixmatch import mixmatch_loss
+from sfa.mixmatch import gather_logits, step_loss
 
 
 def warm_up(
@@ -27,14 +27,16 @@ def warm_up(
     device: Device,
     loss: Callable[..., Tensor] = cross_entropy,
 ) -> Tensor:
-    """One epoch on all samples with their observed labels: loss(h1, y) + CE(h2 + ln n, y). Returns each step's loss."""
+    """One epoch on all samples: each step's loss(h1, y) + CE(h2 + ln n, y), [steps].
+
+    labels: observed, int [N]. class_counts: n, int [K]. loss: of the standard head h1.
+    """
     network.train()
     losses = []
     for (images,), index in batches:
         given = labels[processes.gather_rows(index)]
         with device.autocast():
-            _, *logits = network(images)
-            standard, auxiliary = (processes.gather_rows(own) for own in logits)
+            standard, auxiliary = gather_logits(network, images)
             total = warm_up_loss(standard, auxiliary, given, class_counts, loss)
         _step(optimizer, total)
         losses.append(total.detach())
@@ -52,7 +54,7 @@ def train_semi(
     clean: Tensor,
     class_counts: Tensor,
     weight: Callable[[int], float],
-    draw_mix_weight: Callable[[], float],
+    draw_lam: Callable[[], float],
     draw_permutation: Callable[[int], Tensor],
     temperature: float,
     device: Device,
@@ -60,36 +62,36 @@ def train_semi(
     loss: Callable[..., Tensor] = cross_entropy,
     parallel: nn.Module | None = None,
 ) -> Tensor:
-    """One epoch of co-divided training: one pass over the labelled batches of the peer's split.
+    """One epoch of co-divided training: one pass over the labelled batches. Each step's losses [steps, 5].
 
-    labelled and unlabelled yield two views each; unlabelled goes on for ever, and is None where every sample is
-    confident. weight(step): lambda of the unlabelled losses. Each step draws the weight and the partners of its mixture
-    by the two functions. loss: of the standard head. parallel: the network around which gradients are averaged, under
-    torchrun. Returns each step's losses [steps, 5]: total, L_x, L_u, L_x', L_u'.
+    The losses are total, L_x, L_u, L_x', L_u'. labelled and unlabelled yield two views each. unlabelled is an endless iterator,
+    or None if all samples are labelled. labels: observed, int [N]. clean: by the peer, [N]. class_counts [K]: labelled samples
+    per observed class. weight(step): lambda of the unlabelled losses. draw_lam, draw_permutation: the mixture's weight and
+    partners of a step. loss: of the standard head. parallel: the network around which gradients are averaged, under torchrun.
     """
     network.train()
     peer.eval()
     losses = []
-    for step, (views, index) in enumerate(labelled):
-        doubtful = next(unlabelled)[0] if unlabelled is not None else None
-        rows = 2 * len(index) + (2 * len(doubtful[0]) if doubtful is not None else 0)
+    for number, (views, index) in enumerate(labelled):
+        others = None if unlabelled is None else next(unlabelled)[0]
+        rows = sum(len(view) for view in (*views, *(others or ())))
         with device.autocast():
-            found = mixmatch_loss(
+            step = step_loss(
                 network,
                 peer,
                 (views, labels[index], clean[index]),
-                doubtful,
+                others,
                 class_counts=class_counts,
-                weight=weight(step),
-                mix_weight=draw_mix_weight(),
+                weight=weight(number),
+                lam=draw_lam(),
                 permutation=draw_permutation(processes.world() * rows),
                 temperature=temperature,
                 forward_unlabelled=forward_unlabelled,
                 loss=loss,
                 parallel=parallel,
             )
-        _step(optimizer, found.total)
-        losses.append(torch.stack([found.total.detach(), *found[1:]]))
+        _step(optimizer, step.total)
+        losses.append(torch.stack([part.detach() for part in step]))
     return torch.stack(losses)
 
 
@@ -130,7 +132,7 @@ def sample_losses(network: nn.Module, batches: Iterable, labels: Tensor, device:
 def summed_logits(
     networks: Iterable[nn.Module], batches: Iterable, size: int, num_classes: int, device: Device
 ) -> Tensor:
-    """The test protocol: the sum of the raw logits of both heads of all networks, [size, K], by the positions 0 .. size - 1."""
+    """The sum of the raw logits of both heads of all networks, [size, K], for the samples at positions 0 .. size - 1."""
     networks = [network.eval() for network in networks]
     logits = torch.zeros(size, num_classes, device=device.device)
     for (images,), index in batches:

@@ -1,10 +1,10 @@
 """What SFA selects, and how its centroids move: `python -m sfa.visualize RUN [RUN ...] [--out FIGURE.png]`.
 
-Above, test accuracy by epoch for each setting (data, long tail and noise): the mean of each method over the runs given, with the
-range over seeds. In the middle, for the first finished run that selected samples, by stochastic feature averaging if any did, the
-clean probabilities of its last selection by observed class: clean against mislabelled where the truth is known. Below, the way of
-its drawn centroids; and for all runs of its setting the accuracy of every class by its number of samples, and the selection by
-epoch. The sections in brackets are those of the method's description in sfa/README.md.
+Above: test accuracy by epoch for each setting (data, long tail and noise). Lines are the mean of each method over the runs
+given, bands the range over seeds. In the middle: clean probabilities by observed class of one run's last selection, clean
+against mislabelled if the true labels are known. It is the first finished run that selected by stochastic feature averaging,
+or else by small losses. Below: the path of its drawn centroids; for all runs of its setting the accuracy of every class by its
+number of samples, and the selection by epoch.
 """
 
 import csv
@@ -37,7 +37,7 @@ from sfa.evaluation import shots
 PAPER = "sfa"
 WEBVISION = {"selection": "sfa", "warm_up": 1}  # what Train_webvision.py has no flags for
 IN_A_ROW, ROWS = 5, 2  # classes shown of a selection
-KNOWN, UNKNOWN = {"clean": "tab:blue", "mislabelled": "tab:orange"}, {"truth unknown": "tab:gray"}
+WITH_TRUTH, WITHOUT_TRUTH = {"clean": "tab:blue", "mislabelled": "tab:orange"}, {"truth unknown": "tab:gray"}
 MARKS = {"many": "o", "medium": "s", "few": "^"}  # of the shots
 NOISE = {
     "imb": "{rate:.4g} % noise by class size",
@@ -54,7 +54,7 @@ class History(NamedTuple):
 
     counts: np.ndarray  # observed samples of each class, int [K]
     accuracy: np.ndarray  # of each class in percent, float [K, E]; NaN where no test sample is of it
-    quality: dict[str, np.ndarray]  # by the names of QUALITIES, float [E]; NaN where it is not known
+    quality: dict[str, np.ndarray]  # by the names of QUALITIES, float [E]; NaN if it is unknown
 
 
 class Shown(NamedTuple):
@@ -63,7 +63,7 @@ class Shown(NamedTuple):
     run: RunResult
     probability: np.ndarray  # float [N]: clean probability by network 1 at the last selection
     observed: np.ndarray  # int [N]
-    clean: np.ndarray | None  # true labels, int [N], where they are known
+    clean: np.ndarray | None  # true labels, int [N], None if they are unknown
     classes: np.ndarray  # those shown, int, the most frequent first
     centroids: np.ndarray | None  # float [selections, K, D]: drawn ones of network 1, where it draws any
 
@@ -103,7 +103,7 @@ def setting(arguments: dict, cell: dict) -> str:
 
 
 def run_to_show(runs: list[RunResult]) -> RunResult | None:
-    """The first finished run that selected by stochastic feature averaging; without any the first by small losses."""
+    """The first finished run that selected by stochastic feature averaging, or else by small losses."""
     files = ("result.json", "clean_probability.npz")
     finished = [run for run in runs if all((run.folder / name).is_file() for name in files)]
     selecting = [run for run in finished if run.curve.arguments.get("selection", "none") != "none"]
@@ -111,7 +111,7 @@ def run_to_show(runs: list[RunResult]) -> RunResult | None:
 
 
 def read_history(folder: Path) -> History:
-    """What is known of every epoch; K = 0 where the log has no classes. UserError: log.csv or noise.json is damaged."""
+    """Accuracies and selections of every epoch; K = 0 if the log has no classes. UserError: log.csv or noise.json is damaged."""
     path = folder / "log.csv"
     with naming(path), path.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -128,17 +128,17 @@ def read_history(folder: Path) -> History:
 
 def read_histories(runs: list[RunResult]) -> dict[str, list[History]]:
     """By method, the runs of one setting whose log has classes. UserError: damaged, or of other classes."""
-    by_method, known = {}, 0
+    by_method, num_classes = {}, 0
     for run in runs:
         history = read_history(run.folder)
         classes = len(history.counts)
-        if known and classes not in (0, known):
+        if num_classes and classes not in (0, num_classes):
             raise UserError(
-                f"{run.folder} has {classes} classes, the runs before it have {known}: other data"
+                f"{run.folder} has {classes} classes, the runs before it have {num_classes}: other data"
             )
         if classes:
             by_method.setdefault(run.curve.method, []).append(history)
-            known = classes
+            num_classes = classes
     return by_method
 
 
@@ -194,9 +194,9 @@ def class_colors(classes: np.ndarray) -> np.ndarray:
 def draw_class(axes, shown: Shown, k: int) -> None:
     """Clean probabilities of the samples that are labelled k, clean ones below the others; and the threshold."""
     members = shown.observed == k
-    kinds, colors = [members], UNKNOWN
+    kinds, colors = [members], WITHOUT_TRUTH
     if shown.clean is not None:
-        kinds, colors = [members & (shown.clean == k), members & (shown.clean != k)], KNOWN
+        kinds, colors = [members & (shown.clean == k), members & (shown.clean != k)], WITH_TRUTH
     groups = [shown.probability[kind] for kind in kinds]
     axes.hist(groups, np.linspace(0, 1, 21), stacked=True, color=list(colors.values()))
     axes.axvline(shown.run.curve.arguments["p_threshold"], color="black", linestyle="--", linewidth=1)
@@ -211,14 +211,14 @@ def grid_of(classes: np.ndarray) -> tuple[int, int]:
 
 
 def draw_selection(figure, shown: Shown) -> None:
-    """A histogram for each of the classes shown, titled in the colour that its centroid has below [Sec. 6]."""
+    """A histogram for each of the classes shown, titled in the colour of its centroid below."""
     grid = figure.subplots(*grid_of(shown.classes), squeeze=False).ravel()
     for axes, k, color in zip(grid, shown.classes, class_colors(shown.classes), strict=False):
         draw_class(axes, shown, k)
         axes.set_title(f"class {k}: {(shown.observed == k).sum()} samples", fontsize=9, color=color)
     for axes in grid[len(shown.classes) :]:
         axes.axis("off")
-    arguments, colors = shown.run.curve.arguments, UNKNOWN if shown.clean is None else KNOWN
+    arguments, colors = shown.run.curve.arguments, WITHOUT_TRUTH if shown.clean is None else WITH_TRUTH
     marks = [Patch(color=color, label=name) for name, color in colors.items()]
     label = f"selected above {arguments['p_threshold']:g}"
     marks.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label=label))
@@ -231,7 +231,7 @@ def draw_selection(figure, shown: Shown) -> None:
 def project(centroids: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Directions of centroids [E, K, D] in the plane of their principal components over all epochs and the classes present.
 
-    present: bool [K]. Lengths are of no concern to the selection. Returns points [E, K, 2] and the shares of the variance
+    present: bool [K]. The selection does not depend on lengths. Returns points [E, K, 2] and the fractions of the variance
     that the components explain [2].
     """
     directions = centroids / np.linalg.norm(centroids, axis=2, keepdims=True).clip(1e-12)
@@ -242,9 +242,9 @@ def project(centroids: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def draw_centroids(axes, shown: Shown) -> None:
-    """The way of the centroid of each class shown, from faint to strong, marked at its end [Sec. 6]."""
+    """The path of the centroid of each class shown, from faint to strong, marked at its end."""
     present = np.bincount(shown.observed, minlength=shown.centroids.shape[1]) > 0
-    points, shares = project(shown.centroids, present)
+    points, explained = project(shown.centroids, present)
     for k, color in zip(shown.classes, class_colors(shown.classes), strict=True):
         way = points[:, k]
         shades = [to_rgba(color, alpha) for alpha in np.linspace(0.15, 1, len(way))[1:]]
@@ -257,8 +257,8 @@ def draw_centroids(axes, shown: Shown) -> None:
     middle, half = (low + high) / 2, 0.61 * (high - low).max() or 1
     axes.set_box_aspect(1)  # with limits as wide as high, so that lengths compare
     axes.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half))
-    for i, (axis, share) in enumerate(zip((axes.xaxis, axes.yaxis), shares, strict=True), start=1):
-        axis.set_label_text(f"principal component {i} ({100 * share:.0f} % of variance)")
+    for i, (axis, fraction) in enumerate(zip((axes.xaxis, axes.yaxis), explained, strict=True), start=1):
+        axis.set_label_text(f"principal component {i} ({100 * fraction:.0f} % of variance)")
     last = shown.run.epochs[-1]
     axes.set_title(f"Directions of the drawn centroids\n{span(last + 1 - len(points), last)}", fontsize=9)
 
@@ -269,15 +269,15 @@ def span(first: int, last: int) -> str:
 
 
 def draw_classes(axes, histories: dict[str, list[History]], styles: dict[str, dict]) -> None:
-    """Accuracy of each class at the last epoch by its observed samples: mean of each method; lines: of a shot [Sec. 8]."""
+    """Accuracy of each class at the last epoch by its observed samples: mean of each method; lines: mean of a shot."""
     lasts, shown = set(), []
     for method, members in histories.items():
         last = min(history.accuracy.shape[1] for history in members)
         counts = np.mean([history.counts for history in members], axis=0)
         accuracy = np.mean([history.accuracy[:, last - 1] for history in members], axis=0)
         for shot, classes in shots(counts).items():
-            known = classes & (counts > 0) & np.isfinite(accuracy)
-            x, y, style = counts[known], accuracy[known], styles[method]
+            measured = classes & (counts > 0) & np.isfinite(accuracy)
+            x, y, style = counts[measured], accuracy[measured], styles[method]
             axes.scatter(x, y, s=16, marker=MARKS[shot], color=style["color"], alpha=0.7, linewidth=0)
             if len(x):
                 axes.plot([x.min(), x.max()], [y.mean()] * 2, **style)
@@ -305,14 +305,14 @@ def draw_quality(axes, histories: dict[str, list[History]], name: str, styles: d
 
 
 def lower_panels(shown: Shown | None, histories: dict[str, list[History]], styles: dict) -> list[Callable]:
-    """What draws each panel of the lowest row: centroids where there are two or more, accuracy by class, selection."""
+    """The functions that draw the panels of the lowest row: centroids if there are two or more, classes, selection."""
     panels = [partial(draw_classes, histories=histories, styles=styles)]
     if shown is not None and shown.centroids is not None and len(shown.centroids) * len(shown.classes) > 1:
         panels.insert(0, partial(draw_centroids, shown=shown))
-    everyone = [history for members in histories.values() for history in members]
-    known = [name for name in QUALITIES if any(np.isfinite(run.quality[name]).any() for run in everyone)]
-    if known:
-        panels.append(partial(draw_quality, histories=histories, name=known[0], styles=styles))
+    runs = [history for members in histories.values() for history in members]
+    logged = [name for name in QUALITIES if any(np.isfinite(run.quality[name]).any() for run in runs)]
+    if logged:
+        panels.append(partial(draw_quality, histories=histories, name=logged[0], styles=styles))
     return panels
 
 
@@ -327,7 +327,7 @@ def draw_lower(figure, panels: list[Callable], styles: dict[str, dict]) -> None:
 
 
 def draw(runs: list[RunResult], shown: Shown | None, histories: dict[str, list[History]], out: Path) -> None:
-    """Write the figure: the curves of the runs, the selection of one of them, and what is known of the runs of its setting."""
+    """Write the figure: the curves of the runs, the selection of one of them, and classes and selections of its setting."""
     curves = figures.panels(runs, lambda run: f"Test accuracy: {run.curve.arguments['setting']}")
     upper = partial(figures.draw_panels, by_title=curves, warm_up="warm_up")
     parts = [(figures.panel_grid(curves).height, upper)]

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+import sfa.flags
 import sfa.Train_cifar
 from benchmarks import claims, forest, tables, verdicts
 from benchmarks.cells import PAPERS
@@ -247,7 +248,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(verdicts, "_sections", {})
     monkeypatch.setattr(verdicts, "ROOT", tmp_path / "root")
     monkeypatch.setattr("benchmarks.cells.ROOT", tmp_path / "root")
-    monkeypatch.setattr(sfa.Train_cifar, "PRESETS", folder / "presets.toml")
+    monkeypatch.setattr(sfa.flags, "PRESETS", folder / "presets.toml")
     monkeypatch.setattr(claims, "CLAIMS", tmp_path / "claims.toml")
     for name in ("read_claims", "read_prepared"):
         function = getattr(claims, name)

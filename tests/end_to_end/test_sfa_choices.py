@@ -299,22 +299,22 @@ def test_the_warm_up_has_the_loss_asked_for_and_the_counts_of_the_observed_label
 
 
 def test_small_losses_are_those_of_the_plain_images_with_a_seed_of_each_selection(watched, monkeypatch):
-    calls, real = [], Train_cifar.small_loss_selection
+    calls, clean_probability = [], Train_cifar.small_loss.clean_probability
 
-    def small_loss_selection(losses, labels, num_classes, **options):
-        calls.append((losses, labels, num_classes, options))
-        return real(losses, labels, num_classes, **options)
+    def recorded(losses, seed):
+        calls.append((losses, seed))
+        return clean_probability(losses, seed)
 
-    monkeypatch.setattr(Train_cifar, "small_loss_selection", small_loss_selection)
+    monkeypatch.setattr(Train_cifar.small_loss, "clean_probability", recorded)
     seen = watched("--selection", "gmm", "--p_threshold", "0.4")
-    for one, (losses, labels, num_classes, options) in zip(seen.selections, calls, strict=True):
-        expected = F.cross_entropy(one.standard, labels, reduction="none")
+    for one, (losses, seed) in zip(seen.selections, calls, strict=True):
+        expected = F.cross_entropy(one.standard, one.labels, reduction="none")
         torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
         draws = np.random.default_rng()
         draws.bit_generator.state = one.draws
-        assert options == {"p_threshold": 0.4, "seed": int(draws.integers(2**31))}
-        assert num_classes == CLASSES and torch.equal(labels, one.labels)
-    assert len({options["seed"] for *_, options in calls}) == 4
+        assert seed == int(draws.integers(2**31))
+        assert torch.equal(one.found.selected, one.found.clean > 0.4)
+    assert len({seed for _, seed in calls}) == 4
 
 
 @pytest.mark.parametrize("mode", ["persist", "released"])

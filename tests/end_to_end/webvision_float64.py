@@ -24,7 +24,7 @@ from torch import nn
 from common.gpu import augment, processes
 from common.runs import cli
 from common.runs.run import Run
-from sfa import Train_webvision
+from sfa import Train_webvision, learners
 from sfa.networks import TwoHeads
 from tests.common.small_file_data import SIZE, image_files, make_webvision
 
@@ -156,7 +156,7 @@ def ended(children: list[int]) -> list[int]:
 if __name__ == "__main__":
     normalise = augment.normalise
     augment.normalise = lambda *arguments: normalise(*arguments).double()
-    Train_webvision.webvision_network, Train_webvision.Run = SmallNetwork, MortalRun
+    learners.webvision_network, Train_webvision.Run = SmallNetwork, MortalRun
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double  # what the heads take out of the autocast
     if not sys.argv[1].startswith("["):

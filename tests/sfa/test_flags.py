@@ -1,236 +1,223 @@
-"""The command line of Train_cifar.py: the release's flags, ours, and what is refused before anything is written."""
+"""The command lines of both scripts: names, defaults and types, what depends on what, and what is refused."""
 
+import os
 import re
+import sys
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from common import datasets
+from common.datasets.image_cache import build_caches
+from common.gpu import processes
 from common.runs import cli
-from sfa import Train_cifar, losses
-from sfa.Train_cifar import PRESETS, make_parser, parse_args
+from common.runs.cli import UserError
+from sfa import Train_cifar, Train_webvision, flags, learners, losses, robust_losses, webvision
+from tests.common.small_file_data import image_files, make_webvision, plant
 
-# frozen: a change of a name or a default is a change for every user
-FLAGS = [
-    (("-h", "--help"), "==SUPPRESS=="),
-    (("--dataset",), "cifar10"),
-    (("--data_path",), "./data"),
-    (("--imb_type",), "exp"),
-    (("--imb_factor",), 0.01),
-    (("--noise_mode",), "imb"),
-    (("--noise_ratio",), 0.5),
-    (("--posterior",), None),
-    (("--num_class",), 10),
-    (("--batch_size",), 64),
-    (("--lr", "--learning_rate"), 0.02),
-    (("--lr_drop",), 150),
-    (("--num_epochs",), 200),
-    (("-w", "--warm_up"), 30),
-    (("--alpha",), 4),
-    (("--lambda_u",), 25),
-    (("--T",), 0.5),
-    (("--arch",), "resnet18"),
-    (("--gpuid",), 0),
-    (("--loss",), "ce"),
-    (("--ldam_margin",), 0.5),
-    (("--ldam_scale",), 30),
-    (("--gce_q",), 0.7),
-    (("--sce_ce",), None),
-    (("--sce_rce",), None),
-    (("--adjustment_tau",), 1),
-    (("--selection",), "sfa"),
-    (("--p_threshold",), 0.5),
-    (("--beta",), 0.99),
-    (("--phi",), 1.005),
-    (("--sample_rate",), 1),
-    (("--min_draw_count",), None),
-    (("--ema_mode",), None),
-    (("--mixture",), "em"),
-    (("--out",), None),
-    (("--seed",), 123),
-    (("--device",), "auto"),
-    (("--precision",), "auto"),
-    (("--compile",), False),
-    (("--fidelity",), "paper"),
-    (("--preset",), None),
-    (("--noise_file",), None),
-    (("-r", "--resume"), "auto"),
-    (("--limit_train",), None),
-    (("--limit_test",), None),
-    (("--full_test_at_end",), False),
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+
+SHARED = [
+    *(("out", None), ("seed", 123), ("device", "auto"), ("precision", "auto"), ("compile", False)),
+    *(("fidelity", "paper"), ("preset", None), ("noise_file", None), ("resume", "auto")),
+    *(("limit_train", None), ("limit_test", None), ("full_test_at_end", False)),
 ]
-
-# the release's flags: option, default, a typed value and what it is read as. Not here: -r/--resume, an epoch there
-RELEASED = [
-    ("--batch_size", 64, "32", 32),
-    ("--lr", 0.02, "0.1", 0.1),
-    ("--learning_rate", 0.02, "0.1", 0.1),
-    ("--alpha", 4.0, "0.75", 0.75),
-    ("--lambda_u", 25.0, "0", 0.0),
-    ("--p_threshold", 0.5, "0.6", 0.6),
-    ("--T", 0.5, "0.3", 0.3),
-    ("--num_epochs", 200, "300", 300),
-    ("--seed", 123, "7", 7),  # untyped in the release, where giving it crashes
-    ("--gpuid", 0, "1", 1),
-    ("--num_class", 10, "100", 100),
-    ("--data_path", "./data", "elsewhere", "elsewhere"),
-    ("--dataset", "cifar10", "cifar100", "cifar100"),
-    ("--imb_type", "exp", "step", "step"),
-    ("--imb_factor", 0.01, "0.02", 0.02),
-    ("--noise_mode", "imb", "sym", "sym"),
-    ("--noise_ratio", 0.5, "0.2", 0.2),
-    ("--arch", "resnet18", "resnet18", "resnet18"),
-    ("-w", 30, "10", 10),
-    ("--warm_up", 30, "10", 10),
-    ("--beta", 0.99, "0.9", 0.9),
-    ("--phi", 1.005, "1.01", 1.01),
-    ("--sample_rate", 1, "5", 5),
-]
-
-
-def actions() -> list:
-    return make_parser()._actions
-
-
-@pytest.mark.parametrize("action", actions(), ids=lambda action: action.option_strings[-1])
-def test_every_flag_has_a_help_line(action):
-    assert action.help and action.help.strip() and "\n" not in action.help
-
-
-def test_flags_and_defaults_are_the_frozen_ones():
-    assert [(tuple(action.option_strings), action.default) for action in actions()] == FLAGS
+# frozen: names, defaults, and the order in which run directories are named
+FLAGS = {
+    Train_cifar: [
+        *(("help", "==SUPPRESS=="), ("dataset", "cifar10"), ("data_path", "./data"), ("imb_type", "exp")),
+        *(("imb_factor", 0.01), ("noise_mode", "imb"), ("noise_ratio", 0.5), ("posterior", None)),
+        *(("num_class", 10), ("batch_size", 64), ("lr", 0.02), ("lr_drop", 150), ("num_epochs", 200)),
+        *(("warm_up", 30), ("alpha", 4), ("lambda_u", 25), ("T", 0.5), ("arch", "resnet18"), ("gpuid", 0)),
+        *(("loss", "ce"), ("ldam_margin", 0.5), ("ldam_scale", 30), ("gce_q", 0.7), ("sce_ce", None)),
+        *(("sce_rce", None), ("adjustment_tau", 1), ("selection", "sfa"), ("p_threshold", 0.5)),
+        *(("beta", 0.99), ("phi", 1.005), ("sample_rate", 1), ("min_draw_count", None)),
+        *(("ema_mode", None), ("mixture", "em"), *SHARED),
+    ],
+    Train_webvision: [
+        *(("help", "==SUPPRESS=="), ("data_path", "./webvision/"), ("imagenet", None), ("num_class", 50)),
+        *(("imb_type", "exp"), ("imb_factor", 1), ("image_size", 299), ("on_bad_image", "error")),
+        *(("image_cache", None), ("workers", 8), ("network", "inception_resnet_v2"), ("feat_size", 1536)),
+        *(("batch_size", 32), ("lr", 0.01), ("lr_drop", 50), ("num_epochs", 100), ("alpha", 0.5)),
+        *(("lambda_u", 0), ("T", 0.5), ("reset_momentum", None), ("gpuid1", 0), ("gpuid2", 1)),
+        *(("parallel", None), ("p_threshold", 0.5), ("beta", 0.9), ("phi", 1.005), ("sample_rate", 1)),
+        *(("min_draw_count", 0), ("ema_mode", None), *SHARED),
+    ],
+}
+LONGER = {"lr": ["--lr", "--learning_rate"], "warm_up": ["-w", "--warm_up"], "resume": ["-r", "--resume"]}
+# the release's flags by type, but -r, an epoch there
+RELEASED = {
+    Train_cifar: {
+        int: "batch_size num_epochs seed gpuid num_class warm_up sample_rate",
+        float: "lr learning_rate alpha lambda_u p_threshold T imb_factor noise_ratio beta phi",
+        str: "data_path dataset imb_type noise_mode arch",
+    },
+    Train_webvision: {
+        int: "batch_size num_epochs seed gpuid1 gpuid2 num_class feat_size",
+        float: "lr learning_rate alpha lambda_u p_threshold T",
+        str: "data_path",
+    },
+}
+PRESETS = cli.read_presets(flags.PRESETS)
+each_script = pytest.mark.parametrize("script", FLAGS, ids=lambda script: script.__name__)
 
 
-def test_the_networks_to_choose_from_are_the_frozen_ones():
-    [choices] = [action.choices for action in actions() if action.option_strings == ["--arch"]]
-    assert list(choices) == ["resnet18", "narrow"]
+@pytest.fixture(autouse=True)
+def without_cards(monkeypatch):
+    """As on a machine without cards, where nobody started torchrun."""
+    cards(monkeypatch, 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize(("option", "default", "text", "value"), RELEASED)
-def test_the_released_flags_keep_their_names_defaults_and_types(option, default, text, value):
-    [name] = [action.dest for action in actions() if option in action.option_strings]
-    assert getattr(parse_args([]), name) == default
-    found = getattr(parse_args([option, text]), name)
-    assert found == value
-    assert type(found) is type(value)
+def cards(monkeypatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
 
-def test_help_exits_0_and_shows_every_flag(capsys):
+def by_torchrun(monkeypatch, count: int) -> None:
+    for name, value in {
+        "TORCHELASTIC_RUN_ID": "own",
+        "WORLD_SIZE": count,
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def refused(script, words: str, capsys) -> str:
+    """The one line that the script ends in, with status 2."""
     with pytest.raises(SystemExit) as stop:
-        parse_args(["--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    assert [option for action in actions() for option in action.option_strings if option not in text] == []
-
-
-# presets and settled defaults -------------------------------------------------------------------------------------------
-
-
-OURS = [name for name, section in cli.read_presets(PRESETS).items() if "script" not in section]
-OTHERS = [name for name in cli.read_presets(PRESETS) if name not in OURS]
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_every_preset_of_the_script_parses_and_its_values_arrive(name):
-    section = cli.read_presets(PRESETS)[name]
-    args = vars(parse_args(["--preset", name]))
-    assert section
-    assert {flag: args.get(flag) for flag in section} == section
-
-
-@pytest.mark.parametrize("name", [name for name in OURS if not name.startswith("claims/")])
-def test_the_name_of_a_preset_ends_in_its_selection_and_its_loss(name):
-    args = parse_args(["--preset", name])
-    assert name.split("/")[2] == args.selection + (f"-{args.loss}" if args.loss != "ce" else "")
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_presets_of_the_other_script_are_refused(name, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse_args(["--preset", name])
+        cli.exit_cleanly(script.main, words.split())
     assert stop.value.code == 2
-    assert f"preset {name} is for Train_webvision.py, not for Train_cifar.py" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert re.fullmatch(r"[^\n]*error: [^\n]*\n", text), text
+    return text
+
+
+# names, defaults, presets ---------------------------------------------------------------------------------------------
+
+
+@each_script
+def test_flags_and_defaults_are_the_frozen_ones_and_have_help(script, capsys):
+    actions = script.make_parser()._actions
+    assert [(action.dest, action.default) for action in actions] == FLAGS[script]
+    for action in actions[1:]:
+        assert action.option_strings == LONGER.get(action.dest, [f"--{action.dest}"])
+        assert action.help.strip() and "\n" not in action.help
+    with pytest.raises(SystemExit) as stop:
+        script.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and all(action.option_strings[-1] in text for action in actions)
+    assert "of the release" in text and "not in the release" in text
+
+
+def test_the_choices_are_the_frozen_ones():
+    choices = {
+        action.dest: list(action.choices) for action in Train_cifar.make_parser()._actions if action.choices
+    }
+    assert choices["arch"] == ["resnet18", "narrow"] and choices["mixture"] == ["em", "sklearn"]
+    assert choices["selection"] == ["sfa", "gmm", "none"]
+    assert choices["loss"] == ["ce", "ldam", "gce", "sce", "logit_adjusted", "balanced_softmax"]
+
+
+@each_script
+def test_the_released_flags_are_read_as_in_the_release(script):
+    typed = {int: "7", float: "0.3", str: "step"}
+    others = {"noise_mode": "sym", "arch": "narrow"}
+    names = {name: type_ for type_, listed in RELEASED[script].items() for name in listed.split()}
+    for name, type_ in names.items():
+        text = others.get(name, typed[type_])
+        found = getattr(script.parse_args([f"--{name}", text]), name.replace("learning_rate", "lr"))
+        assert found == type_(text) and type(found) is type_, name
+    group = script.make_parser()._action_groups[2]
+    assert group.title == "of the release"
+    assert {action.dest for action in group._group_actions} == names.keys() - {"learning_rate", "seed"}
+
+
+def test_every_preset_parses_in_its_script_and_is_refused_by_the_other(capsys):
+    for name, section in PRESETS.items():
+        script, other = Train_cifar, Train_webvision
+        if "script" in section:
+            script, other = other, script
+        args = vars(script.parse_args(["--preset", name]))
+        values = {flag: value for flag, value in section.items() if flag != "script"}
+        assert {flag: args[flag] for flag in values} == values, name
+        if script is Train_cifar and not name.startswith("claims/"):
+            loss = f"-{args['loss']}" if args["loss"] != "ce" else ""
+            assert name.split("/")[2] == args["selection"] + loss
+        with pytest.raises(SystemExit) as stop:
+            other.parse_args(["--preset", name])
+        assert stop.value.code == 2
+        assert (
+            f"preset {name} is for {section.get('script', 'another script of this paper')}"
+            in capsys.readouterr().err
+        )
+
+
+@each_script
+@pytest.mark.parametrize(
+    ("words", "ema_mode", "reset_momentum"),
+    [
+        ("", "persist", "no"),
+        ("--fidelity released", "released", "yes"),
+        ("--fidelity released --ema_mode persist", "persist", "yes"),
+        ("--ema_mode released", "released", "no"),
+    ],
+)
+def test_fidelity_decides_what_is_not_typed(script, words, ema_mode, reset_momentum):
+    args = script.parse_args(words.split())
+    assert args.ema_mode == ema_mode
+    if script is Train_webvision:
+        assert args.reset_momentum == reset_momentum
+        for value in ("yes", "no"):
+            assert script.parse_args([*words.split(), "--reset_momentum", value]).reset_momentum == value
 
 
 @pytest.mark.parametrize(
-    ("argv", "ema_mode"),
+    ("words", "expected"),
     [
-        ([], "persist"),
-        (["--fidelity", "paper"], "persist"),
-        (["--fidelity", "released"], "released"),
-        (["--fidelity", "released", "--ema_mode", "persist"], "persist"),
-        (["--ema_mode", "persist", "--fidelity", "released"], "persist"),
-        (["--ema_mode", "released"], "released"),
+        ("", {"min_draw_count": 300, "sce_ce": 0.1, "sce_rce": 1, "noise_mode": "imb"}),
+        ("--dataset digits", {"min_draw_count": 9, "sce_ce": 0.1, "sce_rce": 1}),
+        ("--dataset cifar100", {"min_draw_count": 300, "sce_ce": 6, "sce_rce": 0.1}),
+        ("--dataset digits --min_draw_count 0", {"min_draw_count": 0}),
+        ("--dataset cifar100 --sce_ce 0", {"sce_ce": 0, "sce_rce": 0.1}),
+        ("--dataset cifar100 --sce_rce 0", {"sce_ce": 6, "sce_rce": 0}),
+        ("--noise_file labels.npy", {"noise_mode": "given"}),
     ],
 )
-def test_fidelity_decides_ema_mode_unless_it_is_typed(argv, ema_mode):
-    assert parse_args(argv).ema_mode == ema_mode
-
-
-@pytest.mark.parametrize(
-    ("argv", "count"),
-    [
-        ([], 300),
-        (["--dataset", "digits"], 9),
-        (["--dataset", "digits", "--min_draw_count", "0"], 0),
-        (["--dataset", "cifar100", "--min_draw_count", "30"], 30),
-    ],
-)
-def test_the_draw_count_follows_the_data_set_unless_it_is_typed(argv, count):
-    assert parse_args(argv).min_draw_count == count
-
-
-def test_a_noise_file_means_given_labels():
-    assert parse_args(["--noise_file", "labels.npy"]).noise_mode == "given"
-
-
-@pytest.mark.parametrize(
-    ("argv", "weights"),
-    [
-        ([], (0.1, 1)),
-        (["--dataset", "digits"], (0.1, 1)),
-        (["--dataset", "cifar100"], (6, 0.1)),
-        (["--dataset", "cifar100", "--sce_ce", "0.5"], (0.5, 0.1)),
-        (["--dataset", "cifar100", "--sce_rce", "2"], (6, 2)),
-        (["--sce_ce", "0"], (0, 1)),
-        (["--sce_rce", "0"], (0.1, 0)),
-    ],
-)
-def test_the_weights_of_sce_follow_the_data_set_unless_they_are_typed(argv, weights):
-    args = parse_args(argv)
-    assert (args.sce_ce, args.sce_rce) == weights
-
-
-def test_the_choices_of_selection_and_loss_are_the_frozen_ones():
-    choices = {action.option_strings[-1]: action.choices for action in actions() if action.choices}
-    assert choices["--selection"] == ["sfa", "gmm", "none"]
-    assert choices["--loss"] == ["ce", "ldam", "gce", "sce", "logit_adjusted", "balanced_softmax"]
+def test_defaults_follow_the_data_set_unless_they_are_typed(words, expected):
+    args = Train_cifar.parse_args(words.split())
+    assert {name: getattr(args, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         ("ce", losses.cross_entropy),
-        ("ldam", partial(losses.ldam, largest_margin=0.5, scale=30)),
-        ("ldam --ldam_margin 0.2", partial(losses.ldam, largest_margin=0.2, scale=30)),
-        ("ldam --ldam_scale 5", partial(losses.ldam, largest_margin=0.5, scale=5)),
-        ("gce", partial(losses.generalised_cross_entropy, q=0.7)),
-        ("gce --gce_q 1", partial(losses.generalised_cross_entropy, q=1)),
-        ("sce", partial(losses.symmetric_cross_entropy, ce_weight=0.1, rce_weight=1)),
-        ("sce --dataset cifar100", partial(losses.symmetric_cross_entropy, ce_weight=6, rce_weight=0.1)),
-        ("sce --sce_ce 2", partial(losses.symmetric_cross_entropy, ce_weight=2, rce_weight=1)),
-        ("sce --sce_rce 3", partial(losses.symmetric_cross_entropy, ce_weight=0.1, rce_weight=3)),
-        ("logit_adjusted", losses.balanced_softmax),
-        ("logit_adjusted --adjustment_tau 0.5", partial(losses.logit_adjusted, tau=0.5)),
-        ("balanced_softmax", losses.balanced_softmax),
+        ("ldam --ldam_margin 0.2", partial(robust_losses.ldam, largest_margin=0.2, scale=30)),
+        ("ldam --ldam_scale 5", partial(robust_losses.ldam, largest_margin=0.5, scale=5)),
+        ("gce", partial(robust_losses.generalised_cross_entropy, q=0.7)),
+        ("gce --gce_q 1", partial(robust_losses.generalised_cross_entropy, q=1)),
+        ("sce --sce_ce 2", partial(robust_losses.symmetric_cross_entropy, ce_weight=2, rce_weight=1)),
+        ("sce --sce_rce 3", partial(robust_losses.symmetric_cross_entropy, ce_weight=0.1, rce_weight=3)),
+        ("logit_adjusted", robust_losses.balanced_softmax),
+        ("logit_adjusted --adjustment_tau 0.5", partial(robust_losses.logit_adjusted, tau=0.5)),
+        ("balanced_softmax", robust_losses.balanced_softmax),
     ],
 )
 def test_the_loss_asked_for_is_the_one_trained_with_and_its_flags_arrive(words, expected):
     generator = torch.Generator().manual_seed(0)
     logits, targets = torch.randn(4, 3, generator=generator), torch.rand(4, 3, generator=generator)
     given = (logits, targets, torch.tensor([50, 9, 2]))
-    loss = Train_cifar.standard_loss(parse_args(["--loss", *words.split()]))
+    loss = robust_losses.standard_loss(Train_cifar.parse_args(["--loss", *words.split()]))
     torch.testing.assert_close(loss(*given), expected(*given))
+
+
+# names of methods, runs and cells -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -240,92 +227,294 @@ def test_the_loss_asked_for_is_the_one_trained_with_and_its_flags_arrive(words, 
         ("--selection gmm", "GMM"),
         ("--selection none", "no selection"),
         ("--loss ldam", "SFA + LDAM"),
-        ("--loss gce", "SFA + GCE"),
-        ("--loss sce", "SFA + SCE"),
+        ("--loss sce --ema_mode released", "SFA (ema_mode released) + SCE"),
+        ("--fidelity released", "SFA"),
+        ("--fidelity released --ema_mode persist", "SFA (ema_mode persist)"),
         ("--loss logit_adjusted", "SFA + logit adjustment"),
-        ("--selection gmm --loss balanced_softmax", "GMM + balanced softmax"),
+        ("--selection gmm --ema_mode released --loss balanced_softmax", "GMM + balanced softmax"),
         ("--selection none --loss gce", "no selection + GCE"),
     ],
 )
 def test_results_name_the_selection_and_the_loss(words, method):
-    assert Train_cifar.method(parse_args(words.split())) == method
+    assert Train_cifar.method(Train_cifar.parse_args(words.split())) == method
 
 
-def test_the_run_directory_names_what_differs_from_the_defaults_of_the_data_set():
+def test_run_directories_are_named_after_what_differs(monkeypatch):
     always = "dataset_cifar100-imb_type_exp-imb_factor_0.01-noise_mode_imb-noise_ratio_0.5-seed_123"
+    for words, name in (("--sce_ce 6", ""), ("--selection gmm --loss sce", "-loss_sce-selection_gmm")):
+        args = Train_cifar.parse_args(f"--dataset cifar100 {words}".split())
+        assert flags.cifar_directory(args) == always + name
+    cards(monkeypatch, 4)
     for words, name in (
-        ("", ""),
-        ("--sce_ce 6", ""),
-        ("--selection gmm --loss sce", "-loss_sce-selection_gmm"),
+        ("", "seed_123"),
+        ("--fidelity released --T 0.4 --seed 3", "fidelity_released-seed_3-T_0.4"),
+        ("--fidelity released --reset_momentum no", "fidelity_released-seed_123-reset_momentum_no"),
+        # not after the processes or cards, so that others can resume the run
+        ("--gpuid1 2 --gpuid2 3", "seed_123"),
+        ("--parallel networks", "seed_123"),
     ):
-        args = parse_args(["--dataset", "cifar100", *words.split()])
-        assert Train_cifar.directory_name(args) == always + name
+        args = Train_webvision.parse_args(words.split())
+        assert flags.webvision_directory(args) == f"webvision-{name}"
+
+
+def test_the_profile_of_webvision_is_that_of_the_paper_only_where_nothing_is_shortened():
+    def cell(words: str) -> dict:
+        return flags.webvision_cell(Train_webvision.parse_args(words.split()))
+
+    paper = {
+        "dataset": "webvision",
+        "noise_type": "real",
+        "noise_rate": None,
+        "imb_factor": None,
+        "ood_ratio": None,
+    }
+    assert cell("") == {**paper, "profile": "paper"}
+    for words in (
+        "--T 0.4",
+        "--num_epochs 101",
+        "--fidelity released",
+        "--image_size 331",
+        "--imb_type step",
+    ):
+        assert cell(words)["profile"] == "paper", words
+    for words in ("--num_epochs 99", "--num_class 49", "--image_size 298", "--network resnet50"):
+        assert cell(words)["profile"] == "short", words
+    long_tail = {"imb_factor": 0.1, "noise_type": "own.npy", "profile": "short"}
+    assert cell("--imb_factor 0.1 --noise_file a/own.npy") == paper | long_tail
 
 
 @pytest.mark.parametrize(
     ("words", "notes"),
     [
         ("", 0),
-        ("--warm_up 200", 1),
         ("--warm_up 200 --selection gmm", 1),
         ("--warm_up 200 --selection none", 0),
         ("--lr_drop 200 --selection none", 1),
     ],
 )
-def test_a_warm_up_to_the_end_is_said_unless_nothing_is_to_be_selected(words, notes, capsys):
-    Train_cifar.note_schedule(parse_args(words.split()))
+def test_a_schedule_that_does_not_fit_gets_a_note(words, notes, capsys):
+    flags.note_schedule(Train_cifar.parse_args(words.split()))
     assert capsys.readouterr().out.count("note: ") == notes
 
 
-# refusals ---------------------------------------------------------------------------------------------------------------
+# how processes share the work of WebVision ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "line"),
+    ("count", "words", "parallel"),
     [
-        ("--noise_ratio", "nan", "--noise_ratio: .*got nan"),
-        ("--noise_ratio", "1.5", "--noise_ratio: .*got 1.5"),
-        ("--noise_mode", "asym", "--noise_mode: .*asym.*choose from .*imb.*sym"),
-        ("--noise_mode", "given", "--noise_mode given: .*--noise_file"),  # digits bring no noisy labels
-        ("--noise_file", "nosuch.npy", "--noise_file nosuch.npy"),
-        ("--imb_factor", "2", "--imb_factor: .*got 2"),
-        ("--imb_factor", "0", "--imb_factor: .*got 0"),
-        ("--imb_type", "linear", "--imb_type: .*linear.*choose from .*exp.*step"),
-        ("--dataset", "nosuch", "nosuch: choose from .*cifar10"),
-        ("--p_threshold", "-1", "--p_threshold: .*got -1"),
-        ("--beta", "1.01", "--beta: .*got 1.01"),
-        ("--phi", "0", "--phi: .*got 0"),
-        ("--lr", "inf", "--lr.*: .*got inf"),
-        ("--T", "0", "--T: .*got 0"),
-        ("--num_epochs", "0", "--num_epochs: .*got 0"),
-        ("--batch_size", "0", "--batch_size: .*got 0"),
-        ("--warm_up", "0", "--warm_up: .*got 0"),
-        ("--min_draw_count", "-3", "--min_draw_count: .*got -3"),
-        ("--seed", "4294967296", "--seed: .*got 4294967296"),
-        ("--preset", "nosuch", "preset nosuch: choose from .*embedded/"),
-        ("--fidelity", "both", "--fidelity: .*both.*choose from .*paper.*released"),
-        ("--resume", "30", "--resume: .*30.*choose from .*auto.*never"),
-        ("--selection", "dividemix", "--selection: .*dividemix.*choose from .*sfa.*gmm.*none"),
-        (
-            "--loss",
-            "focal",
-            "--loss: .*focal.*choose from .*ce.*ldam.*gce.*sce.*logit_adjusted.*balanced_softmax",
-        ),
-        ("--gce_q", "2", "--gce_q: .*got 2"),
-        ("--gce_q", "0", "--gce_q: .*got 0"),
-        ("--ldam_margin", "-0.5", "--ldam_margin: .*got -0.5"),
-        ("--ldam_scale", "0", "--ldam_scale: .*got 0"),
-        ("--sce_ce", "-1", "--sce_ce: .*got -1"),
-        ("--sce_rce", "nan", "--sce_rce: .*got nan"),
-        ("--adjustment_tau", "0", "--adjustment_tau: .*got 0"),
+        (1, "", "none"),
+        (2, "", "networks"),
+        (2, "--device cpu", "none"),
+        (2, "--gpuid2 2", "none"),
+        (2, "--gpuid1 2 --gpuid2 0", "none"),
+        (4, "--gpuid1 3 --gpuid2 2", "networks"),
+        (4, "--gpuid1 1", "none"),  # twice the same
+        (2, "--parallel none", "none"),
+        (0, "--parallel networks", "networks"),
     ],
 )
-def test_a_bad_value_ends_in_status_2_and_one_line_naming_it(flag, value, line, tmp_path, capsys):
-    out = tmp_path / "run"
+def test_each_of_two_cards_trains_a_network_if_both_are_there(count, words, parallel, monkeypatch):
+    cards(monkeypatch, count)
+    assert Train_webvision.parse_args(words.split()).parallel == parallel
+
+
+@pytest.mark.parametrize(
+    ("world", "words", "parallel"), [(2, "", "data"), (2, "--parallel networks", "networks"), (1, "", "none")]
+)
+def test_under_torchrun_all_processes_train_both_networks_unless_asked(world, words, parallel, monkeypatch):
+    by_torchrun(monkeypatch, world)
+    assert Train_webvision.parse_args(words.split()).parallel == parallel
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "words", "expected"),
+    [
+        (None, 2, "--lr 0.02 --data_path folder/", "0,1"),
+        (None, 4, "--gpuid1 3 --gpuid2 1", "3,1"),
+        ("5,2,7", 3, "--gpuid1 2 --gpuid2 0", "7,5"),
+        # what is hidden stays hidden, where the processes are to run on the CPU
+        ("", 0, "--parallel networks", ""),
+        ("3", 1, "--parallel networks --device cpu", "3"),
+    ],
+)
+def test_two_processes_are_this_command_under_torchrun_on_the_cards_asked_for(
+    visible, count, words, expected, monkeypatch
+):
+    cards(monkeypatch, count)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    started = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
+    learners.start_two_processes(Train_webvision.parse_args(words.split()), words.split())
+    [(program, command, environment)] = started
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = str(Path(Train_webvision.__file__).resolve())
+    assert (program, command) == (sys.executable, [*launcher, script, *words.split()])
+    assert environment == {**os.environ, "CUDA_VISIBLE_DEVICES": expected}
+
+
+# refusals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--noise_ratio nan", "--noise_ratio: .*got nan"),
+        ("--noise_mode asym", "--noise_mode: .*asym.*choose from .*imb.*sym"),
+        ("--noise_mode given", "--noise_mode given: .*--noise_file"),  # digits bring no noisy labels
+        ("--noise_file nosuch.npy", "--noise_file nosuch.npy"),
+        ("--imb_factor 2", "--imb_factor: must be at most 1, got 2"),
+        ("--imb_factor 0", "--imb_factor: .*got 0"),
+        ("--imb_type linear", "--imb_type: .*linear.*choose from .*exp.*step"),
+        ("--dataset nosuch", "nosuch: choose from .*cifar10"),
+        ("--lr inf", "--lr.*: .*got inf"),
+        ("--T 0", "--T: .*got 0"),
+        ("--alpha 0", "--alpha: .*got 0"),
+        ("--lambda_u -1", "--lambda_u: .*got -1"),
+        ("--num_epochs 0", "--num_epochs: .*got 0"),
+        ("--batch_size 0", "--batch_size: .*got 0"),
+        ("--warm_up 0", "--warm_up: .*got 0"),
+        ("--seed 4294967296", "--seed: .*got 4294967296"),
+        ("--preset nosuch", "preset nosuch: choose from .*embedded/"),
+        ("--resume 30", "--resume: .*30.*choose from .*auto.*never"),
+        ("--selection dividemix", "--selection: .*dividemix.*choose from .*sfa.*gmm.*none"),
+        ("--loss focal", "--loss: .*focal.*choose from .*ce.*ldam.*gce.*sce.*balanced_softmax"),
+        ("--gce_q 2", "--gce_q: must be at most 1, got 2"),
+        ("--gce_q 0", "--gce_q: .*got 0"),
+        ("--ldam_margin -0.5", "--ldam_margin: .*got -0.5"),
+        ("--ldam_scale 0", "--ldam_scale: .*got 0"),
+        ("--sce_ce -1", "--sce_ce: .*got -1"),
+        ("--sce_rce nan", "--sce_rce: .*got nan"),
+        ("--adjustment_tau 0", "--adjustment_tau: .*got 0"),
+    ],
+)
+def test_a_bad_value_of_cifar_is_named_in_one_line(words, line, tmp_path, capsys):
     # what would end soon if it were not refused
-    argv = ["--dataset", "digits", "--num_epochs", "1", "--limit_train", "32", "--out", str(out), flag, value]
-    with pytest.raises(SystemExit) as stop:
-        cli.exit_cleanly(Train_cifar.main, argv)
-    assert stop.value.code == 2
-    assert re.fullmatch(rf"[^\n]*error: [^\n]*{line}[^\n]*\n", capsys.readouterr().err)
-    assert not out.exists()
+    text = refused(
+        Train_cifar, f"--dataset digits --num_epochs 1 --limit_train 32 --out {tmp_path}/run {words}", capsys
+    )
+    assert re.search(line, text) and not list(tmp_path.iterdir())
+
+
+QUICK = (
+    "--num_class 3 --network resnet18 --image_size 64 --batch_size 2 --num_epochs 1 --device cpu --workers 0"
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """mini-WebVision of 12 images of three classes, in `data`; two of each class in both test sets."""
+    folder = tmp_path_factory.mktemp("webvision")
+    make_webvision(folder / "data", classes=3, per_class=4)
+    np.save(folder / "long.npy", np.arange(13) % 3)
+    np.save(folder / "wide.npy", np.arange(12) // 3)
+    build_caches(folder / "caches" / "64", datasets.load_webvision(folder / "data", 3), size=64)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--num_class 1", "--num_class: WebVision has 1000 classes, 2 at least are needed, got 1 "),
+        ("--num_class 1001", "--num_class: WebVision has 1000 classes, 2 at least are needed, got 1001"),
+        ("--imb_factor 2", "--imb_factor: must be at most 1, got 2"),
+        ("--image_size 32", "--image_size: must be at least 33 for resnet18, got 32"),
+        ("--image_size 32 --network resnet50", "--image_size: must be at least 33 for resnet50, got 32"),
+        ("--image_size 106 --network inception_resnet_v2", "at least 107 for inception_resnet_v2, got 106"),
+        ("--network resnet34", "--network: .*resnet34.*choose from .*resnet_v2.*resnet50.*resnet18"),
+        ("--workers -1", "--workers: must be >= 0, got -1"),
+        ("--feat_size 0", "--feat_size: must be at least 1, got 0"),
+        ("--lr_drop 0", "--lr_drop: must be at least 1, got 0"),
+        ("--lambda_u -1", "--lambda_u: must be >= 0, got -1"),
+        ("--reset_momentum maybe", "--reset_momentum: .*maybe.*choose from .*yes.*no"),
+        ("--gpuid1 -1", "--gpuid1: must be >= 0, got -1"),
+        ("--gpuid2 x", "--gpuid2: must be a whole number, got x"),
+        ("--parallel all", "--parallel: .*all.*choose from .*none.*networks.*data"),
+        ("--parallel data", "--parallel: data needs several processes: start the script with torchrun"),
+        ("--p_threshold 1.5", "--p_threshold: must be between 0 and 1, got 1.5"),
+        ("--beta -0.1", "--beta: must be between 0 and 1, got -0.1"),
+        ("--phi 0", "--phi: must be > 0, got 0"),
+        ("--sample_rate 0", "--sample_rate: must be at least 1, got 0"),
+        ("--min_draw_count -1", "--min_draw_count: must be >= 0, got -1"),
+        ("--ema_mode none", "--ema_mode: .*none.*choose from .*persist.*released"),
+        ("--warm_up 2", "unrecognized arguments: --warm_up 2"),
+        # what only the data tell
+        ("--data_path nosuch", r"webvision not found in .*; looked in .*nosuch for info/train_filelist"),
+        ("--imagenet nosuch", r"nosuch/val for a folder of each of 3 classes of ILSVRC12.*--imagenet none"),
+        ("--num_class 4", "data/imagenet/val for a folder of each of 4 classes.*3 is missing"),
+        ("--noise_file nosuch.npy", "--noise_file nosuch.npy: no such file"),
+        ("--noise_file long.npy", "--noise_file long.npy: holds 13 labels, the training set needs 12"),
+        ("--noise_file wide.npy", "--noise_file wide.npy: label 3 at position 9 is outside 0..2"),
+        ("--image_cache nosuch", "no image cache in nosuch"),
+        ("--image_cache caches/64", "image cache in caches/64/train holds 12 images of another list or size"),
+        ("--gpuid1 99 --device cuda", "--device cuda: there is no CUDA device 99"),
+        # as soon in the process that starts two others
+        ("--parallel networks --data_path nosuch", "webvision not found"),
+        ("--parallel networks --image_cache nosuch", "no image cache in"),
+    ],
+)
+def test_a_bad_value_of_webvision_is_named_in_one_line(words, line, root, capsys, monkeypatch):
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("started"))
+    before = sorted(root.rglob("*"))
+    assert re.search(line, refused(Train_webvision, f"{QUICK} --data_path data --out run {words}", capsys))
+    assert sorted(root.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("folder", "part"), [("google", "train"), ("val_images_256", "test")])
+def test_a_missing_image_is_refused_before_anything_is_written(folder, part, tmp_path, capsys):
+    make_webvision(tmp_path / "data", classes=3, per_class=4)
+    plant(image_files(tmp_path / "data" / folder)[1], "missing")
+    text = refused(Train_webvision, f"{QUICK} --data_path {tmp_path}/data --out {tmp_path}/run", capsys)
+    assert f"of the {part} list" in text and "or use --on_bad_image skip" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("world", "cuda", "words", "line"),
+    [
+        (2, 0, "--parallel none", "none is one process: start the script with python, not with torchrun"),
+        (3, 0, "--parallel networks", "networks needs two processes, torchrun started 3"),
+        (1, 0, "--parallel data", "data needs several processes: start the script with torchrun"),
+        # one process would take a card and the other a CPU, and they would never meet
+        (
+            0,
+            1,
+            "--parallel networks --device auto",
+            "CUDA devices, 0 and 1 by --gpuid1 and --gpuid2 (found 1)",
+        ),
+        (
+            0,
+            0,
+            "--parallel networks --device cuda",
+            "CUDA devices, 0 and 1 by --gpuid1 and --gpuid2 (found 0)",
+        ),
+        (0, 2, "--parallel networks --device auto --gpuid1 1", "1 and 1 by --gpuid1 and --gpuid2 (found 2)"),
+        (0, 2, "--parallel networks --device auto --gpuid2 2", "0 and 2 by --gpuid1 and --gpuid2 (found 2)"),
+    ],
+)
+def test_processes_and_cards_that_do_not_fit_are_refused(
+    world, cuda, words, line, tmp_path, capsys, monkeypatch
+):
+    cards(monkeypatch, cuda)
+    if world:
+        by_torchrun(monkeypatch, world)
+    text = refused(Train_webvision, f"{QUICK} --out {tmp_path}/run {words}", capsys)
+    assert "--parallel: " in text and line in text and not list(tmp_path.iterdir())
+
+
+def test_what_processes_cannot_share_is_refused(root, monkeypatch):
+    for name in ("world", "planned"):
+        monkeypatch.setattr(processes, name, lambda: 2)
+    args = Train_webvision.parse_args([*QUICK.split(), "--data_path", str(root / "data")])
+    args.parallel = "data"
+    assert len(webvision.load_files(args).positions) == 12
+    args.batch_size = 3
+    with pytest.raises(UserError, match="--batch_size 3: cannot be cut into equal pieces for 2 processes"):
+        webvision.load_files(args)
+    args.parallel = "networks"  # each has whole batches
+    assert len(webvision.load_files(args).positions) == 12
+    args.limit_train = 1
+    with pytest.raises(UserError, match="1 training images are too few for 2 processes"):
+        webvision.load_files(args)

@@ -294,7 +294,7 @@ def test_semi_supervised_epoch(golden, kind, forward_unlabelled):
             weight=lambda step, c=case, n=steps: losses.ramp_up(
                 float(c["lambda_u"]), float(c["epoch"]) + step / n, 30
             ),
-            draw_mix_weight=lambda draws=weights: float(next(draws)),
+            draw_lam=lambda draws=weights: float(next(draws)),
             draw_permutation=lambda rows, draws=permutations: tensor(next(draws)[:rows]),
             temperature=0.5,
             device=CPU,

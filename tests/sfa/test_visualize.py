@@ -4,9 +4,7 @@ import itertools
 import json
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +13,9 @@ from PIL import Image
 
 from common.runs import cli
 from sfa import Train_cifar, visualize
+from sfa.flags import cifar_cell
 from sfa.visualize import figures, read_run
 
-ROOT = Path(__file__).resolve().parents[2]
 EPOCHS, WARM_UP = 6, 2
 DIGITS = {"dataset": "digits", "imb_type": "exp", "num_class": 10, "selection": "sfa", "warm_up": WARM_UP}
 CELL = {"dataset": "digits", "noise_type": "imb", "noise_rate": 0.5, "imb_factor": 0.1, "profile": "embedded"}
@@ -42,12 +40,14 @@ def write_run(folder, method="SFA", values=(50, 60), paper="sfa", cell=CELL, **a
 
 
 def log_of(counts, epochs, selecting, seed):
-    """Columns of a run's log: accuracy of every class, and what is known of the selection in the epochs that make one."""
+    """Columns of a run's log: accuracy of every class, and the selection in the epochs that make one."""
     rng = np.random.default_rng(seed)
     columns = {"epoch": range(1, 1 + epochs), "test_accuracy": rng.uniform(10, 90, epochs).round(3)}
-    known = np.arange(1, 1 + epochs) > (WARM_UP if selecting else epochs)
+    selects = np.arange(1, 1 + epochs) > (WARM_UP if selecting else epochs)
     for name, values in (("selected", rng.integers(50, 99, epochs)), ("auc", rng.uniform(0.5, 1, epochs))):
-        columns[f"net1_{name}"] = [value if there else "" for value, there in zip(values, known, strict=True)]
+        columns[f"net1_{name}"] = [
+            value if there else "" for value, there in zip(values, selects, strict=True)
+        ]
     return columns | {f"class_{k}": rng.uniform(0, 100, epochs).round(3) for k in range(len(counts))}
 
 
@@ -71,7 +71,7 @@ def write_finished(folder, method="SFA", counts=COUNTS, seed=1, epochs=EPOCHS, *
 
 
 def write_webvision(folder, seed=1, epochs=3):
-    """A finished run of Train_webvision.py, which knows no truth and selects after every epoch."""
+    """A finished run of Train_webvision.py: no true labels, a selection after every epoch."""
     rng = np.random.default_rng(seed)
     counts = rng.integers(15, 130, 50).tolist()
     write_finished(folder, counts=counts, seed=seed, epochs=epochs)
@@ -133,268 +133,14 @@ def lines_of(axes):
     return {line.get_label(): line.get_xydata().T.tolist() for line in axes.get_lines()}
 
 
-def refused(capsys, *words) -> str:
-    """The one line that a call ends in, with status 2."""
-    with pytest.raises(SystemExit) as stop:
-        cli.exit_cleanly(visualize.main, list(map(str, words)))
-    assert stop.value.code == 2
-    line = capsys.readouterr().err
-    assert re.fullmatch(r"[^\n]*error: [^\n]*\n", line)
-    return line
-
-
-# what is read -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("cell", "arguments", "words"),
-    [
-        ({}, DIGITS, "digits, imbalance 10\n50 % noise by class size"),
-        ({}, {}, "digits, imbalance 10\n50 % noise by class size"),
-        ({"noise_type": "sym", "noise_rate": 0.125, "imb_factor": 0.02}, DIGITS, "digits, imbalance 50\n12.5 % symmetric noise"),
-        ({"imb_factor": 0.01}, {**DIGITS, "imb_type": "step"}, "digits, imbalance 100 in steps\n50 % noise by class size"),
-        ({"imb_factor": 1.0, "noise_type": "given", "noise_rate": None}, DIGITS, "digits\ngiven labels"),
-        ({"imb_factor": 1.0, "noise_type": "worse_{1}.npy", "noise_rate": None}, DIGITS, "digits\nlabels of worse_{1}.npy"),
-        ({"profile": "embedded+limit_train=64+limit_test=30"}, {}, "digits, 64 images, imbalance 10\n50 % noise by class size"),
-        (WEBVISION, {"num_class": 7}, "webvision, 7 classes\nlabels of the search"),
-    ],
-)  # fmt: skip
-def test_a_setting_is_named_by_data_long_tail_and_noise(cell, arguments, words, tmp_path):
-    run = read_run(write_run(tmp_path / "run", "CE", cell={**CELL, **cell}, **arguments))
-    assert run.curve.arguments["setting"] == words
-
-
-def test_a_run_of_the_script_and_its_baseline_are_of_one_setting(tmp_path):
-    """What Train_cifar.py says of itself, from the cell that a baseline takes over."""
-    args = Train_cifar.parse_args(["--dataset", "digits", "--imb_factor", "0.05", "--noise_mode", "sym"])
-
-    class Digits:
-        name = "digits"
-
-    cell = Train_cifar.cell(args, Digits)
-    own = read_run(write_run(tmp_path / "run", "SFA", cell=cell, **vars(args)))
-    baseline = read_run(write_run(tmp_path / "baseline", "CE", cell=cell, like="run", num_epochs=2))
-    assert own.curve.arguments["setting"] == baseline.curve.arguments["setting"]
-    assert "selection" not in baseline.curve.arguments
-
-
-def test_the_first_finished_run_of_sfa_is_shown_else_the_first_with_a_split(run, tmp_path):
-    unfinished = write_finished(tmp_path / "unfinished")
-    (unfinished / "result.json").unlink()
-    warm_up_only = write_finished(tmp_path / "warm_up_only")
-    (warm_up_only / "clean_probability.npz").unlink()
-    baseline = write_run(tmp_path / "ce", "CE")
-    none = write_finished(tmp_path / "none", "no selection", selection="none")
-    for folder in (baseline, none):  # files that are not theirs
-        for name in ("result.json", "clean_probability.npz"):
-            shutil.copy(run / name, folder)
-    folders = [
-        unfinished,
-        warm_up_only,
-        baseline,
-        none,
-        write_finished(tmp_path / "gmm", "GMM", selection="gmm"),
-        run,
-        write_finished(tmp_path / "second"),
-    ]
-    runs, order = [read_run(folder) for folder in folders], []
-    while (shown := visualize.run_to_show(runs)) is not None:
-        order.append(shown.folder.name)
-        runs = [other for other in runs if other is not shown]
-    assert order == ["run", "second", "gmm"]
-
-
-def test_at_most_ten_classes_are_shown_evenly_spaced_by_rank_the_most_frequent_first():
-    assert visualize.classes_to_show(np.array([5, 0, 9, 5, 1])).tolist() == [2, 0, 3, 4]
-    assert visualize.classes_to_show(np.arange(1, 101)).tolist() == [99, 88, 77, 66, 55, 44, 33, 22, 11, 0]
-    assert len(visualize.classes_to_show(np.arange(1, 12))) == 10
-    assert visualize.classes_to_show(np.array([0, 3])).tolist() == [1]
-
-
-# curves -----------------------------------------------------------------------------------------------------------------
-
-
-def test_the_curves_have_a_panel_per_setting_and_a_method_one_colour(tmp_path, drawn):
-    other = {**CELL, "imb_factor": 0.01}
-    runs = [
-        write_run(tmp_path / "a", "CE", [10, 20]),
-        write_run(tmp_path / "b", "SFA", [30, 40], **DIGITS),
-        write_run(tmp_path / "c", "SFA", [50, 80], **DIGITS),
-        write_run(tmp_path / "d", "no selection", [5, 6], **{**DIGITS, "selection": "none", "warm_up": 30}),
-        write_run(tmp_path / "e", "SFA", [1, 2], cell=other, **DIGITS),
-        write_run(tmp_path / "f", "GMM", [1, 2], cell=other, **{**DIGITS, "selection": "gmm", "warm_up": 1}),
-    ]
-    visualize.main([*map(str, runs), "--out", str(tmp_path / "figure.png")])
-    first, second = drawn[0].axes
-    assert first.get_title() == "Test accuracy: digits, imbalance 10\n50 % noise by class size"
-    assert second.get_title() == "Test accuracy: digits, imbalance 100\n50 % noise by class size"
-    lines = lines_of(first)
-    assert lines["CE, 1 run(s)"] == [[1, 2], [10, 20]]
-    assert lines["SFA, 2 run(s)"] == [[1, 2], [40, 60]]
-    assert lines["end of the warm-up"][0] == [WARM_UP + 0.5] * 2, "that of the runs with a selection"
-    assert "end of the warm-up" not in lines_of(second), "at two epochs"
-    colors = {line.get_label(): line.get_color() for axes in (first, second) for line in axes.get_lines()}
-    assert colors["SFA, 1 run(s)"] == colors["SFA, 2 run(s)"] != colors["CE, 1 run(s)"]
-
-
-def test_more_methods_than_colours_differ_in_their_lines(tmp_path, drawn):
-    runs = [write_run(tmp_path / str(k), f"method {k}") for k in range(12)]
-    (axes,) = draw(drawn, *runs).values()
-    looks = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}
-    assert len(looks) == 12
-    assert {style for _, style in looks} == {"-", "--"}
-
-
-def test_a_single_epoch_is_a_point(tmp_path, drawn):
-    runs = write_run(tmp_path / "a", "CE", [10]), write_run(tmp_path / "b", "SFA", [10, 20], **DIGITS)
-    (axes,) = draw(drawn, *runs).values()
-    assert [line.get_marker() for line in axes.get_lines()][:2] == [".", "None"]
-
-
-# the selection of one run -----------------------------------------------------------------------------------------------
-
-
 def bars(axes):
     """Heights of the bars of each colour of a stacked histogram."""
-    return {
-        to_rgb(group.patches[0].get_facecolor()): [bar.get_height() for bar in group] for group in axes.containers
-    }  # fmt: skip
+    groups = axes.containers
+    return {to_rgb(bars.patches[0].get_facecolor()): [bar.get_height() for bar in bars] for bars in groups}
 
 
 def histograms(panels):
     return {title: axes for title, axes in panels.items() if title.startswith("class ")}
-
-
-def test_clean_probabilities_are_drawn_by_class_clean_against_mislabelled(run, drawn):
-    change_json(run / "args.json", p_threshold=0.7)
-    shown = histograms(draw(drawn, run))
-    ranked = sorted(range(10), key=lambda k: -COUNTS[k])
-    assert list(shown) == [f"class {k}: {COUNTS[k]} samples" for k in ranked]
-    with np.load(run / "clean_probability.npz") as file:
-        probability, observed, clean = file["net1"], file["observed"], file["clean"]
-    for k, axes in zip(ranked, shown.values(), strict=True):
-        groups = {"tab:blue": clean == k, "tab:orange": clean != k}
-        if k != 9:  # which may have no bars of a colour
-            assert bars(axes) == {
-                to_rgb(color): np.histogram(probability[(observed == k) & kind], 20, (0, 1))[0].tolist()
-                for color, kind in groups.items()
-            }
-        assert axes.get_lines()[0].get_xdata()[0] == 0.7
-        tops = [bar.get_y() for bar in axes.containers[1]]
-        assert tops == [bar.get_height() for bar in axes.containers[0]], "mislabelled ones stand on the clean"
-    part = drawn[0].subfigs[1]
-    assert "(SFA, digits, imbalance 10, 50 % noise by class size)" in part.get_suptitle()
-    assert "seed 1" in part.get_suptitle()
-    labels = [text.get_text() for text in part.legends[0].get_texts()]
-    assert labels == ["clean", "mislabelled", "selected above 0.7"]
-
-
-def test_of_many_classes_ten_are_shown(tmp_path, drawn):
-    counts = np.arange(1, 101)[::-1]
-    panels = draw(drawn, write_finished(tmp_path / "run", counts=counts.tolist()))
-    chosen = [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
-    assert list(histograms(panels)) == [f"class {k}: {counts[k]} samples" for k in chosen]
-    named = [text.get_text() for text in panels["Directions of the drawn centroids"].texts]
-    assert named == list(map(str, chosen))
-    assert len(panels["Accuracy by class after epoch 6"].collections) == 3
-    assert (
-        sum(len(marks.get_offsets()) for marks in panels["Accuracy by class after epoch 6"].collections)
-        == 100
-    )
-
-
-def test_few_classes_have_one_row_and_no_empty_panel(tmp_path, drawn):
-    panels = draw(drawn, write_finished(tmp_path / "run", counts=[9, 5, 3]))
-    assert len(histograms(panels)) == 3
-    drawn[0].canvas.draw()
-    places = [axes.get_position() for axes in histograms(panels).values()]
-    assert len({round(place.y0, 3) for place in places}) == 1
-    assert places[2].x1 > 0.9, "over the whole width"
-    seven = draw(drawn, write_finished(tmp_path / "seven", counts=[9, 5, 3, 3, 3, 3, 3]))
-    assert len(histograms(seven)) == 7
-
-
-# its centroids ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_projection_is_that_of_directions_onto_principal_components():
-    rng = np.random.default_rng(0)
-    centroids = rng.normal(size=(5, 4, 8)) + 3 * rng.normal(size=(4, 8))
-    present = np.array([True, True, False, True])
-    points, shares = visualize.project(centroids, present)
-    directions = centroids / np.sqrt((centroids**2).sum(axis=2))[:, :, None]
-    rows = directions[:, present].reshape(-1, 8)
-    _, values, axes = np.linalg.svd(rows - rows.mean(axis=0))
-    expected = (directions - rows.mean(axis=0)) @ axes[:2].T
-    assert points.shape == (5, 4, 2)
-    for i in (0, 1):  # up to the sign of an axis
-        assert np.allclose(points[..., i], expected[..., i]) or np.allclose(points[..., i], -expected[..., i])
-    assert np.allclose(shares, (values**2 / (values**2).sum())[:2])
-    longer = visualize.project(centroids * rng.uniform(0.1, 9, (5, 4, 1)), present)[0]
-    assert np.allclose(longer, points)
-    centroids[:, 2] = 0  # of a class without samples
-    assert np.isfinite(visualize.project(centroids, present)[0]).all()
-
-
-def test_the_way_of_each_centroid_goes_from_faint_to_strong_and_ends_in_a_mark(run, drawn):
-    panels = draw(drawn, run)
-    axes = panels["Directions of the drawn centroids"]
-    assert list(panels)[-3:-1] == ["Directions of the drawn centroids", "Accuracy by class after epoch 6"]
-    with np.load(run / "centroids.npz") as file:
-        points, shares = visualize.project(file["net1"].astype(float), np.ones(10, bool))
-    ways, marks = axes.collections[::2], axes.collections[1::2]
-    ranked = sorted(range(10), key=lambda k: -COUNTS[k])
-    for k, way, mark, text in zip(ranked, ways, marks, axes.texts, strict=True):
-        steps = np.array(way.get_segments())
-        assert np.allclose(steps[:, 0], points[:-1, k])
-        assert np.allclose(steps[:, 1], points[1:, k])
-        alphas = way.get_colors()[:, 3]
-        assert (np.diff(alphas) > 0).all()
-        assert alphas[-1] == 1
-        assert np.allclose(mark.get_offsets(), points[-1, k])
-        assert text.get_text() == str(k)
-        assert np.allclose(way.get_colors()[-1], mark.get_facecolors()[0])
-        title = next(a.title for a in drawn[0].axes if a.get_title().startswith(f"class {k}:"))
-        assert np.allclose(title.get_color(), mark.get_facecolors()[0]), "the colour of the class above"
-    assert axes.get_title() == "Directions of the drawn centroids\nepochs 3 to 6"
-    assert axes.get_xlabel() == f"principal component 1 ({100 * shares[0]:.0f} % of variance)"
-    assert axes.get_ylabel() == f"principal component 2 ({100 * shares[1]:.0f} % of variance)"
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    assert np.isclose(right - left, top - bottom)
-    assert left < points[..., 0].min() < points[..., 0].max() < right
-    assert bottom < points[..., 1].min() < points[..., 1].max() < top
-
-
-def test_classes_without_samples_do_not_decide_on_the_plane(tmp_path, drawn):
-    run = write_finished(tmp_path / "run", counts=[9, 5, 0, 3])
-    with np.load(run / "centroids.npz") as file:
-        centroids = file["net1"].astype(float)
-    axes = draw(drawn, run)["Directions of the drawn centroids"]
-    points, _ = visualize.project(centroids, np.array([True, True, False, True]))
-    ends = np.concatenate([marks.get_offsets() for marks in axes.collections[1::2]])
-    assert np.allclose(ends, points[-1, [0, 1, 3]])
-
-
-def test_a_single_selection_has_marks_alone(tmp_path, drawn):
-    axes = draw(drawn, write_finished(tmp_path / "run", epochs=WARM_UP + 1))[
-        "Directions of the drawn centroids"
-    ]
-    assert axes.get_title().endswith("\nepoch 3")
-    assert [len(way.get_segments()) for way in axes.collections[::2]] == [0] * 10
-    one_class = write_finished(tmp_path / "one", counts=[5], epochs=WARM_UP + 1)
-    assert "Directions of the drawn centroids" not in draw(drawn, one_class), "a point is no projection"
-
-
-def test_without_drawn_centroids_there_is_no_such_panel(run, tmp_path, drawn):
-    gmm = write_finished(tmp_path / "gmm", "GMM", selection="gmm")
-    panels = draw(drawn, gmm)
-    assert len(histograms(panels)) == 10
-    assert list(panels)[-2:] == ["Accuracy by class after epoch 6", "Selection by network 1"]
-    (run / "centroids.npz").unlink()  # of a run that kept none
-    assert "Directions of the drawn centroids" not in draw(drawn, run)
-
-
-# all runs of its setting ------------------------------------------------------------------------------------------------
 
 
 def marks_of(axes):
@@ -407,22 +153,237 @@ def marks_of(axes):
     return marks
 
 
-def test_accuracy_by_class_is_the_mean_of_a_methods_runs_by_shot(run, tmp_path, drawn):
+def refused(capsys, *words) -> str:
+    """The one line that a call ends in, with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        cli.exit_cleanly(visualize.main, list(map(str, words)))
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"[^\n]*error: [^\n]*\n", line)
+    return line
+
+
+CLASSES, PATHS = "Accuracy by class after epoch 6", "Directions of the drawn centroids"
+SELECTION = "Selection by network 1"
+RANKED = sorted(range(10), key=lambda k: -COUNTS[k])
+
+# reading --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cell", "arguments", "words"),
+    [
+        ({}, DIGITS, "digits, imbalance 10\n50 % noise by class size"),
+        ({}, {}, "digits, imbalance 10\n50 % noise by class size"),
+        ({"noise_type": "sym", "noise_rate": 0.125}, DIGITS, "digits, imbalance 10\n12.5 % symmetric noise"),
+        (
+            {"imb_factor": 0.01},
+            {**DIGITS, "imb_type": "step"},
+            "digits, imbalance 100 in steps\n50 % noise by",
+        ),
+        ({"imb_factor": 1.0, "noise_type": "given", "noise_rate": None}, DIGITS, "digits\ngiven labels"),
+        (
+            {"imb_factor": 1.0, "noise_type": "w_{1}.npy", "noise_rate": None},
+            {},
+            "digits\nlabels of w_{1}.npy",
+        ),
+        ({"profile": "embedded+limit_train=64+limit_test=30"}, {}, "digits, 64 images, imbalance 10\n50 %"),
+        (WEBVISION, {"num_class": 7}, "webvision, 7 classes\nlabels of the search"),
+    ],
+)
+def test_a_setting_is_named_by_data_long_tail_and_noise(cell, arguments, words, tmp_path):
+    run = read_run(write_run(tmp_path / "run", "CE", cell={**CELL, **cell}, **arguments))
+    assert run.curve.arguments["setting"].startswith(words)
+
+
+def test_a_run_of_the_script_and_its_baseline_are_of_one_setting(tmp_path):
+    """What Train_cifar.py says of itself, from the cell that a baseline takes over."""
+    args = Train_cifar.parse_args(["--dataset", "digits", "--imb_factor", "0.05", "--noise_mode", "sym"])
+    cell = cifar_cell(args, SimpleNamespace(name="digits"))
+    own = read_run(write_run(tmp_path / "run", "SFA", cell=cell, **vars(args)))
+    baseline = read_run(write_run(tmp_path / "baseline", "CE", cell=cell, like="run", num_epochs=2))
+    assert own.curve.arguments["setting"] == baseline.curve.arguments["setting"]
+    assert "selection" not in baseline.curve.arguments
+
+
+def test_the_first_finished_run_of_sfa_is_shown_else_the_first_with_a_split(run, tmp_path):
+    unfinished, warm_up_only = (write_finished(tmp_path / name) for name in ("unfinished", "warm_up_only"))
+    (unfinished / "result.json").unlink()
+    (warm_up_only / "clean_probability.npz").unlink()
+    baseline = write_run(tmp_path / "ce", "CE")
+    none = write_finished(tmp_path / "none", "no selection", selection="none")
+    for folder in (baseline, none):  # files that are not theirs
+        for name in ("result.json", "clean_probability.npz"):
+            shutil.copy(run / name, folder)
+    gmm = write_finished(tmp_path / "gmm", "GMM", selection="gmm")
+    folders = [unfinished, warm_up_only, baseline, none, gmm, run, write_finished(tmp_path / "second")]
+    runs, order = [read_run(folder) for folder in folders], []
+    while (shown := visualize.run_to_show(runs)) is not None:
+        order.append(shown.folder.name)
+        runs = [other for other in runs if other is not shown]
+    assert order == ["run", "second", "gmm"]
+
+
+def test_at_most_ten_classes_are_shown_evenly_spaced_by_rank_the_most_frequent_first():
+    assert visualize.classes_to_show(np.array([5, 0, 9, 5, 1])).tolist() == [2, 0, 3, 4]
+    assert visualize.classes_to_show(np.arange(1, 101)).tolist() == [*range(99, -1, -11)]
+    assert len(visualize.classes_to_show(np.arange(1, 12))) == 10
+
+
+# curves ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_curves_have_a_panel_per_setting_and_a_method_one_colour(tmp_path, drawn):
+    other = {**CELL, "imb_factor": 0.01}
+    runs = [
+        write_run(tmp_path / "a", "CE", [10, 20]),
+        write_run(tmp_path / "b", "SFA", [30, 40], **DIGITS),
+        write_run(tmp_path / "c", "SFA", [50, 80], **DIGITS),
+        write_run(tmp_path / "d", "no selection", [5, 6], **{**DIGITS, "selection": "none", "warm_up": 30}),
+        write_run(tmp_path / "e", "SFA", [1, 2], cell=other, **DIGITS),
+        write_run(tmp_path / "f", "GMM", [1, 2], cell=other, **{**DIGITS, "selection": "gmm", "warm_up": 1}),
+        *(write_run(tmp_path / str(k), f"method {k}", cell={**CELL, "imb_factor": 0.5}) for k in range(12)),
+        write_run(tmp_path / "point", "CE", [10], cell={**CELL, "imb_factor": 0.5}),
+    ]
+    visualize.main([*map(str, runs), "--out", str(tmp_path / "figure.png")])
+    first, second, third = drawn[0].axes[:3]
+    assert first.get_title() == "Test accuracy: digits, imbalance 10\n50 % noise by class size"
+    assert second.get_title() == "Test accuracy: digits, imbalance 100\n50 % noise by class size"
+    lines = lines_of(first)
+    assert lines["CE, 1 run(s)"] == [[1, 2], [10, 20]] and lines["SFA, 2 run(s)"] == [[1, 2], [40, 60]]
+    assert lines["end of the warm-up"][0] == [WARM_UP + 0.5] * 2, "that of the runs with a selection"
+    assert "end of the warm-up" not in lines_of(second), "at two epochs"
+    colors = {line.get_label(): line.get_color() for axes in (first, second) for line in axes.get_lines()}
+    assert colors["SFA, 1 run(s)"] == colors["SFA, 2 run(s)"] != colors["CE, 1 run(s)"]
+    looks = {(line.get_color(), line.get_linestyle()) for line in third.get_lines()}
+    assert len(looks) == 13 and {style for _, style in looks} == {"-", "--"}, "more methods than colours"
+    markers = {line.get_label(): line.get_marker() for line in third.get_lines()}
+    assert [name for name, marker in markers.items() if marker == "."] == ["CE, 1 run(s)"], "a single epoch"
+
+
+# the selection of one run ---------------------------------------------------------------------------------------------
+
+
+def test_clean_probabilities_and_paths_of_centroids_are_drawn_by_class(run, drawn):
+    change_json(run / "args.json", p_threshold=0.7)
+    panels = draw(drawn, run)
+    shown = histograms(panels)
+    assert list(panels)[1:] == [*shown, PATHS, CLASSES, SELECTION]
+    assert list(shown) == [f"class {k}: {COUNTS[k]} samples" for k in RANKED]
+    with np.load(run / "clean_probability.npz") as file:
+        probability, observed, clean = file["net1"], file["observed"], file["clean"]
+    for k, axes in zip(RANKED, shown.values(), strict=True):
+        groups = {"tab:blue": clean == k, "tab:orange": clean != k}
+        if k != 9:  # which may have no bars of a colour
+            assert bars(axes) == {
+                to_rgb(color): np.histogram(probability[(observed == k) & kind], 20, (0, 1))[0].tolist()
+                for color, kind in groups.items()
+            }
+        assert axes.get_lines()[0].get_xdata()[0] == 0.7
+        tops = [bar.get_y() for bar in axes.containers[1]]
+        assert tops == [bar.get_height() for bar in axes.containers[0]], "mislabelled ones stand on the clean"
+    part = drawn[0].subfigs[1]
+    assert "seed 1 (SFA, digits, imbalance 10, 50 % noise by class size)" in part.get_suptitle()
+    labels = [text.get_text() for text in part.legends[0].get_texts()]
+    assert labels == ["clean", "mislabelled", "selected above 0.7"]
+
+    axes = panels[PATHS]
+    with np.load(run / "centroids.npz") as file:
+        points, explained = visualize.project(file["net1"].astype(float), np.ones(10, bool))
+    drawn_classes = zip(RANKED, axes.collections[::2], axes.collections[1::2], axes.texts, strict=True)
+    for k, path, mark, text in drawn_classes:
+        steps, colors = np.array(path.get_segments()), path.get_colors()
+        assert np.allclose(steps[:, 0], points[:-1, k]) and np.allclose(steps[:, 1], points[1:, k])
+        assert (np.diff(colors[:, 3]) > 0).all() and colors[-1, 3] == 1
+        assert np.allclose(mark.get_offsets(), points[-1, k]) and text.get_text() == str(k)
+        title = shown[f"class {k}: {COUNTS[k]} samples"].title
+        for color in (colors[-1], title.get_color()):
+            assert np.allclose(color, mark.get_facecolors()[0])
+    assert axes.get_title() == f"{PATHS}\nepochs 3 to 6"
+    assert axes.get_xlabel() == f"principal component 1 ({100 * explained[0]:.0f} % of variance)"
+    assert axes.get_ylabel() == f"principal component 2 ({100 * explained[1]:.0f} % of variance)"
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    assert np.isclose(right - left, top - bottom), "lengths compare"
+    assert left < points[..., 0].min() < points[..., 0].max() < right
+    assert bottom < points[..., 1].min() < points[..., 1].max() < top
+
+
+def test_of_many_classes_ten_are_shown_and_shots_go_by_samples(tmp_path, drawn):
+    counts = np.arange(2, 202, 2)[::-1]
+    panels = draw(drawn, write_finished(tmp_path / "run", counts=counts.tolist()))
+    chosen = range(0, 100, 11)
+    assert list(histograms(panels)) == [f"class {k}: {counts[k]} samples" for k in chosen]
+    assert [text.get_text() for text in panels[PATHS].texts] == list(map(str, chosen))
+    sizes = [len(marks.get_offsets()) for marks in panels[CLASSES].collections]
+    assert sizes == [50, 41, 9]
+
+
+def test_few_classes_have_one_row_and_a_class_without_samples_no_mark(tmp_path, drawn):
+    run = write_finished(tmp_path / "run", counts=[9, 5, 0, 3])
+    with np.load(run / "centroids.npz") as file:
+        points, _ = visualize.project(file["net1"].astype(float), np.array([True, True, False, True]))
+    columns = log_of([9, 5, 0, 3], EPOCHS, True, seed=1)
+    write_log(run, columns | {"class_1": [""] * EPOCHS})  # no test sample
+    panels = draw(drawn, run)
+    ends = np.concatenate([marks.get_offsets() for marks in panels[PATHS].collections[1::2]])
+    assert np.allclose(ends, points[-1, [0, 1, 3]]), "class 2 does not decide on the plane"
+    assert [x for points in marks_of(panels[CLASSES]).values() for x, _ in points] == [9, 3]
+    drawn[0].canvas.draw()
+    places = [axes.get_position() for axes in histograms(panels).values()]
+    assert len(places) == 3 and len({round(place.y0, 3) for place in places}) == 1
+    assert places[2].x1 > 0.9, "over the whole width"
+
+
+def test_the_projection_is_that_of_directions_onto_principal_components():
+    rng = np.random.default_rng(0)
+    centroids = rng.normal(size=(5, 4, 8)) + 3 * rng.normal(size=(4, 8))
+    present = np.array([True, True, False, True])
+    points, explained = visualize.project(centroids, present)
+    directions = centroids / np.sqrt((centroids**2).sum(axis=2))[:, :, None]
+    rows = directions[:, present].reshape(-1, 8)
+    _, values, axes = np.linalg.svd(rows - rows.mean(axis=0))
+    expected = (directions - rows.mean(axis=0)) @ axes[:2].T
+    for i in (0, 1):  # up to the sign of an axis
+        assert np.allclose(points[..., i], expected[..., i]) or np.allclose(points[..., i], -expected[..., i])
+    assert np.allclose(explained, (values**2 / (values**2).sum())[:2])
+    longer = visualize.project(centroids * rng.uniform(0.1, 9, (5, 4, 1)), present)[0]
+    assert np.allclose(longer, points)
+    centroids[:, 2] = 0  # of a class without samples
+    assert np.isfinite(visualize.project(centroids, present)[0]).all()
+
+
+def test_a_single_selection_has_marks_alone_and_a_single_point_is_no_projection(tmp_path, drawn):
+    few = write_finished(tmp_path / "run", counts=[3, 2], epochs=WARM_UP + 1)
+    axes = draw(drawn, few)[PATHS]
+    assert axes.get_title().endswith("\nepoch 3")
+    assert [len(path.get_segments()) for path in axes.collections[::2]] == [0, 0]
+    assert PATHS not in draw(drawn, write_finished(tmp_path / "one", counts=[5], epochs=WARM_UP + 1))
+
+
+# all runs of its setting ----------------------------------------------------------------------------------------------
+
+
+def test_classes_and_selections_of_a_setting_are_drawn_by_method(run, tmp_path, drawn):
     more = np.array(COUNTS) + 2
     second = write_finished(tmp_path / "second", counts=more.tolist(), seed=2)
     gmm = write_finished(tmp_path / "gmm", "GMM", seed=3, selection="gmm")
+    none = write_finished(tmp_path / "none", "no selection", seed=5, selection="none")
     baseline = write_run(tmp_path / "ce", "CE", [10, 20])
     other = write_finished(tmp_path / "other", "elsewhere", seed=4)
     change_json(other / "args.json", cell={**CELL, "imb_factor": 0.01})
-    axes = draw(drawn, baseline, run, second, gmm, other)["Accuracy by class after epoch 6"]
-    blue, orange = (to_rgb(line.get_color()) for line in drawn[0].axes[0].get_lines()[1:3])
-    last = np.array([[log(folder)[f"class_{k}"][-1] for k in range(10)] for folder in (run, second, gmm)])
-    expected = {blue: (np.array(COUNTS) + 1, last[:2].mean(axis=0)), orange: (np.array(COUNTS), last[2])}
-    found, shots = marks_of(axes), {"many": [0, 1], "medium": [2, 3, 4, 5, 6], "few": [7, 8, 9]}
+    panels = draw(drawn, baseline, run, second, gmm, none, other)
+    axes = panels[CLASSES]
+    above = {line.get_label(): to_rgb(line.get_color()) for line in drawn[0].axes[0].get_lines()}
+    last = np.array([[log(of)[f"class_{k}"][-1] for k in range(10)] for of in (run, second, gmm, none)])
+    expected = {
+        above["SFA, 2 run(s)"]: (np.array(COUNTS) + 1, last[:2].mean(axis=0)),
+        above["GMM, 1 run(s)"]: (np.array(COUNTS), last[2]),
+        above["no selection, 1 run(s)"]: (np.array(COUNTS), last[3]),
+    }
+    marks, shots = marks_of(axes), {"many": [0, 1], "medium": [2, 3, 4, 5, 6], "few": [7, 8, 9]}
     shapes = {}
     for color, (x, y) in expected.items():
-        points = [(shape, values) for (own, shape), values in found.items() if own == color]
-        assert len(points) == 3
+        points = [(shape, values) for (own, shape), values in marks.items() if own == color]
         for (shape, values), (shot, classes) in zip(points, shots.items(), strict=True):
             assert np.allclose(values, np.stack([x[classes], y[classes]], axis=1))
             assert shapes.setdefault(shot, shape) == shape
@@ -430,119 +391,76 @@ def test_accuracy_by_class_is_the_mean_of_a_methods_runs_by_shot(run, tmp_path, 
         for line, classes in zip(means, shots.values(), strict=True):
             assert np.allclose(line[:, 0], [x[classes].min(), x[classes].max()])
             assert np.allclose(line[:, 1], y[classes].mean())
-    assert len(set(shapes.values())) == 3
-    assert set(found) == {(color, shape) for color in expected for shape in shapes.values()}
-    assert axes.get_xscale() == "log"
+    assert len(set(shapes.values())) == 3 and len(marks) == 9 and axes.get_xscale() == "log"
     labels = [text.get_text() for text in drawn[0].subfigs[-1].legends[0].get_texts()]
-    assert labels == ["SFA", "GMM", "many shot", "medium shot", "few shot"]
+    assert labels == ["SFA", "GMM", "no selection", "many shot", "medium shot", "few shot"]
 
-
-def test_other_numbers_of_classes_have_their_shots_by_samples(tmp_path, drawn):
-    axes = draw(drawn, write_finished(tmp_path / "run", counts=[150, 101, 100, 20, 19, 2]))
-    sizes = [len(marks.get_offsets()) for marks in axes["Accuracy by class after epoch 6"].collections]
-    assert sizes == [2, 2, 2]
-
-
-def test_classes_without_samples_or_test_samples_have_no_mark(tmp_path, drawn):
-    run = write_finished(tmp_path / "run", counts=[9, 5, 0, 3])
-    columns = log_of([9, 5, 0, 3], EPOCHS, True, seed=1)
-    write_log(run, columns | {"class_1": [""] * EPOCHS})
-    axes = draw(drawn, run)["Accuracy by class after epoch 6"]
-    assert [x for points in marks_of(axes).values() for x, _ in points] == [9, 3]
-    write_log(run, columns | {f"class_{k}": [""] * EPOCHS for k in range(4)})
-    assert not marks_of(draw(drawn, run)["Accuracy by class after epoch 6"])
-
-
-def test_a_method_ends_where_its_shortest_run_does(run, tmp_path, drawn):
-    short = write_finished(tmp_path / "short", seed=2, epochs=4)
-    (short / "result.json").unlink()
-    gmm = write_finished(tmp_path / "gmm", "GMM", selection="gmm", seed=3)
-    panels = draw(drawn, run, short, gmm)
-    axes = panels["Accuracy by class after epochs 4 to 6"]
-    expected = np.mean([log(folder)["class_0"][3] for folder in (run, short)])
-    assert np.isclose(axes.collections[0].get_offsets()[0][1], expected)
-    assert np.isclose(axes.collections[3].get_offsets()[0][1], log(gmm)["class_0"][5])
-
-
-def test_the_auc_of_the_selection_is_drawn_by_epoch_for_each_method(run, tmp_path, drawn):
-    second = write_finished(tmp_path / "second", seed=2)
-    gmm = write_finished(tmp_path / "gmm", "GMM", seed=3, selection="gmm")
-    none = write_finished(tmp_path / "none", "no selection", seed=4, selection="none")
-    baseline = write_run(tmp_path / "ce", "CE", [10, 20])
-    panels = draw(drawn, none, baseline, run, second, gmm)
-    axes = panels["Selection by network 1"]
-    lines = lines_of(axes)
+    axes = panels[SELECTION]
+    lines, auc = lines_of(axes), [log(folder)["net1_auc"] for folder in (run, second, gmm)]
     assert list(lines) == ["SFA, 2 run(s)", "GMM, 1 run(s)"]
-    auc = [log(folder)["net1_auc"] for folder in (run, second, gmm)]
     assert lines["SFA, 2 run(s)"][0] == [*range(1, 7)]
     assert np.allclose(lines["SFA, 2 run(s)"][1], (auc[0] + auc[1]) / 2, equal_nan=True)
     assert np.allclose(lines["GMM, 1 run(s)"][1], auc[2], equal_nan=True)
-    assert axes.get_ylabel() == "AUC of the clean probabilities"
-    assert axes.get_xlim() == (0, 7)
-    above = {line.get_label(): line.get_color() for line in drawn[0].axes[0].get_lines()}
-    assert all(line.get_color() == above[line.get_label()] for line in axes.get_lines())
-    marks = panels["Accuracy by class after epoch 6"].collections
-    assert len(marks) == 9, "the run without a selection too"
+    assert axes.get_ylabel() == "AUC of the clean probabilities" and axes.get_xlim() == (0, 7)
+    assert all(to_rgb(line.get_color()) == above[line.get_label()] for line in axes.get_lines())
 
 
-def test_without_wrong_labels_the_number_selected_is_drawn(run, drawn):
-    columns = log_of(COUNTS, EPOCHS, True, seed=1)
-    write_log(run, columns | {"net1_auc": [""] * EPOCHS})
-    axes = draw(drawn, run)["Selection by network 1"]
-    ((_, values),) = lines_of(axes).values()
-    assert np.allclose(values, log(run)["net1_selected"], equal_nan=True)
-    assert axes.get_ylabel() == "samples selected"
+def test_a_method_ends_where_its_shortest_run_does(tmp_path, drawn):
+    run, gmm = write_finished(tmp_path / "run", counts=[9, 5]), tmp_path / "gmm"
+    short = write_finished(tmp_path / "short", counts=[9, 5], seed=2, epochs=4)
+    write_finished(gmm, "GMM", counts=[9, 5], selection="gmm", seed=3)
+    marks = draw(drawn, run, short, gmm)["Accuracy by class after epochs 4 to 6"].collections
+    expected = np.mean([log(folder)["class_0"][3] for folder in (run, short)])
+    heights = [points.get_offsets()[0][1] for points in marks if len(points.get_offsets())]
+    assert np.allclose(heights, [expected, log(gmm)["class_0"][5]])
 
 
-def test_webvision_has_no_truth_and_selects_after_every_epoch(tmp_path, drawn):
+def test_webvision_has_no_true_labels_and_selects_after_every_epoch(tmp_path, drawn):
     runs = write_webvision(tmp_path / "a"), write_webvision(tmp_path / "b", seed=2)
     panels = draw(drawn, *runs)
     assert lines_of(panels["Test accuracy: webvision, 50 classes"])["end of the warm-up"][0] == [1.5] * 2
     grey = histograms(panels)
     assert len(grey) == 10
     for title, axes in grey.items():
-        (heights,) = bars(axes).values()
-        assert sum(heights) == int(title.split()[2])
-        assert list(bars(axes)) == [to_rgb("tab:gray")]
+        ((color, heights),) = bars(axes).items()
+        assert sum(heights) == int(title.split()[2]) and color == to_rgb("tab:gray")
     labels = [text.get_text() for text in drawn[0].subfigs[1].legends[0].get_texts()]
     assert labels == ["truth unknown", "selected above 0.5"]
-    assert panels["Directions of the drawn centroids"].get_title().endswith("\nepochs 1 to 3")
-    ((epochs, values),) = lines_of(panels["Selection by network 1"]).values()
-    assert epochs == [1, 2, 3]
+    assert panels[PATHS].get_title().endswith("\nepochs 1 to 3")
+    ((epochs, values),) = lines_of(panels[SELECTION]).values()
+    assert epochs == [1, 2, 3] and panels[SELECTION].get_ylabel() == "samples selected"
     assert np.allclose(values, np.mean([log(folder)["net1_selected"] for folder in runs], axis=0))
-    assert "Accuracy by class after epoch 3" in panels
 
 
-def test_runs_that_are_not_finished_give_what_the_log_knows(run, tmp_path, drawn):
-    for name in ("result.json", "clean_probability.npz", "centroids.npz"):
-        (run / name).unlink()
-    elsewhere = write_run(tmp_path / "ce", "CE", cell={**CELL, "noise_rate": 0.2})
-    names = ["Accuracy by class after epoch 6", "Selection by network 1"]
-    assert list(draw(drawn, elsewhere, run))[-2:] == names, "of the first run that is no baseline"
-
-
-def test_runs_without_a_selection_or_without_classes_give_what_they_have(tmp_path, drawn):
+def test_runs_give_the_panels_that_they_have(run, tmp_path, drawn):
+    gmm = write_finished(tmp_path / "gmm", "GMM", counts=[4, 2], selection="gmm")
+    assert list(draw(drawn, gmm))[-3:] == ["class 1: 2 samples", CLASSES, SELECTION]
     none = write_finished(tmp_path / "none", "no selection", selection="none")
-    assert list(draw(drawn, none))[1:] == ["Accuracy by class after epoch 6"]
+    assert list(draw(drawn, none))[1:] == [CLASSES]
     baseline = write_run(tmp_path / "ce", "CE")
     assert list(draw(drawn, baseline)) == ["Test accuracy: digits, imbalance 10"]
+    for name in ("result.json", "clean_probability.npz", "centroids.npz"):
+        (run / name).unlink()
+    other = write_run(tmp_path / "other", "CE", cell={**CELL, "noise_rate": 0.2})
+    assert list(draw(drawn, other, run))[-2:] == [CLASSES, SELECTION], "of the first run that is no baseline"
 
 
-# the figure -------------------------------------------------------------------------------------------------------------
+# the figure -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_figure_is_written_whole(run, tmp_path, monkeypatch, capsys):
+def test_the_figure_is_written_whole_and_the_run_left_as_it_is(tmp_path, monkeypatch, capsys):
+    run = write_finished(tmp_path / "run", counts=[4, 2])
     before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
     monkeypatch.chdir(tmp_path)
     visualize.main([str(run)])
     with Image.open(tmp_path / "sfa.png") as image:
-        assert image.width > 1000
-        assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 100
+        assert image.width > 1000 and len(image.convert("RGB").getcolors(maxcolors=2**24)) > 100
     assert capsys.readouterr().out == "figure in sfa.png\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "sfa.png"]
-    assert before == {path: path.stat().st_mtime_ns for path in run.iterdir()}, "the run is left as it is"
+    assert before == {path: path.stat().st_mtime_ns for path in run.iterdir()}
 
 
+@pytest.mark.slow
 def test_nothing_overlaps_where_many_methods_are_named(run, tmp_path, drawn):
     losses = ("balanced softmax", "LDAM", "GCE", "SCE")
     names = [f"{kind} + {loss}" for kind in ("SFA", "no selection") for loss in losses]
@@ -551,8 +469,7 @@ def test_nothing_overlaps_where_many_methods_are_named(run, tmp_path, drawn):
     (figure,) = drawn
     figure.canvas.draw()
     upper, middle, lower = (part.get_tightbbox() for part in figure.subfigs)
-    assert upper.y0 >= middle.y1 - 0.05
-    assert middle.y0 >= lower.y1 - 0.05
+    assert upper.y0 >= middle.y1 - 0.05 and middle.y0 >= lower.y1 - 0.05
     for row in (figure.subfigs[1].axes[:5], figure.subfigs[1].axes[5:], figure.subfigs[2].axes):
         boxes = [axes.get_tightbbox() for axes in row]
         assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
@@ -565,24 +482,22 @@ def test_nothing_overlaps_where_many_methods_are_named(run, tmp_path, drawn):
     assert np.isclose(box.width, box.height), "lengths in the plane of the centroids compare"
 
 
-# mistakes ---------------------------------------------------------------------------------------------------------------
+# refusals -------------------------------------------------------------------------------------------------------------
 
 
-def test_by_path_too_what_is_no_run_directory_is_refused(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "sfa" / "visualize.py", "nosuch"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr == "visualize.py: error: nosuch is no run directory: args.json is missing\n"
-
-
-def test_a_run_of_another_paper_is_refused(tmp_path, capsys):
-    assert "run is a run of sanm, not of sfa" in refused(capsys, write_run(tmp_path / "run", paper="sanm"))
+def test_what_is_no_run_of_this_paper_is_refused(run, tmp_path, capsys):
+    assert "is no run directory: args.json is missing" in refused(capsys, tmp_path / "nosuch")
+    other = write_run(tmp_path / "other", paper="sanm")
+    assert "other is a run of sanm, not of sfa" in refused(capsys, other)
     assert "an unknown paper" in refused(capsys, write_run(tmp_path / "older", paper=None))
+    assert "--out" in refused(capsys, tmp_path / "nosuch", "--out", "figure.gif")
+    baseline = write_run(tmp_path / "ce", "CE")
+    three = write_finished(tmp_path / "three", counts=[3, 2, 1])
+    line = refused(capsys, run, baseline, three)
+    assert f"{three} has 3 classes, the runs before it have 10: other data" in line
+    second = write_finished(tmp_path / "second", "GMM", selection="gmm")  # a run that is not shown
+    (second / "noise.json").unlink()
+    assert str(second / "noise.json") in refused(capsys, run, second)
 
 
 @pytest.mark.parametrize(
@@ -590,23 +505,29 @@ def test_a_run_of_another_paper_is_refused(tmp_path, capsys):
     [
         ("args.json", b"{", "run is damaged"),
         ("args.json", b'{"paper": "sfa", "method": "CE", "arguments": {}}', "it has no cell"),
-        ("args.json", b'{"paper": "sfa", "method": "CE", "arguments": {}, "cell": {}}', "it has no noise_type"),
+        (
+            "args.json",
+            b'{"paper": "sfa", "method": "CE", "arguments": {}, "cell": {}}',
+            "it has no noise_type",
+        ),
         ("log.csv", None, "run is no run directory: log.csv is missing"),
-        ("log.csv", b"", "log.csv has no epoch yet"),
         ("log.csv", b"epoch,test_accuracy\n", "log.csv has no epoch yet"),
         ("log.csv", b"epoch,loss\n1,0.5\n", "run is damaged"),
-        ("log.csv", b"epoch,test_accuracy,class_0,class_2\n1,50,1,2\n", "log.csv is damaged: it has no class_1"),
+        (
+            "log.csv",
+            b"epoch,test_accuracy,class_0,class_2\n1,50,1,2\n",
+            "log.csv is damaged: it has no class_1",
+        ),
         ("log.csv", b"epoch,test_accuracy,class_0\n1,50,much\n", "log.csv is damaged (could not convert"),
         ("log.csv", b"epoch,test_accuracy,net1_auc\n1,50,much\n", "log.csv is damaged (could not convert"),
         ("noise.json", None, "noise.json is damaged ([Errno 2]"),
-        ("noise.json", b"{", "noise.json is damaged"),
         ("noise.json", b"{}", "noise.json is damaged: it has no observed_counts"),
         ("noise.json", b'{"observed_counts": ["many"]}', "noise.json is damaged"),
         ("noise.json", b'{"observed_counts": [1, 2]}', "are not of the 10 classes in log.csv"),
         ("clean_probability.npz", b"half", "clean_probability.npz is damaged"),
         ("centroids.npz", b"half", "centroids.npz is damaged"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_run_is_refused_in_one_line(name, content, line, run, tmp_path, capsys):
     (run / name).unlink()
     if content is not None:
@@ -614,8 +535,7 @@ def test_a_damaged_run_is_refused_in_one_line(name, content, line, run, tmp_path
     figure = tmp_path / "figure.png"
     figure.write_bytes(b"older")
     message = refused(capsys, run, "--out", figure)
-    assert line in message
-    assert str(run) in message
+    assert line in message and str(run) in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.png", "run"]
     assert figure.read_bytes() == b"older"
 
@@ -626,7 +546,6 @@ SAMPLES = sum(COUNTS)
 @pytest.mark.parametrize(
     ("name", "arrays", "line"),
     [
-        ("clean_probability", {"net1": None}, "it has no net1"),
         ("clean_probability", {"observed": None}, "it has no observed"),
         ("clean_probability", {"net1": np.ones(3)}, f"not of the {SAMPLES} samples in noise.json"),
         ("clean_probability", {"clean": np.ones(3, int)}, f"not of the {SAMPLES} samples"),
@@ -637,7 +556,11 @@ SAMPLES = sum(COUNTS)
         ("clean_probability", {"observed": np.zeros(SAMPLES)}, "observed or clean is not labels"),
         ("clean_probability", {"observed": np.full(SAMPLES, -1)}, "observed or clean is not labels"),
         ("clean_probability", {"clean": np.full(SAMPLES, 10)}, "observed or clean is not labels"),
-        ("clean_probability", {"observed": np.zeros(SAMPLES, int)}, "not of the labels that noise.json counts"),
+        (
+            "clean_probability",
+            {"observed": np.zeros(SAMPLES, int)},
+            "not of the labels that noise.json counts",
+        ),
         ("centroids", {"net1": None, "net3": np.ones(1)}, "it has no net1"),
         ("centroids", {"net1": np.ones((4, 10))}, "of shape (4, 10) is not centroids of the 10 classes"),
         ("centroids", {"net1": np.ones((4, 9, 16))}, "of shape (4, 9, 16) is not centroids"),
@@ -647,48 +570,29 @@ SAMPLES = sum(COUNTS)
         ("centroids", {"net1": np.full((4, 10, 16), np.inf)}, "net1 is not finite numbers"),
         ("centroids", {"net1": np.ones((4, 10, 16), int)}, "net1 is not finite numbers"),
     ],
-)  # fmt: skip
+)
 def test_arrays_that_do_not_fit_are_refused(name, arrays, line, run, capsys):
     change(run / f"{name}.npz", **arrays)
     message = refused(capsys, run)
-    assert f"{run / name}.npz is damaged" in message
-    assert line in message
+    assert f"{run / name}.npz is damaged" in message and line in message
 
 
-def test_a_damaged_log_of_a_run_that_is_not_shown_is_refused_too(run, tmp_path, capsys):
-    second = write_finished(tmp_path / "second", "GMM", selection="gmm")
-    (second / "noise.json").unlink()
-    assert str(second / "noise.json") in refused(capsys, run, second)
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"p_threshold": "much"}, "args.json is damaged (could not convert"),
+        ({"warm_up": "much"}, "args.json is damaged (could not convert"),
+        ({"p_threshold": None}, "args.json is damaged: it has no p_threshold"),
+    ],
+)
+def test_a_flag_that_is_damaged_is_named(values, line, run, capsys):
+    change_json(run / "args.json", **values)
+    assert line in refused(capsys, run)
 
 
-def test_runs_of_one_setting_have_the_same_classes(run, tmp_path, capsys):
-    baseline = write_run(tmp_path / "ce", "CE")
-    three = write_finished(tmp_path / "three", counts=[3, 2, 1])
-    line = refused(capsys, run, baseline, three)
-    assert f"{three} has 3 classes, the runs before it have 10: other data" in line
-
-
-@pytest.mark.parametrize("flag", ["p_threshold", "warm_up"])
-def test_a_flag_that_is_damaged_is_named(flag, run, capsys):
-    change_json(run / "args.json", **{flag: "much"})
-    assert "args.json is damaged (could not convert" in refused(capsys, run)
-
-
-def test_a_threshold_that_is_missing_is_named(run, capsys):
-    change_json(run / "args.json", p_threshold=None)
-    assert "args.json is damaged: it has no p_threshold" in refused(capsys, run)
-
-
-def test_directories_in_the_place_of_files_are_refused(run, tmp_path, capsys):
-    (run / "log.csv").unlink()
-    (run / "log.csv").mkdir()
-    assert f"{run} is damaged" in refused(capsys, run)
+def test_a_figure_that_cannot_be_written_leaves_nothing_behind(tmp_path, capsys):
     baseline = write_run(tmp_path / "ce", "CE")
     (tmp_path / "figure.png").mkdir()
     line = refused(capsys, baseline, "--out", tmp_path / "figure.png")
     assert "figure.png cannot be written (Is a directory)" in line
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ce", "figure.png", "run"]
-
-
-def test_a_figure_of_no_known_kind_is_refused_before_anything_is_read(tmp_path, capsys):
-    assert "--out" in refused(capsys, tmp_path / "nosuch", "--out", "figure.gif")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ce", "figure.png"]

@@ -15,20 +15,13 @@ from common.datasets.file_lists import make_split
 from common.datasets.image_cache import build_caches
 from common.gpu import processes
 from common.gpu.device import Device
+from common.gpu.loader import Labelled, Part
 from common.runs import cli
-from sfa import Train_webvision
+from sfa import Train_webvision, learners, webvision
+from sfa.learners import Learner, make_learner
 from sfa.selection import Moments, stochastic_feature_averaging
-from sfa.Train_webvision import (
-    Data,
-    Labelled,
-    Learner,
-    Part,
-    Setting,
-    co_divide,
-    load,
-    make_learner,
-    parse_args,
-)
+from sfa.Train_webvision import Setting, co_divide, load, parse_args
+from sfa.webvision import Data
 from tests.common.small_file_data import image_files, make_webvision, plant
 from tests.end_to_end.outcome import log_without_seconds
 from tests.end_to_end.webvision_float64 import SmallNetwork, make_doubtful_webvision
@@ -53,7 +46,7 @@ def root(tmp_path_factory) -> Path:
 def run_small(root: Path, run: Path, words: str = "") -> Path:
     """With the small network."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Train_webvision, "webvision_network", SmallNetwork)
+        patch.setattr(learners, "webvision_network", SmallNetwork)
         Train_webvision.main(f"{QUICK} --data_path {root} --out {run} {words}".split())
     return run
 
@@ -360,7 +353,7 @@ def test_features_and_confidence_are_those_of_plain_images_by_the_balanced_head(
 
 def test_the_selection_is_what_the_first_process_found(root, monkeypatch):
     """On cards sums come out in another order in each process."""
-    monkeypatch.setattr(Train_webvision, "webvision_network", SmallNetwork)
+    monkeypatch.setattr(learners, "webvision_network", SmallNetwork)
     learner, s = on_few_images(root, "--limit_train 8")
     with monkeypatch.context() as patch:
         patch.setattr(processes, "from_first", lambda make: (make(), "of the first"))
@@ -436,7 +429,7 @@ def test_the_columns_of_the_log_and_the_metrics_of_the_result(plain_run, paper):
 def test_the_best_of_an_accuracy_is_not_its_last():
     shots = dict.fromkeys((*SHOTS, "net1_selected", "net2_selected"), 1.0)
     rows = [shots | {"top5_accuracy": 90.0}, shots | {"top5_accuracy": 80.0, "net1_selected": 7}]
-    found = Train_webvision.reported(rows)
+    found = Train_webvision.further_metrics(rows)
     assert (found["best_top5_accuracy"], found["last_top5_accuracy"]) == (90, 80)
     assert (found["last_net1_selected"], found["last_net2_selected"]) == (7, 1)
     assert not [name for name in found if "imagenet" in name]
@@ -494,8 +487,8 @@ def test_both_test_sets_are_judged_by_their_first_and_first_five():
         split = make_split(Path(), [""] * 30, [0] * 10 + [1] * 20)
         args = parse_args(["--num_class", str(num_class), "--device", "cpu"])
         data = Data(None, split, None, tests, (), None)
-        learners = [Learner(Given(), None, None, None, None, None) for _ in range(2)]
-        return Train_webvision.test(learners, tests, "epoch 1", Setting(args, CPU, Stub(), data, None))
+        both = [Learner(Given(), None, None, None, None, None) for _ in range(2)]
+        return Train_webvision.test(both, tests, "epoch 1", Setting(args, CPU, Stub(), data, None))
 
     found = tested(7, test=ranked([1, 2, 5, 6, 7]), imagenet=ranked([1, 1, 3]))
     assert (found["test_accuracy"], found["top5_accuracy"]) == pytest.approx((20, 60))
@@ -578,7 +571,7 @@ def test_a_part_can_be_gone_through_without_end():
 
 def test_images_are_resized_before_they_are_cropped(root, monkeypatch):
     """To 320 pixels for a crop of 299: to 68 for one of 64."""
-    assert Train_webvision.before_crop(parse_args([])) == 320
+    assert webvision.before_crop(parse_args([])) == 320
     args = parse_args([*ARGS, "--data_path", str(root)])
     data = load(args, CPU)
     pixels = [center_crop(resize(data.split.read(i), [68], antialias=True), [64, 64]) for i in range(SIZE)]
@@ -587,9 +580,7 @@ def test_images_are_resized_before_they_are_cropped(root, monkeypatch):
     torch.testing.assert_close(found, (torch.stack(pixels) / 255 - mean) / std, rtol=0, atol=1e-5)
     assert [len(index) for _, index in data.plain(args)] == [SIZE]  # eight batches in one
     seen = []
-    monkeypatch.setattr(
-        Train_webvision, "resize_random_resized_crop_and_flip", lambda *sizes: seen.append(sizes)
-    )
+    monkeypatch.setattr(webvision, "resize_random_resized_crop_and_flip", lambda *sizes: seen.append(sizes))
     data.training(np.arange(8), 4, 2, torch.Generator(), args)
     assert seen == [(68, 64)]
     for part, count in (("test", 2 * K), ("imagenet", 2 * K)):
@@ -664,7 +655,7 @@ def test_fewer_selected_than_processes_train_nothing(monkeypatch, capsys):
 def test_the_draws_of_a_mixture_are_those_of_the_learner(monkeypatch):
     seen, _ = divided(monkeypatch, [0.9] * 10, "--alpha", "0.25", "--p_threshold", "0.8")
     expected = np.random.default_rng(0).beta(0.25, 0.25, size=3).tolist()
-    assert [seen["draw_mix_weight"]() for _ in range(3)] == expected
+    assert [seen["draw_lam"]() for _ in range(3)] == expected
     again = torch.randperm(9, generator=torch.Generator())
     assert torch.equal(seen["draw_permutation"](9), again)
     assert divided(monkeypatch, [0.9] * 10, "--p_threshold", "0.9")[0] == {}
@@ -703,7 +694,7 @@ def test_features_that_are_not_finite_end_a_run_in_one_line(root, tmp_path, caps
 
 
 def test_the_two_learners_differ_in_weights_and_draws(monkeypatch):
-    monkeypatch.setattr(Train_webvision, "webvision_network", SmallNetwork)
+    monkeypatch.setattr(learners, "webvision_network", SmallNetwork)
     torch.manual_seed(5)
     args = parse_args([*ARGS, "--lr", "0.3", "--seed", "5"])
     one, two = (make_learner(i, args, CPU) for i in (0, 1))
