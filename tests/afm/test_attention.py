@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from afm.attention import ATTENTIONS, INTERACTIONS, GroupAttention, drawn_weights, mix, mixing_weights
+from afm.attention import ATTENTIONS, INTERACTIONS, GroupAttention, ablation_weights, mixing_weights
 
 
 def members_of(groups: int, group_size: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -145,14 +145,14 @@ def test_complement_is_a_sigmoid_for_the_first_and_the_rest_for_the_second():
 
 
 def test_uniform_weights():
-    weights = drawn_weights(3, 4, "uniform", 1.0, np.random.default_rng(0))
+    weights = ablation_weights(3, 4, "uniform", 1.0, np.random.default_rng(0))
     assert weights.tolist() == [[0.25] * 4] * 3
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.3, 1.0, 8.0])
 @pytest.mark.parametrize("group_size", [2, 3, 5])
 def test_random_weights_are_dirichlet(group_size, alpha):
-    weights = drawn_weights(20000, group_size, "random", alpha, np.random.default_rng(0)).double()
+    weights = ablation_weights(20000, group_size, "random", alpha, np.random.default_rng(0)).double()
     assert (weights >= 0).all()
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(20000, dtype=torch.float64), rtol=0, atol=1e-6)
     mean = 1 / group_size
@@ -165,13 +165,13 @@ def test_random_weights_are_dirichlet(group_size, alpha):
 
 @pytest.mark.parametrize("alpha", [0.4, 1.0, 2.0])
 def test_random_weights_of_pairs_are_those_of_mixup(alpha):
-    first = drawn_weights(5000, 2, "random", alpha, np.random.default_rng(1))[:, 0].double().numpy()
+    first = ablation_weights(5000, 2, "random", alpha, np.random.default_rng(1))[:, 0].double().numpy()
     expected = stats.uniform() if alpha == 1 else stats.beta(alpha, alpha)
     assert stats.kstest(first, expected.cdf).pvalue > 0.01
 
 
 def test_weights_are_drawn_for_each_group_from_the_generator_alone():
-    weights = [drawn_weights(9, 2, "random", 1.0, np.random.default_rng(5)) for _ in range(2)]
+    weights = [ablation_weights(9, 2, "random", 1.0, np.random.default_rng(5)) for _ in range(2)]
     assert torch.equal(*weights)
     assert weights[0].dtype == torch.float32
     assert len(weights[0][:, 0].unique()) == 9
@@ -179,27 +179,7 @@ def test_weights_are_drawn_for_each_group_from_the_generator_alone():
 
 @pytest.mark.parametrize("kind", ["uniform", "random"])
 def test_no_group_draws_no_weight(kind):
-    assert drawn_weights(0, 3, kind, 1.0, np.random.default_rng(0)).shape == (0, 3)
-
-
-# mixing -----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(6,), (3, 4, 5)])
-def test_mixtures_of_features_and_of_images(shape):
-    generator = torch.Generator().manual_seed(0)
-    members = torch.randn(4, 3, *shape, generator=generator)
-    weights = torch.rand(4, 3, generator=generator)
-    mixed = mix(members, weights)
-    for g in range(4):
-        expected = sum(weights[g, k] * members[g, k] for k in range(3))
-        torch.testing.assert_close(mixed[g], expected)
-
-
-def test_no_group_no_mixture():
-    attention = attention_of(6, 3)
-    members = torch.zeros(0, 3, 6)
-    assert mix(members, attention(members)).shape == (0, 6)
+    assert ablation_weights(0, 3, kind, 1.0, np.random.default_rng(0)).shape == (0, 3)
 
 
 # errors -----------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 
 from afm import data as afm_data
 from afm.data import images_at, load, sampled_positions
-from afm.train import parse_args
+from afm.flags import parse_args
 from common import datasets
 from common.gpu.device import Device
 from common.runs.cli import UserError

@@ -7,7 +7,7 @@ import pytest
 
 from afm import train
 from afm.data import FOLDERS
-from afm.train import PRESETS, make_parser, method, parse_args
+from afm.flags import PRESETS, make_parser, method, parse_args
 from common.runs import cli
 
 # frozen: a change of a name or a default is a change for every user

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from afm.flags import parse_args
 from afm.grouping import groups_by_halves
 from afm.networks import AttentiveFeatureMixup, load_weights, make_backbone, make_network
-from afm.train import parse_args
 from common.gpu.device import Device
 from common.runs.cli import UserError
 

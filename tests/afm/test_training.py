@@ -16,7 +16,7 @@ from afm import train as script
 from afm import training
 from afm.attention import GroupAttention
 from afm.networks import AttentiveFeatureMixup
-from afm.train import draw, parse_args
+from afm.train import groups_of_batch, parse_args
 from afm.training import (
     attention_of_samples,
     attention_statistics,
@@ -56,7 +56,7 @@ def batches_of(features: torch.Tensor, size: int, order: torch.Tensor | None = N
 def drawing(*flags: str, seed: int = 0, mixing: bool = True) -> partial:
     """The script's draws of groups and weights."""
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-    return partial(draw, args=parse_args([*flags]), mixing=mixing, generator=generator, rng=rng)
+    return partial(groups_of_batch, args=parse_args([*flags]), mixing=mixing, generator=generator, rng=rng)
 
 
 def sgd(network: nn.Module) -> torch.optim.SGD:

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from afm import train, visualize
+from afm.flags import method, parse_args
 from afm.networks import make_network
-from afm.train import method, parse_args
 from common.datasets.images import read_image
 from common.gpu.augment import normalise, resize_and_center_crop
 from common.runs import cli
