@@ -30,7 +30,10 @@ SWAPPED_NAMES = {"weight_naive": "weight_mixed", "weight_afm": "weight_plain"}
 
 def make_parser() -> cli.Parser:
     """The release's flags with their defaults, further flags, and the flags that all scripts share."""
-    parser = cli.Parser(prog="train.py", description="Attentive Feature Mixup (ECCV 2020)")
+    parser = cli.Parser(
+        prog="train.py",
+        description="Attentive Feature Mixup (ECCV 2020) on Food-101N, Clothing1M, CIFAR-10/100, MNIST and the embedded digits.",
+    )
     released = parser.add_argument_group("of the release")
     further = parser.add_argument_group("not in the release")
     for add_flags in (add_data_flags, add_network_flags, add_method_flags, add_training_flags):
