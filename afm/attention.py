@@ -1,4 +1,4 @@
-"""Attention of a group's members to each other, and what it mixes them with (Fig. 2; Sec. 4.1 and 4.2)."""
+"""Attention of a group's members to each other: their mixing weights (Figure 2; README, section 4, steps 2 to 4)."""
 
 import numpy as np
 import torch
@@ -11,9 +11,9 @@ WEIGHTS = ("attentive", "uniform", "random")
 
 
 class GroupAttention(nn.Module):
-    """From the features of a group's K members to their K mixing weights: project, fuse, score, normalise.
+    """The K mixing weights of a group's K members, from their features: project, fuse, score, normalise.
 
-    The members are not interchangeable: each position has a projection of its own.
+    Each position in the group has its own projection, so the order of the members matters.
     """
 
     def __init__(
@@ -28,8 +28,8 @@ class GroupAttention(nn.Module):
     ):
         """width: D of the features. hidden: H of the projections, by default 3 D / 16 as in the release.
 
-        interaction: how the projected members meet. attention: see `mixing_weights`. attn_hidden: width of a further layer
-        before the scores, 0 for none. ValueError: an unknown choice, or complement with more than two members.
+        interaction: how the projected members are fused. attention: see `mixing_weights`. attn_hidden: width of one more
+        layer before the scores, 0 for none. ValueError: an unknown choice, or complement with more than two members.
         """
         super().__init__()
         if interaction not in INTERACTIONS:
@@ -65,33 +65,29 @@ def fuse(projected: list[Tensor], interaction: str) -> Tensor:
 
 
 def mixing_weights(scores: Tensor, attention: str) -> Tensor:
-    """The mixing weights beta = alpha / sum alpha of scores z (Sec. 4.2, steps 3 and 4): [M, K], rows on the simplex.
+    """The mixing weights beta = alpha / sum alpha of scores z (README, section 4, steps 3 and 4): [M, K], rows on the simplex.
 
     attention: alpha is sigmoid(relu(z)) for `relu-sigmoid`, the "FC-FC-R-S" of Figure 2; sigmoid(z) for `sigmoid`; exp(z)
-    for `softmax`; and `complement` is the release's, beta = (sigmoid(z), 1 - sigmoid(z)) from the single score of a pair.
-    Under relu-sigmoid alpha is in [1/2, 1], so beta is in [1 / (2 K - 1), 2 / (K + 1)]: the least weight is that of an alpha
-    of 1/2 beside K - 1 alphas of 1, the greatest that of an alpha of 1 beside K - 1 alphas of 1/2.
+    for `softmax`. `complement` is the release's: beta = (sigmoid(z), 1 - sigmoid(z)) from the single score of a pair.
+    Under relu-sigmoid alpha is in [1/2, 1], so beta is in [1 / (2 K - 1), 2 / (K + 1)].
     """
     if attention == "complement":
         first = torch.sigmoid(scores)
         return torch.cat([first, 1 - first], dim=1)
     if attention == "softmax":
         return scores.softmax(dim=1)
-    # softmax(log alpha) = alpha / sum alpha. It does not divide by a tiny sum where all z are very negative, and it has a
-    # gradient where sigmoid(z) rounds to 1.
+    # softmax(log alpha) = alpha / sum alpha, without dividing by a tiny sum where all z are very negative, and with a
+    # gradient where sigmoid(z) rounds to 1
     return F.logsigmoid(scores.relu() if attention == "relu-sigmoid" else scores).softmax(dim=1)
 
 
-def drawn_weights(groups: int, group_size: int, kind: str, alpha: float, rng: np.random.Generator) -> Tensor:
-    """Mixing weights without attention (ablation, Sec. 4.2, step 8): float32 [M, K], rows on the simplex.
+def ablation_weights(
+    groups: int, group_size: int, kind: str, alpha: float, rng: np.random.Generator
+) -> Tensor:
+    """Mixing weights without attention (README, section 4, step 8): float32 [M, K], rows on the simplex.
 
-    uniform: 1 / K. random: symmetric Dirichlet(alpha), which is mixup's Beta(alpha, alpha) for K = 2, drawn per group.
+    kind: `uniform`, 1 / K each; `random`, per group from a symmetric Dirichlet(alpha), for K = 2 mixup's Beta(alpha, alpha).
     """
     if kind == "uniform":
         return torch.full((groups, group_size), 1 / group_size)
     return torch.from_numpy(rng.dirichlet(np.full(group_size, alpha), size=groups)).float()
-
-
-def mix(members: Tensor, weights: Tensor) -> Tensor:
-    """The weighted mean of each group's members: [M, K, ...] and [M, K] -> [M, ...] (step 5)."""
-    return torch.einsum("mk...,mk->m...", members, weights)

@@ -1,4 +1,4 @@
-"""The batches of a run: small data sets from memory, Food-101N and Clothing1M from files (Sec. 2 and 10)."""
+"""The batches of a run: small data sets from memory, Food-101N and Clothing1M from files (README, section 2)."""
 
 from argparse import Namespace
 from collections.abc import Iterable
@@ -22,9 +22,7 @@ from common.runs.cli import UserError
 ON_DISK = ("food", "clothing1m")
 FOLDERS = {"food": "./data/food", "clothing1m": "./data/clothing1m"}
 IMAGE_SIZE = 224  # of crops of image files
-SAMPLED = (
-    20_000  # so many training images at most are gone through again for their attention at the end of a run
-)
+SAMPLED = 20_000  # training images at most whose attention is measured at the end of a run
 
 
 class Data(NamedTuple):
@@ -35,23 +33,21 @@ class Data(NamedTuple):
     image_size: int
     channels: int
     index: np.ndarray  # int64 [N]: positions of the training images in the data set
-    clean: np.ndarray | None  # int64 [N]: true labels; None where nobody knows them
+    clean: np.ndarray | None  # int64 [N]: true labels; None if unknown
     observed: np.ndarray  # int64 [N]
-    known: np.ndarray  # int8 [N]: 1 for a right label, 0 for a wrong one, -1 for not known
+    known: np.ndarray  # int8 [N]: 1 for a right label, 0 for a wrong one, -1 for unknown
     train: Labelled  # shuffled, augmented, the last partial batch dropped
     test: Labelled  # all test images, or those of --limit_test
     whole_test: Labelled  # all test images
     validation: Labelled | None = None
     clean_train: Labelled | None = None  # Clothing1M's clean training images, as `train`
-    sampled: np.ndarray | None = (
-        None  # int64 [S]: positions in the run's training images, whose attention is measured
-    )
+    sampled: np.ndarray | None = None  # int64 [S]: the training images whose attention is measured
     sampled_batches: Iterable = ()  # those images in order, without augmentation, numbered 0 .. S - 1
     skipped: tuple[tuple[str, int, str], ...] = ()  # images left out: path, position in its list, reason
 
 
 def load(args: Namespace, device: Device, loader: Generator) -> Data:
-    """The data that the flags ask for; loader draws the order and the augmentation. UserError: data or flags do not fit."""
+    """The data that the flags ask for; `loader` gives the order and the augmentation. UserError: data or flags do not fit."""
     if args.train_batch % processes.world():
         raise UserError(
             f"--train-batch {args.train_batch}: cannot be cut into equal pieces for {processes.world()} processes"
@@ -66,7 +62,7 @@ def load(args: Namespace, device: Device, loader: Generator) -> Data:
 
 
 def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
-    """Digits, MNIST, CIFAR or an .npz, with label noise drawn before any image is touched."""
+    """Digits, MNIST, CIFAR or an .npz; label noise is drawn before any image is touched."""
     data = datasets.load(args.dataset, args.data_root or "./data")
     index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
     clean = data.train.labels[index]
@@ -105,7 +101,7 @@ def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
 
 
 def from_files(args: Namespace, device: Device, loader: Generator) -> Data:
-    """Food-101N with Food-101's test images, or Clothing1M in one of its settings; the labels are as they come."""
+    """Food-101N with Food-101's test images, or Clothing1M in one of its settings; with the labels that they come with."""
     data = processes.from_first(lambda: _load_files(args))
     if args.noise_file:
         labels = datasets.labels_of(args.noise_file, data.positions, data.listed, data.num_classes)
@@ -118,7 +114,7 @@ def from_files(args: Namespace, device: Device, loader: Generator) -> Data:
     loading |= {"rank": processes.rank(), "world": processes.world()}
     training = {"shuffle": True, "drop_last": True, "generator": loader, **loading}
 
-    crop, whole = random_resized_crop_and_flip(IMAGE_SIZE), resize_and_center_crop(size=IMAGE_SIZE)
+    crop, plain = random_resized_crop_and_flip(IMAGE_SIZE), resize_and_center_crop(size=IMAGE_SIZE)
 
     def for_training(split: FileSplit, keep: np.ndarray) -> Labelled:
         cache, split = caches[split.part].only(keep) if caches else None, split.only(keep)
@@ -128,7 +124,7 @@ def from_files(args: Namespace, device: Device, loader: Generator) -> Data:
     def in_order(split: FileSplit, keep: np.ndarray | slice = slice(None)) -> Labelled:
         cache, split = caches[split.part].only(keep) if caches else None, split.only(keep)
         return Labelled(
-            FileBatches(split, args.test_batch, whole, cache=cache, **loading), _on(device, split.labels)
+            FileBatches(split, args.test_batch, plain, cache=cache, **loading), _on(device, split.labels)
         )
 
     clean_train = None
@@ -169,14 +165,14 @@ def images_at(args: Namespace, positions: np.ndarray) -> list[np.ndarray]:
         return list(datasets.load(args.dataset, args.data_root or "./data").train.images[positions])
     data = _load_files(args)
     place = {position: i for i, position in enumerate(data.positions.tolist())}
-    whole = resize_and_center_crop(size=IMAGE_SIZE)
+    plain = resize_and_center_crop(size=IMAGE_SIZE)
     return [
-        whole(data.train.read(place[position])).permute(1, 2, 0).numpy() for position in positions.tolist()
+        plain(data.train.read(place[position])).permute(1, 2, 0).numpy() for position in positions.tolist()
     ]
 
 
 def sampled_positions(known: np.ndarray, seed: int) -> np.ndarray:
-    """At most SAMPLED positions whose attention is measured: those of known truth first, then any; in order."""
+    """At most SAMPLED positions, ascending: those with a known true label first, then any."""
     order = np.random.RandomState(seed).permutation(len(known))
     return np.sort(order[np.argsort(known[order] < 0, kind="stable")][:SAMPLED])
 

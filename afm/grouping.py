@@ -1,4 +1,4 @@
-"""Groups of K samples of a mini-batch, as row indices [M, K] (Sec. 4, step 1)."""
+"""Groups of K samples of a mini-batch, as row indices [M, K] (README, section 4, step 1)."""
 
 import torch
 from torch import Generator, Tensor
@@ -6,7 +6,7 @@ from torch import Generator, Tensor
 ORDERS = ("halves", "random")
 
 
-def draw_groups(
+def form_groups(
     rows: int,
     group_size: int,
     generator: Generator,
@@ -17,20 +17,20 @@ def draw_groups(
 ) -> Tensor:
     """The groups of one mini-batch of `rows` samples: int64 [M, K] on the generator's device.
 
-    Each round puts every row into at most one group, rows mod K are left over. order: `halves` forms the first round
-    without drawing, as the release does, for the loader has shuffled already; `random` draws every round. chunks: the
-    halves are formed inside that many consecutive pieces of the batch, as the release's replicas on so many GPUs do.
+    Each round puts every row into at most one group; rows mod K are left over. order: `random` forms every round from a
+    random permutation; `halves` forms the first round without one, as the release does, because the loader has shuffled.
+    chunks: the halves are formed inside this many consecutive pieces of the batch, as the release does on this many GPUs.
+    ValueError: an unknown order.
     """
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order}")
-    drawn = [random_groups(rows, group_size, generator) for _ in range(rounds - (order == "halves"))]
+    groups = []
     if order == "halves":
         pieces = torch.arange(rows, device=generator.device).chunk(chunks)
-        drawn = [
-            *(piece[groups_by_halves(len(piece), group_size).to(piece.device)] for piece in pieces),
-            *drawn,
-        ]
-    return torch.cat(drawn)
+        groups = [piece[groups_by_halves(len(piece), group_size).to(piece.device)] for piece in pieces]
+    random_rounds = rounds - (order == "halves")
+    groups += [random_groups(rows, group_size, generator) for _ in range(random_rounds)]
+    return torch.cat(groups)
 
 
 def groups_by_halves(rows: int, group_size: int) -> Tensor:

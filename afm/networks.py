@@ -1,4 +1,4 @@
-"""ResNets (Sec. 3.1) and the network around the attention: pooled features, mixtures, classifiers (Sec. 3.2, 3.3)."""
+"""ResNets, and the network around the attention: pooled features, mixtures, classifiers (README, section 3)."""
 
 from argparse import Namespace
 from collections.abc import Sequence
@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afm.attention import GroupAttention, mix, mixing_weights
+from afm.attention import GroupAttention, mixing_weights
+from afm.mixing import mixed_features
 from common.gpu import processes
 from common.gpu.weights import imagenet_resnet, read_weights
 from common.runs.cli import UserError
 
 PREACT = ("preact_resnet18", "preact_narrow")
 NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", *PREACT)
-# the parts of the release's checkpoints by their names here
+# names in the release's checkpoints, and ours
 RELEASED_NAMES = {
     "fc_a.": "attention.projections.0.",
     "fc_b.": "attention.projections.1.",
@@ -33,11 +34,11 @@ class Outputs(NamedTuple):
     mixed: Tensor  # [M, C] logits of the mixtures
     plain: Tensor  # [N, C] logits of the unmixed features
     weights: Tensor  # [M, K] mixing weights
-    scores: Tensor | None  # [M, K] attention scores z (complement: [M, 1]); None for drawn weights
+    scores: Tensor | None  # [M, K] attention scores z (complement: [M, 1]); None where the weights are given
 
 
 class AttentiveFeatureMixup(nn.Module):
-    """Backbone, attention and classifier; at test time the backbone and the classifier are all there is."""
+    """Backbone, attention and classifier; the test uses the backbone and the classifier alone."""
 
     def __init__(
         self,
@@ -47,9 +48,9 @@ class AttentiveFeatureMixup(nn.Module):
         attention: GroupAttention | None,
         shared_classifier: bool = True,
     ):
-        """backbone: images -> pooled features [B, width]. attention: None where mixing weights are drawn, not learnt.
+        """backbone: images -> pooled features [B, width]. attention: None where the mixing weights are not learnt.
 
-        shared_classifier: one classifier for mixed and plain features (release), else one for each (Fig. 2).
+        shared_classifier: one classifier for mixed and plain features (release), else one for each (Figure 2).
         """
         super().__init__()
         self.backbone, self.attention = backbone, attention
@@ -66,10 +67,10 @@ class AttentiveFeatureMixup(nn.Module):
         groups: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor | Outputs:
-        """Evaluation: images -> plain logits [B, C]. Training, with groups (Sec. 4): `Outputs`.
+        """Evaluation: images -> plain logits [B, C]. Training, with groups: `Outputs` (README, section 4).
 
         images: [B, C, H, W], under torchrun this process's piece of a global batch of N. groups: int [M, K] rows of the
-        global batch. weights: [M, K] drawn mixing weights; without them the attention gives them. Attention, mixtures and
+        global batch. weights: [M, K] mixing weights; None: the attention gives them. Attention, mixtures and
         classifiers are computed in float32.
         """
         features = self.features(images)
@@ -82,14 +83,14 @@ class AttentiveFeatureMixup(nn.Module):
             if weights is None:
                 scores = self.attention.scores(members)
                 weights = mixing_weights(scores, self.attention.attention)
-            mixed = self.mixed_classifier(mix(members, weights))
+            mixed = self.mixed_classifier(mixed_features(members, weights))
             return Outputs(mixed, self.classifier(features), weights, scores)
 
 
 def make_network(
     args: Namespace, num_classes: int, image_size: int, channels: int = 3
 ) -> AttentiveFeatureMixup:
-    """Backbone, attention and classifiers as the flags ask for (Sec. 3), with their initial weights."""
+    """Backbone, attention and classifiers as the flags ask for, with their initial weights."""
     backbone, width = make_backbone(args.network, image_size, channels, args.pretrained)
     attention = None
     if args.weights == "attentive" and args.weight_mixed > 0:
@@ -152,7 +153,7 @@ def narrow_resnet(channels: int) -> nn.Sequential:
 
 
 class PreActBlock(nn.Module):
-    """Basic pre-activation block. Its shortcut begins from the activated tensor, not from the block's input."""
+    """Basic pre-activation block. Its shortcut starts from the activated tensor, not from the block's input."""
 
     def __init__(self, width_in: int, width: int, stride: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""One epoch of attentive feature mixup, the test, and the attention that every sample gets (Sec. 4 to 8).
+"""One epoch of attentive feature mixup, the test, and the attention of each sample (README, sections 4 to 8).
 
 Batches are (views, index): a tuple of one [B, C, H, W] tensor, and the samples' positions in their split, int [B]. Under
 torchrun they are this process's piece of the global batch; groups and losses are those of the global batch everywhere.
@@ -13,19 +13,18 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from afm.attention import mix
 from afm.grouping import random_groups
-from afm.losses import mixed_loss, total_loss
+from afm.mixing import mixed_features, mixed_loss, target_weights, total_loss
 from afm.networks import AttentiveFeatureMixup
 from common.gpu import processes
 from common.gpu.device import Device
 
-# groups [M, K] of a global batch of N rows, and their mixing weights [M, K]; None: the attention gives the weights
-Draw = Callable[[int], tuple[Tensor, Tensor | None]]
+# from the number of rows N of a global batch: its groups [M, K], and their mixing weights [M, K] or None: the attention's
+Grouping = Callable[[int], tuple[Tensor, Tensor | None]]
 
 
 class Epoch(NamedTuple):
-    """What an epoch of training leaves: means over its steps, and the mixing weight of every group member."""
+    """Means over the steps of an epoch, and the mixing weight of every group member."""
 
     loss: float | None  # of the total loss
     mixed_loss: float | None
@@ -50,38 +49,40 @@ def train_epoch(
     optimizer: Optimizer,
     batches: Iterable,
     labels: Tensor,
-    draw: Draw,
+    grouping: Grouping,
     *,
     loss_weights: tuple[float, float],
     target: str = "soft",
     detach_target: bool = False,
     device: Device,
 ) -> Epoch:
-    """One pass over the training batches (Sec. 4). labels: observed, int [N] on the device.
+    """One pass over the training batches (README, section 4). labels: observed, int [N] on the device.
 
-    loss_weights: of the mixed and of the plain term. The plain logits alone count for the training accuracy.
+    loss_weights: W_mix and W_plain. target, detach_target: see `target_weights`. The training accuracy is that of the plain
+    logits.
     """
     network.train()
-    losses, hits, members, weights, below = [], [], [], [], []
+    losses, hits, members, mixing_weights, dead = [], [], [], [], []
     for (images,), piece in batches:
         index = processes.gather_rows(piece)
         given = labels[index]
-        groups, drawn = draw(len(index))
+        groups, weights = grouping(len(index))
         with device.autocast():
-            outputs = network(images, groups, drawn)
-        mixed = mixed_loss(outputs.mixed, given[groups], outputs.weights, target, detach_target)
+            outputs = network(images, groups, weights)
+        label_weights = target_weights(outputs.weights, target, detach_target)
+        mixed = mixed_loss(outputs.mixed, given[groups], label_weights)
         plain = F.cross_entropy(outputs.plain, given)
         loss = total_loss(mixed, plain, *loss_weights)
         _step(optimizer, loss)
         losses.append(torch.stack([loss, mixed, plain]).detach())
         hits.append((outputs.plain.argmax(dim=1) == given).float().mean())
         members.append(index[groups])
-        weights.append(outputs.weights.detach())
+        mixing_weights.append(outputs.weights.detach())
         if outputs.scores is not None:
-            below.append(outputs.scores <= 0)
+            dead.append(outputs.scores <= 0)
     means = torch.stack(losses).mean(dim=0).tolist()
     accuracy = 100 * float(torch.stack(hits).mean())
-    return Epoch(*means, accuracy, torch.cat(members), torch.cat(weights), _share(below))
+    return Epoch(*means, accuracy, torch.cat(members), torch.cat(mixing_weights), _share(dead))
 
 
 def train_epoch_mixing_inputs(
@@ -89,22 +90,22 @@ def train_epoch_mixing_inputs(
     optimizer: Optimizer,
     batches: Iterable,
     labels: Tensor,
-    draw: Draw,
+    grouping: Grouping,
     *,
     weight: float,
     device: Device,
 ) -> Epoch:
-    """One pass of mixup (Zhang et al. 2018), the comparison that mixes images instead of features; one process.
+    """One pass of mixup (Zhang et al. 2018), the comparison that mixes images instead of features; in one process.
 
-    Only mixtures are classified, so there is neither a plain loss nor a training accuracy. weight: of the loss.
+    It classifies mixtures alone, so there is neither a plain loss nor a training accuracy. weight: of the loss.
     """
     network.train()
     losses = []
     for (images,), index in batches:
-        groups, drawn = draw(len(index))
+        groups, weights = grouping(len(index))
         with device.autocast():
-            logits = network(mix(images[groups], drawn))
-        loss = mixed_loss(logits, labels[index][groups], drawn)
+            logits = network(mixed_features(images[groups], weights))
+        loss = mixed_loss(logits, labels[index][groups], weights)
         _step(optimizer, weight * loss)
         losses.append(loss.detach())
     mean = float(torch.stack(losses).mean())
@@ -124,7 +125,7 @@ def _step(optimizer: Optimizer, loss: Tensor) -> None:
 
 @torch.no_grad()
 def evaluate(network: AttentiveFeatureMixup, batches: Iterable, labels: Tensor, device: Device) -> Evaluation:
-    """The test protocol (Sec. 8): one forward in eval mode, plain features through the plain classifier."""
+    """The test (README, section 8): one forward in eval mode, plain features through the plain classifier."""
     network.eval()
     sums = torch.zeros(6, dtype=torch.float64, device=labels.device)
     for (images,), index in batches:
@@ -133,13 +134,20 @@ def evaluate(network: AttentiveFeatureMixup, batches: Iterable, labels: Tensor, 
         logits, given = network.classifier(features), labels[index]
         mixed_hits = (network.mixed_classifier(features).argmax(dim=1) == given).sum()
         loss = F.cross_entropy(logits, given).double()
-        found = [len(index), (logits.argmax(dim=1) == given).sum(), loss * len(index), 1, loss, mixed_hits]
-        sums += torch.stack([torch.as_tensor(value, device=sums.device).double() for value in found])
+        sums_of_batch = [
+            len(index),
+            (logits.argmax(dim=1) == given).sum(),
+            loss * len(index),
+            1,
+            loss,
+            mixed_hits,
+        ]
+        sums += torch.stack([torch.as_tensor(value, device=sums.device).double() for value in sums_of_batch])
     samples, hits, loss, steps, batch_means, mixed_hits = processes.total(sums).tolist()
     return Evaluation(100 * hits / samples, loss / samples, batch_means / steps, 100 * mixed_hits / samples)
 
 
-# who gets how much attention ------------------------------------------------------------------------------------------
+# the attention of each sample ------------------------------------------------------------------------------------------
 
 
 def mean_weights(members: Tensor, weights: Tensor, size: int) -> Tensor:
@@ -151,15 +159,15 @@ def mean_weights(members: Tensor, weights: Tensor, size: int) -> Tensor:
 
 
 def mean_peak(weights: Tensor) -> float | None:
-    """The mean over groups of the largest weight: 1 / K where all members are alike, 1 where one member takes all."""
+    """The mean over groups of the largest weight: 1 / K if all weights are equal, 1 if one member takes all."""
     return float(weights.amax(dim=1).mean()) if len(weights) else None
 
 
 def attention_statistics(weights: Tensor, known: Tensor) -> dict[str, float | None]:
-    """Mean weight of right and of wrong labels, and the AUC of the weight as a detector of right ones (Sec. 7).
+    """Mean weight of right and of wrong labels, and the AUC of the weight as a detector of right ones (README, section 7).
 
-    weights: [N] of samples, NaN where there is none. known: int [N], 1 for a right label, 0 for a wrong one, -1 for not
-    known. None where there is nothing to say.
+    weights: [N] of samples, NaN for no weight. known: int [N], 1 for a right label, 0 for a wrong one, -1 for unknown.
+    A value is None if it has no sample.
     """
     weighted = ~weights.isnan()
     right, wrong = (weights[weighted & (known == truth)] for truth in (1, 0))
@@ -191,7 +199,7 @@ def pooled_features(network: AttentiveFeatureMixup, batches: Iterable, size: int
 def attention_of_samples(
     network: AttentiveFeatureMixup, features: Tensor, rounds: int, generator: torch.Generator
 ) -> Tensor:
-    """Each sample's mixing weight [N], the mean over `rounds` random groups, and so over partners and positions (Sec. 7)."""
+    """Each sample's mixing weight [N], its mean over `rounds` random groups (README, section 7)."""
     members, weights = [], []
     group_size = len(network.attention.projections)
     for _ in range(rounds):
@@ -203,7 +211,7 @@ def attention_of_samples(
 
 @torch.no_grad()
 def pair_weights(network: AttentiveFeatureMixup, features: Tensor) -> Tensor:
-    """Both members' weights for every ordered pair of T samples: [T, D] -> [T, T, 2] (Sec. 9.2, the release's vis.py)."""
+    """Both members' weights for every ordered pair of T samples: [T, D] -> [T, T, 2] (the release's vis.py)."""
     count = len(features)
     pairs = torch.cartesian_prod(*[torch.arange(count, device=features.device)] * 2)
     weights = [network.attention(features[part]) for part in pairs.split(4096)]

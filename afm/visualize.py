@@ -146,7 +146,7 @@ def draw(runs: list[RunResult], out: Path) -> None:
 
 
 def write_pairs(network: AttentiveFeatureMixup, listing: Path, images_root: Path, out: Path) -> None:
-    """features.npy (float32 [T, D]) and weight.npy (float32 [T, T, 2]) of T images for all ordered pairs (Sec. 9.2).
+    """features.npy (float32 [T, D]) and weight.npy (float32 [T, T, 2]) of T images for all ordered pairs.
 
     listing: a line per image, whitespace between columns; the second column is its path below images_root, or the first
     where there is only one. UserError: no such image.

@@ -1,20 +1,30 @@
-"""The alternation of Me-Momentum (Sec. 4): which phase comes next, when it ends, which weights are kept.
+"""The nested loops of Me-Momentum (README, section 4): which phase is next, when it ends, which weights are kept.
 
-An outer loop begins with a fresh network, trained on the current set until early stopping (round 0). Its inner loop then
-goes round by round: extract confident examples with the best weights so far, fine-tune those weights on them (rounds 1, 2,
-...), as long as a round brings a better validation accuracy. The last confident set is what the next outer loop begins with.
+    confident = all training samples
+    for outer in range(outer_loops):
+        network = fresh weights
+        train on `confident` until early stopping                  # round 0, `_early_stopping`
+        for round in 1, ..., rounds:                               # the inner loop, `_fine_tuning`
+            network = the best weights of this outer loop
+            confident = training samples whose observed label the network predicts
+            fine-tune on `confident` for `epochs` epochs
+            if round > 1 and the best of this outer loop is not better than after the round before: break
+    report the test accuracy of the best fine-tuning epoch of the run
+
+"Best" is by balanced accuracy on the noisy validation part, after every epoch. `advance` takes one step of these loops, so that
+a run can stop and resume at any epoch. `main.py` does what a phase begins with (`begin_phase`) and trains.
 """
 
 from typing import NamedTuple
 
 
 class Limits(NamedTuple):
-    """The flags that bound the loops."""
+    """The bounds of the loops."""
 
     epochs: int  # of a round; of the early-stopping phase at most
     outer_loops: int
-    inner_loops: int  # one more than the rounds that are run, as in the release
-    margin_step: float = 0.1  # points that a failure adds to the margin
+    rounds: int  # of an inner loop, at most
+    margin_step: float = 0.1  # percentage points that a failure adds to the margin
     margin_limit: float = 2.0  # early stopping ends when the margin is above it
 
 
@@ -24,57 +34,57 @@ class Place(NamedTuple):
     outer: int = 0
     round: int = 0  # 0: early stopping
     epoch: int = 0  # of the round
-    best: float = 0.0  # of this outer loop
-    margin: float = 0.0  # by which early stopping wants the best to be beaten
-    before: float = 0.0  # the best when the last round ended
-    best_of_run: float = 0.0  # over fine-tuning epochs alone
+    best_of_loop: float = 0.0  # over all epochs of this outer loop
+    margin: float = 0.0  # by which an epoch of early stopping must beat best_of_loop
+    best_before_round: float = 0.0  # best_of_loop when the last successful round ended
+    best_of_run: float = 0.0  # over the fine-tuning epochs of all outer loops
     done: bool = False
 
 
 class Verdict(NamedTuple):
     """What an epoch's weights are."""
 
-    keep: bool  # the best of this outer loop: they make the next selection
-    new_best: bool  # the best of the run: theirs is the test accuracy to report
+    best_of_loop: bool  # they extract the next confident examples
+    best_of_run: bool  # theirs is the test accuracy to report
 
 
 def advance(place: Place, validation: float, limits: Limits) -> tuple[Place, Verdict]:
-    """The place after an epoch that reached this validation accuracy, and what its weights are; NaN never wins."""
+    """The place after an epoch that reached this validation accuracy, and what its weights are; NaN is never the best."""
     if place.round == 0:
         return _early_stopping(place, validation, limits)
     return _fine_tuning(place, validation, limits)
 
 
 def _early_stopping(place: Place, validation: float, limits: Limits) -> tuple[Place, Verdict]:
-    keep = validation > place.best + place.margin
-    # failures add up as in the release: twenty times 0.1 are a little more than 2, and end the phase
-    margin = 0.0 if keep else place.margin + limits.margin_step
-    place = place._replace(best=validation if keep else place.best, margin=margin)
+    best = validation > place.best_of_loop + place.margin
+    # failures add up as in the release: in floating point twenty times 0.1 are above 2 and end the phase
+    margin = 0.0 if best else place.margin + limits.margin_step
+    place = place._replace(best_of_loop=validation if best else place.best_of_loop, margin=margin)
     if place.margin > limits.margin_limit or place.epoch + 1 == limits.epochs:
         place = _next_round(place, limits)
     else:
         place = place._replace(epoch=place.epoch + 1)
-    return place, Verdict(keep, new_best=False)
+    return place, Verdict(best_of_loop=best, best_of_run=False)
 
 
 def _fine_tuning(place: Place, validation: float, limits: Limits) -> tuple[Place, Verdict]:
-    keep = validation > place.best
-    new_best = keep and validation > place.best_of_run
-    if keep:
-        place = place._replace(best=validation)
-    if new_best:
+    best_of_loop = validation > place.best_of_loop
+    best_of_run = best_of_loop and validation > place.best_of_run
+    if best_of_loop:
+        place = place._replace(best_of_loop=validation)
+    if best_of_run:
         place = place._replace(best_of_run=validation)
     if place.epoch + 1 < limits.epochs:
         place = place._replace(epoch=place.epoch + 1)
-    elif place.best > place.before:
-        place = _next_round(place._replace(before=place.best), limits)
+    elif place.best_of_loop > place.best_before_round:
+        place = _next_round(place._replace(best_before_round=place.best_of_loop), limits)
     else:
         place = _next_outer_loop(place, limits)
-    return place, Verdict(keep, new_best)
+    return place, Verdict(best_of_loop, best_of_run)
 
 
 def _next_round(place: Place, limits: Limits) -> Place:
-    if place.round + 1 < limits.inner_loops:
+    if place.round < limits.rounds:
         return place._replace(round=place.round + 1, epoch=0)
     return _next_outer_loop(place, limits)
 
@@ -90,7 +100,7 @@ def name_of(place: Place) -> str:
 
 
 def learning_rate(place: Place, lr: float) -> float:
-    """Constant until early stopping; in each round a tenth from epoch 40 on, a hundredth from epoch 80 on."""
+    """`lr` in early stopping; in each round it drops by 10x at epoch 40 and again at epoch 80."""
     for milestone in (40, 80) if place.round > 0 else ():
         if place.epoch >= milestone:
             lr *= 0.1

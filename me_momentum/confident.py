@@ -1,4 +1,4 @@
-"""Confident examples: training items whose observed label the network predicts (Sec. 6), and what they are like."""
+"""Confident examples: training samples whose observed label the network predicts (README, section 6)."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -6,20 +6,26 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+# of `set_statistics`
+SET_COLUMNS = (
+    *("confident_size", "confident_share", "confident_precision", "confident_recall"),
+    *("hard_share", "hard_precision"),
+)
+
 
 def confident_examples(predicted: Tensor, labels: Tensor) -> Tensor:
-    """Positions, ascending, of the items whose prediction is their observed label; both int [N]. No threshold."""
+    """Positions, ascending, of the samples whose prediction is their observed label; both int [N]. No threshold."""
     return (predicted == labels).nonzero()[:, 0]
 
 
 def set_statistics(confident: Tensor, right: Tensor, first: Tensor) -> dict[str, float | int | None]:
-    """What a confident set is made of.
+    """Size, precision and recall of a confident set, and its hard examples.
 
-    confident, first: int positions of this set and of the run's first one, which the early-stopped network chose; right:
-    bool [N], whether an item's label is the true one. Returned: the size of the set and its share of all N; precision, the
-    share of right labels in it; recall, the share of all right labels that are in it; hard_share, the share of hard examples,
-    those that are not in the first set; and hard_precision, the share of right labels among these. None where there is
-    nothing to take a share of.
+    confident, first: int positions of this set and of the run's first one, which the early-stopped network extracted. right:
+    bool [N], whether an observed label is the true one. Hard examples are those that are not in the first set.
+    Returned: confident_size; confident_share of all N; confident_precision, the share of right labels in the set;
+    confident_recall, the share of all right labels that are in it; hard_share of the set; hard_precision, the share of right
+    labels among the hard examples. None if the denominator is 0.
     """
     hard = torch.ones_like(right)
     hard[first] = False
@@ -36,11 +42,10 @@ def set_statistics(confident: Tensor, right: Tensor, first: Tensor) -> dict[str,
 
 
 def set_growth(sets: Sequence[tuple[float, float | None]]) -> dict[str, float | None]:
-    """How the confident sets changed from extraction to extraction.
+    """How the confident sets changed from extraction to extraction; None for fewer than two sets.
 
-    sets: (share, precision) of each in the order of their extraction. confident_growth and confident_precision_change: of the
-    last one, less that of the first; confident_grew: share of the extractions after the first whose set is larger than the one
-    before. None of fewer than two sets.
+    sets: (share, precision) in the order of extraction. Returned: confident_growth and confident_precision_change, last set
+    minus first set; confident_grew, the share of the later extractions whose set is larger than the one before.
     """
     names = ("confident_growth", "confident_precision_change", "confident_grew")
     if len(sets) < 2:

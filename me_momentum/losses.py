@@ -1,4 +1,4 @@
-"""The loss on Clothing1M: cross-entropy that weighs the classes as the clean validation images have them (Sec. 5)."""
+"""The loss on Clothing1M: cross-entropy, weighted to the class shares of the clean validation images (README, section 5)."""
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ def prior_weights(train_counts: Tensor, validation_counts: Tensor) -> Tensor:
 
 
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Mean of the cross-entropy, each sample weighing what its class does: sum(w l) / sum(w), as PyTorch's weighted mean.
+    """The cross-entropy weighted by class: sum(w l) / sum(w) over the samples, as PyTorch's weighted mean.
 
     logits: [B, K]; labels: int [B]; weights: [K]. 0, and not NaN, where all classes of the batch have weight 0.
     """

@@ -1,5 +1,7 @@
-"""The released networks (Sec. 3): LeNet, ResNet-18/34 with a stem without padding, ResNet-50 for Clothing1M; beside them
-a PreAct ResNet-18. PyTorch's own initialisation. Layers are made in the release's order."""
+"""The released networks (README, section 3): LeNet, ResNet-18/34 with an unpadded stem, ResNet-50 for Clothing1M.
+
+Not in the release: a PreAct ResNet-18. PyTorch's own initialisation; layers are made in the release's order.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +38,7 @@ def make_network(name: str, num_classes: int, channels: int, size: int, stem_pad
 
 
 def usual_network(dataset: str, channels: int, size: int) -> str:
-    """The release's network for a data set; for others one that suits their images."""
+    """The release's network for a data set; for other data sets one that fits their images."""
     if dataset == "cifar100":
         return "resnet34"
     if size < 14:
@@ -47,7 +49,7 @@ def usual_network(dataset: str, channels: int, size: int) -> str:
 class LeNet(nn.Module):
     """LeNet-5 with ReLU and max-pooling; 61 706 parameters for 10 classes of 28-pixel grey images.
 
-    Pooling comes before ReLU: both orders give the same, and this one has a quarter of the values to go through.
+    Pooling comes before ReLU, which gives the same values with a quarter of the work.
     """
 
     def __init__(self, num_classes: int = 10, channels: int = 1, size: int = 28):
@@ -92,16 +94,17 @@ class BasicBlock(nn.Module):
         self.norm1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(width)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or width_in != width:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width)
-            )
+        changes = stride != 1 or width_in != width
+        projection = (
+            (nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width)) if changes else ()
+        )
+        self.shortcut = nn.Sequential(*projection) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, width_in, H, W] -> [B, width, H / stride, W / stride]."""
         out = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        return F.relu(out + self.shortcut(x))
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return F.relu(out + shortcut)
 
 
 class ResNet(nn.Module):
@@ -128,7 +131,7 @@ class ResNet(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """Basic pre-activation block. Its shortcut begins from the activated tensor, not from the block's input."""
+    """Basic pre-activation block. Its shortcut starts from the activated tensor, not from the block's input."""
 
     def __init__(self, width_in: int, width: int, stride: int):
         super().__init__()
@@ -168,21 +171,21 @@ class PreActResNet(nn.Module):
         return self.classifier(maps.mean(dim=(2, 3)))
 
 
-# Clothing1M (Sec. 8) --------------------------------------------------------------------------------------------------
+# Clothing1M (README, section 8) ------------------------------------------------------------------------------------------
 
 
 def clothing_network(num_classes: int, name: str = "resnet50", pretrained: str = "imagenet") -> nn.Module:
     """torchvision's ResNet with a fresh last layer; 23 536 718 parameters for ResNet-50 and 14 classes.
 
     pretrained: imagenet (torchvision's first weights), none, or the path of a torchvision ResNet's weights. UserError: the
-    weights cannot be had, or are of another network.
+    weights cannot be fetched or read, or are of another network.
     """
     from torchvision import models  # noqa: PLC0415  (seconds of import that --help need not wait for)
 
     network = imagenet_resnet(name) if pretrained == "imagenet" else models.get_model(name)
     if pretrained not in ("imagenet", "none"):
-        found, own = read_weights(Path(pretrained), "--pretrained"), network.state_dict()
-        body = {key: value for key, value in found.items() if not key.startswith("fc.")}
+        weights, own = read_weights(Path(pretrained), "--pretrained"), network.state_dict()
+        body = {key: value for key, value in weights.items() if not key.startswith("fc.")}
         foreign = [key for key, value in body.items() if key not in own or value.shape != own[key].shape]
         missing = [key for key in own if key not in body and not key.startswith("fc.")]
         if foreign or missing:

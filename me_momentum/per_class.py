@@ -1,8 +1,7 @@
-"""Clothing1M's confident examples: every class has the checkpoint that knows it best (Sec. 8).
+"""Clothing1M's confident examples: each class has its own best checkpoint (README, section 8).
 
-After each epoch the network is scored on each class of the clean validation images; the epoch with a class's best score in
-this outer loop is the model of that class. A training sample is confident where the model of its noisy class predicts that
-class.
+After each epoch the network is scored on each class of the clean validation images. The epoch with a class's best score in
+this outer loop is the model of that class. A training sample is confident if the model of its noisy label predicts that label.
 """
 
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from torch import Tensor
 
 
 class Scores(NamedTuple):
-    """How well a network does on a labelled split; percentages. NaN where there is nothing to take a share of."""
+    """A network's scores on a labelled split, in percent. NaN if the denominator is 0."""
 
     accuracy: float  # over samples
     std: float  # population standard deviation over classes of the recall, before rounding
@@ -23,7 +22,7 @@ class Scores(NamedTuple):
 def scores(predicted: Tensor, labels: Tensor, num_classes: int) -> Scores:
     """Accuracy, and recall and precision by class, of predictions and true labels, both int [N]; one transfer to the CPU."""
     counted = (labels[predicted == labels], labels, predicted)
-    counts = torch.stack([torch.bincount(found, minlength=num_classes) for found in counted])
+    counts = torch.stack([torch.bincount(of, minlength=num_classes) for of in counted])
     hits, given, claimed = counts.cpu().double()
     recall = hits / given * 100
     return Scores(
@@ -35,7 +34,7 @@ def scores(predicted: Tensor, labels: Tensor, num_classes: int) -> Scores:
 
 
 def class_score(recall: Tensor, precision: Tensor, beta: float) -> Tensor:
-    """What the models of the classes are chosen by: beta recall + (1 - beta) precision, [K]; NaN stays NaN."""
+    """The score that chooses the models of the classes: beta recall + (1 - beta) precision, [K]; NaN stays NaN."""
     return beta * recall + (1 - beta) * precision
 
 
@@ -43,23 +42,23 @@ def class_score(recall: Tensor, precision: Tensor, beta: float) -> Tensor:
 
 
 class ClassModels(NamedTuple):
-    """The best epochs of an outer loop so far; as a dict (_asdict) it is plain data for a checkpoint."""
+    """The best epochs of an outer loop so far, for each class and over all classes."""
 
-    best_score: Tensor  # float64 [K]
-    epoch: Tensor  # int64 [K], the epoch of that score, from 1; 0: none has beaten 0 yet
-    best_accuracy: float = -1.0
-    best_epoch: int = 0  # the epoch of that accuracy: the model of the classes that have none
+    best_score: Tensor  # float64 [K], of each class
+    epoch: Tensor  # int64 [K], the epoch of best_score, from 1; 0: no score was above 0 yet
+    best_accuracy: float = -1.0  # over all classes
+    best_epoch: int = 0  # the epoch of best_accuracy: the model of classes whose `epoch` is 0
 
 
 def no_models(num_classes: int) -> ClassModels:
-    """What an outer loop begins with."""
+    """The models at the start of an outer loop."""
     return ClassModels(
         torch.zeros(num_classes, dtype=torch.float64), torch.zeros(num_classes, dtype=torch.int64)
     )
 
 
 def update(models: ClassModels, epoch: int, score: Tensor, accuracy: float) -> ClassModels:
-    """The models after an epoch (from 1) with these scores, float64 [K]: only a strictly better one wins, NaN never."""
+    """The models after an epoch (from 1) with these scores, float64 [K]: only a higher score replaces one, NaN never."""
     better = score > models.best_score
     models = models._replace(
         best_score=torch.where(better, score, models.best_score),
@@ -71,16 +70,16 @@ def update(models: ClassModels, epoch: int, score: Tensor, accuracy: float) -> C
 
 
 def model_of_class(models: ClassModels) -> Tensor:
-    """The epoch whose checkpoint judges the samples of each class, int64 [K].
+    """The epoch whose checkpoint predicts the samples of each class, int64 [K].
 
-    A class whose score never beat 0, for which the release tries to load a file without a name, is judged by the epoch with the
-    best validation accuracy of the outer loop.
+    A class whose score was never above 0 has the epoch with the best validation accuracy of the outer loop. The release fails
+    there: it tries to load a file without a name.
     """
     return torch.where(models.epoch > 0, models.epoch, models.best_epoch)
 
 
 def in_use(models: ClassModels) -> set[int]:
-    """The epochs whose checkpoints are still referred to."""
+    """The epochs that are the model of some class."""
     return set(model_of_class(models).tolist())
 
 
@@ -88,7 +87,7 @@ def in_use(models: ClassModels) -> set[int]:
 
 
 def samples_by_model(labels: Tensor, model_of: Tensor) -> dict[int, Tensor]:
-    """Which samples each checkpoint has to look at: by epoch, ascending positions in labels; each is looked at once.
+    """Which samples each checkpoint predicts: by epoch, ascending positions in labels; each sample has one checkpoint.
 
     labels: noisy, int [N]; model_of: the model of each class, int [K]. A checkpoint without samples is left out.
     """

@@ -1,4 +1,4 @@
-"""One epoch of cross-entropy, and predictions; no transfer from the device but one per pass (Sec. 4 and 6)."""
+"""One epoch of cross-entropy, and predictions, with one transfer from the device per pass (README, sections 4 and 6)."""
 
 from collections.abc import Iterable
 
@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from common.gpu import processes
 from common.gpu.device import Device
+from me_momentum.losses import weighted_cross_entropy
 
 
 def train_epoch(
@@ -35,11 +36,37 @@ def train_epoch(
     return float(torch.stack(losses).sum()) / rows, 100 * float(torch.stack(hits).sum()) / rows
 
 
+def train_weighted_epoch(
+    network: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterable,
+    labels: Tensor,
+    weights: Tensor,
+    device: Device,
+) -> float:
+    """One pass of weighted cross-entropy on the noisy labels, int [N] on the device: the mean loss of its steps.
+
+    weights: of the classes, [K]. Under torchrun the loss of every step is that of the global batch.
+    """
+    network.train()
+    losses = []
+    for (images,), piece in batches:
+        given = labels[processes.gather_rows(piece)]
+        with device.autocast():
+            logits = network(images)
+        loss = weighted_cross_entropy(processes.gather_rows(logits.float()), given, weights)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return float(torch.stack(losses).mean())
+
+
 @torch.no_grad()
 def predict(network: nn.Module, batches: Iterable, size: int, device: Device) -> Tensor:
     """Predicted classes, int [size], of batches that hold each position 0 .. size - 1 once, in eval mode.
 
-    Under torchrun each process goes through its batches, and all have the predictions of all.
+    Under torchrun each process predicts its own batches, and all processes return all predictions.
     """
     network.eval()
     predicted = torch.zeros(size, dtype=torch.int64, device=device.device)

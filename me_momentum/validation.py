@@ -1,4 +1,4 @@
-"""The noisy validation part and the accuracy on it that steers everything (Sec. 2.2 and 7)."""
+"""The noisy validation part, and the accuracies on it and on the test images (README, sections 2.2 and 7)."""
 
 from typing import NamedTuple
 
@@ -15,9 +15,9 @@ class Parts(NamedTuple):
 
 
 def split(count: int, fraction: float, seed: int) -> Parts:
-    """The release's split of `count` items: int(count fraction) of them drawn from RandomState(seed), the rest validates.
+    """The release's split of `count` items: int(count fraction) of them are drawn with RandomState(seed) to train on.
 
-    Not stratified. ValueError: a part would be empty.
+    The rest is the validation part. Not stratified. ValueError: a part would be empty.
     """
     size = int(count * fraction)
     if not 0 < size < count:
@@ -29,7 +29,7 @@ def split(count: int, fraction: float, seed: int) -> Parts:
 def balanced_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> float:
     """Mean over classes of the accuracy on each class, in percent, rounded to 2 decimals; both int [N], labels noisy.
 
-    All comparisons are made with the rounded value. NaN where a class is absent. Two counts on the device, one transfer.
+    All comparisons use the rounded value. NaN if a class is absent. Two counts on the device, one transfer.
     """
     hits = torch.bincount(labels[predicted == labels], minlength=num_classes)
     hits, counts = torch.stack([hits, torch.bincount(labels, minlength=num_classes)]).double().cpu().numpy()

@@ -1,11 +1,11 @@
-"""Attention of a group's members to each other: against a loop, for extreme scores, and the weights drawn in its place."""
+"""Attention of a group's members to each other: against a loop, for extreme scores, and the weights in its place."""
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from afm.attention import ATTENTIONS, INTERACTIONS, GroupAttention, drawn_weights, mix, mixing_weights
+from afm.attention import ATTENTIONS, INTERACTIONS, GroupAttention, ablation_weights, mixing_weights
 
 
 def members_of(groups: int, group_size: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -18,7 +18,7 @@ def attention_of(width: int, group_size: int = 2, seed: int = 0, **options) -> G
 
 
 def plain_weights(attention: GroupAttention, group: torch.Tensor) -> torch.Tensor:
-    """The weights [K] of one group [K, D], as Sec. 4.2 writes them, in float64."""
+    """The weights [K] of one group [K, D], as the README, section 4, writes them, in float64."""
     layers = [(layer.weight.double(), layer.bias.double()) for layer in attention.projections]
     projected = [(x.double() @ w.T + b).clamp_min(0) for x, (w, b) in zip(group, layers, strict=True)]
     if attention.interaction == "concat":
@@ -39,11 +39,11 @@ def plain_weights(attention: GroupAttention, group: torch.Tensor) -> torch.Tenso
     return alpha / alpha.sum()
 
 
-@pytest.mark.parametrize("attn_hidden", [0, 5])
-@pytest.mark.parametrize("interaction", INTERACTIONS)
 @pytest.mark.parametrize(
-    ("group_size", "attention"),
-    [(k, a) for k in (2, 3, 4) for a in ATTENTIONS if a != "complement" or k == 2],
+    ("interaction", "attn_hidden"), [*zip(INTERACTIONS, (0, 5, 0), strict=True), ("concat", 0)]
+)
+@pytest.mark.parametrize(
+    ("group_size", "attention"), [(k, a) for k in (2, 4) for a in ATTENTIONS if a != "complement" or k == 2]
 )
 def test_agrees_with_a_loop_over_groups(group_size, interaction, attention, attn_hidden):
     options = {"interaction": interaction, "attention": attention, "attn_hidden": attn_hidden}
@@ -64,13 +64,6 @@ def test_the_released_attention_has_its_sizes(width, hidden, count):
     attention = GroupAttention(width, attention="complement")
     assert [layer.out_features for layer in attention.projections] == [hidden, hidden]
     assert sum(p.numel() for p in attention.parameters()) == count
-
-
-def test_every_projection_and_score_is_a_layer_of_its_own():
-    attention = GroupAttention(16, 4, interaction="concat", attn_hidden=5)
-    shapes = {name: list(p.shape) for name, p in attention.named_parameters() if name.endswith("weight")}
-    projections = {f"projections.{k}.weight": [3, 16] for k in range(4)}
-    assert shapes == {**projections, "score.0.weight": [5, 12], "score.2.weight": [4, 5]}
 
 
 def test_members_are_not_interchangeable():
@@ -107,7 +100,7 @@ def test_the_stable_form_is_sigmoids_divided_by_their_sum(attention):
     assert (gradients[0][scores < 0] == 0).all() == (attention == "relu-sigmoid")
 
 
-@pytest.mark.parametrize("group_size", [2, 3, 7])
+@pytest.mark.parametrize("group_size", [2, 5])
 def test_relu_sigmoid_keeps_every_weight_between_its_bounds(group_size):
     least, greatest = 1 / (2 * group_size - 1), 2 / (group_size + 1)
     first = torch.full((2, group_size), -50.0)
@@ -117,8 +110,6 @@ def test_relu_sigmoid_keeps_every_weight_between_its_bounds(group_size):
     scores = 30 * torch.randn(2000, group_size, generator=torch.Generator().manual_seed(0))
     weights = mixing_weights(scores, "relu-sigmoid")
     assert weights.min() >= least - 1e-6 and weights.max() <= greatest + 1e-6
-    if group_size == 2:
-        assert (least, greatest) == (1 / 3, 2 / 3)
 
 
 def test_a_dead_relu_gives_uniform_weights_and_no_gradient():
@@ -141,65 +132,36 @@ def test_complement_is_a_sigmoid_for_the_first_and_the_rest_for_the_second():
     assert weights.tolist() == [[0.5, 0.5], [0.0, 1.0], [1.0, 0.0]]
 
 
-# drawn weights ----------------------------------------------------------------------------------------------------------
+# weights without attention ----------------------------------------------------------------------------------------------
 
 
 def test_uniform_weights():
-    weights = drawn_weights(3, 4, "uniform", 1.0, np.random.default_rng(0))
+    weights = ablation_weights(3, 4, "uniform", 1.0, np.random.default_rng(0))
     assert weights.tolist() == [[0.25] * 4] * 3
 
 
-@pytest.mark.parametrize("alpha", [0.01, 0.3, 1.0, 8.0])
-@pytest.mark.parametrize("group_size", [2, 3, 5])
+@pytest.mark.parametrize(("group_size", "alpha"), [(2, 0.01), (3, 0.3), (5, 1.0), (2, 8.0)])
 def test_random_weights_are_dirichlet(group_size, alpha):
-    weights = drawn_weights(20000, group_size, "random", alpha, np.random.default_rng(0)).double()
+    weights = ablation_weights(20000, group_size, "random", alpha, np.random.default_rng(0)).double()
     assert (weights >= 0).all()
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(20000, dtype=torch.float64), rtol=0, atol=1e-6)
     mean = 1 / group_size
     variance = mean * (1 - mean) / (group_size * alpha + 1)
-    assert weights.mean(dim=0).tolist() == pytest.approx(
-        [mean] * group_size, abs=5 * (variance / 20000) ** 0.5
-    )
+    error = 5 * (variance / 20000) ** 0.5
+    assert weights.mean(dim=0).tolist() == pytest.approx([mean] * group_size, abs=error)
     assert weights.var(dim=0).tolist() == pytest.approx([variance] * group_size, rel=0.06)
 
 
-@pytest.mark.parametrize("alpha", [0.4, 1.0, 2.0])
-def test_random_weights_of_pairs_are_those_of_mixup(alpha):
-    first = drawn_weights(5000, 2, "random", alpha, np.random.default_rng(1))[:, 0].double().numpy()
-    expected = stats.uniform() if alpha == 1 else stats.beta(alpha, alpha)
-    assert stats.kstest(first, expected.cdf).pvalue > 0.01
+def test_random_weights_of_pairs_are_those_of_mixup():
+    first = ablation_weights(5000, 2, "random", 0.4, np.random.default_rng(1))[:, 0].double().numpy()
+    assert stats.kstest(first, stats.beta(0.4, 0.4).cdf).pvalue > 0.01
 
 
 def test_weights_are_drawn_for_each_group_from_the_generator_alone():
-    weights = [drawn_weights(9, 2, "random", 1.0, np.random.default_rng(5)) for _ in range(2)]
-    assert torch.equal(*weights)
-    assert weights[0].dtype == torch.float32
+    weights = [ablation_weights(9, 2, "random", 1.0, np.random.default_rng(5)) for _ in range(2)]
+    assert torch.equal(*weights) and weights[0].dtype == torch.float32
     assert len(weights[0][:, 0].unique()) == 9
-
-
-@pytest.mark.parametrize("kind", ["uniform", "random"])
-def test_no_group_draws_no_weight(kind):
-    assert drawn_weights(0, 3, kind, 1.0, np.random.default_rng(0)).shape == (0, 3)
-
-
-# mixing -----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(6,), (3, 4, 5)])
-def test_mixtures_of_features_and_of_images(shape):
-    generator = torch.Generator().manual_seed(0)
-    members = torch.randn(4, 3, *shape, generator=generator)
-    weights = torch.rand(4, 3, generator=generator)
-    mixed = mix(members, weights)
-    for g in range(4):
-        expected = sum(weights[g, k] * members[g, k] for k in range(3))
-        torch.testing.assert_close(mixed[g], expected)
-
-
-def test_no_group_no_mixture():
-    attention = attention_of(6, 3)
-    members = torch.zeros(0, 3, 6)
-    assert mix(members, attention(members)).shape == (0, 6)
+    assert ablation_weights(0, 3, "random", 1.0, np.random.default_rng(0)).shape == (0, 3)
 
 
 # errors -----------------------------------------------------------------------------------------------------------------

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from afm.attention import GroupAttention, mix
-from afm.losses import mixed_loss, total_loss
+from afm.attention import GroupAttention
+from afm.mixing import mixed_features, mixed_loss, target_weights, total_loss
 from afm.networks import AttentiveFeatureMixup, Outputs, make_network
-from afm.train import draw, keep_weights, learning_rate, parse_args, train
+from afm.train import groups_of_batch, keep_weights, learning_rate, parse_args, train
 from afm.training import evaluate
 from common.gpu.device import Device
 
@@ -52,15 +52,15 @@ def released_names(network: AttentiveFeatureMixup) -> dict[str, nn.Parameter]:
     return names
 
 
-def draws(args, generator_seed: int = 0):
+def grouping(args, generator_seed: int = 0):
     """The script's groups for a batch of so many rows."""
     generator, rng = torch.Generator().manual_seed(generator_seed), np.random.default_rng(generator_seed)
-    return lambda rows, mixing=True: draw(rows, args, mixing, generator, rng)
+    return lambda rows, mixing=True: groups_of_batch(rows, args, mixing, generator, rng)
 
 
 def losses_of(outputs: Outputs, labels: torch.Tensor, groups: torch.Tensor, args) -> tuple[torch.Tensor, ...]:
     """The mixed, the plain and the total loss as the flags say."""
-    mixed = mixed_loss(outputs.mixed, labels[groups], outputs.weights, args.mix_target)
+    mixed = mixed_loss(outputs.mixed, labels[groups], target_weights(outputs.weights, args.mix_target))
     plain = F.cross_entropy(outputs.plain, labels)
     return mixed, plain, total_loss(mixed, plain, args.weight_mixed, args.weight_plain)
 
@@ -120,8 +120,8 @@ def test_groups_of_k_as_in_figure_2(golden):
         mixed, plain, total = losses_of(outputs, labels, groups, parse_args(weights))
         found = {
             "mix_weights": outputs.weights,
-            "mixed_features": mix(features[groups], outputs.weights),
-            "mixed_targets": mix(one_hot[groups], outputs.weights),
+            "mixed_features": mixed_features(features[groups], outputs.weights),
+            "mixed_targets": mixed_features(one_hot[groups], outputs.weights),
             "mixed_logits": outputs.mixed,
             "plain_logits": outputs.plain,
             "ce_mixed": mixed,
@@ -148,13 +148,13 @@ def test_pairs_of_the_released_head_with_losses_and_gradients(golden):
         args = parse_args(["--fidelity", "released", *flags])
         network = released_head(case)
         features, labels = tensor(case["features"]).requires_grad_(), tensor(case["labels"])
-        groups, drawn = draws(args)(len(labels))
+        groups, drawn = grouping(args)(len(labels))
         outputs = network(features, groups, drawn)
         mixed, plain, total = losses_of(outputs, labels, groups, args)
         coefficient = tensor(case["mix_coefficient"])
         found = {
             "attn_logit": network.attention.scores(features[groups]),
-            "mixed_features": mix(features[groups], outputs.weights),
+            "mixed_features": mixed_features(features[groups], outputs.weights),
             "mixed_logits": outputs.mixed.repeat(2, 1),
             "plain_logits": outputs.plain,
             "ce_mixed": mixed,
@@ -178,7 +178,7 @@ def test_pairs_inside_each_replicas_piece(golden):
         args = parse_args(["--fidelity", "released", "--pair-chunks", str(case["replicas"])])
         network = released_head(case)
         features, labels = tensor(case["features"]), tensor(case["labels"])
-        groups, drawn = draws(args)(len(labels))
+        groups, drawn = grouping(args)(len(labels))
         assert groups.tolist() == np.stack([case["first_index"], case["second_index"]], axis=1).tolist(), (
             case.name
         )
@@ -202,7 +202,7 @@ def test_an_odd_row_is_left_out_of_the_mixed_loss_only(golden):
             features = torch.rand(count, 6, generator=generator).requires_grad_()
             labels = torch.randint(3, (count,), generator=generator)
             network = AttentiveFeatureMixup(nn.Identity(), 6, 3, GroupAttention(6, attention=args.attention))
-            groups, drawn = draws(args)(count)
+            groups, drawn = grouping(args)(count)
             outputs = network(features, groups, drawn)
             assert outputs.mixed.shape == (count // 2, 3)
             assert outputs.plain.shape == (count, 3)
@@ -267,7 +267,7 @@ def run_recorded(case) -> None:
         optimizer.param_groups[0]["lr"] = learning_rate(args, epoch)
         assert np.allclose(expected_rates, learning_rate(args, epoch), rtol=1e-12, atol=0), name
         data = SimpleNamespace(train=(in_turn(case, epoch, network, after), labels))
-        done = train(epoch, args, data, network, optimizer, draws(args), run)
+        done = train(epoch, args, data, network, optimizer, grouping(args), run)
         test = evaluate(network, [((valid[index],), index) for index in positions], tested, CPU)
         assert_close(done.loss, case["printed_train_loss"][epoch - 1], name, rtol=0, atol=1e-4)
         assert_close(done.accuracy / 100, case["printed_train_acc"][epoch - 1], name, rtol=0, atol=6e-5)
@@ -315,7 +315,7 @@ def output_shapes(network: AttentiveFeatureMixup, parts: dict[str, nn.Module]) -
     features = network.backbone(torch.empty(8, 3, 224, 224))
     members = features.view(2, 4, -1).transpose(0, 1)
     # not by forward, which switches autocast off: the meta device has none
-    network.mixed_classifier(mix(members, network.attention(members)))
+    network.mixed_classifier(mixed_features(members, network.attention(members)))
     network.classifier(features)
     return shapes
 

@@ -102,9 +102,8 @@ def test_afm_beats_cross_entropy_on_digits_by_three_points_with_groups_of_two_an
     assert differences["AFM (K=2)"] >= 3 and differences["AFM (K=3)"] >= 3
 
 
-@pytest.mark.parametrize("file", ["afm.csv", "afm_switches.csv", "afm_instance.csv"])
-def test_the_row_of_every_method_in_afms_text_is_that_of_the_file(file):
-    text = (ROOT / "afm" / "README.md").read_text()
+def test_the_row_of_every_method_in_afms_text_is_that_of_the_file():
+    text, file = (ROOT / "afm" / "README.md").read_text(), "afm.csv"
     rows = read_results(REFERENCE / file)
     assert {row["seed"] for row in rows} == {"1", "2", "3"}
     for cell, method, fidelity in {(row["cell"], row["method"], row["fidelity"]) for row in rows}:
@@ -118,7 +117,7 @@ def test_the_row_of_every_method_in_afms_text_is_that_of_the_file(file):
             else ""
             for metric, scale in metrics.items()
         ]
-        assert f" | {' | '.join(shown)} | [`{file}`]" in text, f"{file} {cell} {method} {fidelity}"
+        assert f" | {' | '.join(shown)} |\n" in text, f"{file} {cell} {method} {fidelity}"
 
 
 @pytest.mark.parametrize(

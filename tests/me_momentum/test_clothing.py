@@ -21,7 +21,6 @@ from common.runs.cli import UserError
 from common.runs.selection_report import no_streaks
 from me_momentum import Clothing, ClothingData
 from me_momentum.Clothing import (
-    Data,
     begin_inner_loop,
     cell,
     directory_name,
@@ -30,7 +29,9 @@ from me_momentum.Clothing import (
     parse_args,
     select,
 )
+from me_momentum.clothing_images import Data
 from me_momentum.ClothingData import index_part, read_index, read_labels
+from me_momentum.flags import PRESETS
 from me_momentum.per_class import no_models
 from tests.common.small_file_data import make_clothing1m, plant
 
@@ -604,7 +605,7 @@ def test_what_cannot_be_trained_on_leaves_nothing_behind(words, line, root, monk
 
 
 def test_the_presets_of_clothing1m_are_read_by_this_script():
-    names = [name for name in cli.read_presets(Clothing.PRESETS) if name.startswith("clothing1m/")]
+    names = [name for name in cli.read_presets(PRESETS) if name.startswith("clothing1m/")]
     assert names
     for name in names:
         args = parse_args(["--preset", name])

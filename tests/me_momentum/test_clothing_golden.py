@@ -12,7 +12,8 @@ from torch import nn
 from common.datasets.arrays import read_npz
 from common.datasets.file_lists import make_split
 from me_momentum import Clothing, ClothingData
-from me_momentum.Clothing import Data, Labelled, learning_rate, parse_args, place_of, shuffled
+from me_momentum.Clothing import learning_rate, parse_args, place_of
+from me_momentum.clothing_images import Data, Labelled, shuffled
 from me_momentum.confident import confident_examples
 from me_momentum.losses import prior_weights, weighted_cross_entropy
 from me_momentum.per_class import (
@@ -146,7 +147,7 @@ class Scripted:
             index, labels.numpy(), split, None, labels, nothing, nothing, (), loader, lambda *_, **__: []
         )
 
-    def train_epoch(self, network, optimizer, batches, labels, weights, device) -> float:
+    def train_weighted_epoch(self, network, optimizer, batches, labels, weights, device) -> float:
         values = (optimizer.param_groups[0]["lr"], len(labels), weights.tolist(), self.networks)
         for name, value in zip(("lr", "train_size", "loss_weights", "model_number"), values, strict=True):
             self.seen[name].append(value)
@@ -176,7 +177,7 @@ class Scripted:
 def test_the_script(golden, monkeypatch, tmp_path):
     for case in golden("me_momentum", "clothing_control"):
         scripted = Scripted(case)
-        for name in ("load", "train_epoch", "validate", "test", "select"):
+        for name in ("load", "train_weighted_epoch", "validate", "test", "select"):
             monkeypatch.setattr(Clothing, name, getattr(scripted, name))
         monkeypatch.setattr(Clothing, "clothing_network", scripted.network)
         run = tmp_path / case.name

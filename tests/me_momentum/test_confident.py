@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from me_momentum.confident import confident_examples, set_growth, set_statistics
-from me_momentum.main import SET_COLUMNS
+from me_momentum.confident import SET_COLUMNS, confident_examples, set_growth, set_statistics
 
 
 def drawn(seed: int, size: int = 200, num_classes: int = 7) -> tuple[np.ndarray, ...]:

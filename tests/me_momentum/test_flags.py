@@ -8,7 +8,7 @@ import pytest
 
 from common.runs import cli
 from me_momentum import main
-from me_momentum.main import PRESETS, directory_name, loop_limits, make_parser, method, parse_args
+from me_momentum.flags import PRESETS, directory_name, loop_limits, make_parser, method, parse_args
 
 # frozen: a change of a name or a default is a change for every user
 FLAGS = [
@@ -155,11 +155,11 @@ def test_a_noise_file_means_given_labels():
 @pytest.mark.parametrize(
     ("argv", "limits"),
     [
-        ([], (100, 3, 20, 0.1, 2.0)),
-        (["--n_epoch", "7", "--max_outer_loop", "2", "--max_inner_loop", "4"], (7, 2, 4, 0.1, 2.0)),
-        (["--es_step", "0.5", "--es_limit", "0"], (100, 3, 20, 0.5, 0.0)),
+        ([], (100, 3, 19, 0.1, 2.0)),
+        (["--n_epoch", "7", "--max_outer_loop", "2", "--max_inner_loop", "4"], (7, 2, 3, 0.1, 2.0)),
+        (["--es_step", "0.5", "--es_limit", "0"], (100, 3, 19, 0.5, 0.0)),
         # one phase without a margin, which nothing ends early
-        (["--selection", "none", "--n_epoch", "7", "--es_step", "1"], (7, 1, 1, 0, 2.0)),
+        (["--selection", "none", "--n_epoch", "7", "--es_step", "1"], (7, 1, 0, 0, 2.0)),
     ],
 )
 def test_the_limits_of_the_loops(argv, limits):

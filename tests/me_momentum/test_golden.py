@@ -12,6 +12,7 @@ from common import noise
 from common.gpu.device import Device
 from me_momentum.alternation import Limits, Place, advance, learning_rate
 from me_momentum.confident import confident_examples
+from me_momentum.flags import loop_limits, parse_args
 from me_momentum.networks import LeNet, ResNet, make_network
 from me_momentum.training import predict
 from me_momentum.validation import accuracy, balanced_accuracy, batch_mean_accuracy, split
@@ -40,12 +41,12 @@ def walk(validation: np.ndarray, test: np.ndarray, limits: Limits, lr: float) ->
             else:
                 latest = None
         following, verdict = advance(place, accuracy_now, limits)
-        if verdict.keep:
+        if verdict.best_of_loop:
             latest = number
-        if verdict.new_best:
+        if verdict.best_of_run:
             reported = next(test)
         row = (place.epoch, int(place.round > 0), phases, learning_rate(place, lr), len(selection_model))
-        row = (*row, int(verdict.keep), int(verdict.new_best), following.done)
+        row = (*row, int(verdict.best_of_loop), int(verdict.best_of_run), following.done)
         for name, value in zip(columns, row, strict=True):
             found[name].append(value)
         place = following
@@ -55,7 +56,8 @@ def walk(validation: np.ndarray, test: np.ndarray, limits: Limits, lr: float) ->
 
 def test_control(golden):
     for case in golden("me_momentum", "control"):
-        limits = Limits(*(int(case[name]) for name in LIMITS))
+        words = [word for name in LIMITS for word in (f"--{name}", str(int(case[name])))]
+        limits = loop_limits(parse_args(words))
         found = walk(case["val_acc"], case["test_acc"], limits, 0.01)
         # done after the last epoch, and not before
         assert found.pop("done") == [False] * (len(case["val_acc"]) - 1) + [True], case.name

@@ -1,32 +1,39 @@
-"""The loss of mixtures against torch's cross-entropy with soft targets, and where there is nothing to mix."""
+"""Mixed features and targets of Figure 2, their loss against torch's cross-entropy with soft targets, and the total."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from afm.losses import mixed_loss, total_loss
+from afm.mixing import mixed_features, mixed_loss, target_weights, total_loss
 
 
-def case(groups: int = 6, group_size: int = 3, classes: int = 4, seed: int = 0):
+def case(groups: int = 6, group_size: int = 3, classes: int = 4):
     """Logits [M, C], labels [M, K], weights [M, K]."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     logits = torch.randn(groups, classes, generator=generator)
     labels = torch.randint(classes, (groups, group_size), generator=generator)
     weights = torch.rand(groups, group_size, generator=generator)
     return logits.requires_grad_(), labels, (weights / weights.sum(dim=1, keepdim=True)).requires_grad_()
 
 
+@pytest.mark.parametrize("shape", [(6,), (3, 4, 5)])
+def test_mixtures_of_features_and_of_images(shape):
+    _, _, weights = case()
+    members = torch.randn(6, 3, *shape, generator=torch.Generator().manual_seed(1))
+    mixed = mixed_features(members, weights)
+    for g in range(6):
+        torch.testing.assert_close(mixed[g], sum(weights[g, k] * members[g, k] for k in range(3)))
+    assert mixed_features(members[:0], weights[:0]).shape == (0, *shape)
+
+
 @pytest.mark.parametrize("group_size", [2, 3, 6])
 def test_the_soft_target_is_the_weighted_label(group_size):
     logits, labels, weights = case(group_size=group_size)  # a class more than once in a group of six of four
-    targets = (weights[:, :, None] * F.one_hot(labels, 4)).sum(dim=1)
-    expected = F.cross_entropy(logits, targets)
-    found = mixed_loss(logits, labels, weights)
+    expected = F.cross_entropy(logits, mixed_features(F.one_hot(labels, 4).float(), weights))
+    found = mixed_loss(logits, labels, target_weights(weights))
     torch.testing.assert_close(found, expected)
     for ours, torchs in zip(
-        torch.autograd.grad(found, (logits, weights)),
-        torch.autograd.grad(expected, (logits, weights)),
-        strict=True,
+        *(torch.autograd.grad(x, (logits, weights)) for x in (found, expected)), strict=True
     ):
         torch.testing.assert_close(ours, torchs)
 
@@ -34,46 +41,34 @@ def test_the_soft_target_is_the_weighted_label(group_size):
 def test_both_counts_all_members_alike_whatever_their_weight():
     logits, labels, weights = case()
     expected = sum(F.cross_entropy(logits, labels[:, k]) for k in range(3)) / 3
-    found = mixed_loss(logits, labels, weights, target="both")
+    found = mixed_loss(logits, labels, target_weights(weights, "both"))
     torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(mixed_loss(logits, labels, weights * 0, target="both"), expected)
     assert torch.autograd.grad(found, weights, allow_unused=True) == (None,)
 
 
 def test_detach_stops_the_gradient_through_the_label_alone():
     logits, labels, weights = case()
     scaled = logits * weights[:, :1]  # the weights are in the feature too
-    through_feature = mixed_loss(scaled, labels, weights.detach())
-    detached = mixed_loss(scaled, labels, weights, detach_target=True)
-    both = mixed_loss(scaled, labels, weights)
-    assert through_feature == detached == both
-    gradients = [
-        torch.autograd.grad(loss, weights, retain_graph=True)[0] for loss in (through_feature, detached, both)
-    ]
+    of_labels = (weights.detach(), target_weights(weights, detach=True), target_weights(weights))
+    losses = [mixed_loss(scaled, labels, own) for own in of_labels]
+    assert losses[0] == losses[1] == losses[2]
+    gradients = [torch.autograd.grad(loss, weights, retain_graph=True)[0] for loss in losses]
     assert torch.equal(gradients[0], gradients[1])
     assert not torch.allclose(gradients[0], gradients[2])
 
 
-@pytest.mark.parametrize("target", ["soft", "both"])
-def test_no_group_costs_nothing_and_leaves_finite_gradients(target):
-    logits, labels, weights = case(groups=0)
-    loss = mixed_loss(logits, labels, weights, target)
-    assert loss == 0
-    loss.backward()
-    assert logits.grad.shape == (0, 4)
-
+def test_no_group_costs_nothing_and_leaves_finite_gradients():
+    _, labels, weights = case(groups=0)
     layer = torch.nn.Linear(5, 4)
-    total = total_loss(
-        mixed_loss(layer(torch.zeros(0, 5)), labels, weights, target), torch.tensor(0.0), 1.5, 0.5
-    )
-    total.backward()
+    loss = mixed_loss(layer(torch.zeros(0, 5)), labels, weights)
+    assert loss == 0
+    total_loss(loss, torch.tensor(0.0), 1.5, 0.5).backward()
     assert torch.equal(layer.weight.grad, torch.zeros(4, 5))
 
 
 def test_extreme_logits_give_finite_losses():
     logits = torch.tensor([[1e4, -1e4], [-1e4, 1e4]])
-    loss = mixed_loss(logits, torch.tensor([[0, 1], [0, 1]]), torch.full((2, 2), 0.5))
-    assert loss == 1e4
+    assert mixed_loss(logits, torch.tensor([[0, 1], [0, 1]]), torch.full((2, 2), 0.5)) == 1e4
 
 
 def test_the_total_is_the_weighted_sum():
@@ -82,4 +77,4 @@ def test_the_total_is_the_weighted_sum():
 
 def test_an_unknown_target_is_named():
     with pytest.raises(ValueError, match="soft, both, got hard"):
-        mixed_loss(*case(), target="hard")
+        target_weights(case()[2], "hard")
