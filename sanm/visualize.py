@@ -1,9 +1,9 @@
 """What the masks hide, and what they bring: `python -m sanm.visualize RUN [RUN ...] [--out FIGURE.png]`.
 
 Above, test accuracy by epoch for each setting (data set and noise): the mean of each method over the runs given, with the range
-over seeds. Pre-training runs have their kNN accuracy. Below, for the first finished run with masks: the clean probabilities of the
-last epoch, correctly labelled against mislabelled, and some training images with the first network's activation map, both masked
-copies and the reconstruction.
+over seeds. Pre-training runs have their kNN accuracy. Below, for the first finished run with masks: the clean probabilities of
+the last epoch, correctly labelled against mislabelled, and some training images with the first network's activation map, both
+masked copies and the reconstruction.
 """
 
 import sys
