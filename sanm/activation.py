@@ -1,4 +1,4 @@
-"""How concentrated activation maps are, and whether those of mislabelled samples differ: the observation behind the masks."""
+"""Whether activation maps of mislabelled samples are less concentrated: the observation behind the masks."""
 
 import math
 from collections.abc import Iterable

@@ -1,6 +1,6 @@
 """The losses of SANM (README, section 7). Scores and targets are [N, K]; means over rows unless said.
 
-L_x, L_u and the prior penalty are the parts of the LNL loss (Eq. 8, `mixmatch.step_loss`). The reconstruction error is that of
+L_x, L_u and the prior penalty are the parts of the LNL loss (Eq. 8, `mixmatch.semi_loss`). The reconstruction error is that of
 SMR (Eq. 10).
 """
 
@@ -14,7 +14,9 @@ def soft_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 def squared_error(scores: Tensor, targets: Tensor) -> Tensor:
-    """L_u: mean over all N x K entries of (softmax(s) - t)^2."""
+    """L_u: mean over all N x K entries of (softmax(s) - t)^2; 0 without rows."""
+    if not len(scores):
+        return scores.new_zeros(())
     return F.mse_loss(F.softmax(scores, dim=1), targets)
 
 

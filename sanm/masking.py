@@ -1,9 +1,9 @@
-"""AMG, adversarial mask generation, and NLR, the modulated label: the method's own idea (README, sections 5 and 9).
+"""AMG, adversarial mask generation, and NLR, the modulated label: the idea of the paper (README, sections 5 and 9).
 
 AMG: a network's activation map locates a rectangle, which is painted over (Eq. 5). The lower the clean probability of the label,
-the larger the rectangle (Eq. 2). NLR: the share of the image that the mask takes also leaves the top class of the target (Eq. 7).
-The paper's figure draws one masked copy, at the maximum of the map. The second copy, masked at the minimum, is known from the
-released code alone. All functions work on a whole batch.
+the larger the rectangle (Eq. 2). NLR: the ratio of the image that the mask takes also leaves the top class of the target (Eq. 7).
+The paper's figure draws one masked copy, at the maximum of the map. The second copy, masked at the minimum, is in the released
+code alone. All functions work on batches.
 """
 
 from typing import NamedTuple
@@ -14,12 +14,12 @@ from torch import Generator, Tensor
 
 
 class MaskRule(NamedTuple):
-    """How large the rectangles are, as ratios of the image's area, and where they stand."""
+    """Size of the rectangles, as ratios of the image's area, and their place."""
 
     low: float = 0.02  # a base ratio is drawn between low and high
     high: float = 0.07
     quality: float = 0.03  # times (1 - clean probability) is added to it
-    anchor: str = "centre"  # what of the rectangle stands at the extremum: its centre, or its top-left corner (released code)
+    anchor: str = "centre"  # the rectangle's point at the extremum: its centre, or its top-left "corner" (released code)
     clamp: bool = False  # whether modulated targets are kept above zero
     as_released: bool = False  # Clothing1M: with the defects of the release (README, table of differences)
 
@@ -96,9 +96,9 @@ def rectangle(
     """The pixels that each image's mask covers (AMG, Eq. 5), bool [B, H, W].
 
     row, column int [B]: the extremum. rows, columns [B]: the sides. anchor "centre": the rectangle is centred on the extremum
-    (Eq. 4), which of an even side is the second of the two middle pixels. "corner": its top-left pixel is the extremum, as in
-    the released code. A rectangle that crosses the border is shifted inside, so that it covers its whole area. The release does
-    so too; no source says it of centred rectangles: that is our choice.
+    (Eq. 4); of an even side, the extremum is the second of the two middle pixels. "corner": its top-left pixel is the
+    extremum, as in the released code. A rectangle that crosses the border is shifted inside, as in the release. No source says
+    so for centred rectangles: that is our choice.
     """
     if anchor == "centre":
         row, column = row - rows // 2, column - columns // 2
@@ -144,8 +144,8 @@ def _between(uniform: Tensor, low: float, high: float) -> Tensor:
 def draw_masks(count: int, channels: int, rule: MaskRule, generator: Generator) -> Tensor:
     """The draws of `mask`, float64 [count, 2 + 2 C]: base ratio, aspect, fills of the maximum's rectangle, of the minimum's."""
     uniform = _uniform(count, 2 + 2 * channels, generator)
-    share, aspect = _between(uniform[:, 0], rule.low, rule.high), _between(uniform[:, 1], *ASPECT)
-    return torch.cat([share[:, None], aspect[:, None], uniform[:, 2:]], dim=1)
+    base, aspect = _between(uniform[:, 0], rule.low, rule.high), _between(uniform[:, 1], *ASPECT)
+    return torch.cat([base[:, None], aspect[:, None], uniform[:, 2:]], dim=1)
 
 
 def mask(
@@ -154,7 +154,7 @@ def mask(
     """AMG and NLR on CIFAR (README, section 5): both masked copies of normalised images [B, C, H, W], their modulated targets.
 
     maps [B, D, h, w] of the same views; clean probabilities [B]; targets [B, K]; draws of `draw_masks`. The two rectangles have
-    the same shape and cover half of the ratio each; the target loses the whole of it, once.
+    the same shape and cover half of the ratio each. The target loses the full ratio once.
     """
     height, width, channels = *images.shape[2:], images.shape[1]
     ratio = mask_ratio(draws[:, 0], clean, rule.quality)
@@ -185,7 +185,7 @@ def draw_clothing_masks(count: int, channels: int, rule: MaskRule, generator: Ge
 def mask_clothing(
     images: Tensor, maps: Tensor, clean: Tensor, targets: Tensor, draws: Tensor, rule: MaskRule
 ) -> Masked:
-    """As `mask`, with two rectangles of shapes of their own that cover their whole ratios; each target loses its own.
+    """As `mask`, but each rectangle has its own shape and covers its full ratio, and each target loses the ratio of its mask.
 
     Clothing1M's form of AMG and NLR (README, section 9). rule.as_released: the quality term counts pixels, the targets shift by
     areas in pixels, and the maximum's rectangle always stands at the bottom edge.

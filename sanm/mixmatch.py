@@ -1,9 +1,10 @@
-"""One training step (README, sections 4 and 9): guess, refine, mask (AMG, NLR), reconstruct (SMR), mix, LNL loss.
+"""One step of semi-supervised training (README, section 4): guess, refine, mask (AMG, NLR), mix, LNL loss and SMR.
 
-Networks map images to `networks.Outputs`. Under torchrun a step sees this process's piece of both global batches; partners of the
-mixture come from all rows of the global batch, and every process computes the same losses of all of them.
+Networks map images to `networks.Outputs`. Under torchrun a step sees this process's piece of both global batches, and every
+process computes the same loss of all their rows.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,132 +50,129 @@ def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
-def guess_labels(
-    network: nn.Module, peer: nn.Module, views: tuple[Tensor, Tensor], temperature: float
-) -> Guess:
-    """Unlabelled samples: the mean prediction of both networks on both views, sharpened.
+def guess_labels(network: nn.Module, peer: nn.Module, views: Sequence[Tensor], temperature: float) -> Guess:
+    """Co-guessed targets [B, K] of unlabelled samples: the mean prediction of both networks on both views, sharpened.
 
-    network is in train mode, so each view is a batch of its own for its batch norms; peer is in evaluation mode, where joining
-    the views changes nothing.
+    network is in train mode, so each view is a batch of its own for its batch norms. peer is in evaluation mode, where
+    joining the views changes nothing.
     """
-    own = [network(view) for view in views]
+    outputs = [network(view) for view in views]
+    own = [F.softmax(out.scores, dim=1) for out in outputs]
     other = F.softmax(peer(torch.cat(views)).scores, dim=1).chunk(len(views))
-    predictions = [*(F.softmax(out.scores, dim=1) for out in own), *other]
-    return Guess(sharpen(sum(predictions) / len(predictions), temperature), own[0].maps)
+    predictions = [*own, *other]
+    return Guess(sharpen(sum(predictions) / len(predictions), temperature), outputs[0].maps)
 
 
 @torch.no_grad()
 def refine_labels(
-    network: nn.Module, views: tuple[Tensor, Tensor], labels: Tensor, clean: Tensor, temperature: float
+    network: nn.Module, views: Sequence[Tensor], labels: Tensor, clean: Tensor, temperature: float
 ) -> Guess:
-    """Labelled samples: w onehot(observed) + (1 - w) own mean prediction, sharpened. labels int [B], clean w [B]."""
-    own = [network(view) for view in views]
-    mean = sum(F.softmax(out.scores, dim=1) for out in own) / len(own)
+    """Targets [B, K] of labelled samples: w onehot(observed) + (1 - w) own mean prediction, sharpened.
+
+    labels int [B]; clean: clean probabilities w [B].
+    """
+    outputs = [network(view) for view in views]
+    predictions = [F.softmax(out.scores, dim=1) for out in outputs]
+    mean = sum(predictions) / len(predictions)
     observed = F.one_hot(labels, mean.shape[1]).to(mean.dtype)
     weight = clean.to(mean.dtype)[:, None]
-    return Guess(sharpen(weight * observed + (1 - weight) * mean, temperature), own[0].maps)
+    return Guess(sharpen(weight * observed + (1 - weight) * mean, temperature), outputs[0].maps)
 
 
-class Stack(NamedTuple):
-    """All versions of the labelled and of the unlabelled images that a step trains on, this process's pieces."""
+def mix(rows: Tensor, lam: float, permutation: Tensor) -> Tensor:
+    """Each row mixed with its partner: l row + (1 - l) partner, l = max(lam, 1 - lam). [N, ...].
 
-    inputs: tuple[Tensor, Tensor]  # [versions, B, C, H, W] of either side
-    targets: tuple[Tensor, Tensor]  # [versions, B, K]
+    permutation: the partners, int [N]; a shorter one [n] mixes the first n rows alone.
+    """
+    lam = max(lam, 1 - lam)
+    return lam * rows[: len(permutation)] + (1 - lam) * rows[permutation]
 
 
-def stack(labelled: Samples, unlabelled: Samples, targets: Tensor, masked: Masked | None) -> Stack:
-    """The rows of the LNL loss (Eq. 8): views with refined or guessed targets, then masked copies with modulated targets.
+def stack(
+    labelled: Samples, unlabelled: Samples, targets: Tensor, masked: Masked | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Images and targets of the LNL loss (Eq. 8), a part for each version of the labelled, then of the unlabelled samples.
 
+    The versions are the views, with refined or guessed targets, and the masked copies with modulated targets.
     targets [Bx + Bu, K]; masked: of both sides' first reference views together, or None for training without masks.
     """
     sizes = [len(labelled.clean), len(unlabelled.clean)]
-    inputs, labels = [], []
-    for side, (samples, plain) in enumerate(zip((labelled, unlabelled), targets.split(sizes), strict=True)):
-        images, given = list(samples.trained), [plain] * len(samples.trained)
+    inputs, rows = [], []
+    for side, samples in enumerate((labelled, unlabelled)):
+        inputs += samples.trained
+        rows += [targets.split(sizes)[side]] * len(samples.trained)
         if masked is not None:
-            images += [masked.at_max.split(sizes)[side], masked.at_min.split(sizes)[side]]
-            given += [masked.targets_max.split(sizes)[side], masked.targets_min.split(sizes)[side]]
-        inputs.append(torch.stack(images))
-        labels.append(torch.stack(given))
-    return Stack(tuple(inputs), tuple(labels))
+            at_max, at_min, targets_max, targets_min = (part.split(sizes)[side] for part in masked)
+            inputs += [at_max, at_min]
+            rows += [targets_max, targets_min]
+    return inputs, rows
 
 
-def rows_of_all(versions: Tensor) -> Tensor:
-    """[versions, B, ...] of this process as [versions, B of the global batch, ...]."""
-    return processes.gather_rows(versions.transpose(0, 1)).transpose(0, 1)
+def semi_loss(
+    scores: Tensor,
+    targets: Tensor,
+    labelled_rows: int,
+    weight: float,
+    reconstruction: Tensor,
+    reconstruction_weight: float,
+) -> Loss:
+    """L = L_x + lambda L_u + L_prior + gamma L_rec of mixed rows [N, K], of which the first labelled_rows are labelled.
 
-
-def own_rows(versions: Tensor) -> Tensor:
-    """The numbers in the global batch of this process's rows: int [versions, B] for [versions, B, ...]."""
-    count, size = versions.shape[:2]
-    numbers = torch.arange(count * size * processes.world(), device=versions.device).view(count, -1)
-    return numbers[:, processes.rank() * size : (processes.rank() + 1) * size]
-
-
-class Mixture(NamedTuple):
-    """The mixed batch."""
-
-    inputs: Tensor  # [N, C, H, W] this process's rows
-    targets: tuple[Tensor, Tensor]  # of all processes' labelled and unlabelled rows
-    shapes: tuple[tuple[int, int], tuple[int, int]]  # versions and samples of either side, this process's
-
-
-def mix(versions: Stack, share: float, permutation: Tensor, forward_unlabelled: bool = True) -> Mixture:
-    """Each row mixed with a partner: l row + (1 - l) partner, l = max(share, 1 - share) for the whole batch.
-
-    permutation: the partners, over all rows of the global batch. forward_unlabelled False: unlabelled rows are partners only.
+    The first three are the LNL loss (Eq. 8), the last is SMR's (Eq. 10). weight: lambda. reconstruction: L_rec.
+    reconstruction_weight: gamma.
     """
-    share = max(share, 1 - share)
-    sides = [rows_of_all(side) for side in versions.inputs]
-    rows = torch.cat([side.flatten(0, 1) for side in sides])
-    targets = torch.cat([rows_of_all(side).flatten(0, 1) for side in versions.targets])
-    labelled = sides[0].shape[0] * sides[0].shape[1]
-    own = [own_rows(versions.inputs[0]).flatten()]
-    if forward_unlabelled:
-        own.append(labelled + own_rows(versions.inputs[1]).flatten())
-    own = torch.cat(own)
-    mixed_targets = share * targets + (1 - share) * targets[permutation]
-    inputs = share * rows[own] + (1 - share) * rows[permutation[own]]
-    shapes = tuple(side.shape[:2] for side in versions.inputs)
-    return Mixture(inputs, (mixed_targets[:labelled], mixed_targets[labelled:]), shapes)
-
-
-def gathered_scores(scores: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Scores [versions B, K] of this process's rows as those of the global batch, in its order."""
-    return rows_of_all(scores.view(*shape, -1)).flatten(0, 1)
+    x, u = slice(labelled_rows), slice(labelled_rows, None)
+    l_x = soft_cross_entropy(scores[x], targets[x])
+    l_u = squared_error(scores[u], targets[u])
+    l_prior = prior_penalty(scores)
+    total = l_x + weight * l_u + l_prior + reconstruction_weight * reconstruction
+    return Loss(total, *(part.detach() for part in (l_x, l_u, l_prior, reconstruction)))
 
 
 def step_loss(
-    train: nn.Module,
-    mixture: Mixture,
-    unmasked: Tensor,
-    masked: Masked | None,
+    network: nn.Module,
+    peer: nn.Module,
+    labelled: Samples,
+    unlabelled: Samples,
+    labels: Tensor,
     *,
+    masks: Callable[..., Masked] | None,
     weight: float,
     reconstruction_weight: float,
+    draw_lam: Callable[[], float],
+    draw_permutation: Callable[[int], Tensor],
+    temperature: float,
     forward_unlabelled: bool = True,
+    parallel: nn.Module | None = None,
 ) -> Loss:
-    """The LNL loss of a mixed batch (Eq. 8), L_x + weight L_u + L_prior, plus reconstruction_weight L_rec (SMR, Eq. 10).
+    """The loss of one step (README, section 4).
 
-    train: the network, under torchrun the one that averages gradients. unmasked [B, C, H, W]: what the masked copies are to
-    be reconstructed to. Without masks there is no reconstruction.
+    labels: observed, of the labelled samples, int [B]. masks: `training.Masks`; None trains without masks and reconstruction.
+    weight: lambda of the unlabelled loss. draw_lam, draw_permutation: the Beta draw and the partners of all stacked rows, of
+    the global batch under torchrun; both after the masks' draws. forward_unlabelled=False is Clothing1M's form: unlabelled
+    rows are partners only. parallel: the network around which gradients are averaged, under torchrun.
     """
-    copies = None if masked is None else torch.cat([masked.at_max, masked.at_min])
-    out = train(mixture.inputs, copies)
-    labelled_rows = mixture.shapes[0][0] * mixture.shapes[0][1]
-    scores_x = gathered_scores(out.scores[:labelled_rows], mixture.shapes[0])
-    loss_x = soft_cross_entropy(scores_x, mixture.targets[0])
-    loss_u = rec = scores_x.new_zeros(())
-    scores = scores_x
-    if forward_unlabelled:
-        scores_u = gathered_scores(out.scores[labelled_rows:], mixture.shapes[1])
-        loss_u = squared_error(scores_u, mixture.targets[1])
-        scores = torch.cat([scores_x, scores_u])
-    prior = prior_penalty(scores)
+    guessed = guess_labels(network, peer, unlabelled.reference, temperature)
+    refined = refine_labels(network, labelled.reference, labels, labelled.clean, temperature)
+    targets = torch.cat([refined.targets, guessed.targets])
+    images = torch.cat([labelled.reference[0], unlabelled.reference[0]])
+    masked = copies = None
+    if masks is not None:
+        maps, clean = torch.cat([refined.maps, guessed.maps]), torch.cat([labelled.clean, unlabelled.clean])
+        masked = masks(images, maps, clean, targets, (len(labelled.clean), len(unlabelled.clean)))
+        copies = torch.cat([masked.at_max, masked.at_min])
+    inputs, targets = stack(labelled, unlabelled, targets, masked)
+    sizes = [len(part) for part in targets]
+    inputs, targets = processes.gather_parts(inputs), processes.gather_parts(targets)
+    lam, permutation = draw_lam(), draw_permutation(len(targets))
+    versions = len(sizes) // 2
+    labelled_rows = processes.world() * sum(sizes[:versions])
+    if not forward_unlabelled:
+        permutation, sizes = permutation[:labelled_rows], sizes[:versions]
+    inputs, targets = mix(inputs, lam, permutation), mix(targets, lam, permutation)
+    out = (parallel or network)(processes.piece_parts(inputs, sizes), copies)
+    scores = processes.gather_parts(out.scores.split(sizes))
+    l_rec = scores.new_zeros(())
     if masked is not None:
-        rec = reconstruction_error(out.reconstruction, unmasked)
-        # of all processes' images in value, of this process's in gradient: those are averaged
-        rec = rec + (processes.total(rec) / processes.world() - rec).detach()
-    total = loss_x + weight * loss_u + prior + reconstruction_weight * rec
-    parts = (total, loss_x, loss_u, prior, rec)
-    return Loss(total, *(part.detach() for part in parts[1:]))
+        l_rec = processes.mean_loss(reconstruction_error(out.reconstruction, images))
+    return semi_loss(scores, targets, labelled_rows, weight, l_rec, reconstruction_weight)

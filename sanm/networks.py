@@ -1,8 +1,8 @@
 """Encoder, classifier and the decoder of SMR in one network (README, section 3).
 
-Every network maps images to the encoder's last map, the scores of the classes and, of other images that it is given beside them,
-their reconstruction. Layers are made in the order encoder, classifier, decoder. The layers of the SimCLR-style encoder have
-the names that published SimCLR checkpoints use.
+Every network maps images to the encoder's last map and the scores of the classes, and masked images to their reconstruction.
+Layers are made in the order encoder, classifier, decoder. The layers of the SimCLR-style encoder have the names of published
+SimCLR checkpoints.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Outputs(NamedTuple):
 
     maps: Tensor  # [B, D, h, w] the encoder's last map
     scores: Tensor  # [B, K] logits, or probabilities where the release has them so
-    reconstruction: Tensor | None  # [M, C, H, W] of the masked images
+    reconstruction: Tensor | None  # [M, C, H, W] of the masked images (SMR, Eq. 10)
 
 
 class MaskedNetwork(nn.Module):
@@ -74,9 +74,9 @@ def make_network(
 ) -> MaskedNetwork:
     """The network of a base for images [channels, size, size], narrow below 16 pixels (README, section 3 A and B).
 
-    c2d: SimCLR-style ResNet-18, to begin from pre-trained weights; softmax makes its scores probabilities. dividemix:
-    PreAct ResNet-18, which has logits in the release too. arch: auto, or narrow: at any size three blocks whose last map is a
-    quarter of the image.
+    c2d: SimCLR-style ResNet-18, for pre-trained weights; softmax makes its scores probabilities. dividemix: PreAct ResNet-18,
+    which has logits in the release too. arch: auto, or narrow: at any size three blocks whose last map is a quarter of the
+    image.
     """
     kind = SimCLREncoder if base == "c2d" else PreActEncoder
     widths, strides, blocks = HALVING if arch == "narrow" else stages(size)

@@ -1,6 +1,7 @@
 """Label quality: the clean probability of each sample from its loss, and the split that it makes (README, section 6)."""
 
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from common.gpu.mixture import lower_posterior
@@ -8,6 +9,7 @@ from common.runs.cli import UserError
 
 HISTORY = 5  # loss vectors that the 90 % rule averages
 MARGIN = 1e-5  # the threshold stays this far inside the range of the clean probabilities
+STATISTICS = ("selected", "auc", "precision", "recall")
 
 
 def normalised(losses: Tensor) -> Tensor:
@@ -59,3 +61,22 @@ def divide(clean: Tensor, threshold: float, at_least: int = 1) -> Tensor:
         selected = torch.zeros_like(selected)
         selected[clean.argsort(descending=True, stable=True)[:enough]] = True
     return selected
+
+
+def split_statistics(clean: list[Tensor], selected: list[Tensor], right: Tensor) -> dict[str, float | None]:
+    """Columns net1_..., net2_... of the log: samples selected, AUC of the clean probability, precision and recall.
+
+    clean float64 [N], selected bool [N]: of each network, empty in warm-up, where all columns are None. right: bool [N],
+    which observed labels are the true ones. AUC and recall are None if all are of one kind.
+    """
+    columns, right = {}, right.cpu().numpy()
+    for net in (0, 1):
+        report = dict.fromkeys(STATISTICS)
+        if clean:
+            probability, chosen = clean[net].cpu().numpy(), selected[net].cpu().numpy()
+            report |= {"selected": int(chosen.sum()), "precision": float(right[chosen].mean())}
+            if 0 < right.sum() < len(right):
+                report["auc"] = float(roc_auc_score(right, probability))
+                report["recall"] = float(chosen[right].mean())
+        columns |= {f"net{net + 1}_{name}": value for name, value in report.items()}
+    return columns

@@ -1,4 +1,4 @@
-"""The passes over the data that SANM's scripts are made of (README, sections 4, 6 and 8).
+"""The passes over the data: warm-up, training on a split, losses and scores (README, sections 4, 6 and 8).
 
 Batches are (views, index): a tuple of [B, ...] tensors and the samples' positions, int [B]. Labels and clean probabilities
 are tensors on the device of the images, by those positions.
@@ -16,7 +16,7 @@ from common.gpu import processes
 from common.gpu.device import Device
 from sanm.losses import negative_entropy
 from sanm.masking import Masked, MaskRule
-from sanm.mixmatch import Samples, guess_labels, mix, refine_labels, stack, step_loss
+from sanm.mixmatch import Samples, step_loss
 
 
 class Masks(NamedTuple):
@@ -44,9 +44,9 @@ class Step(NamedTuple):
 
     as_samples: Callable[[tuple[Tensor, ...], Tensor], Samples]  # of a batch's views and clean probabilities
     masks: Masks | None  # None: the base method, without masks and reconstruction
-    draw_share: Callable[[], float]  # the Beta draw of the mixture
+    draw_lam: Callable[[], float]  # the Beta draw of the mixture
     draw_permutation: Callable[[int], Tensor]  # its partners
-    weight: Callable[[int], float]  # of L_u by step
+    weight: Callable[[int], float]  # lambda of the unlabelled loss, by step
     temperature: float
     reconstruction_weight: float
     device: Device
@@ -54,7 +54,7 @@ class Step(NamedTuple):
 
 
 def learning_rate(epoch: int, lr: float, drop: int) -> float:
-    """A tenth from epoch `drop` on; epochs count from 0 (README, section 4)."""
+    """The learning rate drops by 10x from epoch `drop` on; epochs count from 0 (README, section 4)."""
     return lr if epoch < drop else lr / 10
 
 
@@ -68,7 +68,7 @@ def warm_up(
     penalise_confidence: bool,
     clip: float | None,
 ) -> Tensor:
-    """One epoch of cross-entropy on the observed labels, with the negative entropy on top if asked: each step's loss.
+    """One epoch of cross-entropy on the observed labels, plus the negative entropy if asked: each step's loss [steps].
 
     clip: largest gradient norm. Under torchrun the loss is that of the global batch.
     """
@@ -104,40 +104,34 @@ def train_divided(
 ) -> Tensor:
     """One epoch on the split that the peer's losses made: each step's losses [steps, 5], total, L_x, L_u, L_prior, L_rec.
 
-    unlabelled goes on for ever; the labelled batches decide the number of steps. parallel: the network around which
+    `unlabelled` is an endless iterator; the labelled batches decide the number of steps. parallel: the network around which
     gradients are averaged, under torchrun.
     """
     network.train()
     peer.eval()
     losses = []
     for number, (views, index) in enumerate(labelled):
-        doubtful_views, doubtful = next(unlabelled)
-        x, u = step.as_samples(views, clean[index]), step.as_samples(doubtful_views, clean[doubtful])
+        views_u, index_u = next(unlabelled)
         with step.device.autocast():
-            guessed = guess_labels(network, peer, u.reference, step.temperature)
-            refined = refine_labels(network, x.reference, labels[index], x.clean, step.temperature)
-            targets = torch.cat([refined.targets, guessed.targets])
-            images = torch.cat([x.reference[0], u.reference[0]])
-            masked = None
-            if step.masks is not None:
-                maps, quality = torch.cat([refined.maps, guessed.maps]), torch.cat([x.clean, u.clean])
-                masked = step.masks(images, maps, quality, targets, (len(index), len(doubtful)))
-            versions = stack(x, u, targets, masked)
-            rows = processes.world() * sum(side.shape[0] * side.shape[1] for side in versions.inputs)
-            mixture = mix(versions, step.draw_share(), step.draw_permutation(rows), step.forward_unlabelled)
             loss = step_loss(
-                network if parallel is None else parallel,
-                mixture,
-                images,
-                masked,
+                network,
+                peer,
+                step.as_samples(views, clean[index]),
+                step.as_samples(views_u, clean[index_u]),
+                labels[index],
+                masks=step.masks,
                 weight=step.weight(number),
                 reconstruction_weight=step.reconstruction_weight,
+                draw_lam=step.draw_lam,
+                draw_permutation=step.draw_permutation,
+                temperature=step.temperature,
                 forward_unlabelled=step.forward_unlabelled,
+                parallel=parallel,
             )
         optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
         optimizer.step()
-        losses.append(torch.stack([loss.total.detach(), *loss[1:]]))
+        losses.append(torch.stack([part.detach() for part in loss]))
     return torch.stack(losses)
 
 

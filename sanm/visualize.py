@@ -1,10 +1,9 @@
 """What the masks hide, and what they bring: `python -m sanm.visualize RUN [RUN ...] [--out FIGURE.png]`.
 
 Above, test accuracy by epoch for each setting (data set and noise): the mean of each method over the runs given, with the range
-over seeds; and the kNN accuracy of the pre-training runs among them. Below, for the first run with masks that is finished, the
-clean probabilities that its networks gave in the last epoch, clean against mislabelled; and some training images as its first
-network sees them: activation map, both masked copies, and the reconstruction. The sections in brackets are those of the method's
-description in sanm/README.md.
+over seeds. Pre-training runs have their kNN accuracy. Below, for the first finished run with masks: the clean probabilities of
+the last epoch, correctly labelled against mislabelled, and some training images with the first network's activation map, both
+masked copies and the reconstruction.
 """
 
 import sys
@@ -71,7 +70,7 @@ def has_masks(run: RunResult) -> bool:
 
 
 def run_to_show(runs: list[RunResult]) -> RunResult | None:
-    """The first run with a split and masks; where none has masks the first with a split, which finished runs leave."""
+    """The first run with a split and masks; if none has masks, the first with a split. Finished runs leave splits."""
     split = [
         run
         for run in runs
@@ -119,7 +118,7 @@ def load_data(run: RunResult, data_path: str | None) -> Data:
 def load_network(run: RunResult, data: Data) -> MaskedNetwork:
     """Network 1 with the weights of the last epoch, in eval mode on the CPU. UserError: none there, or of another shape."""
     arguments, (size, channels) = run.curve.arguments, data.train.images.shape[2:]
-    arch = arguments.get("arch", "auto")  # runs of before this choice have none
+    arch = arguments.get("arch", "auto")  # older runs have no such flag
     network = make_network(
         arguments["base"], data.num_classes, channels, size, arguments["released_softmax"], arch
     )
@@ -135,11 +134,11 @@ def load_network(run: RunResult, data: Data) -> MaskedNetwork:
     return network.eval()
 
 
-# some training images, and what the network makes of them --------------------------------------------------------------
+# samples --------------------------------------------------------------------------------------------------------------
 
 
 class Views(NamedTuple):
-    """B training images and what network 1 makes of them: images float32 [B, C, H, W], normalised."""
+    """B training images with the maps, masks and reconstructions of network 1: float32 [B, C, H, W], normalised."""
 
     image: Tensor
     activation: Tensor  # [B, H, W], from 0 to 255
@@ -150,14 +149,12 @@ class Views(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """The samples of the figure: views, and what is known of each, [B]."""
+    """The samples of the figure: their views, labels and clean probabilities, [B]."""
 
     views: Views
     observed: np.ndarray
     clean: np.ndarray  # true labels
-    probability: (
-        np.ndarray
-    )  # that the observed label is right, as network 1 was trained with it: by network 2's losses
+    probability: np.ndarray  # clean probability by network 2's losses, which network 1 was trained with
     mean: Tensor  # per channel: what the images are normalised with
     std: Tensor
 
@@ -175,10 +172,12 @@ def choose(right: np.ndarray, count: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def look(network: MaskedNetwork, images: Tensor, labels: Tensor, clean: Tensor, rule: MaskRule) -> Views:
-    """Activation, masks and reconstruction of normalised images [B, C, H, W] [sections 4 and 5], with masks of a fixed seed.
+def make_views(
+    network: MaskedNetwork, images: Tensor, labels: Tensor, clean: Tensor, rule: MaskRule
+) -> Views:
+    """Activation, masks and reconstruction of normalised images [B, C, H, W] (README, section 5), with masks of a fixed seed.
 
-    labels int [B] with clean probabilities [B]: how large the masks are.
+    labels int [B]; clean: their clean probabilities [B], which decide how large the masks are.
     """
     maps, scores, _ = network(images)
     targets = F.one_hot(labels, scores.shape[1]).double()
@@ -191,7 +190,7 @@ def look(network: MaskedNetwork, images: Tensor, labels: Tensor, clean: Tensor, 
 
 
 def read_samples(run: RunResult, split: dict[str, np.ndarray], count: int, data_path: str | None) -> Shown:
-    """Training images of a run and what its first network makes of them. UserError: something is missing or does not fit."""
+    """Training images of a run and their views by its first network. UserError: something is missing or does not fit."""
     arguments = run.curve.arguments
     try:
         flags = ("mask_lo", "mask_hi", "mask_quality", "mask_anchor", "clamp_targets")
@@ -212,15 +211,15 @@ def read_samples(run: RunResult, split: dict[str, np.ndarray], count: int, data_
         )
     images = Images(data.train.images, data.mean, data.std, torch.device("cpu"))
     chosen = choose(observed == split["clean"], min(count, len(observed)))
-    views = look(
+    views = make_views(
         network,
         images.view(torch.from_numpy(index[chosen])),
         torch.from_numpy(observed[chosen]).long(),
         torch.from_numpy(split["net2"][chosen]),
         rule,
     )
-    known = (array[chosen] for array in (observed, split["clean"], split["net2"]))
-    return Shown(views, *known, images.mean, images.std)
+    columns = (array[chosen] for array in (observed, split["clean"], split["net2"]))
+    return Shown(views, *columns, images.mean, images.std)
 
 
 # drawing --------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ function here hands back what it was given.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
@@ -139,6 +139,26 @@ def gather_rows(rows: Tensor) -> Tensor:
         own.register_hook(lambda gradient: gradient * world())
         pieces[rank()] = own
     return torch.cat(pieces)
+
+
+def gather_parts(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all processes, part after part: [world n, ...] of parts [n_i, ...]; `piece_parts` undoes it.
+
+    Gradients are those of `gather_rows`.
+    """
+    return torch.cat([gather_rows(part) for part in parts])
+
+
+def piece_parts(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """This process's rows [n, ...] of the rows [world n, ...] of `gather_parts`. sizes: its rows of each part."""
+    if world() == 1:
+        return rows
+    return torch.cat([piece(part) for part in rows.split([world() * size for size in sizes])])
+
+
+def mean_loss(loss: Tensor) -> Tensor:
+    """The mean over processes of a loss of this process's rows, with the gradient of the own one: those are averaged."""
+    return loss if world() == 1 else loss + (total(loss) / world() - loss).detach()
 
 
 def total(values: Tensor) -> Tensor:

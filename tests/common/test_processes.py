@@ -147,6 +147,13 @@ def rows(rank: int) -> dict[str, Any]:
     own = torch.tensor([1.0, 10.0**rank], requires_grad=True)
     seen["total"], seen["kept"] = processes.total(own), own.detach()
     seen["pieces"] = [processes.piece(rows) for rows in (whole, turned)]
+    parts = [10 * rank + torch.arange(float(size)) for size in (2, 1, 3)]
+    seen["parts"] = processes.gather_parts(parts)
+    seen["own_parts"] = processes.piece_parts(seen["parts"], [2, 1, 3])
+    loss = torch.tensor(1.0 + 3 * rank, requires_grad=True)
+    mean = processes.mean_loss(2 * loss)
+    mean.backward()
+    seen["mean"], seen["mean_gradient"] = mean.detach(), loss.grad
     return seen
 
 
@@ -286,6 +293,8 @@ def test_in_one_process_everything_hands_back_what_it_was_given(capsys):
     tensor = torch.arange(7.0, requires_grad=True)
     for function in (processes.gather_rows, processes.total, processes.piece):
         assert function(tensor) is tensor
+    assert processes.mean_loss(tensor) is tensor and processes.piece_parts(tensor, [3, 4]) is tensor
+    assert torch.equal(processes.gather_parts([tensor, tensor]), torch.cat([tensor, tensor]))
     tensor.grad = torch.arange(7.0)
     processes.average_gradients([tensor, torch.zeros(2, requires_grad=True)])
     assert torch.equal(tensor.grad, torch.arange(7.0))
@@ -414,6 +423,18 @@ def test_total_is_the_sum_and_leaves_what_it_was_given(both):
     for rank, seen in enumerate(both):
         assert seen["total"].tolist() == [2, 11] and not seen["total"].requires_grad
         assert seen["kept"].tolist() == [1, 10**rank]
+
+
+def test_parts_are_gathered_one_after_another_and_cut_again(both):
+    """Of parts of 2, 1 and 3 rows in each process."""
+    for rank, seen in enumerate(both):
+        assert seen["parts"].tolist() == [0, 1, 10, 11, 0, 10, 0, 1, 2, 10, 11, 12]
+        assert seen["own_parts"].tolist() == [10 * rank + row for row in (0, 1, 0, 0, 1, 2)]
+
+
+def test_a_mean_loss_is_that_of_both_processes_with_the_gradient_of_the_own_one(both):
+    for seen in both:
+        assert (seen["mean"], seen["mean_gradient"]) == (5, 2)
 
 
 def assert_close(found, expected) -> None:

@@ -238,10 +238,11 @@ def test_a_training_step_in_its_parts(golden):
             Samples(tuple(s[f"views_{side}"][:4]), tuple(s[f"views_{side}"][4:]), s[f"clean_prob_{side}"])
             for side in "xu"
         )
-        mixture = mix(stack(x, u, targets, masked), float(case["beta_draw"]), s["permutation"])
-        close(mixture.targets[0], case["mixed_targets_x"], atol=1e-5)
-        close(mixture.targets[1], case["mixed_targets_u"], atol=1e-5)
-        scores = network(mixture.inputs).scores
+        inputs, targets = (torch.cat(parts) for parts in stack(x, u, targets, masked))
+        lam, permutation = float(case["beta_draw"]), s["permutation"]
+        expected = np.concatenate([case["mixed_targets_x"], case["mixed_targets_u"]])
+        close(mix(targets, lam, permutation), expected, atol=1e-5)
+        scores = network(mix(inputs, lam, permutation)).scores
         close(scores, case["scores_mixed"], atol=1e-5)
         close(prior_penalty(scores), case["loss_prior"], atol=1e-5)
 
@@ -257,7 +258,7 @@ def test_a_whole_training_step(golden):
         step = Step(
             lambda views, clean: Samples(views[:4], views[4:], clean),
             masks=Masks(lambda *_, pieces=pieces: next(pieces), mask, RELEASED, torch.Generator()),
-            draw_share=lambda case=case: float(case["beta_draw"]),
+            draw_lam=lambda case=case: float(case["beta_draw"]),
             draw_permutation=lambda _, s=s: s["permutation"],
             weight=lambda _, weight=weight: weight,
             temperature=0.5,
