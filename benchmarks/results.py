@@ -118,11 +118,21 @@ def summarise(values: Iterable[float]) -> Sample:
     return Sample(len(values), statistics.fmean(values), deviation(values))
 
 
-def figure(values: Iterable[float]) -> str:
-    """Mean and, of several seeds, the standard deviation, as text; "" without values."""
+def figure(values: Iterable[float], width: str = "") -> str:
+    """Mean, padded to the width, and, of several seeds, the standard deviation, as text; "" without values."""
     values = list(values)
     spread = f" ± {deviation(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}" if values else ""
+    return f"{statistics.mean(values):{width}.2f}{spread}" if values else ""
+
+
+def markdown_table(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """A table as lines of Markdown."""
+    heading = list(heading)
+    return [
+        f"| {' | '.join(heading)} |",
+        "|---" * len(heading) + "|",
+        *(f"| {' | '.join(r)} |" for r in rows),
+    ]
 
 
 def welch_interval(a: Sample, b: Sample) -> tuple[float, float]:
