@@ -84,11 +84,16 @@ def plain(value: Any, numeric: bool = False) -> str:
     return f"{number:.15g}" if numeric and math.isfinite(number := number_or_nan(text)) else text
 
 
-def keyed(rows: pd.DataFrame, source: str) -> pd.DataFrame:
-    """The rows with keys, conditions and seeds as text that compares. UserError: `source` has the same seed twice."""
+def normalised(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with keys, conditions and seeds as text that compares."""
     names = [*KEY, *CONDITION, "seed"]
-    rows = rows.assign(**{name: [plain(value, name in NUMERIC) for value in rows[name]] for name in names})
-    for row in rows[rows.duplicated(names)].to_dict("records"):
+    return rows.assign(**{name: [plain(value, name in NUMERIC) for value in rows[name]] for name in names})
+
+
+def keyed(rows: pd.DataFrame, source: str) -> pd.DataFrame:
+    """The normalised rows. UserError: they have the same seed twice; it names the source."""
+    rows = normalised(rows)
+    for row in rows[rows.duplicated([*KEY, *CONDITION, "seed"])].to_dict("records"):
         twice = f"seed {row['seed'] or '(blank)'} stands twice for {label(row)}"
         raise UserError(f"{source}: {twice}: keep one row")
     return rows
