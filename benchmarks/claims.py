@@ -9,7 +9,6 @@ missing are listed as not run. Of all runs in --out that are finished, whatever 
 claims.md the table, claims.png the figure, claims_logs/ the logs.
 """
 
-import csv
 import itertools
 import re
 import shlex
@@ -20,6 +19,8 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+
+import pandas as pd
 
 from benchmarks import cross, forest
 from benchmarks.cells import CLAIMS as CELLS
@@ -42,7 +43,7 @@ from common import datasets
 from common.runs import cli
 from common.runs.cli import UserError
 from common.runs.files import write_atomic
-from common.runs.results import to_csv, write_results
+from common.runs.results import write_results
 
 # columns of a log that benchmarks.report draws
 DRAWN = re.compile(
@@ -171,29 +172,27 @@ def finished(claims: Iterable[Claim], out: Path) -> dict[Cell, list[Path]]:
     return found
 
 
-def rows_of(runs: dict[Cell, list[Path]], prepared: dict[str, Prepared]) -> list[dict]:
-    """The result rows of finished runs."""
-    rows = []
+def rows_of(runs: dict[Cell, list[Path]], prepared: dict[str, Prepared]) -> pd.DataFrame:
+    """The result rows of finished runs, as text but for the columns of prepared settings."""
+    frames = []
     for cell, folders in runs.items():
         own = prepared.get(cell.preset.split("/")[1])
-        columns = {} if own is None else cross.columns_of(own.setting)
-        rows += [row | columns for row in collect(folders)]
-    return rows
+        frames.append(collect(folders).assign(**({} if own is None else cross.columns_of(own.setting))))
+    return pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
 
 
 def save_logs(runs: dict[Cell, list[Path]], folder: Path) -> None:
-    """The logs of the cells that are of no other table: the columns that the report draws, with six digits."""
+    """Write the logs of the cells that are in no other table: the columns that the report draws, with six digits."""
     for cell, folders in runs.items():
         for run in folders if cell.preset.split("/")[0] == CELLS else ():
-            with (run / "log.csv").open(newline="") as file:
-                log = list(csv.DictReader(file))
-            if "test_accuracy" not in log[0]:
+            log = pd.read_csv(run / "log.csv", dtype=str, keep_default_na=False)
+            if "test_accuracy" not in log:
                 continue
-            columns = [name for name in log[0] if DRAWN.search(name) and not name.startswith("net2_")]
-            rows = [{name: row[name] and f"{float(row[name]):.6g}" for name in columns} for row in log]
+            columns = [name for name in log if DRAWN.search(name) and not name.startswith("net2_")]
+            text = log[columns].map(lambda value: value and f"{float(value):.6g}")
             name = "_".join([cell.paper, *cell.preset.split("/")[1:], run.name])
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / f"{name}.csv", to_csv(rows, columns).encode())
+            write_atomic(folder / f"{name}.csv", text.to_csv(index=False, lineterminator="\n").encode())
 
 
 # the command line -----------------------------------------------------------------------------------------------------
@@ -204,17 +203,13 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m benchmarks.claims", description=__doc__)
     parser.add_argument("--claims", nargs="+", metavar="NAME", help="these only, as claims.toml names them")
     parser.add_argument("--only", choices=["embedded", "real"], help="tests on digits; tests on other data")
-    parser.add_argument(
-        "--seeds", nargs="+", type=cli.seed, metavar="N", help="one run each; by default those of claims.toml"
-    )
+    seeds = "one run each; by default those of claims.toml"
+    collecting = "run nothing, write the files of what is finished"
+    parser.add_argument("--seeds", nargs="+", type=cli.seed, metavar="N", help=seeds)
     parser.add_argument("--data_path", default="./data", metavar="DIR", help="where the data sets are")
-    parser.add_argument(
-        "--out", default="results", metavar="DIR", help="where claims.*, cross_data/ and runs/ go"
-    )
+    parser.add_argument("--out", default="results", metavar="DIR", help="for claims.*, cross_data/ and runs/")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")
-    parser.add_argument(
-        "--collect", action="store_true", help="run nothing, write the files of what is finished"
-    )
+    parser.add_argument("--collect", action="store_true", help=collecting)
     add_engine_flags(parser)
     return parser
 
@@ -223,10 +218,10 @@ def write(every: Sequence[Claim], asked: Sequence[Claim], prepared: dict[str, Pr
     """The files of all claims; the table of those asked for on the terminal."""
     runs = finished(every, out)
     rows = rows_of(runs, prepared)
-    if not rows:
+    if rows.empty:
         print(f"no run of the claims in {out} is finished")
         return
-    write_results(out / CLAIMS_CSV, rows)
+    write_results(out / CLAIMS_CSV, rows.to_dict("records"))
     found = outcomes(every, rows)
     write_atomic(out / "claims.md", "\n".join(whole_table(every, found)).encode())
     forest.draw(every, found, out / "claims.png")

@@ -2,477 +2,215 @@
 
     python -m benchmarks.compare a.csv b.csv [c.csv ...] [--metric best last] [--csv OUT.csv] [--markdown OUT.md]
     python -m benchmarks.compare a.csv --against CE
-    python -m benchmarks.compare reference.csv new.csv --metric last --fail-below 1      # status 1 where new.csv is worse
+    python -m benchmarks.compare reference.csv new.csv --metric last --fail-below 1      # status 1 if new.csv is worse
 
 Means and standard deviations are over seeds; the interval is Welch's, of the difference of the two means.
-Only runs of the same profile and the same number of epochs are compared; what is left out is listed.
+Only runs of the same profile and the same number of epochs are compared; the rest is listed.
 """
 
-import csv
-import math
-import statistics
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from itertools import product
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from scipy.stats import t as student_t
+import pandas as pd
 
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.results import (
+    CONDITION,
+    CONFIDENCE,
+    CROSS,
+    KEY,
+    Sample,
+    label,
+    over_seeds,
+    read_results,
+    welch_interval,
+    write_text,
+)
 from common.runs.cli import Parser, UserError, exit_cleanly, non_negative
-from common.runs.files import cannot_write, write_atomic
-from common.runs.results import COLUMNS, to_csv
 
-NUMERIC = {"noise_rate", "imb_factor", "ood_ratio", "epochs", "seed"}
-CONFIDENCE = 0.95
-CROSS = "cross"  # the table of all methods (benchmarks.cross), in which `paper` is the method's
+WORDS = [*KEY, *CONDITION, "baseline", "baseline_fidelity"]
+NUMBERS = ["n_a", "mean_a", "std_a", "n_b", "mean_b", "std_b", "difference", "low", "high"]
+HEADINGS = ["n a", "mean a", "std a", "n b", "mean b", "std b", "b - a", f"{CONFIDENCE:.0%} interval"]
+COMPARED, NOT_COMPARED = (
+    "compared",
+    "not compared: ",
+)  # status of a row; the second says why, or it is "only in a"
 LINE_LENGTH = 110
 
 
-class Key(NamedTuple):
-    """What is measured: one metric of one method in one table cell. Numbers stand in their shortest form."""
-
-    paper: str
-    table: str
-    cell: str
-    method: str
-    dataset: str
-    noise_type: str
-    noise_rate: str
-    imb_factor: str
-    ood_ratio: str
-    fidelity: str
-    metric: str
-
-
-class Condition(NamedTuple):
-    """What two runs must share to be compared."""
-
-    profile: str
-    epochs: str
-
-
-class Sample(NamedTuple):
-    """One key over its seeds, in the metric's unit (percent for accuracy). std is None for n = 1."""
-
-    n: int
-    mean: float
-    std: float | None
-
-
-class Line(NamedTuple):
-    """One comparison. difference is b - a; low and high bound it, or are None where a sample has one seed.
-
-    key_a and key_b are equal between two files; against a baseline they differ in method and fidelity.
-    """
-
-    key_a: Key
-    key_b: Key
-    condition: Condition
-    a: Sample
-    b: Sample
-    difference: float
-    low: float | None
-    high: float | None
-
-
-class Mismatch(NamedTuple):
-    """A key that is in a and in b under different conditions, and so is not compared."""
-
-    key_a: Key
-    key_b: Key
-    condition_a: Condition
-    condition_b: Condition
-
-
-class Unpaired(NamedTuple):
-    """A key and condition with no counterpart on the other side."""
-
-    key: Key
-    condition: Condition
-
-
-CSV_NUMBERS = ("n_a", "mean_a", "std_a", "n_b", "mean_b", "std_b", "difference", "low", "high")
-CSV_COLUMNS = (
-    *(*Key._fields, *Condition._fields, "baseline", "baseline_fidelity", *CSV_NUMBERS),
-    *("file", "status"),
-)
-NUMBERS = ("n a", "mean a", "std a", "n b", "mean b", "std b", "b - a", f"{CONFIDENCE:.0%} interval")
-
-
-class Comparison(NamedTuple):
-    """Everything found on either side: compared, not comparable, or on one side only."""
-
-    lines: list[Line]
-    mismatches: list[Mismatch]
-    only_a: list[Unpaired]
-    only_b: list[Unpaired]
-
-
-Groups = dict[Key, dict[Condition, dict[str, float]]]
-
-
-def read_results(path: str | Path) -> list[dict]:
-    """The rows of a result file as dicts of text, `value` as a finite float.
-
-    Raises UserError for a file that cannot be read, is empty, lacks a column of the schema, or has a row that
-    is cut short, a value that is not a finite number, or the same seed twice.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = _parse(file, path)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: check the path of the result file") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give a readable result CSV") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(
-            f"{path} is not a CSV ({error}): give a result file that benchmarks.run wrote"
-        ) from None
-    _group(rows, str(path))
-    return rows
-
-
-def _parse(lines: Iterable[str], path: str | Path) -> list[dict]:
-    reader = csv.DictReader(lines, strict=True)
-    if reader.fieldnames is None:
-        raise UserError(f"{path} is empty: give a result file that benchmarks.run wrote")
-    missing = [name for name in COLUMNS if name not in reader.fieldnames]
-    if missing:
-        raise UserError(
-            f"{path} lacks the columns {', '.join(missing)}: its first line must name all of the schema"
-        )
-    rows = []
-    for row in reader:
-        if None in row or None in row.values():
-            raise UserError(
-                f"{path}, line {reader.line_num}: not as many fields as columns; mend or remove the line"
-            )
-        row["value"] = _finite(row["value"], path, reader.line_num)
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path} has a heading and no results: give a file with at least one row")
-    return rows
-
-
-def _finite(text: str, path: str | Path, line: int) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise UserError(
-            f"{path}, line {line}: value is {text!r}; it must be a finite number: mend or remove the line"
-        )
-    return value
-
-
-def _cell(row: dict, column: str) -> str:
-    """A field as text that compares: "0.50" and 0.5 alike become "0.5"; None becomes ""."""
-    text = "" if row[column] is None else " ".join(str(row[column]).split())
-    if column not in NUMERIC:
-        return text
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    return f"{number:.15g}" if math.isfinite(number) else text
-
-
-def _group(rows: Iterable[dict], source: str) -> Groups:
-    """The values by key, condition and seed, in file order."""
-    groups: Groups = {}
-    for row in rows:
-        key = Key(*(_cell(row, name) for name in Key._fields))
-        condition = Condition(*(_cell(row, name) for name in Condition._fields))
-        values = groups.setdefault(key, {}).setdefault(condition, {})
-        seed = _cell(row, "seed")
-        if seed in values:
-            twice = f"seed {seed or '(blank)'} stands twice for {_label({}, key, condition)}"
-            raise UserError(f"{source}: {twice}: keep one row")
-        values[seed] = float(row["value"])
-    return groups
-
-
-def compare(
-    rows_a: Sequence[dict], rows_b: Sequence[dict], metrics: Sequence[str] | None = None
-) -> Comparison:
-    """Line up the rows of two result files (dicts of the schema, as from read_results).
+def compare(a: pd.DataFrame, b: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """Line up the rows of two result files, as read_results gives them.
 
     metrics: the ones to compare, in this order; None for all there are, in file order.
-    Raises UserError for a metric that neither file has and for a seed that stands twice.
+    Returns a row per key and condition: WORDS, NUMBERS (b - a), status. WORDS are those of b if it has the key; with the
+    suffix _a or _b they are those of either side. UserError: a metric that neither has, or the same seed twice.
     """
-    groups_a, groups_b = _group(rows_a, "the first results"), _group(rows_b, "the second results")
-    return _line_up(groups_a, groups_b, metrics, lambda key: key)
+    return _line_up(over_seeds(a, "the first results"), over_seeds(b, "the second results"), metrics, KEY)
 
 
-def against(rows: Sequence[dict], baseline_method: str, metrics: Sequence[str] | None = None) -> Comparison:
-    """Line up every other method of one result file (b) with the baseline method (a) in the same cell.
+def against(rows: pd.DataFrame, baseline: str, metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """Line up every other method of one result file (b) with the baseline method (a) in the same cell; as compare.
 
-    The fidelity of the two may differ: it is part of a method's name here; so is the paper in the table of all methods.
-    metrics: as in compare.
-    Raises UserError for a method or metric that the file lacks and for a seed that stands twice.
+    The fidelity of the two may differ, as it is part of a method's name here; in the table of all methods the paper, too.
+    UserError: also for a method that the file lacks.
     """
-    groups = _group(rows, "the results")
-    methods = list(dict.fromkeys(key.method for key in groups))
-    if baseline_method not in methods:
-        raise UserError(f"no method {baseline_method!r} in the results: choose from {', '.join(methods)}")
-    baseline = {key: runs for key, runs in groups.items() if key.method == baseline_method}
-    others = {key: runs for key, runs in groups.items() if key.method != baseline_method}
-    return _line_up(baseline, others, metrics, _without_method)
-
-
-def _without_method(key: Key) -> Key:
-    return key._replace(method="", fidelity="", paper="" if key.table == CROSS else key.paper)
+    runs = over_seeds(rows, "the results")
+    methods = runs["method"].unique()
+    if baseline not in methods:
+        raise UserError(f"no method {baseline!r} in the results: choose from {', '.join(methods)}")
+    runs["family"] = runs["paper"].mask(runs["table"] == CROSS, "")
+    shared = ["family", *(name for name in KEY if name not in ("paper", "method", "fidelity"))]
+    is_baseline = runs["method"] == baseline
+    return _line_up(runs[is_baseline], runs[~is_baseline], metrics, shared)
 
 
 def _line_up(
-    groups_a: Groups, groups_b: Groups, metrics: Sequence[str] | None, shared: Callable[[Key], Key]
-) -> Comparison:
-    """Pair the keys of a and b whose shared part is equal, then their conditions."""
-    metrics = _chosen(metrics, [*groups_a, *groups_b])
-    groups_a, groups_b = _only_metrics(groups_a, metrics), _only_metrics(groups_b, metrics)
-    partners: dict[Key, list[Key]] = {}
-    for key in groups_a:
-        partners.setdefault(shared(key), []).append(key)
-    pairs = [(key_a, key_b) for key_b in groups_b for key_a in partners.get(shared(key_b), [])]
-    # in the order of a, so that the table follows the first file
-    order = {key: place for place, key in enumerate(groups_a)}
-    lines, mismatches = [], []
-    for key_a, key_b in sorted(pairs, key=lambda pair: order[pair[0]]):
-        runs_a, runs_b = groups_a[key_a], groups_b[key_b]
-        lines += [_line(key_a, key_b, both, runs_a[both], runs_b[both]) for both in runs_a if both in runs_b]
-        left, right = [c for c in runs_a if c not in runs_b], [c for c in runs_b if c not in runs_a]
-        mismatches += [Mismatch(key_a, key_b, *conditions) for conditions in product(left, right)]
-    listed_a = {(x.key_a, x.condition) for x in lines} | {(x.key_a, x.condition_a) for x in mismatches}
-    listed_b = {(x.key_b, x.condition) for x in lines} | {(x.key_b, x.condition_b) for x in mismatches}
-    return Comparison(lines, mismatches, _unlisted(groups_a, listed_a), _unlisted(groups_b, listed_b))
-
-
-def _chosen(metrics: Sequence[str] | None, keys: Iterable[Key]) -> list[str]:
-    present = list(dict.fromkeys(key.metric for key in keys))
-    if metrics is None:
-        return present
-    for metric in metrics:
+    a: pd.DataFrame, b: pd.DataFrame, metrics: Sequence[str] | None, shared: list[str]
+) -> pd.DataFrame:
+    """Pair the runs of a and b that are equal in the columns `shared`, then those of the same condition."""
+    present = list(pd.concat([a["metric"], b["metric"]]).unique())
+    for metric in metrics or ():
         if metric not in present:
             raise UserError(f"no metric {metric!r} in the results: choose from {', '.join(present)}")
-    return list(dict.fromkeys(metrics))
-
-
-def _only_metrics(groups: Groups, metrics: Sequence[str]) -> Groups:
-    return {key: groups[key] for metric in metrics for key in groups if key.metric == metric}
-
-
-def _unlisted(groups: Groups, listed: set[tuple[Key, Condition]]) -> list[Unpaired]:
-    return [Unpaired(key, run) for key, runs in groups.items() for run in runs if (key, run) not in listed]
-
-
-def _line(key_a: Key, key_b: Key, condition: Condition, a: dict[str, float], b: dict[str, float]) -> Line:
-    a, b = summarise(a.values()), summarise(b.values())
-    low, high = welch_interval(a, b) or (None, None)
-    return Line(key_a, key_b, condition, a, b, b.mean - a.mean, low, high)
-
-
-def summarise(values: Iterable[float]) -> Sample:
-    """Count, mean and sample standard deviation (n - 1 in the denominator) of at least one value."""
-    values = list(values)
-    return Sample(
-        len(values), statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    a, b = (_in_order(runs, metrics or present).add_suffix(side) for runs, side in ((a, "_a"), (b, "_b")))
+    pairs = a.merge(b, left_on=[f"{name}_a" for name in shared], right_on=[f"{name}_b" for name in shared])
+    # in the order of a, so that the table follows the first file
+    pairs = pairs.sort_values(["place_a", "key_a", "key_b", "row_a", "row_b"], ignore_index=True)
+    same = (pairs["profile_a"] == pairs["profile_b"]) & (pairs["epochs_a"] == pairs["epochs_b"])
+    # a run that has its counterpart under the same condition is not set against another condition of it
+    served_a = same.groupby([pairs["row_a"], pairs["key_b"]]).transform("any")
+    served_b = same.groupby([pairs["row_b"], pairs["key_a"]]).transform("any")
+    lines, mismatches = pairs[same], pairs[~served_a & ~served_b]
+    only_a = a[~a["row_a"].isin([*lines["row_a"], *mismatches["row_a"]])]
+    only_b = b[~b["row_b"].isin([*lines["row_b"], *mismatches["row_b"]])]
+    samples = [[Sample(*x) for x in lines[[f"{n}_{s}" for n in Sample._fields]].to_numpy()] for s in "ab"]
+    bounds = pd.DataFrame(
+        [welch_interval(*pair) for pair in zip(*samples, strict=True)], lines.index, ["low", "high"]
     )
+    lines = lines.assign(difference=lines["mean_b"] - lines["mean_a"], status=COMPARED, **bounds)
+    if shared != KEY:
+        lines = lines.assign(baseline=lines["method_a"], baseline_fidelity=lines["fidelity_a"])
+    reasons = [NOT_COMPARED + _differing(row) for row in mismatches.to_dict("records")]
+    without = (
+        mismatches.assign(status=reasons),
+        only_a.assign(status="only in a"),
+        only_b.assign(status="only in b"),
+    )
+    found = pd.concat([lines, *(part.drop(columns=NUMBERS, errors="ignore") for part in without)])
+    found = found.reset_index(drop=True).reindex(columns=[*dict.fromkeys([*found, *WORDS, *NUMBERS])])
+    for name in (*KEY, *CONDITION):
+        found[name] = found[f"{name}_b"].fillna(found[f"{name}_a"])
+    found[WORDS] = found[WORDS].astype(object).fillna("")
+    return found.astype({"n_a": "Int64", "n_b": "Int64"})
 
 
-def welch_interval(a: Sample, b: Sample) -> tuple[float, float] | None:
-    """Two-sided interval of b.mean - a.mean at CONFIDENCE, with Welch-Satterthwaite degrees of freedom.
-
-    None where a sample has one value; the difference itself, twice, where neither sample varies.
-    """
-    if a.std is None or b.std is None:
-        return None
-    difference = b.mean - a.mean
-    part_a, part_b = a.std**2 / a.n, b.std**2 / b.n
-    variance = part_a + part_b
-    if variance == 0:
-        return difference, difference
-    freedom = 1 / ((part_a / variance) ** 2 / (a.n - 1) + (part_b / variance) ** 2 / (b.n - 1))
-    margin = float(student_t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance)
-    return difference - margin, difference + margin
+def _in_order(runs: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """The runs of the metrics, in their order, then key by key; with the numbers of metric, key and row."""
+    runs = runs[runs["metric"].isin(metrics)]
+    key = runs.groupby(KEY, sort=False).ngroup()
+    runs = runs.assign(place=runs["metric"].map(list(metrics).index), key=key)
+    return runs.sort_values(["place", "key"], kind="stable").assign(row=range(len(runs)))
 
 
-def format_table(comparison: Comparison, name_a: str, name_b: str, markdown: bool = False) -> str:
-    """The comparison as text, without a last line break: a table, then what was not compared and why.
+def _differing(row: dict) -> str:
+    both = [(name, row[f"{name}_a"], row[f"{name}_b"]) for name in CONDITION]
+    return ", ".join(f"{name} {a or '(blank)'} against {b or '(blank)'}" for name, a, b in both if a != b)
+
+
+def format_table(found: pd.DataFrame, name_a: str, name_b: str, markdown: bool = False) -> str:
+    """What compare or against found as text, without a last line break: a table, then what was not compared and why.
 
     markdown: as Markdown, the table with bars and the rest as lists.
     """
-    labels = [_labels(line) for line in comparison.lines]
+    lines = found[found["status"] == COMPARED]
     # the metric stays in every line and in every listed key, so that none is ever without a name
-    varying = {name for label in labels for name in label if label[name] != labels[0][name]} | {"metric"}
-    common = {name: text for name, text in (labels[0] if labels else {}).items() if name not in varying}
+    words = [name for name in WORDS if name == "metric" or lines[name].nunique() > 1]
+    common = {} if lines.empty else {name: lines[name].iloc[0] for name in WORDS if name not in words}
     stated = ", ".join(f"{name} {text}" for name, text in common.items() if text)
     text = [f"a: {name_a}", *([""] if markdown else []), f"b: {name_b}"]
     if stated:
         stated = f"the same in every line: {stated}"
         text += ["", stated] if markdown else textwrap.wrap(stated, LINE_LENGTH, subsequent_indent="  ")
-    table = _markdown_table if markdown else _table
-    text += ["", *(table(*_columns(comparison.lines, labels, varying)) if labels else ["no line to compare"])]
-    text += _mismatch_text(comparison.mismatches, common, "- " if markdown else "  ")
-    unpaired = [(name_a, only) for only in comparison.only_a] + [(name_b, only) for only in comparison.only_b]
-    if unpaired:
-        text.append("")
-    only_in = "- only in" if markdown else "only in"
-    text += [f"{only_in} {name}: {_label(common, only.key, only.condition)}" for name, only in unpaired]
-    return "\n".join(text)
-
-
-def _labels(line: Line) -> dict[str, str]:
-    """The text columns of a line. The baseline columns are blank between two files."""
-    same = line.key_a == line.key_b
-    return {
-        **line.key_b._asdict(),
-        **line.condition._asdict(),
-        "baseline": "" if same else line.key_a.method,
-        "baseline_fidelity": "" if same else line.key_a.fidelity,
-    }
-
-
-def _label(common: dict[str, str], *parts: Key | Condition) -> str:
-    """A key in words, without the blanks and without what stands above the table already."""
-    fields = [field for part in parts for field in part._asdict().items()]
-    return ", ".join(f"{name} {text or '(blank)'}" for name, text in fields if text != common.get(name, ""))
-
-
-def _columns(
-    lines: Sequence[Line], labels: Sequence[dict[str, str]], varying: set[str]
-) -> tuple[list[tuple[str, ...]], int]:
-    """The columns of the table, each with its heading first, and how many of them are words; the others are numbers."""
-    names = [name for name in labels[0] if name in varying]
-    cells = [
-        [label[name] for name in names] + _numbers(line) for line, label in zip(lines, labels, strict=True)
+    table = [[*words, *HEADINGS]]
+    table += [[*(row[name] for name in words), *_numbers(row)] for row in lines.to_dict("records")]
+    laid_out = _markdown_table if markdown else _plain_table
+    text += ["", *(laid_out(table, len(words)) if len(lines) else ["no line to compare"])]
+    for reason, own in found[found["status"].str.startswith(NOT_COMPARED)].groupby("status", sort=False):
+        keys = dict.fromkeys(label(row, common) for row in own[KEY].to_dict("records"))
+        text += ["", reason, *(f"{'- ' if markdown else '  '}{key}" for key in keys)]
+    only = [
+        f"{'- ' if markdown else ''}only in {name}: {label(row, common)}"
+        for side, name in (("a", name_a), ("b", name_b))
+        for row in found[found["status"] == f"only in {side}"].to_dict("records")
     ]
-    return list(zip([*names, *NUMBERS], *cells, strict=True)), len(names)
+    return "\n".join([*text, *([""] if only else []), *only])
 
 
-def _table(columns: list[tuple[str, ...]], words: int) -> list[str]:
-    padded = [_pad(column, str.ljust) for column in columns[:words]]
-    padded += [_pad(column, str.rjust) for column in columns[words:]]
-    return ["  ".join(row).rstrip() for row in zip(*padded, strict=True)]
-
-
-def _markdown_table(columns: list[tuple[str, ...]], words: int) -> list[str]:
-    heading, *rows = zip(*columns, strict=True)
-    rule = ["---"] * words + ["---:"] * (len(columns) - words)
+def _plain_table(table: list[list[str]], words: int) -> list[str]:
+    """Words to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
-        f"| {' | '.join(text.replace('|', '&#124;') for text in row)} |" for row in (heading, rule, *rows)
+        "  ".join(f"{t:{'<' if i < words else '>'}{widths[i]}}" for i, t in enumerate(row)).rstrip()
+        for row in table
     ]
 
 
-def _pad(column: Sequence[str], justify: Callable[[str, int], str]) -> list[str]:
-    width = max(map(len, column))
-    return [justify(text, width) for text in column]
+def _markdown_table(table: list[list[str]], words: int) -> list[str]:
+    rule = ["---"] * words + ["---:"] * len(HEADINGS)
+    return [
+        f"| {' | '.join(x.replace('|', '&#124;') for x in row)} |" for row in (table[0], rule, *table[1:])
+    ]
 
 
-def _numbers(line: Line) -> list[str]:
-    interval = "" if line.low is None else f"[{line.low:+.2f}, {line.high:+.2f}]"
-    return [*_sample_text(line.a), *_sample_text(line.b), f"{line.difference:+.2f}", interval]
+def _numbers(row: dict) -> list[str]:
+    samples = [
+        text for s in "ab" for text in (str(row[f"n_{s}"]), _two(row[f"mean_{s}"]), _two(row[f"std_{s}"]))
+    ]
+    interval = "" if pd.isna(row["low"]) else f"[{row['low']:+.2f}, {row['high']:+.2f}]"
+    return [*samples, f"{row['difference']:+.2f}", interval]
 
 
-def _sample_text(sample: Sample) -> list[str]:
-    return [str(sample.n), f"{sample.mean:.2f}", "" if sample.std is None else f"{sample.std:.2f}"]
+def _two(number: float) -> str:
+    return "" if pd.isna(number) else f"{number:.2f}"
 
 
-def _mismatch_text(mismatches: Sequence[Mismatch], common: dict[str, str], indent: str) -> list[str]:
-    """The keys under the reason they share."""
-    reasons: dict[str, list[str]] = {}
-    for mismatch in mismatches:
-        reasons.setdefault(_differing(mismatch), []).append(_label(common, mismatch.key_b))
-    text = []
-    for reason, keys in reasons.items():
-        text += ["", f"not compared: {reason}", *(f"{indent}{key}" for key in dict.fromkeys(keys))]
-    return text
-
-
-def _differing(mismatch: Mismatch) -> str:
-    columns = zip(Condition._fields, mismatch.condition_a, mismatch.condition_b, strict=True)
-    return ", ".join(f"{name} {a or '(blank)'} against {b or '(blank)'}" for name, a, b in columns if a != b)
-
-
-def regressions(comparison: Comparison, points: float) -> list[str]:
+def regressions(found: pd.DataFrame, points: float) -> list[str]:
     """What is worse in b than in a: each line whose mean is lower by more than `points`, and each cell that b lacks."""
-    found = [
-        f"{_label({}, line.key_b, line.condition)}: {line.a.mean:.2f} to {line.b.mean:.2f} ({line.difference:+.2f})"
-        for line in comparison.lines
-        if line.difference < -points
-    ]
-    found += [f"{_label({}, only.key, only.condition)}: missing" for only in comparison.only_a]
-    return found + [
-        f"{_label({}, x.key_a, x.condition_a)}: missing under this condition" for x in comparison.mismatches
-    ]
+    worse = found[(found["status"] == COMPARED) & (found["difference"] < -points)].to_dict("records")
+    texts = [f"{label(x)}: {x['mean_a']:.2f} to {x['mean_b']:.2f} ({x['difference']:+.2f})" for x in worse]
+    texts += [f"{label(x)}: missing" for x in found[found["status"] == "only in a"].to_dict("records")]
+    for row in found[found["status"].str.startswith(NOT_COMPARED)].to_dict("records"):
+        of_a = {name: row[f"{name}_a"] for name in (*KEY, *CONDITION)}
+        texts.append(f"{label(of_a)}: missing under this condition")
+    return texts
 
 
-def write_csv(comparisons: Iterable[tuple[str, Comparison]], path: str | Path) -> None:
-    """Everything found as a CSV, numbers unrounded; a file already there is replaced whole or not at all.
+def write_csv(comparisons: Iterable[tuple[str, pd.DataFrame]], path: str | Path) -> None:
+    """Write everything found as a CSV, numbers unrounded, whole or not at all. UserError: it cannot be written.
 
-    comparisons: each with the name of b, a column of its own. status: compared, or why there are no numbers: under which
-    conditions the two stand, or on which side alone. Raises UserError where the file cannot be written.
+    comparisons: each with the name of b, a column of its own.
     """
-    rows = [row | {"file": file} for file, found in comparisons for row in _csv_rows(found)]
-    write_text(to_csv(rows, CSV_COLUMNS), path, "--csv")
-
-
-def write_text(text: str, path: str | Path, flag: str) -> None:
-    """A file written whole or not at all. Raises UserError, which names the flag, where it cannot be written."""
-    path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"{path} cannot be written: give {flag} the name of a file in an existing folder")
-    try:
-        write_atomic(path, text.encode())
-    except OSError as error:
-        raise UserError(cannot_write(path, error, f"give {flag} a writable folder")) from None
-
-
-def _csv_rows(comparison: Comparison) -> list[dict]:
-    rows = []
-    for line in comparison.lines:
-        numbers = (*line.a, *line.b, line.difference, line.low, line.high)
-        rows.append(_labels(line) | dict(zip(CSV_NUMBERS, numbers, strict=True)) | {"status": "compared"})
-    for x in comparison.mismatches:
-        status = f"not compared: {_differing(x)}"
-        rows.append(x.key_b._asdict() | x.condition_b._asdict() | {"status": status})
-    for side, unpaired in (("a", comparison.only_a), ("b", comparison.only_b)):
-        rows += [x.key._asdict() | x.condition._asdict() | {"status": f"only in {side}"} for x in unpaired]
-    return rows
+    rows = pd.concat([found.assign(file=file) for file, found in comparisons])
+    text = rows.to_csv(columns=[*WORDS, *NUMBERS, "file", "status"], index=False, lineterminator="\n")
+    write_text(text, path, "--csv")
 
 
 def parse_args(argv: Sequence[str] | None):
-    """The command line. Raises UserError where the number of files does not fit --against."""
+    """The command line. UserError: the number of files does not fit --against, or an output is one of the files."""
     parser = Parser(prog="python -m benchmarks.compare", description=__doc__)
-    parser.add_argument(
-        "files",
-        nargs="+",
-        metavar="FILE",
-        help="two or more result CSVs, of which the first is compared with each; one with --against",
-    )
-    parser.add_argument(
-        "--metric", nargs="+", metavar="NAME", help="metrics to compare; all there are if not given"
-    )
-    parser.add_argument(
-        "--against", metavar="METHOD", help="compare the other methods of one file to this one"
-    )
-    parser.add_argument(
-        "--csv", metavar="OUT.csv", help="also write all that is found to this file, unrounded"
-    )
-    parser.add_argument(
-        "--markdown", metavar="OUT.md", help="also write what is printed to this file, as Markdown"
-    )
-    parser.add_argument(
-        "--fail-below",
-        type=non_negative,
-        metavar="POINTS",
-        help="exit with status 1 where a mean is lower than the first file's (or METHOD's) by more than this, or is missing",
-    )
+    add = parser.add_argument
+    files = "two or more result CSVs, of which the first is compared with each; one with --against"
+    add("files", nargs="+", metavar="FILE", help=files)
+    add("--metric", nargs="+", metavar="NAME", help="metrics to compare; all there are if not given")
+    add("--against", metavar="METHOD", help="compare the other methods of one file to this one")
+    add("--csv", metavar="OUT.csv", help="also write all that is found to this file, unrounded")
+    add("--markdown", metavar="OUT.md", help="also write what is printed to this file, as Markdown")
+    worse = "exit with status 1 if a mean is lower than the first file's (or METHOD's) by more than this, or is missing"
+    add("--fail-below", type=non_negative, metavar="POINTS", help=worse)
     args = parser.parse_args(argv)
     given = f"{len(args.files)} result file(s) given ({', '.join(args.files)})"
     if (len(args.files) == 1) != (args.against is not None):
@@ -488,11 +226,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     first, *others = [read_results(path) for path in args.files]
     if args.against is None:
-        name = args.files[0]
-        found = [
-            (file, compare(first, rows, args.metric))
-            for file, rows in zip(args.files[1:], others, strict=True)
-        ]
+        name, pairs = args.files[0], zip(args.files[1:], others, strict=True)
+        found = [(file, compare(first, rows, args.metric)) for file, rows in pairs]
     else:
         name, found = args.against, [("the other methods", against(first, args.against, args.metric))]
     if args.csv is not None:
@@ -502,9 +237,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_text("\n\n".join(tables) + "\n", args.markdown, "--markdown")
     print("\n\n".join(format_table(one, name, other) for other, one in found))
     if args.fail_below is not None:
-        worse = [f"{other}: {text}" for other, one in found for text in regressions(one, args.fail_below)]
-        for text in worse:
-            print(f"worse in {text}", file=sys.stderr)
+        worse = [
+            f"worse in {other}: {text}" for other, one in found for text in regressions(one, args.fail_below)
+        ]
+        for line in worse:
+            print(line, file=sys.stderr)
         sys.exit(1 if worse else 0)
 
 

@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cells import ROOT
-from benchmarks.compare import CROSS, read_results
 from benchmarks.engines import Task, add_engine_flags, run_all
+from benchmarks.results import CROSS, read_results
 from benchmarks.run import collect, from_root
 from benchmarks.tables import cross_table
 from common import datasets, noise
@@ -220,7 +221,7 @@ def columns_of(setting: Setting) -> dict:
     return {name: "" if value is None else value for name, value in values.items()}
 
 
-def rows_of(task: Task, setting: Setting, description: dict, limit: int | None) -> list[dict]:
+def rows_of(task: Task, setting: Setting, description: dict, limit: int | None) -> pd.DataFrame:
     """The result rows of a finished task as rows of this table; seconds and images per second are of all its runs."""
     results = [json.loads((folder / "result.json").read_text()) for folder, _ in task.commands]
     seconds, images = (
@@ -231,7 +232,7 @@ def rows_of(task: Task, setting: Setting, description: dict, limit: int | None) 
     columns |= columns_of(setting)
     columns |= {"profile": description["profile"] + subset, "epochs": description["epochs"]}
     columns |= {"seconds": round(seconds, 3), "images_per_second": round(images / seconds, 1)}
-    return [row | columns for row in collect([task.folder])]
+    return collect([task.folder]).assign(**columns)
 
 
 # the command line -----------------------------------------------------------------------------------------------------
@@ -242,34 +243,22 @@ def make_parser(description: dict) -> cli.Parser:
     parser = cli.Parser(prog="python -m benchmarks.cross", description=__doc__)
     names = [name for name in description if name != "settings"]
     parser.add_argument("--dataset", choices=names, default="digits", help="the data set")
-    parser.add_argument(
-        "--settings",
-        nargs="+",
-        metavar="NAME",
-        help="these only, such as sym0.5; by default all of the data set's",
-    )
+    only = "these only, such as sym0.5; by default all of the data set's"
+    seeds = {"nargs": "+", "type": cli.seed, "default": [1, 2, 3]}
+    given = "handed to the scripts"
+    out = "for cross_DATASET.csv, cross_data/ and runs/"
+    parser.add_argument("--settings", nargs="+", metavar="NAME", help=only)
     parser.add_argument(
         "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="these only"
     )
-    parser.add_argument(
-        "--seeds",
-        nargs="+",
-        type=cli.seed,
-        default=[1, 2, 3],
-        metavar="N",
-        help="one run each; the noise differs too",
-    )
+    parser.add_argument("--seeds", **seeds, metavar="N", help="one run each; the noise differs too")
     parser.add_argument(
         "--limit_train", type=cli.count, metavar="N", help="a seeded subset, the same for all methods"
     )
     parser.add_argument("--data_path", default="./data", metavar="DIR", help="where the data sets are")
-    parser.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], help="where to train; handed to the scripts"
-    )
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], help="handed to the scripts")
-    parser.add_argument(
-        "--out", default="results", metavar="DIR", help="where cross_DATASET.csv, cross_data/ and runs/ go"
-    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help=f"where to train; {given}")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], help=given)
+    parser.add_argument("--out", default="results", metavar="DIR", help=out)
     parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")
     add_engine_flags(parser)
     return parser
@@ -296,9 +285,9 @@ def main(argv=None) -> None:
             print(shlex.join(["python", *command[1:]]))
         return
     run_all([task for task, _ in tasks], args, one_thread=own["profile"] == "embedded")
-    rows = [row for task, setting in tasks for row in rows_of(task, setting, own, args.limit_train)]
+    rows = [rows_of(task, setting, own, args.limit_train) for task, setting in tasks]
     target = out / f"{CROSS}_{args.dataset}.csv"
-    write_results(target, rows)
+    write_results(target, pd.concat(rows).to_dict("records"))
     print(
         f"\n{target}: test accuracy after the last epoch, mean ± standard deviation over seeds, in percent\n"
     )

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from benchmarks.cells import ROOT
-from benchmarks.compare import read_results
+from benchmarks.results import read_results
 from common.runs import cli
 from common.runs.cli import UserError
 from common.runs.files import append
@@ -172,7 +172,7 @@ def run_name(task: Task, folder: Path) -> str:
 
 def headline(folder: Path) -> str:
     """What a finished run came to, in a line."""
-    rows = {row["metric"]: row for row in read_results(folder / "result.csv")}
+    rows = read_results(folder / "result.csv").set_index("metric").to_dict("index")
     best, last = (rows[metric]["value"] for metric in ("best", "last"))
     return f"{rows['last']['method']} best {best:.2f}, last {last:.2f} in {rows['last']['seconds']} s"
 

@@ -1,5 +1,6 @@
 """A forest plot of the claims: the difference of every test with its interval, coloured by verdict."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,8 +16,8 @@ LINE_HEIGHT = 0.2  # inches
 
 
 def draw(claims: Sequence[Claim], found: Mapping[str, Sequence[Outcome]], path: Path) -> None:
-    """Write the figure, with accuracies on the left, shares and areas under curves on the right. Nothing if no test was run."""
-    tests = [(claim, one) for claim in claims for one in found[claim.name] if one.difference is not None]
+    """Write the figure: accuracies on the left, shares and areas under curves on the right. Nothing if no test was run."""
+    tests = [(claim, one) for claim in claims for one in found[claim.name] if not math.isnan(one.difference)]
     kinds = [[pair for pair in tests if (pair[1].test.scale == 1) is accuracy] for accuracy in (True, False)]
     if not tests:
         return
@@ -42,7 +43,7 @@ def draw_panel(axes: Axes, tests: Sequence[tuple[Claim, Outcome]]) -> None:
             labels[place] = claim.name
             place, before = place + 1, claim.name
         labels[place] = one.test.data
-        ends = (one.difference, one.difference) if one.low is None else (one.low, one.high)
+        ends = (one.difference, one.difference) if math.isnan(one.low) else (one.low, one.high)
         axes.plot(ends, (place, place), color=COLOURS[one.verdict], linewidth=1.8)
         axes.plot(one.difference, place, color=COLOURS[one.verdict], marker="o", markersize=4)
         place += 1

@@ -1,70 +1,59 @@
-"""Published figures beside ours, each with what is known of its source; unconfirmed ones are shown as such, never compared.
+"""Published figures beside ours, each with its status; unconfirmed ones are shown as such, never compared.
 
 `reported/<paper>.csv` has a figure per line: paper, table, dataset, noise_type, noise_rate, imbalance, method, metric, value,
-std, status, source. status: `confirmed`, read in the paper's own table; `secondary`, read in another publication's or project's
-table (`paper` then says whose); `unconfirmed`, remembered by somebody and found in no source we could read.
+std, status, source. status: `confirmed`, read in the paper's own table; `secondary`, read in another publication's or
+project's table (`paper` then says whose); `unconfirmed`, remembered and found in no source we could read.
 """
 
-import csv
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.cells import PAPERS, ROOT, Cell
+import pandas as pd
+
+from benchmarks.cells import ROOT, Cell
+from benchmarks.results import figure
 
 FOLDER = ROOT / "benchmarks" / "reported"
 METRICS = ("best", "at_best_validation", "last")
+ACCURACIES = ("test accuracy", "top-1 accuracy", "test_acc")  # names that do not say which epoch
+SETTING = ["dataset", "noise_type", "noise_rate"]
 
 
 def read_published(paper: str, folder: Path = FOLDER) -> list[dict[str, str]]:
-    """The published figures of a paper's tables; none where there is no file of them."""
+    """The published figures of a paper's tables as text; none without a file."""
     path = folder / f"{paper}.csv"
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records") if path.is_file() else []
 
 
-def beside(cells: Sequence[Cell], rows: Sequence[dict]) -> list[str]:
-    """Lines of text: for each published setting among the cells, our figures from result rows, then the published ones.
+def beside(cells: Sequence[Cell], rows: pd.DataFrame | None) -> list[str]:
+    """For each published setting among the cells: our figures from result rows, if any, then the published ones, as lines.
 
-    The whole of each source stands in the file.
+    A published line names its source up to the first comma; the file has all of it.
     """
-    published = PAPERS[cells[0].paper].published
-    settings = dict.fromkeys(published[cell.preset] for cell in cells if cell.preset in published)
+    settings = dict.fromkeys(cell.published for cell in cells if cell.published)
     figures = read_published(cells[0].paper) if settings else []
     lines = []
     for setting in settings:
-        presets = [cell.preset for cell in cells if published.get(cell.preset) == setting]
         lines += ["", f"{', '.join(setting)}: accuracy in percent"]
-        lines += [f"  {text}" for text in _ours({tuple(p.split("/")[:2]) for p in presets}, rows)]
-        lines += [
-            f"  {_with_spread(row):>6}  {row['method']}, {_which(row)}published [{row['status']}: {row['source'].split(',')[0]}]"
-            for row in figures
-            if (row["dataset"], row["noise_type"], row["noise_rate"])[: len(setting)] == setting
-        ]
+        own = ["/".join(cell.preset.split("/")[:2]) for cell in cells if cell.published == setting]
+        lines += _ours(rows[(rows["table"] + "/" + rows["cell"]).isin(own)]) if rows is not None else []
+        lines += [_theirs(f) for f in figures if tuple(f[n] for n in SETTING)[: len(setting)] == setting]
     return lines
 
 
-def _which(figure: dict[str, str]) -> str:
-    """What of a run the figure is, where it is said: its peak, its end, the mean of its last epochs."""
-    metric = figure["metric"].removesuffix(" (%)")
-    return "" if metric in ("test accuracy", "top-1 accuracy", "test_acc") else f"{metric}, "
+def _theirs(published: dict[str, str]) -> str:
+    metric = published["metric"].removesuffix(" (%)")
+    which = "" if metric in ACCURACIES else f"{metric}, "
+    value = f"{published['value']} ± {published['std']}" if published["std"] else published["value"]
+    source = f"{published['status']}: {published['source'].split(',')[0]}"
+    return f"  {value:>6}  {published['method']}, {which}published [{source}]"
 
 
-def _with_spread(figure: dict[str, str]) -> str:
-    return f"{figure['value']} ± {figure['std']}" if figure["std"] else figure["value"]
-
-
-def _ours(places: set[tuple[str, ...]], rows: Sequence[dict]) -> list[str]:
-    """Mean and standard deviation over seeds of each method's metrics, of the result rows of these (table, cell) places."""
-    found: dict[tuple, list[float]] = {}
-    for row in rows:
-        if (row["table"], row["cell"]) in places and row["metric"] in METRICS:
-            condition = f"profile {row['profile']}, {row['fidelity']}, {row['epochs']} epochs"
-            found.setdefault((row["method"], row["metric"], condition), []).append(float(row["value"]))
-    lines = []
-    for (method, metric, condition), values in found.items():
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        lines.append(f"{statistics.mean(values):6.2f}{spread}  {method}, ours, {metric} ({condition})")
-    return lines
+def _ours(rows: pd.DataFrame) -> list[str]:
+    """Mean and standard deviation over seeds by method, metric and condition."""
+    names = ["method", "metric", "profile", "fidelity", "epochs"]
+    groups = rows[rows["metric"].isin(METRICS)].groupby(names, sort=False)["value"]
+    return [
+        f"  {figure(values, '6')}  {method}, ours, {metric} (profile {profile}, {fidelity}, {epochs} epochs)"
+        for (method, metric, profile, fidelity, epochs), values in groups
+    ]

@@ -20,14 +20,30 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
 
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cells import CLAIMS, PAPERS, ROOT, cells
-from benchmarks.compare import CROSS, NUMERIC, Sample, read_results, summarise, welch_interval, write_text
+from benchmarks.published import SETTING as PUBLISHED_SETTING
 from benchmarks.published import read_published
+from benchmarks.results import (
+    CONDITION,
+    CROSS,
+    NUMERIC,
+    Sample,
+    normalised,
+    number_or_nan,
+    plain,
+    read_results,
+    summarise,
+    welch_interval,
+    write_text,
+)
 from benchmarks.tables import METRICS, REFERENCE
 from benchmarks.verdicts import CLAIMS_CSV, HEADING, lines, outcomes, read_claims
 from common.runs.cli import Parser, UserError, exit_cleanly, read_presets
@@ -40,10 +56,10 @@ ORIGIN_REFERENCE, ORIGIN_OWN = "reference", "this machine"
 RUN_DIRECTORIES = "run directories"  # in place of a file's name, of runs that no result file has
 BASELINE = "CE"
 SETTING = ("paper", "table", "cell", "dataset", "noise_type", "noise_rate", "imb_factor", "ood_ratio")
-CONDITION = ("profile", "epochs")
-KEY = (*SETTING, *CONDITION, "method", "fidelity")
-FIGURES = ("best", "last")  # by which a row and a run are known to be the same
-FACTS = ("seconds", "images_per_second", "peak_memory_mb", "device", "precision", "torch", "git", "command")
+KEY = [*SETTING, *CONDITION, "method", "fidelity"]
+FIGURES = ("best", "last")  # a row and a run with the same figures are the same
+MEASURED = ("seconds", "images_per_second", "peak_memory_mb")
+FACTS = (*MEASURED, "device", "precision", "torch", "git", "command")
 ACCURACIES = ("test_accuracy", "knn_accuracy")  # columns of a log: of training, of pre-training
 # what published tables call a method of ours, in small letters and digits alone
 ALIASES = {
@@ -60,7 +76,7 @@ class Source(NamedTuple):
 
     name: str
     origin: str
-    rows: list[dict]
+    rows: pd.DataFrame
 
 
 class RunDirectory(NamedTuple):
@@ -119,13 +135,10 @@ def read_table(path: Path) -> dict:
 
 
 def _plain(text: str) -> float | int | str | None:
-    """A field of a CSV: a number rounded to six digits, None where it is empty or no finite number can be shown."""
-    try:
-        number = float(text)
-    except ValueError:
-        return text or None
+    """A field of a CSV: a number rounded to six digits; None if it is empty; text if it is no finite number."""
+    number = number_or_nan(text)
     if not math.isfinite(number):
-        return text
+        return text or None
     return int(number) if number.is_integer() and abs(number) < 1e15 else float(f"{number:.6g}")
 
 
@@ -158,63 +171,53 @@ def read_runs(runs: Path) -> tuple[list[RunDirectory], list[str]]:
 # rows -----------------------------------------------------------------------------------------------------------------
 
 
-def field(row: dict, name: str) -> str:
-    """A field as text that compares: 0.50, "0.5" and 0.5 are the same."""
-    text = "" if row[name] is None else str(row[name]).strip()
-    if name in NUMERIC:
-        try:
-            return f"{float(text):.15g}"
-        except ValueError:
-            return text
-    return text
+def finite(value: object) -> float | None:
+    """A number, or None if it is none or not finite: JSON has no NaN."""
+    number = number_or_nan(value)
+    return number if math.isfinite(number) else None
 
 
-def number(text: Any) -> float | None:
-    """A number of a fact such as seconds; None where there is none."""
-    try:
-        value = float(text)
-    except (TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) else None
-
-
-def grouped(sources: Iterable[Source]) -> list[dict]:
+def grouped(sources: Sequence[Source]) -> list[dict]:
     """One entry for each method, setting, condition and file: metrics over seeds, and the facts of each run.
 
-    Runs without a result file are apart where their commands differ in more than the seed and the directories named by it.
+    Runs without a result file are apart if their commands differ in more than the seed and the directories named by it, or
+    if they have the same seed.
     """
-    groups: dict[tuple, dict] = {}
-    for source in sources:
-        for row in source.rows:
-            key = {name: field(row, name) for name in KEY}
-            apart = _without_seed(row["command"]) if source.name == RUN_DIRECTORIES else ""
-            identity = (source.origin, source.name, *key.values(), apart)
-            same_seed = groups.get(identity, {"runs": {}})["runs"].get(field(row, "seed"))
-            if apart and same_seed is not None and same_seed["command"] != row["command"]:
-                identity = (
-                    *identity,
-                    row["command"],
-                )  # another run with this seed is apart, whatever tells them apart
-            group = groups.setdefault(
-                identity,
-                {"id": _short_hash(identity), "origin": source.origin, "file": source.name, **key}
-                | {"noise": noise_text(key), "metrics": {}, "runs": {}},
-            )
-            seed = field(row, "seed")
-            group["metrics"].setdefault(row["metric"], {})[seed] = row["value"]
-            facts = {name: number(row[name]) if name in FACTS[:3] else row[name] for name in FACTS}
-            group["runs"].setdefault(seed, {"seed": seed, **facts, "folder": None, "log": None})
-    for group in groups.values():
-        group["metrics"] = {name: _over_seeds(values) for name, values in group["metrics"].items()}
-        group["runs"] = list(group["runs"].values())
-        for name in FACTS[:3]:
-            known = [run[name] for run in group["runs"] if run[name] is not None]
-            group[name] = statistics.fmean(known) if known else None
-    return list(groups.values())
+    frames = [normalised(source.rows).assign(origin=source.origin, file=source.name) for source in sources]
+    if not frames:
+        return []
+    rows = pd.concat(frames, ignore_index=True)
+    alone = rows["file"] == RUN_DIRECTORIES
+    rows["apart"] = rows["command"].where(alone, "").map(_without_seed)
+    identity = ["origin", "file", *KEY, "apart"]
+    first = rows.groupby([*identity, "seed"], sort=False)["command"].transform("first")
+    rows["further"] = rows["command"].where(alone & (rows["command"] != first), "")
+    return [_entry(key, own) for key, own in rows.groupby([*identity, "further"], sort=False)]
+
+
+def _entry(identity: Sequence[str], rows: pd.DataFrame) -> dict:
+    """An entry of `grouped`. identity: origin, file, KEY, and what sets runs without a file apart."""
+    key = dict(zip(KEY, identity[2:-2], strict=True))
+    runs = [
+        {"seed": row["seed"]}
+        | {name: finite(row[name]) if name in MEASURED else row[name] for name in FACTS}
+        | {"folder": None, "log": None}
+        for row in rows.drop_duplicates("seed").to_dict("records")
+    ]
+    metrics = {
+        name: _over_seeds(dict(zip(own["seed"], own["value"].tolist(), strict=True)))
+        for name, own in rows.groupby("metric", sort=False)
+    }
+    identity = identity if identity[-1] else identity[:-1]
+    entry = {"id": _short_hash(identity), "origin": identity[0], "file": identity[1], **key}
+    entry |= {"noise": noise_text(key), "metrics": metrics, "runs": runs}
+    means = {name: [run[name] for run in runs if run[name] is not None] for name in MEASURED}
+    return entry | {name: statistics.fmean(known) if known else None for name, known in means.items()}
 
 
 def _over_seeds(values: dict[str, float]) -> dict:
-    return {**summarise(values.values())._asdict(), "values": values}
+    sample = summarise(values.values())
+    return {**sample._asdict(), "std": finite(sample.std), "values": values}
 
 
 def _short_hash(identity: Sequence[str]) -> str:
@@ -239,24 +242,21 @@ def noise_text(key: dict[str, str]) -> str:
 def add_baselines(rows: list[dict]) -> None:
     """Set every row's `against`: its differences to cross-entropy in the same setting, profile and number of epochs.
 
-    Of the same file and paper where there is one, else of another file of the same origin. A row of run directories that no
-    preset names has none, and a panel of its own: only its command knows its setting.
+    Cross-entropy of the same file and paper comes first, then that of another file of the same origin. A row of run
+    directories that no preset names has none, and a panel of its own: only its command knows its setting.
     """
-    found: dict[tuple, list[dict]] = {}
+    baselines: dict[tuple, list[dict]] = {}
     for row in rows:
-        row["panel"] = _short_hash((row["origin"], *condition(row), *([] if _is_named(row) else [row["id"]])))
-        row["against"] = None
+        place = (row["origin"], *condition(row))
+        row |= {"panel": _short_hash(place if _is_named(row) else (*place, row["id"])), "against": None}
         if row["method"] == BASELINE and _is_named(row):
-            found.setdefault((row["origin"], *condition(row)), []).append(row)
+            baselines.setdefault(place, []).append(row)
     for row in rows:
-        candidates = found.get((row["origin"], *condition(row)), [])
+        candidates = baselines.get((row["origin"], *condition(row)), [])
         if candidates and row["method"] != BASELINE and _is_named(row):
             nearest = min(candidates, key=lambda b: (b["file"] != row["file"], b["paper"] != row["paper"]))
-            row["against"] = {
-                "row": nearest["id"],
-                "file": nearest["file"],
-                "metrics": differences(nearest["metrics"], row["metrics"]),
-            }
+            gains = differences(nearest["metrics"], row["metrics"])
+            row["against"] = {"row": nearest["id"], "file": nearest["file"], "metrics": gains}
 
 
 def _is_named(row: dict) -> bool:
@@ -265,36 +265,24 @@ def _is_named(row: dict) -> bool:
 
 def condition(row: dict) -> tuple[str, ...]:
     """What rows that are compared must share; in the table `cross` all but the paper, which there is the method's."""
-    return tuple(
-        "" if name == "paper" and row["table"] == CROSS else row[name] for name in (*SETTING, *CONDITION)
-    )
+    blank = {"paper": ""} if row["table"] == CROSS else {}
+    return tuple((row | blank)[name] for name in (*SETTING, *CONDITION))
 
 
 def differences(a: dict, b: dict) -> dict[str, dict]:
-    """By metric of accuracy that both have: b - a with its Welch interval, None where one of them has one seed."""
+    """By metric of accuracy that both have: b - a with its Welch interval, None if one of them has one seed."""
     found = {}
-    for name in METRICS:
-        if name in a and name in b:
-            first, second = _sample(a[name]), _sample(b[name])
-            low, high = welch_interval(first, second) or (None, None)
-            found[name] = {"difference": second.mean - first.mean, "low": low, "high": high}
+    for name in [name for name in METRICS if name in a and name in b]:
+        low, high = map(finite, welch_interval(_sample(a[name]), _sample(b[name])))
+        found[name] = {"difference": b[name]["mean"] - a[name]["mean"], "low": low, "high": high}
     return found
 
 
 def _sample(metric: dict) -> Sample:
-    return Sample(metric["n"], metric["mean"], metric["std"])
+    return Sample(metric["n"], metric["mean"], math.nan if metric["std"] is None else metric["std"])
 
 
 # published figures ----------------------------------------------------------------------------------------------------
-
-
-def published_settings() -> dict[tuple[str, str, str], tuple[str, ...]]:
-    """The published setting of each (paper, table, cell) that has one."""
-    return {
-        (paper, *preset.split("/")[:2]): setting
-        for paper, about in PAPERS.items()
-        for preset, setting in about.published.items()
-    }
 
 
 def plain_name(method: str) -> str:
@@ -318,25 +306,22 @@ def metric_of(published: str) -> str | None:
 
 def add_published(rows: list[dict]) -> list[dict]:
     """Set every row's `published`: the figures of its setting and of its own method, as places in the list that is returned."""
-    settings = published_settings()
-    figures = [figure for paper in PAPERS for figure in _figures_of(paper)]
-    for row in rows:
-        setting = settings.get((row["paper"], row["table"], row["cell"]))
-        of_setting = [
-            place
-            for place, figure in enumerate(figures)
-            if setting and figure["paper"] == row["paper"] and figure["setting"][: len(setting)] == setting
-        ]
-        row["published"] = {"figures": of_setting} | beside(row, {p: figures[p] for p in of_setting})
-    return figures
-
-
-def _figures_of(paper: str) -> list[dict]:
-    return [
-        {"paper": paper, "setting": (figure["dataset"], figure["noise_type"], figure["noise_rate"])}
+    figures = [
+        {"paper": paper, "setting": tuple(figure[name] for name in PUBLISHED_SETTING)}
         | {name: figure[name] for name in FIGURE}
+        for paper in PAPERS
         for figure in read_published(paper)
     ]
+    for row in rows:
+        settings = PAPERS[row["paper"]].published if row["paper"] in PAPERS else {}
+        setting = settings.get(f"{row['table']}/{row['cell']}")
+        own = {
+            place: figure
+            for place, figure in enumerate(figures)
+            if setting and figure["paper"] == row["paper"] and figure["setting"][: len(setting)] == setting
+        }
+        row["published"] = {"figures": list(own)} | beside(row, own)
+    return figures
 
 
 def beside(row: dict, figures: dict[int, dict]) -> dict:
@@ -392,7 +377,7 @@ def not_measured(rows: list[dict]) -> list[dict]:
             key |= {"profile": "paper", "id": _short_hash(("not measured", paper, cell.preset))}
             found.append(
                 {**key, "origin": "", "file": "", "noise": "", "metrics": {}, "runs": [], "against": None}
-                | {**dict.fromkeys(FACTS[:3]), "command": shlex.join(command)}
+                | {**dict.fromkeys(MEASURED), "command": shlex.join(command)}
             )
     return found
 
@@ -429,7 +414,7 @@ def add_runs(rows: list[dict], runs: list[RunDirectory], logs: list[dict]) -> li
 
 
 def _run_key(values: dict) -> tuple[str, ...]:
-    return tuple(field(values, name) for name in (*KEY, "seed"))
+    return tuple(plain(values[name], name in NUMERIC) for name in (*KEY, "seed"))
 
 
 def _same_figures(row: dict, seed: str, figures: dict) -> bool:
@@ -479,7 +464,7 @@ def _same_to_six_digits(row: dict, seed: str, figures: dict) -> bool:
 
 def runs_as_source(runs: list[RunDirectory]) -> Source:
     """The rows of finished runs, as if a result file had them. UserError: a result.csv that cannot be read."""
-    rows = [row for run in runs for row in read_results(run.path / "result.csv")]
+    rows = pd.concat([read_results(run.path / "result.csv") for run in runs], ignore_index=True)
     return Source(RUN_DIRECTORIES, ORIGIN_OWN, rows)
 
 
@@ -522,8 +507,7 @@ def best_column(members: dict[int, dict], metric: str) -> int | None:
     if len(ranked) < 2:
         return None
     first, second = (_sample(members[column]["metrics"][metric]) for column in ranked[:2])
-    interval = welch_interval(second, first)
-    return ranked[0] if interval is not None and interval[0] > 0 else None
+    return ranked[0] if welch_interval(second, first)[0] > 0 else None
 
 
 def environment(rows: list[dict]) -> list[dict]:
@@ -554,7 +538,7 @@ def without_shared(source: Source) -> Source:
     """The file of the claims' runs without the rows of cells that other files have, too; every other file as it is."""
     if Path(source.name).name != CLAIMS_CSV:
         return source
-    return source._replace(rows=[row for row in source.rows if row["table"] == CLAIMS])
+    return source._replace(rows=source.rows[source.rows["table"] == CLAIMS])
 
 
 # the page -------------------------------------------------------------------------------------------------------------
@@ -624,12 +608,10 @@ def page(data: dict) -> str:
     html, style, script = (
         (TEMPLATE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
     )
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    for character in "<>&":  # inside JSON these stand in strings alone
-        text = text.replace(character, f"\\u{ord(character):04x}")
+    environment = Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    parts = {"@STYLE@": style, "@SCRIPT@": script, "@DIGEST@": digest, "@DATA@": text}
-    return re.sub("|".join(parts), lambda found: parts[found[0]], html)
+    return environment.from_string(html).render(style=style, script=script, digest=digest, data=data)
 
 
 def make_parser() -> Parser:

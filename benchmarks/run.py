@@ -8,7 +8,6 @@ handed to the paper's script. A run whose own result.json says that the same com
 cut short goes on. If any run fails, so does this command.
 """
 
-import csv
 import itertools
 import re
 import shlex
@@ -16,13 +15,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
+
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cells import PAPERS, PROFILES, ROOT, Cell, cells
-from benchmarks.compare import against, compare, format_table, read_results
+from benchmarks.compare import against, compare, format_table
 from benchmarks.engines import Task, add_engine_flags, run_all
 from benchmarks.published import beside
+from benchmarks.results import read_results
 from common.runs import cli
 from common.runs.results import write_results
 
@@ -46,7 +48,7 @@ def make_task(
     if encoder is not None:
         words += ["--pretrained", from_root(encoder / "encoder.safetensors")]
     commands = [(folder, cell.command(seed, from_root(folder), words))]
-    if baseline and paper.baseline == cell.preset.rpartition("/")[2] and cell.script == paper.script:
+    if baseline and paper.baseline == cell.preset.rpartition("/")[2] and cell.script == paper.scripts[""]:
         # whatever chooses the device must choose it for the baseline too
         shared = ["--data_path", data, *_only(extra, ("--device", "--precision"))]
         words = [sys.executable, "-m", "benchmarks.baseline", "--like", from_root(folder), *shared]
@@ -68,39 +70,30 @@ def _only(words: list[str], flags: tuple[str, ...]) -> list[str]:
 def make_parser() -> cli.Parser:
     """The command line."""
     parser = cli.Parser(prog="python -m benchmarks.run", description=__doc__)
+    profiles = "digits; the paper's data on a shortened schedule; the published protocol"
+    only_cells = "these cells only; by default all of the profile"
+    only_table = "the cells of this table only: the first part of their names"
     parser.add_argument("paper", choices=list(PAPERS), help="whose cells")
-    parser.add_argument(
-        "--profile",
-        choices=PROFILES,
-        default="embedded",
-        help="digits; the paper's data on a shortened schedule; the published protocol",
-    )
-    parser.add_argument(
-        "--cells", nargs="+", metavar="PRESET", help="these cells only; by default all of the profile"
-    )
-    parser.add_argument(
-        "--table", metavar="NAME", help="the cells of this table only: the first part of their names"
-    )
-    parser.add_argument(
-        "--seeds", nargs="+", type=cli.seed, default=[1, 2, 3], metavar="N", help="one run each"
-    )
+    parser.add_argument("--profile", choices=PROFILES, default="embedded", help=profiles)
+    parser.add_argument("--cells", nargs="+", metavar="PRESET", help=only_cells)
+    parser.add_argument("--table", metavar="NAME", help=only_table)
+    seeds = {"nargs": "+", "type": cli.seed, "default": [1, 2, 3]}
+    parser.add_argument("--seeds", **seeds, metavar="N", help="one run each")
     parser.add_argument("--data_path", default="./data", metavar="DIR", help="where the data sets are")
-    parser.add_argument(
-        "--out", default="results", metavar="DIR", help="where the CSV, the figure and runs/ go"
-    )
+    parser.add_argument("--out", default="results", metavar="DIR", help="for the CSV, the figure and runs/")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")
     add_engine_flags(parser)
     return parser
 
 
-def report(paper: str, chosen: list[Cell], rows: list[dict], out: Path) -> None:
+def report(paper: str, chosen: list[Cell], rows: pd.DataFrame, out: Path) -> None:
     """Print the methods against the baseline, this file against the reference CSV, and the published figures, if any."""
-    write_results(out / f"{paper}.csv", rows)
+    write_results(out / f"{paper}.csv", rows.to_dict("records"))
     rows = read_results(out / f"{paper}.csv")
     further = "at_best_validation"  # of methods that validate
-    metrics = (*METRICS, further) if any(row["metric"] == further for row in rows) else METRICS
+    metrics = (*METRICS, further) if (rows["metric"] == further).any() else METRICS
     print(f"\n{out / paper}.csv: every method against cross-entropy (CE), accuracy in percent\n")
-    if any(row["method"] == "CE" for row in rows):
+    if (rows["method"] == "CE").any():
         print(format_table(against(rows, "CE", metrics), "CE", "the method"))
     else:
         print("cross-entropy is not among these cells")
@@ -118,24 +111,22 @@ def main(argv=None) -> None:
     out, data_path = Path(args.out).resolve(), Path(args.data_path).resolve()
     chosen = cells(args.paper, args.profile, args.cells, args.table)
     runs = out / "runs" / args.paper / args.profile
-    makers = {cell.encoder for cell in chosen}
+    makers, seeds = {cell.encoder for cell in chosen}, dict.fromkeys(args.seeds)
     # the runs that make encoders come first
     waves = [
         [
-            make_task(cell, seed, runs, data_path, extra)
-            for cell in cells_of_wave
-            for seed in dict.fromkeys(args.seeds)
+            make_task(c, seed, runs, data_path, extra)
+            for c in chosen
+            if (c.preset in makers) is first
+            for seed in seeds
         ]
-        for cells_of_wave in (
-            [cell for cell in chosen if cell.preset in makers],
-            [cell for cell in chosen if cell.preset not in makers],
-        )
+        for first in (True, False)
     ]
     if args.dry_run:
         for task in itertools.chain(*waves):
             for _, command in task.commands:
                 print(shlex.join(["python", *command[1:]]))
-        for line in beside(chosen, []):
+        for line in beside(chosen, None):
             print(f"# {line}".strip())
         return
     # small networks gain nothing from threads, and with one thread each the figures do not depend on the number of cores
@@ -147,13 +138,10 @@ def main(argv=None) -> None:
     sys.exit(drawn.returncode)
 
 
-def collect(folders: list[Path]) -> list[dict]:
-    """The result rows of finished run directories."""
-    rows = []
-    for folder in folders:
-        with (folder / "result.csv").open(newline="") as file:
-            rows += csv.DictReader(file)
-    return rows
+def collect(folders: list[Path]) -> pd.DataFrame:
+    """The result rows of finished run directories, as text."""
+    files = [pd.read_csv(folder / "result.csv", dtype=str, keep_default_na=False) for folder in folders]
+    return pd.concat(files, ignore_index=True) if files else pd.DataFrame()
 
 
 if __name__ == "__main__":

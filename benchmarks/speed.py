@@ -1,13 +1,13 @@
-"""How fast the parts are that a run waits for, and the steps themselves; one CSV per measurement.
+"""Measure the speed of the parts that a run waits for, and of training steps; one CSV per measurement.
 
     python -m benchmarks.speed images       # training images per second from files and from the cache of small images
     python -m benchmarks.speed views        # images per second that get all their views, ours and PIL's
     python -m benchmarks.speed steps        # training steps of all methods, part by part, beside a plain reference path
 
-images: JPEGs of 512 x 384 pixels, cut from the two photographs that scikit-learn brings along, through the training pipeline
-of Food-101N (random resized crop to 224, flip, normalisation).
+images: JPEGs of 512 x 384 pixels, cut from the two photographs of scikit-learn, through the training pipeline of Food-101N
+(random resized crop to 224, flip, normalisation).
 views: 32 x 32 pixels of the same photographs, through SANM's pipelines for CIFAR (its six views, the SimCLR pair, the view
-of its warm-up): batches on the device, against PIL and torchvision image by image in the workers of a DataLoader.
+of its warm-up): batches on the device, and PIL and torchvision image by image in the workers of a DataLoader.
 steps: see benchmarks/step_speed.py.
 """
 
@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.speed_inputs import PilViews, make_small_images, surroundings, views_by_pil
+from benchmarks.speed_inputs import PilViews, make_small_images, pil_loader, surroundings, views_by_pil
 from benchmarks.step_speed import add_step_flags, step_line, steps
 from common.datasets.file_lists import IMAGENET_MEAN, IMAGENET_STD, FileSplit, make_split
 from common.datasets.image_cache import build, open_cache
@@ -52,21 +52,20 @@ BATCH = 64
 def main(argv=None):
     """Measure, print a table, write a CSV."""
     args = make_parser().parse_args(argv)
-    measure, line = {"images": (images, row_line), "views": (views, row_line), "steps": (steps, step_line)}[
-        args.what
-    ]
+    kinds = {"images": (images, row_line), "views": (views, row_line), "steps": (steps, step_line)}
+    measure, line = kinds[args.what]
     out = Path(args.out or f"results/speed_{args.what}.csv")
-    check_writable(out)  # before it is measured for minutes
+    check_writable(out)  # before minutes of measuring
     rows = []
     for row in measure(args):
         print(line(row), flush=True)
         rows.append(row)
-        write_atomic(out, to_csv(rows, rows[0]).encode())  # what is measured stays, whatever comes
+        write_atomic(out, to_csv(rows, rows[0]).encode())  # kept if a later measurement fails
     print(f"written to {out}")
 
 
 def check_writable(out: Path) -> None:
-    """Make the folder of a file that is to be written. UserError: it cannot be made, or the file not be written into it."""
+    """Make the folder of an output file. UserError: it cannot be made, or is not writable."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -92,26 +91,15 @@ def make_parser() -> cli.Parser:
     measurements = parser.add_subparsers(dest="what", required=True, metavar="{images,views,steps}")
     for what, about in (("images", "images read from files and cache"), ("views", "views of small images")):
         flags = measurements.add_parser(what, help=about)
-        flags.add_argument("--images", type=cli.count, default=512, metavar="N", help="images to make")
-        flags.add_argument(
-            "--workers",
-            nargs="+",
-            type=cli.count_or_zero,
-            default=[0, 1, 2],
-            metavar="N",
-            help="processes that decode, or augment with PIL",
-        )
-        flags.add_argument(
-            "--passes", type=cli.count, default=5, metavar="N", help="timed ones, after one that is not"
-        )
+        add, count = flags.add_argument, {"type": cli.count, "metavar": "N"}
+        workers = {"nargs": "+", "type": cli.count_or_zero, "default": [0, 1, 2], "metavar": "N"}
+        add("--images", **count, default=512, help="images to make")
+        add("--workers", **workers, help="processes that decode, or augment with PIL")
+        add("--passes", **count, default=5, help="timed passes, after one that is not timed")
     add_step_flags(measurements.add_parser("steps", help="training steps of all methods"))
+    device = "where batches are augmented and normalised, and networks trained"
     for what, flags in measurements.choices.items():
-        flags.add_argument(
-            "--device",
-            choices=["auto", "cpu", "cuda"],
-            default="auto",
-            help="where batches are augmented and normalised, and networks trained",
-        )
+        flags.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help=device)
         flags.add_argument("--out", metavar="CSV", help=f"by default results/speed_{what}.csv")
     return parser
 
@@ -125,18 +113,11 @@ def images(args: Namespace) -> Iterator[dict]:
         cache = open_cache(Path(folder) / "cache", split)
         for workers in args.workers:
             for source, own in (("files", None), ("cache", cache)):
-                batches = FileBatches(
-                    split,
-                    min(BATCH, args.images),
-                    augment.random_resized_crop_and_flip(),
-                    mean=IMAGENET_MEAN,
-                    std=IMAGENET_STD,
-                    device=device,
-                    workers=workers,
-                    shuffle=True,
-                    generator=torch.Generator().manual_seed(1),
-                    cache=own,
-                )
+                generator = torch.Generator().manual_seed(1)
+                options = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "device": device, "shuffle": True}
+                options |= {"workers": workers, "generator": generator, "cache": own}
+                crop = augment.random_resized_crop_and_flip()
+                batches = FileBatches(split, min(BATCH, args.images), crop, **options)
                 yield measured(args, batches, device, source=source, workers=workers)
 
 
@@ -151,24 +132,12 @@ def views(args: Namespace) -> Iterator[dict]:
     mean, std = NORMALISATION["cifar10"]
     on_device = Images(small, mean, std, device)
     for pipeline, (ours, count, theirs) in view_pipelines().items():
-        batches = Batches(
-            on_device,
-            size,
-            views=count,
-            augmentation=ours,
-            shuffle=True,
-            generator=torch.Generator(device).manual_seed(1),
-        )
+        generator = torch.Generator(device).manual_seed(1)
+        options = {"views": count, "augmentation": ours, "shuffle": True, "generator": generator}
+        batches = Batches(on_device, size, **options)
         yield measured(args, batches, device, pipeline=pipeline, source="float32 on the device", workers=0)
         for workers in args.workers:
-            loader = DataLoader(
-                PilViews(small, theirs, mean, std),
-                size,
-                shuffle=True,
-                num_workers=workers,
-                persistent_workers=workers > 0,
-                pin_memory=device.type == "cuda",
-            )
+            loader = pil_loader(PilViews(small, theirs, mean, std), size, workers, device, shuffle=True)
             moved = Moved(loader, device)
             yield measured(args, moved, device, pipeline=pipeline, source="PIL", workers=workers)
 
@@ -176,21 +145,14 @@ def views(args: Namespace) -> Iterator[dict]:
 def measured(args: Namespace, batches: Iterable, device: torch.device, **which: str | int) -> dict:
     """A row of the CSV: images per second over the passes that are timed. which: columns that name the row."""
     speeds = [args.images / seconds(batches, device) for _ in range(1 + args.passes)][1:]
-    q1, median, q3 = np.percentile(speeds, [25, 50, 75])
-    return {
-        "what": args.what,
-        **which,
-        "images": args.images,
-        "passes": args.passes,
-        "median_images_per_second": round(float(median), 1),
-        "q1": round(float(q1), 1),
-        "q3": round(float(q3), 1),
-        **surroundings(device),
-    }
+    quartiles = (round(float(speed), 1) for speed in np.percentile(speeds, [50, 25, 75]))
+    row = {"what": args.what, **which, "images": args.images, "passes": args.passes}
+    row |= zip(("median_images_per_second", "q1", "q3"), quartiles, strict=True)
+    return row | surroundings(device)
 
 
 def view_pipelines() -> dict[str, tuple[Callable, int, list[Callable]]]:
-    """By name: what makes a view of a batch (or all views), how many times it is called, and PIL's transform for each view."""
+    """By name: what makes a view of a batch (or all views), the number of its calls, and PIL's transform for each view."""
     return {
         name: (ours, count, views_by_pil(ours, count, 32))
         for name, ours, count in (
@@ -221,10 +183,7 @@ def make_photographs(folder: Path, count: int) -> FileSplit:
     for i, name in enumerate(names):
         photograph = photographs[i % 2]
         width, height = (2 * side // 3 for side in photograph.size)
-        left, top = (
-            int(rng.integers(whole - part))
-            for whole, part in zip(photograph.size, (width, height), strict=True)
-        )
+        left, top = int(rng.integers(photograph.width - width)), int(rng.integers(photograph.height - height))
         cut = photograph.resize(SIZE, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
         cut.save(folder / name, quality=QUALITY)
     return make_split(folder, names, [i % 2 for i in range(count)])

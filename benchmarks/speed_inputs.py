@@ -1,4 +1,4 @@
-"""What speeds are measured on and beside: small images, the views that PIL makes of them, and what a speed depends on."""
+"""Inputs of speed measurements: small images, the views that PIL makes of them, and facts about the machine."""
 
 import os
 import random
@@ -10,7 +10,7 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from common.gpu import augment
@@ -39,10 +39,10 @@ def views_by_pil(augmentation: Callable | None, views: int, size: int) -> list[C
     """
     if augmentation is None:
         return [transforms.Compose([])] * views
-    function = getattr(augmentation, "func", augmentation)
-    options = getattr(augmentation, "keywords", {})
+    function, options = getattr(augmentation, "func", augmentation), getattr(augmentation, "keywords", {})
     if function is augment.crop_and_flip:
-        return [crop_and_flip(size, options.get("padding", 4))] * views
+        crop = transforms.RandomCrop(size, padding=options.get("padding", 4))
+        return [transforms.Compose([crop, transforms.RandomHorizontalFlip()])] * views
     if function is augment.simclr_view:
         return [simclr_view(size)] * views
     if function not in (augment.warm_up_view, six_views, four_views):
@@ -50,47 +50,26 @@ def views_by_pil(augmentation: Callable | None, views: int, size: int) -> list[C
     (crop,) = views_by_pil(options["crop"], 1, size)
     if function is augment.warm_up_view:
         return [warm_up_view(crop)] * views
-    auto, rand = transforms.Compose([crop, auto_augment()]), transforms.Compose([crop, rand_augment])
+    policy = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=[128, 128, 128])
+    auto, rand = transforms.Compose([crop, policy]), transforms.Compose([crop, rand_augment])
     if function is four_views:
         return [crop, crop, auto, auto]
     reference = crop if options.get("weak_reference") else auto
     return [auto, auto, rand, rand, reference, reference]
 
 
-def crop_and_flip(size: int, padding: int) -> Callable:
-    """torchvision's crop of a padded image, and flip."""
-    return transforms.Compose(
-        [transforms.RandomCrop(size, padding=padding), transforms.RandomHorizontalFlip()]
-    )
-
-
-def auto_augment() -> Callable:
-    """torchvision's AutoAugment with the CIFAR-10 policy."""
-    return transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=[128, 128, 128])
-
-
 def simclr_view(size: int) -> Callable:
     """SimCLR's view, as `common.gpu.augment.simclr_view`."""
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(size, scale=(0.2, 1)),
-            transforms.RandomHorizontalFlip(),
-            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            transforms.RandomGrayscale(0.2),
-        ]
-    )
+    crop, flip = transforms.RandomResizedCrop(size, scale=(0.2, 1)), transforms.RandomHorizontalFlip()
+    jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+    return transforms.Compose([crop, flip, jitter, transforms.RandomGrayscale(0.2)])
 
 
 def warm_up_view(crop: Callable) -> Callable:
     """The view of SANM's warm-up, as `common.gpu.augment.warm_up_view`."""
-    shear = (-0.1, 0.1, -0.1, 0.1)
-    return transforms.Compose(
-        [
-            transforms.ColorJitter(0.4, 0.4, 0.4, 0.4),
-            crop,
-            transforms.RandomAffine(15, translate=(0.1, 0.1), scale=(2 / 3, 3 / 2), shear=shear),
-        ]
-    )
+    moves = {"translate": (0.1, 0.1), "scale": (2 / 3, 3 / 2), "shear": (-0.1, 0.1, -0.1, 0.1)}
+    jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.4)
+    return transforms.Compose([jitter, crop, transforms.RandomAffine(15, **moves)])
 
 
 class PilViews(Dataset):
@@ -116,6 +95,12 @@ class PilViews(Dataset):
         i = self.positions[number]
         image = Image.fromarray(self.images[i])
         return *(self.normalised(view(image)) for view in self.views), i
+
+
+def pil_loader(views: PilViews, size: int, workers: int, device: torch.device, **options) -> DataLoader:
+    """A DataLoader of batches of `size` whose workers stay from pass to pass."""
+    staying = {"persistent_workers": workers > 0, "pin_memory": device.type == "cuda"}
+    return DataLoader(views, size, num_workers=workers, **staying, **options)
 
 
 def rand_augment(image: Image.Image) -> Image.Image:
@@ -165,11 +150,10 @@ def rand_augment_operation(image: Image.Image, name: str, level: int) -> Image.I
 
 def surroundings(device: torch.device) -> dict:
     """What a speed depends on beside the code."""
+    has_count = hasattr(os, "process_cpu_count")  # from Python 3.13 on
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cpu_count": os.process_cpu_count()
-        if hasattr(os, "process_cpu_count")
-        else len(os.sched_getaffinity(0)),
+        "cpu_count": os.process_cpu_count() if has_count else len(os.sched_getaffinity(0)),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "git": git_commit(),

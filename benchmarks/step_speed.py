@@ -1,18 +1,17 @@
-"""`python -m benchmarks.speed steps`: what a training step of each method costs, part by part, and beside it a plain path.
+"""`python -m benchmarks.speed steps`: the cost of a training step of each method, part by part, beside a plain path.
 
-Each method, and cross-entropy, is run twice, as two processes that take turns epoch by epoch, so that a machine that drifts
-does so for both: once as it is, once as plain scripts do it, with views made by PIL and torchvision image by image in the
-workers of a DataLoader, float32, PyTorch's memory format, no recorded graphs. Both are started through the script's
-command line inside benchmarks.timed_script, which knows the borders that all scripts have in common.
+Each method and cross-entropy run twice, as two processes that take turns epoch by epoch, so that a drift of the machine
+affects both. One process is the script as it is. The other is the plain path: views by PIL and torchvision, image by image
+in the workers of a DataLoader, float32, PyTorch's memory format, no recorded graphs. benchmarks.timed_script starts both by
+the script's command line.
 
-The views by PIL are those of all passes, selection and test included; what a method does to a batch beyond its views stays
-on the device. On a card both keep cuDNN's choice of the fastest algorithm, and the plain path's convolutions TF32, which is
-PyTorch's default.
+PIL makes the views of all passes, selection and test included; all else that a method does to a batch stays on the device.
+On a GPU both paths let cuDNN choose the fastest algorithm; convolutions of the plain path use TF32, PyTorch's default.
 
-Images of 32 x 32 pixels, ResNet-18 and the batch sizes of the papers' CIFAR cells, on a CPU a part of them. "images" are
-the samples of a step's (labelled) batch: unlabelled ones, views, and whatever is made of them are the cost of the step. A long
-pass is cut short after --pass_seconds, and seconds_per_epoch then has the steps left out at the mean of those made. The first
-step of each pass, which starts the workers, and steps with a batch that is not whole are not counted.
+Images have 32 x 32 pixels, the network is a ResNet-18, the batch sizes are those of the papers' CIFAR cells, on a CPU a part
+of them. "images" are the samples of a step's (labelled) batch; unlabelled samples and views are the cost of the step. A long
+pass is cut short after --pass_seconds; seconds_per_epoch then counts each missing step as the mean of those made. Not
+counted: the first step of each pass, which starts the workers, and steps with a batch that is not full.
 """
 
 import json
@@ -23,12 +22,13 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 
 from benchmarks.cells import ROOT
@@ -53,66 +53,39 @@ class Workload(NamedTuple):
     epochs: int  # of the main phase
     batch_divisor: int
 
-    def batch(self, of_paper: int) -> str:
-        """A batch size of a paper, or its part: a flag's value."""
-        return str(max(of_paper // self.batch_divisor, 2))
-
 
 class Method(NamedTuple):
     """How a method is run, and what its rows say beside figures."""
 
     script: str
-    flags: Callable[[Workload], list[str]]
+    flags: (
+        str  # {b64}: the paper's batch size of 64, divided; {more}: an epoch more, for a warm-up of one epoch
+    )
     note: str = ""
     not_plain: str = ""  # what of the plain path is not plain
-    graphs: bool = False  # on a card its steps are recorded
-
-
-def cross_entropy(w: Workload) -> list[str]:
-    """Flags of benchmarks/baseline.py."""
-    words = ["--like", str(w.folder / "like"), "--num_epochs", str(w.epochs)]
-    return [*words, "--data_path", str(w.folder), "--batch_size", w.batch(128)]
-
-
-def afm(w: Workload) -> list[str]:
-    """Flags of afm/train.py."""
-    words = ["--dataset", DATASET, "--data-root", str(w.folder), "--network", "resnet18"]
-    return [*words, "--train-batch", w.batch(128), "--epochs", str(w.epochs)]
-
-
-def sfa(w: Workload) -> list[str]:
-    """Flags of sfa/Train_cifar.py."""
-    words = ["--dataset", DATASET, "--data_path", str(w.folder), "--imb_type", "none", "--noise_mode", "sym"]
-    return [*words, "--batch_size", w.batch(64), "--warm_up", "1", "--num_epochs", str(1 + w.epochs)]
-
-
-def me_momentum(w: Workload) -> list[str]:
-    """Flags of me_momentum/main.py: early stopping, then one round; the validation part must have all classes."""
-    words = ["--dataset", DATASET, "--data_path", str(w.folder), "--batch_size", w.batch(128)]
-    words += ["--data_percent", "0.9" if w.images >= 1000 else "0.5", "--noise_rate", "0"]
-    return [*words, "--n_epoch", str(w.epochs), "--max_inner_loop", "2", "--max_outer_loop", "1"]
-
-
-def manifold_dividemix(w: Workload) -> list[str]:
-    """Flags of manifold_dividemix/train_semisup.py."""
-    words = ["--dataset", DATASET, "--data_path", str(w.folder), "--corruption", "photographs"]
-    words += ["--open-set-cache", "none", "--pretrained", "none", "--batch-size", w.batch(64)]
-    return [*words, "--warmup-epoch", "1", "--epochs", str(1 + w.epochs), "--clustering", "--interval", "1"]
-
-
-def sanm(w: Workload) -> list[str]:
-    """Flags of sanm/Train_cifar.py, whose epochs count from 0."""
-    words = ["--dataset", DATASET, "--data_path", str(w.folder), "--pretrained", "none"]
-    return [*words, "--batch_size", w.batch(64), "--warm_up", "1", "--num_epochs", str(w.epochs)]
+    graphs: bool = False  # on a GPU its steps are recorded
 
 
 METHODS = {
-    "ce": Method("benchmarks/baseline.py", cross_entropy),
-    "afm": Method("afm/train.py", afm),
-    "sfa": Method("sfa/Train_cifar.py", sfa, "two networks: an epoch trains both"),
+    "ce": Method(
+        "benchmarks/baseline.py",
+        "--like {folder}/like --num_epochs {epochs} --data_path {folder} --batch_size {b128}",
+    ),
+    "afm": Method(
+        "afm/train.py",
+        "--dataset squares --data-root {folder} --network resnet18 --train-batch {b128} --epochs {epochs}",
+    ),
+    "sfa": Method(
+        "sfa/Train_cifar.py",
+        "--dataset squares --data_path {folder} --imb_type none --noise_mode sym --batch_size {b64} --warm_up 1 "
+        "--num_epochs {more}",
+        "two networks: an epoch trains both",
+    ),
+    # early stopping, then one round; the validation part must have all classes
     "me_momentum": Method(
         "me_momentum/main.py",
-        me_momentum,
+        "--dataset squares --data_path {folder} --batch_size {b128} --data_percent {training_part} --noise_rate 0 "
+        "--n_epoch {epochs} --max_inner_loop 2 --max_outer_loop 1",
         "early stopping and one round; the confident set of a network that has hardly been trained is small; on a card forward "
         "and backward replay recorded graphs, timed as a whole each",
         "on a card the optimiser is the fused one",
@@ -120,47 +93,41 @@ METHODS = {
     ),
     "manifold_dividemix": Method(
         "manifold_dividemix/train_semisup.py",
-        manifold_dividemix,
+        "--dataset squares --data_path {folder} --corruption photographs --open-set-cache none --pretrained none "
+        "--batch-size {b64} --warmup-epoch 1 --epochs {more} --clustering --interval 1",
         "outliers and split anew in every epoch; in the papers' cells every fifth",
     ),
-    "sanm": Method("sanm/Train_cifar.py", sanm, "two networks: an epoch trains both; base c2d"),
+    # epochs count from 0
+    "sanm": Method(
+        "sanm/Train_cifar.py",
+        "--dataset squares --data_path {folder} --pretrained none --batch_size {b64} --warm_up 1 --num_epochs {epochs}",
+        "two networks: an epoch trains both; base c2d",
+    ),
 }
 
 
+def flags_of(name: str, w: Workload) -> list[str]:
+    """The flags of a method's script."""
+    values = {"folder": w.folder, "epochs": w.epochs, "more": 1 + w.epochs}
+    values |= {f"b{size}": max(size // w.batch_divisor, 2) for size in (64, 128)}
+    values |= {"training_part": 0.9 if w.images >= 1000 else 0.5}
+    return [word.format(**values) for word in METHODS[name].flags.split()]
+
+
 def add_step_flags(parser: cli.Parser) -> None:
-    """The flags of this measurement; where the default is None it depends on the device."""
-    parser.add_argument(
-        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="which to measure"
-    )
-    parser.add_argument("--images", type=cli.count, metavar="N", help="by default 96 on a CPU, 16384 on CUDA")
-    parser.add_argument(
-        "--size",
-        type=cli.count,
-        default=32,
-        metavar="PIXELS",
-        help="of both sides; below 16 networks are narrow",
-    )
-    parser.add_argument(
-        "--epochs", type=cli.count, default=3, metavar="N", help="of the main phase, 2 or more"
-    )
-    parser.add_argument(
-        "--batch_divisor",
-        type=cli.count,
-        metavar="N",
-        help="the papers' batch sizes are divided by it; by default 16 on a CPU, 1 on CUDA",
-    )
-    parser.add_argument(
-        "--pass_seconds",
-        type=cli.positive,
-        metavar="S",
-        help="cut a training pass short after that time; by default 2 on a CPU, 20 on CUDA",
-    )
-    parser.add_argument(
-        "--workers",
-        type=cli.count_or_zero,
-        metavar="N",
-        help="of each DataLoader of the plain path; by default one per core, 8 at most",
-    )
+    """The flags of this measurement; a default of None depends on the device."""
+    add, count = parser.add_argument, {"type": cli.count, "metavar": "N"}
+    divisor = "the papers' batch sizes are divided by it; by default 16 on a CPU, 1 on CUDA"
+    cut = "cut a training pass short after that time; by default 2 on a CPU, 20 on CUDA"
+    workers = "of each DataLoader of the plain path; by default one per core, 8 at most"
+    pixels = "of both sides; networks are narrow below 16"
+    add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="which to measure")
+    add("--images", **count, help="by default 96 on a CPU, 16384 on CUDA")
+    add("--size", type=cli.count, default=32, metavar="PIXELS", help=pixels)
+    add("--epochs", **count, default=3, help="of the main phase, 2 or more")
+    add("--batch_divisor", **count, help=divisor)
+    add("--pass_seconds", type=cli.positive, metavar="S", help=cut)
+    add("--workers", type=cli.count_or_zero, metavar="N", help=workers)
 
 
 def steps(args: Namespace) -> Iterator[dict]:
@@ -176,7 +143,7 @@ def steps(args: Namespace) -> Iterator[dict]:
             with tempfile.TemporaryDirectory() as folder:
                 workload = Workload(Path(folder), args.images, args.size, args.epochs, args.batch_divisor)
                 make_workload(workload)
-                reports = run_in_turns(METHODS[name], name, workload, args, device)
+                reports = run_in_turns(name, workload, args, device)
             yield from rows(name, reports, args, device, peaks)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -220,8 +187,9 @@ def make_workload(w: Workload) -> None:
 # two processes that take turns ----------------------------------------------------------------------------------------
 
 
-def command_line(method: Method, path: str, workload: Workload, args: Namespace, device: Device) -> list[str]:
+def command_line(name: str, path: str, workload: Workload, args: Namespace, device: Device) -> list[str]:
     """The command that runs a method by one of the paths, and writes <folder>/<path>.json."""
+    method, plain = METHODS[name], path == "plain"
     words = [
         sys.executable,
         "-m",
@@ -230,13 +198,13 @@ def command_line(method: Method, path: str, workload: Workload, args: Namespace,
         "--pass_seconds",
         str(args.pass_seconds),
     ]
-    # operations are counted where no worker begins inside a step, and where the network's are not in a recorded graph
-    words += ["--count_flops"] if path == ("plain" if method.graphs else "ours") else []
-    words += ["--plain", "--workers", str(args.workers)] if path == "plain" else []
-    words += [str(workload.folder / f"{path}.json"), method.script, *method.flags(workload)]
+    # operations are counted on the path where no worker starts inside a step and no recorded graph has the network's
+    words += ["--count_flops"] if plain == method.graphs else []
+    words += ["--plain", "--workers", str(args.workers)] if plain else []
+    words += [str(workload.folder / f"{path}.json"), method.script, *flags_of(name, workload)]
     words += ["--device", device.device.type, "--out", str(workload.folder / path)]
-    plain = ["--precision", "fp32", *(["--no-cuda_graphs"] if method.graphs else [])]
-    return [*words, *(plain if path == "plain" else [])]
+    words += ["--precision", "fp32"] if plain else []
+    return [*words, *(["--no-cuda_graphs"] if plain and method.graphs else [])]
 
 
 class Process:
@@ -276,13 +244,10 @@ class Process:
         self.child.stdout.close()
 
 
-def run_in_turns(
-    method: Method, name: str, workload: Workload, args: Namespace, device: Device
-) -> dict[str, dict]:
-    """What benchmarks.timed_script reports of each path. UserError: one of the two did not come to its end."""
-    order = [
-        Process(f"{name}, {path} path", command_line(method, path, workload, args, device)) for path in PATHS
-    ]
+def run_in_turns(name: str, workload: Workload, args: Namespace, device: Device) -> dict[str, dict]:
+    """What benchmarks.timed_script reports of each path. UserError: one of the two processes failed."""
+    commands = {path: command_line(name, path, workload, args, device) for path in PATHS}
+    order = [Process(f"{name}, {path} path", words) for path, words in commands.items()]
     try:
         for process in order:
             process.until_waiting()
@@ -300,73 +265,72 @@ def run_in_turns(
 # figures --------------------------------------------------------------------------------------------------------------
 
 
-def timed_steps(training: dict, batch_size: int | None) -> list[dict]:
-    """The steps of a training pass that count: not the first, and those whose batches are all whole."""
-    return [
-        step
+def timed_steps(report: dict) -> pd.DataFrame:
+    """The training steps that count, with epoch, pass (0, 1, ...) and warm_up.
+
+    Not the first of a pass, nor those with a batch that is not full; in the main phase the labelled batch is full, too.
+    """
+    size, names = report["batch_size"], ["epoch", "pass", "warm_up", "images", "whole", "seconds", *PARTS]
+    steps = [
+        step | {"epoch": number, "pass": place, "warm_up": epoch["warm_up"]}
+        for number, epoch in enumerate(report["epochs"])
+        for place, training in enumerate(epoch["training"])
         for step in training["steps"][1:]
-        if step["whole"] and (batch_size is None or step["images"] == batch_size)
+        if step["whole"] and (epoch["warm_up"] or size in (None, step["images"]))
     ]
+    return pd.DataFrame(steps, columns=names)
 
 
-def speed(steps: list[dict]) -> float:
+def main_steps(report: dict) -> pd.DataFrame:
+    """Those of the main phase."""
+    steps = timed_steps(report)
+    return steps[~steps["warm_up"].astype(bool)]
+
+
+def speed(steps: pd.DataFrame) -> float:
     """Images per second over some steps."""
-    return sum(step["images"] for step in steps) / sum(step["seconds"] for step in steps)
-
-
-def main_epochs(report: dict) -> list[dict]:
-    """The epochs of the main phase, without those in which no step counts."""
-    size = report["batch_size"]
-    return [
-        epoch
-        for epoch in report["epochs"]
-        if not epoch["warm_up"] and any(timed_steps(training, size) for training in epoch["training"])
-    ]
+    return float(steps["images"].sum() / steps["seconds"].sum())
 
 
 def ratios(ours: dict, plain: dict) -> list[float]:
     """Images per second of ours over those of the plain path, for each pair of passes that were made in turn."""
-    size, found = ours["batch_size"], []
-    for own, other in zip(ours["epochs"], plain["epochs"], strict=False):
-        if own["warm_up"]:
-            continue
-        for pair in zip(own["training"], other["training"], strict=False):
-            own_steps, other_steps = (timed_steps(training, size) for training in pair)
-            if own_steps and other_steps:
-                found.append(speed(own_steps) / speed(other_steps))
-    return found
+    sums = [
+        main_steps(report).groupby(["epoch", "pass"])[["images", "seconds"]].sum() for report in (ours, plain)
+    ]
+    speeds = [one["images"] / one["seconds"] for one in sums]
+    return (speeds[0] / speeds[1]).dropna().tolist()
 
 
 def whole_seconds(training: dict) -> float:
-    """The seconds of a training pass, had it not been cut short: the steps left out are like those behind the first."""
-    steps = training["steps"]
-    if len(steps) == training["length"]:
-        return training["seconds"]
-    return training["seconds"] + (training["length"] - len(steps)) * np.mean(
-        [s["seconds"] for s in steps[1:]]
-    )
+    """The seconds of a training pass as if it were not cut short: each missing step takes the mean of those after the first."""
+    steps, missing = training["steps"], training["length"] - len(training["steps"])
+    return training["seconds"] + (missing and missing * np.mean([step["seconds"] for step in steps[1:]]))
 
 
 def epoch_parts(epoch: dict) -> dict[str, float]:
-    """The seconds of an epoch, had no pass of it been cut short, and its parts, which add up to them."""
-    training = sum(whole_seconds(one) for one in epoch["training"])
+    """The seconds of an epoch as if no pass of it were cut short, and its parts, which add up to them."""
+    parts = {"training": sum(whole_seconds(one) for one in epoch["training"])}
+    parts |= {"selection": epoch["selection"], "evaluation": epoch["evaluation"]}
     as_cut = sum(one["seconds"] for one in epoch["training"])
-    parts = {"selection": epoch["selection"], "evaluation": epoch["evaluation"]}
-    rest = epoch["seconds"] - as_cut - sum(parts.values())
-    return {"whole": training + sum(parts.values()) + rest, "training": training, **parts, "rest": rest}
+    parts["rest"] = epoch["seconds"] - as_cut - parts["selection"] - parts["evaluation"]
+    return {"whole": sum(parts.values()), **parts}
 
 
 def rows(
     name: str, reports: dict[str, dict], args: Namespace, device: Device, peaks: dict[str, float]
 ) -> Iterator[dict]:
-    """The two rows of a method. peaks: of `matmul_peak` by precision. UserError: too few images for a step that counts."""
+    """The two rows of a method. peaks: of `matmul_peak` by precision. UserError: too few images for a step to count."""
     found = ratios(reports["ours"], reports["plain"])
     flops = next((report["flops"] for report in reports.values() if report["flops"]), None)
     if not found or flops is None:
         raise UserError(
-            f"{name}: no step that counts, {args.images} images are too few for its batches: use more --images"
+            f"{name}: no step counts, {args.images} images are too few for its batches: use more --images"
         )
     precisions = precisions_of(device)
+    ends = (("median", np.median), ("min", min), ("max", max))
+    ratio = {f"ours_over_plain_{name}": round(float(of(found)), 3) for name, of in ends} | {
+        "pairs": len(found)
+    }
     for path, report in reports.items():
         ours, method = path == "ours", METHODS[name]
         yield {
@@ -382,10 +346,7 @@ def rows(
             **epoch_columns(report),
             "peak_memory_mb": round(report["peak_memory_mb"], 1),
             **arithmetic_columns(report, flops, precisions[path], peaks[precisions[path]]),
-            "ours_over_plain_median": round(float(np.median(found)), 3) if ours else None,
-            "ours_over_plain_min": round(min(found), 3) if ours else None,
-            "ours_over_plain_max": round(max(found), 3) if ours else None,
-            "pairs": len(found) if ours else None,
+            **(ratio if ours else dict.fromkeys(ratio)),
             "not_plain": None if ours else method.not_plain,
             "note": method.note,
             **surroundings(device.device),
@@ -394,29 +355,21 @@ def rows(
 
 def step_columns(report: dict) -> dict:
     """Images per second of the steps that count, and the milliseconds of the mean step, the parts of which add up to it."""
-    size = report["batch_size"]
-    steps = [
-        s for e in main_epochs(report) for training in e["training"] for s in timed_steps(training, size)
-    ]
-    warm_up = [
-        step
-        for epoch in report["epochs"]
-        if epoch["warm_up"]
-        for training in epoch["training"]
-        for step in timed_steps(training, None)
-    ]
-    q1, median, q3 = np.percentile([step["images"] / step["seconds"] for step in steps], [25, 50, 75])
-    total = np.mean([step["seconds"] for step in steps])
-    parts = {part: np.mean([step[part] for step in steps]) for part in PARTS}
-    parts["rest"] = total - sum(parts.values())
+    timed, steps = timed_steps(report), main_steps(report)
+    warm_up = timed.drop(steps.index)
+    speeds = (steps["images"] / steps["seconds"]).quantile([0.5, 0.25, 0.75])
+    mean = steps[["seconds", *PARTS]].mean()
+    mean["rest"] = mean["seconds"] - mean[list(PARTS)].sum()
+    milliseconds = {f"{part}_ms": round(1000 * float(mean[part]), 3) for part in (*PARTS, "rest")}
     return {
-        "median_images_per_second": round(float(median), 3),
-        "q1": round(float(q1), 3),
-        "q3": round(float(q3), 3),
+        **{
+            name: round(float(s), 3)
+            for name, s in zip(("median_images_per_second", "q1", "q3"), speeds, strict=True)
+        },
         "timed_steps": len(steps),
-        "warm_up_images_per_second": round(speed(warm_up), 3) if warm_up else None,
-        "step_ms": round(1000 * float(total), 3),
-        **{f"{part}_ms": round(1000 * float(seconds), 3) for part, seconds in parts.items()},
+        "warm_up_images_per_second": round(speed(warm_up), 3) if len(warm_up) else None,
+        "step_ms": round(1000 * float(mean["seconds"]), 3),
+        **milliseconds,
     }
 
 
@@ -425,9 +378,9 @@ def epoch_columns(report: dict) -> dict:
 
     Without the first epoch, in which memory is laid out and operations are counted.
     """
-    epochs = main_epochs(report)[1:] or main_epochs(report)
-    parts = [epoch_parts(epoch) for epoch in epochs]
-    mean = {name: round(float(np.mean([part[name] for part in parts])), 4) for name in parts[0]}
+    numbers = main_steps(report)["epoch"].unique()
+    epochs = [report["epochs"][number] for number in (numbers[1:] if len(numbers) > 1 else numbers)]
+    mean = pd.DataFrame([epoch_parts(epoch) for epoch in epochs]).mean().astype(float).round(4).to_dict()
     selections = [e["selection"] for e in report["epochs"] if not e["warm_up"] and e["selection"]]
     passes = [one for epoch in epochs for one in epoch["training"]]
     trained = sum(one["length"] for one in passes) * report["batch_size"] / len(epochs)
@@ -447,14 +400,10 @@ def arithmetic_columns(report: dict, flops: dict, precision: str, peak: float) -
     peak: those by the second that the device's matrix products of that precision reach.
     """
     per_image = flops["flops"] / flops["images"]
-    size = report["batch_size"]
-    steps = [
-        s for e in main_epochs(report) for training in e["training"] for s in timed_steps(training, size)
-    ]
-    reached = per_image * speed(steps)
+    reached = per_image * speed(main_steps(report))
     return {
         "precision": precision,
-        "step_gflop": round(per_image * size / 1e9, 3),
+        "step_gflop": round(per_image * report["batch_size"] / 1e9, 3),
         "gflop_per_second": round(reached / 1e9, 3),
         "matmul_gflop_per_second": round(peak / 1e9, 3),
         "share_of_matmul": round(reached / peak, 4),

@@ -1,15 +1,15 @@
-"""Run a script by its command line, and write down where its time goes.
+"""Run a script by its command line, and record where its time goes.
 
     python -m benchmarks.timed_script times.json sfa/Train_cifar.py --dataset digits --num_epochs 3 --warm_up 1
     python -m benchmarks.timed_script --plain times.json sfa/Train_cifar.py --dataset digits ...
 
-The script runs as it is, in this process. Timed are the borders that all scripts have in common: epochs and passes
-(common.runs.run.Run), the views of a batch (common.gpu.loader.Batches), the forward passes of the networks prepared for a
-device (common.gpu.device.Device), Tensor.backward and the steps of optimisers. On a card every border is an event of its stream,
-and the events are read when the epoch is over and the card has been waited for: nothing waits because it is timed.
+The script runs unchanged in this process. Timed is what all scripts share: epochs and passes (common.runs.run.Run), the views
+of a batch (common.gpu.loader.Batches), the forward passes of the networks prepared for a device (common.gpu.device.Device),
+Tensor.backward and the steps of optimisers. On a GPU each moment is an event of its stream. The events are read after the
+epoch, so nothing waits because it is timed.
 
---plain: the usual way instead of ours. The views are made by PIL and torchvision, image by image, in the workers of a
-DataLoader; networks keep PyTorch's own memory format, and on a card convolutions its own TF32. Data in memory alone.
+--plain: the usual way instead of ours. PIL and torchvision make the views, image by image, in the workers of a DataLoader;
+networks keep PyTorch's memory format, and convolutions on a GPU its TF32. For data in memory only.
 """
 
 import argparse
@@ -36,10 +36,10 @@ from common.runs.files import write_atomic
 from common.runs.run import Run, peak_resident_mb
 
 PARTS = ("augment", "forward", "backward", "optimiser")
-WAITING = "waiting for a turn"  # what is printed before a line is read from standard input
-LEAST_STEPS = 2  # of a pass that is cut short: the first is not like the others, since it starts the workers
+WAITING = "waiting for a turn"  # printed before a line is read from standard input
+LEAST_STEPS = 2  # of a pass that is cut short: the first starts the workers and is unlike the others
 
-Mark = Any  # a moment: seconds on the CPU, an event on a card
+Mark = Any  # a moment: seconds on the CPU, an event on a GPU
 
 
 def now(device: torch.device) -> Mark:
@@ -60,10 +60,17 @@ class Step(NamedTuple):
     """A training step: from asking for its batch to asking for the next one."""
 
     images: int
-    whole: bool  # no batch of it was smaller than it is to be
+    whole: bool  # no batch of it was smaller than the batch size
     start: Mark
     end: Mark
-    parts: list[tuple[str, Mark, Mark]]
+    parts: list[tuple[str, Mark, Mark]]  # name, start, end
+
+    def record(self) -> dict:
+        """The step in seconds, with its parts."""
+        parts = dict.fromkeys(PARTS, 0.0)
+        for name, start, end in self.parts:
+            parts[name] += between(start, end)
+        return {"images": self.images, "whole": self.whole, "seconds": between(self.start, self.end), **parts}
 
 
 class Pass(NamedTuple):
@@ -71,14 +78,32 @@ class Pass(NamedTuple):
 
     kind: str  # training, selection or evaluation
     warm_up: bool
-    length: int  # its steps, were it not cut short
+    length: int  # its steps if it were not cut short
     start: Mark
     end: Mark
     steps: list[Step]  # of training
 
+    def record(self) -> dict:
+        """A training pass in seconds, with its steps."""
+        steps = [step.record() for step in self.steps]
+        return {"seconds": between(self.start, self.end), "length": self.length, "steps": steps}
+
+
+def epoch_record(start: Mark, end: Mark, passes: list[Pass]) -> dict:
+    """An epoch in seconds. selection: from the start of each selection pass to that of the next pass, its fits included."""
+    later = [*(one.start for one in passes[1:]), end]
+    pairs = zip(passes, later, strict=True)
+    return {
+        "seconds": between(start, end),
+        "selection": sum(between(one.start, after) for one, after in pairs if one.kind == "selection"),
+        "evaluation": sum(between(one.start, one.end) for one in passes if one.kind == "evaluation"),
+        "warm_up": any(one.warm_up for one in passes),
+        "training": [one.record() for one in passes if one.kind == "training"],
+    }
+
 
 class Recorder:
-    """What a script does and when; the methods stand in the place of those that they are given."""
+    """What a script does and when. Its methods replace those of the shared classes, which they call."""
 
     def __init__(self, pass_seconds: float | None, turns: bool, count_flops: bool):
         """pass_seconds: end a training pass after that time. turns: wait for a line of standard input before each epoch."""
@@ -88,31 +113,31 @@ class Recorder:
         self.epochs: list[dict] = []  # those that are over
         self.flops: dict[str, int] | None = None  # of one training step of the main phase
         self.batch_size: int | None = None  # of the main phase
-        self.passes: list[Pass] | None = None  # of the epoch that is going on
+        self.passes: list[Pass] | None = None  # of the current epoch
         self.inside = False  # a pass
-        self.parts: list[tuple[str, Mark, Mark]] | None = None  # of the step that is going on
+        self.parts: list[tuple[str, Mark, Mark]] | None = None  # of the current training step
+        self.started: dict[str, Mark] = {}  # parts of it that have begun, by name
         self.whole = True  # its batches, so far
-        self.forward_started: Mark = None
-        self.optimiser_started: Mark = None
 
     def now(self) -> Mark:
         """This moment, on the device that the script trains on."""
         return now(self.device.device)
 
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """What is done inside is a part of the training step that is going on, if one is."""
-        start = self.now() if self.parts is not None else None
-        yield
-        if start is not None and self.parts is not None:
-            self.parts.append((name, start, self.now()))
+    def begin(self, name: str, *_) -> None:
+        """A part of the training step begins, if a step is under way."""
+        self.started[name] = self.now() if self.parts is not None else None
+
+    def end(self, name: str, *_) -> None:
+        """The part ends."""
+        if self.parts is not None and self.started.get(name) is not None:
+            self.parts.append((name, self.started[name], self.now()))
 
     def watch_epochs(self, original: Callable, run: Run, last: int | None) -> Iterator[int]:
-        """Run.epochs: an epoch is what the script does in it; the checkpoint after it is no part of that."""
+        """Run.epochs: an epoch is what the script does in it, without the checkpoint after it."""
         self.device = run.device
         for network in self.networks:
-            network.register_forward_pre_hook(self.begin_forward)
-            network.register_forward_hook(self.end_forward)
+            network.register_forward_pre_hook(partial(self.begin, "forward"))
+            network.register_forward_hook(partial(self.end, "forward"))
         for epoch in original(run, last):
             if self.turns:
                 wait_for_turn()
@@ -133,7 +158,7 @@ class Recorder:
         training: bool = True,
         whole: bool = False,
     ) -> Iterator:
-        """Run.progress: its batches, each of them a step where it trains."""
+        """Run.progress: its batches, each of them a step if the pass trains."""
         source = iter(original(run, batches, description, training, whole))
         if self.passes is None:  # before the first epoch, or after the last one
             yield from source
@@ -151,9 +176,9 @@ class Recorder:
             if training:
                 steps.append(Step(len(batch[1]), self.whole, asked, self.now(), self.parts))
         self.inside, self.parts = False, None
-        kind = kind_of_pass(description, training)
-        found = Pass(kind, training and not main, len(batches), start, self.now(), steps)
-        self.passes.append(found)
+        tests = description.endswith(("test", "validation"))
+        kind = "training" if training else "evaluation" if tests else "selection"
+        self.passes.append(Pass(kind, training and not main, len(batches), start, self.now(), steps))
 
     def goes_on(self, began: float, steps: int) -> bool:
         """Whether a training pass that began then takes another step."""
@@ -162,19 +187,19 @@ class Recorder:
 
     @contextmanager
     def counting_flops(self, images: int) -> Iterator[None]:
-        """Count what one step computes, once, if that is asked for: the first step of a pass, whose time is not to count."""
+        """Count the operations of one step, once, if asked for: of the first step of a pass, which is not timed."""
         if not self.count_flops or self.flops is not None:
             yield
             return
         with FlopCounterMode(display=False) as counter:
             yield
-        if self.whole:  # or the next pass's first step will do
+        if self.whole:  # else the first step of the next pass
             self.flops = {"flops": counter.get_total_flops(), "images": images}
 
     def watch_batches(self, original: Callable, batches: Batches) -> Iterator:
         """Batches.__iter__: how long the views of a batch take, or are waited for.
 
-        Batches that a script goes through without Run.progress are a pass that evaluates, as the baseline's are.
+        A script that iterates without Run.progress, as the baseline does, makes a pass of evaluation.
         """
         source = iter(original(batches))
         if self.passes is not None and not self.inside:
@@ -183,8 +208,9 @@ class Recorder:
             self.passes.append(Pass("evaluation", False, len(batches), start, self.now(), []))
             return
         while True:
-            with self.part("augment"):
-                batch = next(source, None)
+            self.begin("augment")
+            batch = next(source, None)
+            self.end("augment")
             if batch is None:
                 return
             self.whole &= len(batch[1]) == batches.batch_size
@@ -197,98 +223,32 @@ class Recorder:
 
     def backward(self, original: Callable, loss: Tensor, *given, **named) -> None:
         """Tensor.backward."""
-        with self.part("backward"):
-            original(loss, *given, **named)
+        self.begin("backward")
+        original(loss, *given, **named)
+        self.end("backward")
 
-    def begin_forward(self, *_) -> None:
-        """A network is called."""
-        self.forward_started = self.now() if self.parts is not None else None
-
-    def end_forward(self, *_) -> None:
-        """It has answered."""
-        if self.parts is not None:
-            self.parts.append(("forward", self.forward_started, self.now()))
-
-    def begin_optimiser(self, *_) -> None:
-        """An optimiser begins its step."""
-        self.optimiser_started = self.now() if self.parts is not None else None
-
-    def end_optimiser(self, *_) -> None:
-        """And ends it."""
-        if self.parts is not None:
-            self.parts.append(("optimiser", self.optimiser_started, self.now()))
+    def report(self) -> dict:
+        """Everything recorded, at the end of the script. Memory in MiB: of tensors on a GPU, else of the process."""
+        return {
+            "precision": self.device.precision,
+            "batch_size": self.batch_size,
+            "peak_memory_mb": self.device.peak_memory_mb() or most_memory_mb(),
+            "flops": self.flops,
+            "epochs": self.epochs,
+        }
 
 
 def wait_for_turn() -> None:
-    """Say that it is another process's turn, and wait until it is ours again."""
+    """Announce another process's turn, and wait for the next line of standard input."""
     print(WAITING, flush=True)
     if not sys.stdin.readline():
-        sys.exit("nobody is there to give the next turn")
-
-
-def kind_of_pass(description: str, training: bool) -> str:
-    """What a pass is for, by what the script calls it."""
-    if training:
-        return "training"
-    return "evaluation" if description.endswith(("test", "validation")) else "selection"
-
-
-# what is written down -------------------------------------------------------------------------------------------------
-
-
-def epoch_record(start: Mark, end: Mark, passes: list[Pass]) -> dict:
-    """An epoch in seconds.
-
-    selection: from the beginning of each selection pass to that of the next pass, so that what is fitted to its results counts.
-    """
-    later = [*(found.start for found in passes[1:]), end]
-    selection = [
-        between(found.start, following)
-        for found, following in zip(passes, later, strict=True)
-        if found.kind == "selection"
-    ]
-    return {
-        "seconds": between(start, end),
-        "selection": sum(selection),
-        "evaluation": sum(between(p.start, p.end) for p in passes if p.kind == "evaluation"),
-        "warm_up": any(found.warm_up for found in passes),
-        "training": [pass_record(found) for found in passes if found.kind == "training"],
-    }
-
-
-def pass_record(found: Pass) -> dict:
-    """A training pass in seconds, with its steps."""
-    return {
-        "seconds": between(found.start, found.end),
-        "length": found.length,
-        "steps": [step_record(step) for step in found.steps],
-    }
-
-
-def step_record(step: Step) -> dict:
-    """A step in seconds, with its parts."""
-    parts = dict.fromkeys(PARTS, 0.0)
-    for name, start, end in step.parts:
-        parts[name] += between(start, end)
-    return {"images": step.images, "whole": step.whole, "seconds": between(step.start, step.end), **parts}
-
-
-def report(recorder: Recorder) -> dict:
-    """All that is known when the script has come to its end; memory in MiB: of tensors on a card, else of the process."""
-    device = recorder.device
-    return {
-        "precision": device.precision,
-        "batch_size": recorder.batch_size,
-        "peak_memory_mb": device.peak_memory_mb() or most_memory_mb(),
-        "flops": recorder.flops,
-        "epochs": recorder.epochs,
-    }
+        sys.exit("no process is there to give the next turn")
 
 
 def most_memory_mb() -> float:
     """The most memory that this process has had so far, in MiB; without its workers."""
     status = Path("/proc/self/status")
-    if status.exists():  # the other way would begin with what the process had that started this one
+    if status.exists():  # getrusage starts with the memory of the process that started this one
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) / 1024
     return peak_resident_mb()
@@ -309,35 +269,24 @@ def plain_batches(batches: Batches, workers: int) -> Iterator[tuple[tuple[Tensor
 
 
 def plain_loader(batches: Batches, workers: int) -> DataLoader:
-    """The DataLoader that takes the place of batches of colour images in memory."""
-    # seconds to import, and memory, of use on this path alone
-    from benchmarks.speed_inputs import PilViews, views_by_pil  # noqa: PLC0415
+    """The DataLoader in place of batches of colour images in memory."""
+    # seconds to import, and memory, which only this path needs
+    from benchmarks.speed_inputs import PilViews, pil_loader, views_by_pil  # noqa: PLC0415
 
     images, size = batches.images, batches.images.pixels.shape[2]
-    views = PilViews(
-        images.pixels.permute(0, 2, 3, 1).cpu().numpy(),
-        views_by_pil(batches.augmentation, batches.views, size),
-        images.mean.tolist(),
-        images.std.tolist(),
-        batches.subset.tolist(),
-    )
-    return DataLoader(
-        views,
-        batches.batch_size,
-        shuffle=batches.shuffle,
-        drop_last=batches.drop_last,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=images.device.type == "cuda",
-    )
+    pixels = images.pixels.permute(0, 2, 3, 1).cpu().numpy()
+    pipelines = views_by_pil(batches.augmentation, batches.views, size)
+    views = PilViews(pixels, pipelines, images.mean.tolist(), images.std.tolist(), batches.subset.tolist())
+    options = {"shuffle": batches.shuffle, "drop_last": batches.drop_last}
+    return pil_loader(views, batches.batch_size, workers, images.device, **options)
 
 
 def plain_prepare(device: Device, network: nn.Module, compiled: bool = False) -> nn.Module:
-    """The network on the device, and nothing else done to it."""
+    """The network on the device, otherwise unchanged."""
     if compiled:
         raise ValueError("the plain path does not compile: leave --compile out")
     if device.on_cuda():
-        torch.backends.cudnn.allow_tf32 = True  # as PyTorch has it where nobody changes it
+        torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
     return network.to(device.device)
 
 
@@ -346,7 +295,7 @@ def plain_prepare(device: Device, network: nn.Module, compiled: bool = False) ->
 
 @contextmanager
 def instrumented(recorder: Recorder, plain: bool, workers: int) -> Iterator[None]:
-    """The recorder stands between scripts that run inside and what they share. workers: of each loader of the plain path."""
+    """Scripts that run inside are recorded. workers: of each loader of the plain path."""
     iterate, prepare = Batches.__iter__, Device.prepare
     if plain:
         iterate, prepare = partial(plain_batches, workers=workers), plain_prepare
@@ -360,42 +309,34 @@ def instrumented(recorder: Recorder, plain: bool, workers: int) -> Iterator[None
         ):
             undone.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, partialmethod(in_place_of, method, original))
-        undone.callback(register_optimizer_step_pre_hook(recorder.begin_optimiser).remove)
-        undone.callback(register_optimizer_step_post_hook(recorder.end_optimiser).remove)
+        for register, moment in (
+            (register_optimizer_step_pre_hook, recorder.begin),
+            (register_optimizer_step_post_hook, recorder.end),
+        ):
+            undone.callback(register(partial(moment, "optimiser")).remove)
         yield
 
 
 def in_place_of(owner: Any, method: Callable, original: Callable, *given, **named) -> Any:
-    """What owner.name(...) comes to: the recorder's method, which is given the original."""
+    """What owner.name(...) becomes: the recorder's method, which is given the original."""
     return method(original, owner, *given, **named)
 
 
 def make_parser() -> cli.Parser:
     """The command line."""
     parser = cli.Parser(prog="python -m benchmarks.timed_script", description=__doc__)
-    parser.add_argument(
-        "--plain", action="store_true", help="views by PIL in workers, and PyTorch's own formats"
-    )
-    parser.add_argument(
-        "--workers", type=cli.count_or_zero, default=2, metavar="N", help="those of --plain, for each loader"
-    )
-    parser.add_argument(
-        "--pass_seconds",
-        type=cli.positive,
-        metavar="S",
-        help=f"end a training pass after that time, but not before its step {LEAST_STEPS}",
-    )
-    parser.add_argument(
-        "--turns",
-        action="store_true",
-        help=f"print {WAITING!r} and wait for a line of standard input before each epoch",
-    )
-    parser.add_argument(
-        "--count_flops", action="store_true", help="count the operations of one step, which is not timed"
-    )
-    parser.add_argument("out", metavar="OUT.json", help="what is written when the script has ended")
-    parser.add_argument("script", help="to run")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="of the script")
+    add = parser.add_argument
+    cut = f"end a training pass after that time, but not before its step {LEAST_STEPS}"
+    turns = f"print {WAITING!r} and wait for a line of standard input before each epoch"
+    workers = {"type": cli.count_or_zero, "default": 2, "metavar": "N"}
+    add("--plain", action="store_true", help="views by PIL in workers, and PyTorch's own formats")
+    add("--workers", **workers, help="those of --plain, for each loader")
+    add("--pass_seconds", type=cli.positive, metavar="S", help=cut)
+    add("--turns", action="store_true", help=turns)
+    add("--count_flops", action="store_true", help="count the operations of one step, which is not timed")
+    add("out", metavar="OUT.json", help="the file to write when the script has ended")
+    add("script", help="to run")
+    add("flags", nargs=argparse.REMAINDER, help="of the script")
     return parser
 
 
@@ -406,7 +347,7 @@ def main(argv=None) -> None:
     sys.argv = [args.script, *args.flags]
     with instrumented(recorder, args.plain, args.workers):
         runpy.run_path(args.script, run_name="__main__")
-    write_atomic(Path(args.out), json.dumps(report(recorder)).encode())
+    write_atomic(Path(args.out), json.dumps(recorder.report()).encode())
 
 
 if __name__ == "__main__":

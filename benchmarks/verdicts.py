@@ -5,14 +5,17 @@ side. undecided: it contains the bound, or there is one seed. not run: a cell ha
 of two means over seeds; against a value it is Student's.
 """
 
-import re
+import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
+
 from benchmarks.cells import PAPERS, ROOT
-from benchmarks.compare import Sample, summarise, welch_interval
+from benchmarks.results import Sample, figure, markdown_table, summarise, welch_interval
 from common.runs.cli import UserError, read_presets
 
 CLAIMS, CLAIMS_CSV = ROOT / "benchmarks" / "claims.toml", "claims.csv"
@@ -61,14 +64,18 @@ class Claim(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came out of a test. Figures are in percent; difference, low and high in points above the bound of the claim."""
+    """The result of a test. Figures are in percent; difference, low and high in points above the bound of the claim.
+
+    values and than: the metric's values over seeds, of the cell and of the other one, none if not run or if there is no other.
+    difference, low and high are NaN if they do not exist.
+    """
 
     test: ClaimTest
-    cell: Sample | None
-    than: Sample | None
-    difference: float | None
-    low: float | None
-    high: float | None
+    values: list[float]
+    than: list[float]
+    difference: float
+    low: float
+    high: float
     verdict: str
 
 
@@ -102,19 +109,15 @@ def _test(name: str, entries: dict) -> ClaimTest:
 def preset_of(cell: str) -> dict:
     """The section of a cell's preset. ValueError: there is none."""
     paper, _, name = cell.partition("/")
-    sections = _presets(paper) if paper in PAPERS else {}
+    sections = _presets(ROOT / paper / "presets.toml") if paper in PAPERS else {}
     if name not in sections:
         raise ValueError(f"{cell} is no paper/preset of a presets.toml")
     return sections[name]
 
 
-_sections: dict[str, dict] = {}
-
-
-def _presets(paper: str) -> dict[str, dict]:
-    if paper not in _sections:
-        _sections[paper] = read_presets(ROOT / paper / "presets.toml")
-    return _sections[paper]
+@cache
+def _presets(file: Path) -> dict[str, dict]:
+    return read_presets(file)
 
 
 def chosen(claims: Sequence[Claim], names: Sequence[str] | None, only: str | None) -> list[Claim]:
@@ -128,53 +131,44 @@ def chosen(claims: Sequence[Claim], names: Sequence[str] | None, only: str | Non
             raise UserError(f"no claim {name}: choose from {', '.join(known)}")
     kept = [claim for claim in claims if not names or claim.name in names]
     if only is not None:
-        kept = [
-            c._replace(tests=tuple(t for t in c.tests if t.embedded == (only == "embedded"))) for c in kept
-        ]
+        digits = only == "embedded"
+        kept = [c._replace(tests=tuple(t for t in c.tests if t.embedded == digits)) for c in kept]
     return [claim for claim in kept if claim.tests]
 
 
 # the verdicts ---------------------------------------------------------------------------------------------------------
 
 
-def outcomes(claims: Iterable[Claim], rows: Iterable[dict]) -> dict[str, list[Outcome]]:
-    """What result rows say of every test, by claim. A cell's rows are found by the --preset of their command."""
-    values: dict[tuple[str, str], dict[str, float]] = {}
-    for row in rows:
-        named = re.search(r"--preset[ =](\S+)", row["command"])
-        if named:
-            key = (f"{row['paper']}/{named[1]}", row["metric"])
-            values.setdefault(key, {})[str(row["seed"])] = float(row["value"])
+def outcomes(claims: Iterable[Claim], rows: pd.DataFrame) -> dict[str, list[Outcome]]:
+    """The outcome of every test, by claim. A cell's rows are found by the --preset of their command."""
+    preset = rows["command"].str.extract(r"--preset[ =](\S+)", expand=False)
+    rows = rows.assign(cell=rows["paper"] + "/" + preset, value=rows["value"].astype(float))
+    rows = rows[preset.notna()].drop_duplicates(["cell", "metric", "seed"], keep="last")
+    values = {key: list(own) for key, own in rows.groupby(["cell", "metric"], sort=False)["value"]}
     return {claim.name: [outcome(test, values) for test in claim.tests] for claim in claims}
 
 
-def outcome(test: ClaimTest, values: Mapping[tuple[str, str], Mapping[str, float]]) -> Outcome:
-    """One test. values: by (cell, metric) and seed."""
-
-    def sample(cell: str | None) -> Sample | None:
-        own = values.get((cell, test.metric), {}).values()
-        return summarise(test.scale * value for value in own) if own else None
-
-    cell, than = sample(test.cell), sample(test.than)
-    if cell is None or (than is None and test.than is not None):
-        return Outcome(test, cell, than, None, None, None, NOT_RUN)
+def outcome(test: ClaimTest, values: Mapping[tuple[str, str], Sequence[float]]) -> Outcome:
+    """One test. values: over seeds, by (cell, metric)."""
+    own, than = (
+        [test.scale * value for value in values.get((cell, test.metric), ())]
+        for cell in (test.cell, test.than)
+    )
+    if not own or (test.than and not than):
+        return Outcome(test, own, than, *[math.nan] * 3, NOT_RUN)
     bound = test.scale * test.value
     # a value does not vary: Welch's interval is then Student's, of one sample
-    reference = Sample(2, 0.0, 0.0) if than is None else than
-    low, high = (
-        (end - bound for end in interval) if (interval := welch_interval(reference, cell)) else (None, None)
-    )
-    difference = cell.mean - reference.mean - bound
-    return Outcome(test, cell, than, difference, low, high, verdict(low, high, test.direction))
+    reference, sample = summarise(than) if test.than else Sample(2, 0.0, 0.0), summarise(own)
+    low, high = (end - bound for end in welch_interval(reference, sample))
+    difference = sample.mean - reference.mean - bound
+    return Outcome(test, own, than, difference, low, high, verdict(low, high, test.direction))
 
 
-def verdict(low: float | None, high: float | None, direction: str) -> str:
-    """What an interval around a difference to the bound says: holds, contradicted or undecided.
+def verdict(low: float, high: float, direction: str) -> str:
+    """holds, contradicted or undecided, from an interval around a difference to the bound; undecided if it is NaN.
 
     A claim that something differs cannot be contradicted: an interval around 0 does not show that nothing differs.
     """
-    if low is None:
-        return UNDECIDED
     above, below = low > 0, high < 0
     if direction == "differs":
         return HOLDS if above or below else UNDECIDED
@@ -189,7 +183,7 @@ DIRECTION_TEXT = {"above": "above", "below": "below", "differs": "different from
 
 
 def lines(claim: Claim, found: Sequence[Outcome]) -> list[tuple[str, ...]]:
-    """A claim as lines of a table with the columns of HEADING; the claim stands in the first alone."""
+    """A claim as lines of a table with the columns of HEADING; the sentence is in the first line alone."""
     return [("" if i else claim.sentence, *_line(one)) for i, one in enumerate(found)]
 
 
@@ -200,20 +194,14 @@ def _line(found: Outcome) -> tuple[str, ...]:
         compared = f"{DIRECTION_TEXT[test.direction]} {bound}"
     else:
         compared = sample_text(found.than) + (f" {float(bound):+g}" if test.value else "")
-    numbers = ("", "")
-    if found.difference is not None:
-        numbers = (f"{found.difference:+.2f}", "")
-    if found.low is not None:
-        numbers = (numbers[0], f"[{found.low:+.2f}, {found.high:+.2f}]")
-    return (test.data, test.metric, compared, sample_text(found.cell), *numbers, found.verdict)
+    difference = "" if math.isnan(found.difference) else f"{found.difference:+.2f}"
+    interval = "" if math.isnan(found.low) else f"[{found.low:+.2f}, {found.high:+.2f}]"
+    return (test.data, test.metric, compared, sample_text(found.values), difference, interval, found.verdict)
 
 
-def sample_text(sample: Sample | None) -> str:
-    """Mean ± standard deviation, and the number of seeds."""
-    if sample is None:
-        return ""
-    spread = "" if sample.std is None else f" ± {sample.std:.2f}"
-    return f"{sample.mean:.2f}{spread} ({sample.n})"
+def sample_text(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, and the number of seeds; "" without values."""
+    return f"{figure(values)} ({len(values)})" if values else ""
 
 
 def whole_table(claims: Sequence[Claim], found: Mapping[str, Sequence[Outcome]]) -> list[str]:
@@ -222,8 +210,7 @@ def whole_table(claims: Sequence[Claim], found: Mapping[str, Sequence[Outcome]])
     for paper in dict.fromkeys(claim.paper for claim in claims):
         own = [claim for claim in claims if claim.paper == paper]
         text += [f"### {'All methods' if paper == ALL else f'[{paper}](../{paper}/README.md)'}", ""]
-        text += [f"| {' | '.join(HEADING)} |", "|---" * len(HEADING) + "|"]
-        text += [f"| {' | '.join(line)} |" for claim in own for line in lines(claim, found[claim.name])]
+        text += markdown_table(HEADING, [line for claim in own for line in lines(claim, found[claim.name])])
         text += ["", *(f"- {claim.sentence} Source: {claim.source}." for claim in own), ""]
     return text
 
@@ -241,15 +228,15 @@ def plain_table(claims: Sequence[Claim], found: Mapping[str, Sequence[Outcome]])
 
 def short_table(claims: Sequence[Claim], found: Mapping[str, Sequence[Outcome]]) -> list[str]:
     """A line of Markdown for each claim: its verdicts on digits and on other data, counted."""
-    text = ["| paper | claim | digits | other data |", "|---|---|---|---|"]
+    rows = []
     for claim in claims:
         kinds = [[one for one in found[claim.name] if one.test.embedded is kind] for kind in (True, False)]
-        text.append(f"| {claim.paper} | {claim.sentence} | {' | '.join(map(counted, kinds))} |")
-    return text
+        rows.append([claim.paper, claim.sentence, *map(counted, kinds)])
+    return markdown_table(["paper", "claim", "digits", "other data"], rows)
 
 
 def counted(found: Iterable[Outcome]) -> str:
-    """The verdicts of several tests in words, with their numbers where there are several tests."""
+    """The verdicts of several tests in words, with their numbers if there are several tests."""
     verdicts = [one.verdict for one in found]
     words = [word for word in VERDICTS if word in verdicts]
     if len(verdicts) <= 1:

@@ -50,7 +50,7 @@ def as_script(monkeypatch):
 
 def report_of(name: str, path: str, workload: Workload, as_script, folder: Path, *more: str) -> dict:
     before = [*more, *(["--plain", "--workers", "0"] if path == "plain" else []), str(folder / "times.json")]
-    flags = [*METHODS[name].flags(workload), "--device", "cpu", "--out", str(folder / "run")]
+    flags = [*step_speed.flags_of(name, workload), "--device", "cpu", "--out", str(folder / "run")]
     as_script(METHODS[name].script, flags, before)
     return json.loads((folder / "times.json").read_text())
 
@@ -66,7 +66,7 @@ def test_every_method_is_timed_by_both_paths(name, path, workload, as_script, tm
         **dict.fromkeys(("ce", "afm"), [False] * 2),
         "me_momentum": [False] * 3,
     }.get(name, [True, False, False])
-    assert step_speed.main_epochs(report)
+    assert len(step_speed.main_steps(report))
     for epoch in epochs:
         assert len(epoch["training"]) == (2 if name in ("sfa", "sanm") else 1)
         training = sum(one["seconds"] for one in epoch["training"])
@@ -91,7 +91,7 @@ def log_of(run: Path) -> list[dict]:
 
 @pytest.mark.parametrize("name", ["sanm", "me_momentum"])
 def test_a_timed_script_gives_the_very_same_results(name, workload, as_script, tmp_path):
-    flags = [*METHODS[name].flags(workload), "--device", "cpu", "--out"]
+    flags = [*step_speed.flags_of(name, workload), "--device", "cpu", "--out"]
     as_script(METHODS[name].script, [*flags, str(tmp_path / "plainly")])
     before = ["--count_flops", str(tmp_path / "times.json")]
     as_script(METHODS[name].script, [*flags, str(tmp_path / "timed")], before)
@@ -284,7 +284,7 @@ def test_the_two_take_turns_and_neither_is_always_first(workload, monkeypatch, t
         return [sys.executable, "-c", TURNS, path[0], str(tmp_path / "order"), str(workload.folder / f"{path}.json")]  # fmt: skip
 
     monkeypatch.setattr(step_speed, "command_line", command_line)
-    found = step_speed.run_in_turns(METHODS["ce"], "ce", workload, ARGS, CPU)
+    found = step_speed.run_in_turns("ce", workload, ARGS, CPU)
     assert found == {"ours": {}, "plain": {}}
     assert (tmp_path / "order").read_text() == "oppoop"
 
@@ -296,7 +296,7 @@ def test_a_script_that_is_killed_while_it_waits_is_named(workload, monkeypatch):
 
     monkeypatch.setattr(step_speed, "command_line", command_line)
     with pytest.raises(UserError, match=r"ce, ours path: begun .exit status -9 of python -c"):
-        step_speed.run_in_turns(METHODS["ce"], "ce", workload, ARGS, CPU)
+        step_speed.run_in_turns("ce", workload, ARGS, CPU)
 
 
 def test_a_script_that_fails_is_named_by_its_last_line(workload, monkeypatch):
@@ -305,7 +305,7 @@ def test_a_script_that_fails_is_named_by_its_last_line(workload, monkeypatch):
 
     monkeypatch.setattr(step_speed, "command_line", command_line)
     with pytest.raises(UserError, match=r"ce, ours path: no such thing .exit status 1 of python -c"):
-        step_speed.run_in_turns(METHODS["ce"], "ce", workload, ARGS, CPU)
+        step_speed.run_in_turns("ce", workload, ARGS, CPU)
 
 
 def test_on_a_card_a_moment_is_an_event(monkeypatch):
