@@ -446,7 +446,7 @@ def in_distribution_noise(
     elif noise_type == "asym" and num_classes == 10:
         noisy[drawn] = [CIFAR10_LOOK_ALIKES.get(label, label) for label in labels[drawn].tolist()]
     else:
-        groups = np.arange(num_classes) // BLOCK if noise_type == "asym" else CIFAR100_SUPERCLASSES
+        groups = np.arange(num_classes) // BLOCK if noise_type == "asym" else np.array(CIFAR100_SUPERCLASSES)
         if len(groups) != num_classes or (noise_type == "asym" and num_classes % BLOCK):
             raise ValueError(f"{noise_type} noise has no rule for {num_classes} classes")
         if matrix_rng is None:
@@ -463,7 +463,7 @@ def in_distribution_from_posterior(
     ood_ratio: float,
     num_classes: int,
     seed: int,
-    posterior: np.ndarray,
+    posterior: np.ndarray | None,
 ) -> np.ndarray:
     """Noise of one of POSTERIOR_TYPES on the labels of in-distribution images alone: int64 [N].
 
@@ -483,7 +483,7 @@ def in_distribution_from_posterior(
     return noisy
 
 
-def next_in_group(groups: Sequence[int], rate: float) -> np.ndarray:
+def next_in_group(groups: Sequence[int] | np.ndarray, rate: float) -> np.ndarray:
     """T [K, K]: a class becomes the next class of its group, the last one the first, with probability `rate`.
 
     groups: the group of each class.
@@ -510,7 +510,12 @@ def look_alike_matrix(rate: float) -> np.ndarray:
 
 
 def from_posterior(
-    noise_type: str, labels: np.ndarray, rate: float, num_classes: int, seed: int, posterior: np.ndarray
+    noise_type: str,
+    labels: np.ndarray,
+    rate: float,
+    num_classes: int,
+    seed: int,
+    posterior: np.ndarray | None,
 ) -> np.ndarray:
     """Noise of one of POSTERIOR_TYPES: `margin_dependent` or `hardest`."""
     if noise_type == "hard":
@@ -519,7 +524,12 @@ def from_posterior(
 
 
 def margin_dependent(
-    noise_type: str, labels: np.ndarray, rate: float, num_classes: int, seed: int, posterior: np.ndarray
+    noise_type: str,
+    labels: np.ndarray,
+    rate: float,
+    num_classes: int,
+    seed: int,
+    posterior: np.ndarray | None,
 ) -> np.ndarray:
     """Polynomial-margin-diminishing (PMD) noise: the smaller the margin, the likelier the flip (Zhang et al. 2021).
 
@@ -533,7 +543,7 @@ def margin_dependent(
 
 
 def margin_flips(
-    noise_type: str, labels: np.ndarray, rate: float, num_classes: int, posterior: np.ndarray
+    noise_type: str, labels: np.ndarray, rate: float, num_classes: int, posterior: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """How likely each label flips, float64 [N], and what it flips to, int64 [N].
 
@@ -580,7 +590,7 @@ def _with_mean(factors: np.ndarray, rate: float) -> np.ndarray:
 
 
 def hardest(
-    labels: np.ndarray, rate: float, num_classes: int, seed: int, posterior: np.ndarray
+    labels: np.ndarray, rate: float, num_classes: int, seed: int, posterior: np.ndarray | None
 ) -> np.ndarray:
     """The round(rate N) labels of the smallest posterior get one of the other classes, all alike: "hard" images are mislabelled.
 

@@ -50,8 +50,8 @@ def read_pt(path: Path) -> dict[str, np.ndarray]:
 
     import torch  # noqa: PLC0415
 
-    reconstruct = np._core.multiarray._reconstruct
-    scalar = np._core.multiarray.scalar
+    multiarray = np._core.multiarray  # type: ignore[attr-defined]
+    reconstruct, scalar = multiarray._reconstruct, multiarray.scalar
     allowed = [
         *(
             (made, f"numpy.{core}.multiarray.{made.__name__}")

@@ -114,4 +114,6 @@ def missing_lines(split: FileSplit, there: np.ndarray) -> list[str]:
         f"missing: {split.folder / os.fsdecode(folder)} ({listed[folder]} {split.part} images)"
         for folder in whole
     ]
-    return lines + [f"missing: {split.path(i)}" for i in np.flatnonzero(~there) if folders[i] not in whole]
+    return lines + [
+        f"missing: {split.path(i)}" for i in np.flatnonzero(~there).tolist() if folders[i] not in whole
+    ]

@@ -35,7 +35,7 @@ class FileSplit(NamedTuple):
         """Where image i is."""
         return self.folder / os.fsdecode(self.paths[i])
 
-    def only(self, keep: np.ndarray) -> "FileSplit":
+    def only(self, keep: np.ndarray | slice) -> "FileSplit":
         """The images at `keep`, a mask [N] or positions."""
         return self._replace(paths=self.paths[keep], labels=self.labels[keep])
 
@@ -225,9 +225,9 @@ def without_bad_images(data: FileData, root: Path, on_bad_image: str, workers: i
             raise UserError(f"{data.name} {split.part}: no image left below {split.folder}")
     if on_bad_image == "error":
         return data
-    kept = {split.part: split.only(keep[split.part]) for split in data.splits()}
-    of_train = {name: getattr(data, name)[keep["train"]] for name in ("positions", "verified")}
-    return data._replace(**kept, **of_train, skipped=tuple(skipped))
+    kept: dict[str, Any] = {split.part: split.only(keep[split.part]) for split in data.splits()}
+    kept |= {name: getattr(data, name)[keep["train"]] for name in ("positions", "verified")}
+    return data._replace(**kept, skipped=tuple(skipped))
 
 
 def _require_all(name: str, root: Path, split: FileSplit, there: np.ndarray) -> None:

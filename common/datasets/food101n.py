@@ -54,10 +54,11 @@ def read_food101n(root: Path) -> FileData:
         f"{NAME}: {(verified >= 0).sum()} training labels verified, {(verified == 1).sum()} of them right; "
         f"{unknown} verified rows of no listed image"
     )
+    test_paths, test_labels = read_list(root / TEST_IMAGES, food101_test_lines, classes)
     return FileData(
         NAME,
         make_split(root / TRAIN, paths, labels),
-        make_split(root / TEST, *read_list(root / TEST_IMAGES, food101_test_lines, classes), "test"),
+        make_split(root / TEST, test_paths, test_labels, "test"),
         len(classes),
         classes,
         positions=np.arange(len(paths)),

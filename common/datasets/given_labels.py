@@ -69,7 +69,7 @@ def labels_of(
     labels = read_labels(path, lengths, num_classes)
     if len(labels) == total:
         return labels[index]
-    if not is_subset(labels):
+    if is_subset is None or not is_subset(labels):
         raise UserError(
             f"{where}: nothing shows which {len(labels)} of the {total} training images these labels are of; give one label "
             "per training image, or a run's noisy_labels.npz"

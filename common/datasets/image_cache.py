@@ -42,7 +42,7 @@ class ImageCache:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def only(self, keep: np.ndarray) -> "ImageCache":
+    def only(self, keep: np.ndarray | slice) -> "ImageCache":
         """The images at `keep`, a mask [N] or positions, as `FileSplit.only`."""
         return ImageCache(self.path, self.sizes[keep], self.ends[keep])
 

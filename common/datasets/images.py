@@ -188,8 +188,9 @@ def _try_semaphores(workers: int) -> None:
 
 
 def _close(passes: weakref.ref, *_error: Any) -> None:
-    if passes() is not None:
-        passes().close()
+    held = passes()
+    if held is not None:
+        held.close()
 
 
 class _QuietQueue(multiprocessing.queues.Queue):
@@ -203,7 +204,7 @@ class _QuietQueue(multiprocessing.queues.Queue):
 def _quiet_context() -> multiprocessing.context.BaseContext:
     """The context of the start method in use, with quiet queues."""
     context = copy(multiprocessing.get_context(multiprocessing.get_start_method()))
-    context.Queue = partial(_QuietQueue, ctx=context)
+    context.Queue = partial(_QuietQueue, ctx=context)  # type: ignore[method-assign]
     return context
 
 

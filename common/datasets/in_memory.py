@@ -4,7 +4,7 @@ import hashlib
 import shlex
 import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class Split(NamedTuple):
     images: np.ndarray  # uint8 [N, H, W, C]
     labels: np.ndarray  # int64 [N]
 
-    def only(self, keep: np.ndarray) -> "Split":
+    def only(self, keep: np.ndarray | slice) -> "Split":
         """The images at `keep`, positions."""
         return Split(self.images[keep], self.labels[keep])
 
@@ -128,7 +128,7 @@ def _load_digits() -> Data:
 # torchvision's copies -------------------------------------------------------------------------------------------------
 
 
-def _class(name: str) -> type:
+def _class(name: str) -> Any:
     """torchvision's class of a data set; imported here because that takes seconds that digits and .npz need not wait."""
     import torchvision.datasets  # noqa: PLC0415
 
@@ -148,8 +148,9 @@ def _download(name: str, root: Path) -> None:
 def _load_torchvision(name: str, root: Path) -> tuple[Split, Split]:
     if name.startswith("cifar"):
         kind, place = _cifar_folder(name, root)
-        parts = [kind(place, train=train) for train in (True, False)]
-        return tuple(Split(part.data, np.array(part.targets, dtype=np.int64)) for part in parts)
+        parts = (kind(place, train=train) for train in (True, False))
+        train, test = (Split(part.data, np.array(part.targets, dtype=np.int64)) for part in parts)
+        return train, test
     folder = _checked_mnist_folder(name, root)
     # read file by file: torchvision's class would prefer old pickles in a folder `processed`, and run what is in them
     from torchvision.datasets.mnist import read_image_file, read_label_file  # noqa: PLC0415
@@ -162,10 +163,10 @@ def _load_torchvision(name: str, root: Path) -> tuple[Split, Split]:
         if len(split.images) != len(split.labels) or not len(split.labels) or split.labels.max() > 9:
             raise _damaged(name, root, folder / labels, "its labels are not one of 0..9 per image")
         splits.append(split)
-    return tuple(splits)
+    return splits[0], splits[1]
 
 
-def _cifar_folder(name: str, root: Path) -> tuple[type, Path]:
+def _cifar_folder(name: str, root: Path) -> tuple[Any, Path]:
     """The torchvision class, and the root to give it, once all files are there and match their md5."""
     kind = _class(name)
     files = {**dict(kind.train_list), **dict(kind.test_list), kind.meta["filename"]: kind.meta["md5"]}
@@ -253,7 +254,7 @@ def _load_npz(name: str, path: Path) -> Data:
             )
         _check_range(path, "noisy_labels", noisy, num_classes)
         noisy = noisy.astype(np.int64)
-    return _data(name, *splits, noisy, num_classes)
+    return _data(name, splits[0], splits[1], noisy, num_classes)
 
 
 def _given_classes(path: Path, name: str, given: np.ndarray) -> int:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from common.datasets.arrays import read_npz
@@ -242,7 +242,9 @@ def _decode(split: FileSplit, size: int, workers: int) -> np.ndarray:
     return images
 
 
-def _resized(split: FileSplit, resize: nn.Module, size: int, positions: np.ndarray) -> Tensor | UserError:
+def _resized(
+    split: FileSplit, resize: Callable[[Tensor], Tensor], size: int, positions: np.ndarray
+) -> Tensor | UserError:
     """The images at `positions`: uint8 [n, size, size, 3]."""
     images = torch.empty(len(positions), size, size, 3, dtype=torch.uint8)
     try:

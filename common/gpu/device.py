@@ -3,13 +3,15 @@
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from common.gpu import processes
 from common.runs.cli import UserError
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Device(NamedTuple):
@@ -32,9 +34,9 @@ class Device(NamedTuple):
         enabled = self.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
-    def prepare(self, network: nn.Module, compiled: bool = False) -> nn.Module:
+    def prepare(self, network: Network, compiled: bool = False) -> Network:
         """The network on the device, channels-last, its forward compiled in place if asked (names of state unchanged)."""
-        network.to(self.device, memory_format=torch.channels_last)
+        network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compiled:
             network.compile()
         return network

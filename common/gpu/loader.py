@@ -238,13 +238,21 @@ class Tests(NamedTuple):
 
 
 def test_batches(
-    data: Data, limit: int | None, seed: int, batch_size: int, device: torch.device, **shared: int
+    data: Data,
+    limit: int | None,
+    seed: int,
+    batch_size: int,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
 ) -> Tests:
-    """Plain batches of the test images of a data set in memory, in order. shared: rank and world of `Batches`."""
+    """Plain batches of the test images of a data set in memory, in order. rank, world: as of `Batches`."""
 
     def in_order(split: Split) -> Labelled:
         images = Images(split.images, data.mean, data.std, device)
-        return Labelled(Batches(images, batch_size, **shared), torch.from_numpy(split.labels).to(device))
+        return Labelled(
+            Batches(images, batch_size, rank=rank, world=world), torch.from_numpy(split.labels).to(device)
+        )
 
     whole = in_order(data.test)
     if limit is None:
@@ -261,7 +269,7 @@ class Part(NamedTuple):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    def __iter__(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:  # type: ignore[override]
         for views, index in self.batches:
             yield views, self.numbers[index]
 

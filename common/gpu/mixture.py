@@ -87,9 +87,10 @@ def _fit(x: Tensor, mask: Tensor) -> Tensor:
     for _ in range(MAX_ITERATIONS):
         responsibility, new_bound = _expect(x, mask, *parameters)
         updated = _maximise(x, mask, responsibility)
-        parameters = tuple(
+        weight, mean, variance = (
             torch.where(running[:, None], new, old) for new, old in zip(updated, parameters, strict=True)
         )
+        parameters = weight, mean, variance
         running = running & ((new_bound - bound).abs() >= TOLERANCE)
         bound = new_bound
         if not running.any():

@@ -59,7 +59,9 @@ class Parser(argparse.ArgumentParser):
         options["description"] = (options.get("description") or "").partition("\n")[0] or None
         super().__init__(allow_abbrev=False, **options)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+    def parse_known_args(  # type: ignore[override]  # argparse declares overloads for other namespaces
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         """As argparse, each flag in its own spelling; words after a bare -- are no flags."""
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)

@@ -3,10 +3,10 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -15,12 +15,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from common.runs.cli import UserError
 from common.runs.files import cannot_write, write_atomic
 
 SUFFIXES = (".png", ".pdf", ".svg")
-COLORS = plt.colormaps["tab10"].colors
+COLORS = plt.colormaps["tab10"].colors  # type: ignore[attr-defined]
 LINES = ("-", "--", "-.")  # one after the other, where there are more methods than colours
 WIDTH = 12  # inches, of a figure that has panels of curves
 IN_A_ROW = 3  # of these at most
@@ -195,8 +196,9 @@ def draw_setting(axes: Axes, runs: list[RunResult], styles: dict[str, dict], war
     draw_curves(axes, [(run.curve.method, run.curve.accuracy) for run in runs])
     split = [run.curve.arguments for run in runs if run.curve.arguments.get("selection", "none") != "none"]
     ends = {arguments.get(warm_up) for arguments in split}
-    if len(ends) == 1 and None not in ends:
-        axes.axvline(ends.pop() + 0.5, color="gray", linestyle=":", label="end of the warm-up")
+    end = ends.pop() if len(ends) == 1 else None
+    if end is not None:
+        axes.axvline(end + 0.5, color="gray", linestyle=":", label="end of the warm-up")
 
 
 def draw_pretraining(axes: Axes, runs: list[RunResult]) -> None:
@@ -233,7 +235,7 @@ def draw_panels(figure: SubFigure, by_title: dict[str, list[RunResult]], warm_up
 
 def legend_below(axes: Axes, **options) -> None:
     """A legend below the label of the horizontal axis, however high the panel is."""
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.8}
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.8}
     axes.legend(**place, frameon=False, **options)
 
 
@@ -248,11 +250,11 @@ def checked_path(text: str) -> Path:
     return out
 
 
-def write_parts(parts: list[tuple[float, Callable[[SubFigure], None]]], out: Path) -> None:
+def write_parts(parts: Sequence[tuple[float, Callable[[SubFigure], None]]], out: Path) -> None:
     """Write a figure of parts one below the other: the height of each in inches, and what draws it."""
     heights = [height for height, _ in parts]
-    figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    engine = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+    figure = plt.figure(figsize=(WIDTH, sum(heights)), layout=engine)
     rows = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
     for row, (_, draw) in zip(rows, parts, strict=True):
         draw(row)

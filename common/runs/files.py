@@ -32,7 +32,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def cannot_write(path: str | Path, error: OSError, otherwise: str) -> str:
     """The line about a file that cannot be written, with the remedy: `otherwise` for all but a full disk or a limit."""
-    remedy = REMEDIES.get(error.errno, otherwise)
+    remedy = REMEDIES.get(error.errno or 0, otherwise)
     return f"{path} cannot be written ({error.strerror or error}): {remedy}"
 
 

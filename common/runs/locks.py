@@ -17,7 +17,7 @@ from common.runs.cli import UserError
 try:
     import fcntl
 except ImportError:  # no Unix: the heartbeat decides alone
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 BEAT = 3.0  # seconds between two heartbeats
 STALE = 15.0  # seconds without a heartbeat after which a lock is taken over
@@ -83,6 +83,7 @@ class Lock:
 
     def _try(self, stale: Sight | None) -> Sight | None:
         """Take the lock if it is free or looks like `stale`: None. Otherwise what it looks like."""
+        handle: int | None
         handle, new = _open(self.path)
         try:
             locked = _flock(handle)

@@ -135,7 +135,7 @@ class Run:
             ]
             if foreign:
                 raise UserError(f"{self.folder} holds {foreign[0]} but no args.json: choose another --out")
-            content = {"paper": self.paper, "method": self.method, "command": command()}
+            content: dict[str, Any] = {"paper": self.paper, "method": self.method, "command": command()}
             content |= {"cell": self._cell_columns()}
             content |= {"arguments": arguments, "contents": contents, "environment": environment(self.device)}
             write_atomic(path, _json(content))
@@ -216,7 +216,7 @@ class Run:
     def save_arrays(self, name: str, **arrays: np.ndarray) -> None:
         """Write arrays as <name>.npz into the run directory, whole or not at all."""
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]  # no array is named allow_pickle
         self.save_file(f"{name}.npz", buffer.getvalue())
 
     def save_file(self, name: str, content: bytes) -> None:
@@ -370,6 +370,7 @@ class Run:
         shown = {
             name: value for name, value in row.items() if name != "epoch" and isinstance(value, (int, float))
         }
+        assert self._events is not None, "resume opens it"
         self._events.add(epoch, shown)
         print(
             f"epoch {epoch}{f'/{self._last}' if self._last else ''}  "
@@ -391,7 +392,7 @@ class Run:
             return {}
         return measure()
 
-    def finish(self, metric: str = "test_accuracy", **more: float | None) -> None:
+    def finish(self, metric: str = "test_accuracy", /, **more: float | None) -> None:
         """Write result.json and result.csv: best, last and mean of the last 10 epochs of `metric`, and `more` metrics."""
         if processes.rank() == 0:
             path = self.folder / "result.json"
@@ -440,7 +441,7 @@ class Run:
 
     def _cell_columns(self) -> dict:
         """The columns that say which cell of which table this is; a subset of the data is marked in the profile."""
-        table, cell, *_ = [*(getattr(self.args, "preset", None) or "").split("/"), ""]
+        table, cell = [*(getattr(self.args, "preset", None) or "").split("/"), ""][:2]
         columns = {"table": table, "cell": cell or self.folder.name, **self.cell}
         for limit in ("limit_train", "limit_test"):
             if getattr(self.args, limit, None):

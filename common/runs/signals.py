@@ -62,7 +62,7 @@ class StopSignals:
         while byte[0] not in SIGNALS and not self._closed.is_set():
             byte = os.read(pipe, 1)
         if not self._closed.wait(INTERRUPT):
-            signal.pthread_kill(threading.main_thread().ident, byte[0])
+            signal.pthread_kill(threading.main_thread().ident or 0, byte[0])
             if not self._closed.wait(END - INTERRUPT):
                 self._say(byte[0], f"ended, as something blocks since {END:.0f} s")
                 for child in multiprocessing.active_children():
