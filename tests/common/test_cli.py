@@ -265,7 +265,7 @@ def test_an_error_of_our_own_is_none_of_the_machines(error):
 
 
 def test_output_on_a_full_disk_is_a_users_error():
-    program = "import sys; from common import cli; cli.exit_cleanly(lambda _: print('text'), [])"
+    program = "import sys; from common.runs import cli; cli.exit_cleanly(lambda _: print('text'), [])"
     with open("/dev/full", "w") as full:
         process = subprocess.run(
             [sys.executable, "-c", program],
@@ -412,7 +412,7 @@ def test_a_preset_of_another_script_is_refused(prog, name, line, tmp_path, capsy
     ids=["without docstrings", "Windows", "a terminal of ASCII"],
 )
 def test_other_interpreters_systems_and_terminals(options, before, status, said):
-    lines = [f"{before}from common import cli", "p = cli.Parser(prog='x', description=__doc__)"]
+    lines = [f"{before}from common.runs import cli", "p = cli.Parser(prog='x', description=__doc__)"]
     lines += [
         'p.add_argument("--a", help="the authors\' flags")',
         "def main(_):",

@@ -63,7 +63,7 @@ def test_noise_from_a_posterior_is_for_in_distribution_images_alone():
         )
         assert (noisy(0.75, 0.25)[rest] != labels[rest]).all() and np.array_equal(noisy(0, 0.25), labels)
         assert np.array_equal(noisy(0, 1, np.arange(N)), labels)
-        with pytest.raises(ValueError, match="shares of the whole"):
+        with pytest.raises(ValueError, match="fractions of all images"):
             noisy(0.3, 0.8)
 
 
@@ -239,7 +239,7 @@ def test_ratio_1_replaces_every_image_and_leaves_the_labels():
     chosen, noisy = draw("sym", LABELS[10], 0, 1, 10)
     assert np.array_equal(chosen.positions, np.arange(N))
     assert np.array_equal(noisy, LABELS[10])
-    with pytest.raises(ValueError, match=r"rate 0\.1 and ood ratio 1 are shares of the whole: more than 1"):
+    with pytest.raises(ValueError, match=r"rate 0\.1 and ood ratio 1 are fractions of all images: their sum is more than 1"):
         draw("sym", LABELS[10], 0.1, 1, 10)
     assert np.array_equal(draw("sym", LABELS[10], 1e-12, 1, 10)[1], LABELS[10]), (
         "there is no image left to be noisy"
