@@ -72,13 +72,6 @@ def test_files_of_torch_save(name, tmp_path, capsys):
     assert f"{ENCODER} tensors taken, {left} others left" in capsys.readouterr().out
 
 
-def test_the_old_format_of_torch_save(tmp_path):
-    torch.save(published(FULL), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    encoder = fresh()
-    load_encoder(encoder, str(tmp_path / "old.pth"))
-    assert_same(encoder, network().encoder)
-
-
 def test_safetensors(tmp_path):
     save_file(BARE, tmp_path / "encoder.safetensors", {"dataset": "digits"})
     encoder = fresh()
@@ -111,9 +104,6 @@ def test_num_batches_tracked_may_be_missing(tmp_path):
     assert taken == sum(not name.endswith("tracked") for name in BARE)
     assert torch.equal(encoder.bn1.running_mean, network().encoder.bn1.running_mean)
     assert encoder.bn1.num_batches_tracked == 0
-
-
-# refusals ---------------------------------------------------------------------------------------------------------------
 
 
 def without(*names: str) -> dict:
@@ -208,8 +198,3 @@ def test_a_file_that_would_run_code_is_refused_and_runs_nothing(place, tmp_path)
     assert not (tmp_path / "trapped").exists()
     pickle.loads((tmp_path / "bare.pth").read_bytes())  # it would have
     assert (tmp_path / "trapped").exists()
-
-
-def test_another_class_is_refused(tmp_path):
-    torch.save(network(), tmp_path / "a.pth")
-    refused(tmp_path / "a.pth", "holds more than tensors")

@@ -67,11 +67,6 @@ def test_on_a_card_the_released_precision_is_float32_without_tf32_unless_another
     assert torch.get_float32_matmul_precision() == ("high" if chosen == "bf16" else "highest")
 
 
-def test_the_released_precision_has_its_reason_on_a_cpu_too(no_card, capsys):
-    assert pick(fidelity="released").precision == "fp32"
-    assert capsys.readouterr().out.endswith(", precision fp32 (as released)\n")
-
-
 @pytest.mark.parametrize("index", [0, 3])
 def test_asking_for_a_card_that_is_not_there_is_an_error(no_card, capsys, index):
     with pytest.raises(UserError, match=rf"--device cuda: there is no CUDA device {index} \(found 0\)"):
@@ -96,14 +91,6 @@ def test_prepare_keeps_the_names_and_values_of_the_state(compiled):
     assert list(state) == list(before)
     assert all(torch.equal(state[name], value) for name, value in before.items())
     assert state["0.weight"].is_contiguous(memory_format=torch.channels_last)
-
-
-def test_a_generator_is_seeded_and_leaves_the_global_one_alone():
-    picked, before = pick("cpu"), torch.get_rng_state()
-    draws = [torch.rand(5, generator=picked.generator(seed)) for seed in (1, 1, 2)]
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_on_a_cpu_nothing_is_recorded_for_replay():
