@@ -105,21 +105,21 @@ def test_a_checkpoint_on_a_failing_disk_is_not_taken_for_a_damaged_one(folder, m
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("other", [1, 3])
-def test_a_list_of_another_length_is_refused(other):
-    saved = checkpoint.collect([nn.Linear(2, 2), nn.Linear(2, 2)])
-    with pytest.raises(ValueError, match=rf"\b2\b.*\b{other}\b"):
-        checkpoint.restore([nn.Linear(2, 2) for _ in range(other)], saved)
+TWO = checkpoint.collect([nn.Linear(2, 2), nn.Linear(2, 2)])
 
 
-def test_a_missing_object_is_refused_by_name():
-    with pytest.raises(ValueError, match="peer"):
-        checkpoint.restore({"peer": nn.Linear(2, 2)}, {})
-
-
-def test_what_cannot_be_restored_in_place_is_refused():
-    with pytest.raises(TypeError, match="int"):
-        checkpoint.restore([3], [4])
+@pytest.mark.parametrize(
+    ("state", "saved", "error", "reason"),
+    [
+        ([nn.Linear(2, 2)], TWO, ValueError, r"\b2\b.*\b1\b"),
+        ([nn.Linear(2, 2) for _ in range(3)], TWO, ValueError, r"\b2\b.*\b3\b"),
+        ({"peer": nn.Linear(2, 2)}, {}, ValueError, "peer"),
+        ([3], [4], TypeError, "int"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(state, saved, error, reason):
+    with pytest.raises(error, match=reason):
+        checkpoint.restore(state, saved)
 
 
 def damage(path, how: str) -> None:
