@@ -1,4 +1,4 @@
-"""What no single paper owns: label noise, data sets, augmentation, devices, runs, the command line."""
+"""Code shared by all papers: label noise, data sets, augmentation, devices, runs, the command line."""
 
 import sys
 

@@ -1,9 +1,8 @@
-"""Label noise and long-tailed subsets. Pure NumPy: labels in, new labels out; nothing is read, written or printed.
+"""Label noise and long-tailed subsets. Pure NumPy functions from labels to new labels, without input or output.
 
-Given the same labels and seed, each generator returns the labels that the authors' release returns, bit for bit. That fixes
-which random numbers are drawn and in which order (see each docstring), but they come from generators of our own that
-leave the global ones alone. Noise from a posterior (margin1 to margin3, hard) follows formulas; there is no release to
-compare with. "50 % symmetric" means different things in different papers; the names here keep them apart:
+Given the same labels and seed, each function returns the labels of the authors' release, bit for bit. Each docstring says
+which random numbers are drawn, and in which order. The global generators stay untouched. Noise from a posterior (margin1 to
+margin3, hard) follows formulas; no release of it exists. "50 % symmetric" differs between papers, so each kind has its name:
 
 name                  who uses it             a corrupted label becomes                        realised rate at rate r
 symmetric             Me-Momentum             one of the other K-1 classes                     about r
@@ -12,13 +11,13 @@ asymmetric            DivideMix, SANM         its look-alike (CIFAR-10 map)     
 superclass            C2D, SANM               another class of its superclass (CIFAR-100)      about r
 pairflip              Me-Momentum             the next class                                   about r
 oneflip               Me-Momentum             2, if it was 1                                   about r/K
-instance              Me-Momentum (Xia 2020)  the class whose projection of the image is big   about r
+instance              Me-Momentum (Xia 2020)  the class whose projection of the image is large about r
 imb, sym              SFA                     long-tail aware; any other class                 int(r N)/N
-sym, asym             Manifold DivideMix      of in-distribution images alone; see below       about r (K-1)/K; about r
+sym, asym             Manifold DivideMix      of in-distribution images only; see below        about r (K-1)/K; about r
 margin1, 2, 3         Zhang et al. 2021       the most likely wrong class of a posterior       r on average
-hard                  ours                    one of the other K-1 classes                     round(r N)/N
+hard                  this project            one of the other K-1 classes                     round(r N)/N
 
-Manifold DivideMix has images from elsewhere among the training images too: `open_set` and `in_distribution_noise`.
+For Manifold DivideMix, `open_set` chooses the out-of-distribution (OOD) images and `in_distribution_noise` the noisy labels.
 
 Rate 0 returns a copy of the labels. ValueError: a rate outside [0, 1] or NaN, an unknown name, labels of the wrong shape,
 type or range.
@@ -45,7 +44,7 @@ CIFAR100_SUPERCLASSES = (
 )
 
 CLASS_CONDITIONAL = ("symmetric", "pairflip", "oneflip")
-# how likely a flip is at a margin m in [0, 1], up to a factor: PMD noise of types I, II and III (Zhang et al. 2021)
+# probability of a flip at a margin m in [0, 1], up to a factor: PMD noise of types I, II and III (Zhang et al. 2021)
 MARGIN_TYPES = {
     "margin1": lambda m: (1 - m**2) / 2,
     "margin2": lambda m: 1 - m**3,
@@ -61,10 +60,10 @@ POSTERIOR_TOLERANCE = 1e-3  # how far a row's sum may be from 1
 
 
 class Realised(NamedTuple):
-    """What a noisy label vector turned out to be."""
+    """Realised noise of a label vector."""
 
     rate: float  # fraction of labels that differ from the clean ones
-    matrix: np.ndarray  # [K, K] float64: share of class i that carries label j; rows of absent classes are 0
+    matrix: np.ndarray  # [K, K] float64: fraction of class i with label j; rows of absent classes are 0
 
 
 def realised(clean: np.ndarray, noisy: np.ndarray, num_classes: int) -> Realised:
@@ -146,9 +145,9 @@ def class_conditional(
 
 
 def by_matrix(labels: np.ndarray, matrix: np.ndarray, rng: RandomState) -> np.ndarray:
-    """Each label [N] drawn anew from its row of a transition matrix [K, K]: one legacy multinomial draw each, in order.
+    """Noisy labels drawn by a transition matrix [K, K]: one legacy multinomial draw per label [N], in order.
 
-    The draw walks the classes, one uniform each, and stops at the first that is hit.
+    A draw visits the classes in order, with one uniform each, and stops at the first hit.
     """
     num_classes = len(matrix)
     walks = [_legacy_walk(row) for row in matrix]
@@ -161,22 +160,22 @@ def by_matrix(labels: np.ndarray, matrix: np.ndarray, rng: RandomState) -> np.nd
             uniforms, position = np.append(uniforms[position:], more), 0
         hits = (uniforms[position : position + len(thresholds)] > thresholds) == hit_above
         # the last class takes what no other took
-        found = int(hits.argmax()) if hits.any() else len(thresholds)
-        noisy[i] = classes[found]
-        position += min(found + 1, len(thresholds))
+        hit = int(hits.argmax()) if hits.any() else len(thresholds)
+        noisy[i] = classes[hit]
+        position += min(hit + 1, len(thresholds))
     return noisy
 
 
 def _legacy_walk(row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How the legacy multinomial(1, row) turns uniforms into a class: classes, thresholds, whether above them is a hit.
+    """How the legacy multinomial(1, row) maps uniforms to a class: classes, thresholds, whether a hit lies above them.
 
-    It draws a binomial(1, row[j] / what is left) by inversion for each class but the last; a class of probability 0 costs
-    no draw. So it is up to NumPy 2.4; from NumPy 2.5 on such a class costs one, and the same seed gives other labels.
+    It draws a binomial(1, row[j] / remaining probability) by inversion for each class but the last. A class of probability 0
+    takes no draw up to NumPy 2.4. From NumPy 2.5 on it takes one, and the same seed gives other labels.
     """
     thresholds, hit_above, left = [], [], 1.0
     classes = np.append(np.flatnonzero(row[:-1]), len(row) - 1)
     for probability in row[classes[:-1]].tolist():
-        p = probability / left if left > 0 else 1.0  # a walk never comes past a certain hit
+        p = probability / left if left > 0 else 1.0  # no draw passes a certain hit
         thresholds.append(math.exp(math.log(1.0 - p if p <= 0.5 else 1.0 - (1.0 - p))))
         hit_above.append(p <= 0.5)
         left -= probability
@@ -186,7 +185,7 @@ def _legacy_walk(row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def instance_dependent(
     images: np.ndarray, labels: np.ndarray, rate: float, num_classes: int, seed: int, std: float = 0.1
 ) -> np.ndarray:
-    """Instance-dependent noise: images that project strongly on a class are mistaken for it (Xia et al. 2020; Me-Momentum).
+    """Instance-dependent noise: images with a large projection on a class get its label (Xia et al. 2020; Me-Momentum).
 
     images: [N, ...] raw pixel values (0..255), flattened in storage order. Draws from RandomState(seed), in this order:
     N flip rates from a normal(rate, std) truncated to [0, 1], the projections W [K, F, K], N uniforms. The logits of a
@@ -264,7 +263,7 @@ def superclass(
     seed: int,
     superclasses: Sequence[int] = CIFAR100_SUPERCLASSES,
 ) -> np.ndarray:
-    """int(rate N) random samples take another class of their superclass, all others alike (C2D on CIFAR-100).
+    """int(rate N) random samples take another class of their superclass, each equally likely (C2D on CIFAR-100).
 
     superclasses: of each class. Draws from random.Random(seed): the shuffle of `asymmetric`, then one choice per corrupted
     sample in ascending order, from the other classes in their order. The release of SANM has no such noise.
@@ -294,7 +293,7 @@ def _corrupted(size: int, rate: float, rng: random.Random) -> np.ndarray:
 
 
 def class_counts(total: int, num_classes: int, imb_type: str, imb_factor: float) -> np.ndarray:
-    """Samples to keep per class of a balanced set of `total` (SFA, Sec. 2.1): int [K].
+    """Samples to keep per class of a balanced set of `total` (SFA): int [K].
 
     exp: m rho^(c/(K-1)); step: m for the first half of the classes, m rho for the second; none: m. m = total / K,
     rho = imb_factor = smallest / largest, in (0, 1]. Truncated, not rounded.
@@ -317,7 +316,7 @@ def class_counts(total: int, num_classes: int, imb_type: str, imb_factor: float)
 
 
 def long_tailed(labels: np.ndarray, counts: np.ndarray, rng: RandomState) -> np.ndarray:
-    """Positions to keep so that class c has counts[c] samples (or all it has), class after class (SFA, Sec. 2.1).
+    """Positions to keep so that class c has counts[c] samples (or all it has), class after class (SFA).
 
     Draws from rng: one in-place shuffle of each class's ascending positions, in class order. The order of the result is
     the training order of the release: blocks of one class.
@@ -334,7 +333,7 @@ def long_tailed(labels: np.ndarray, counts: np.ndarray, rng: RandomState) -> np.
 def long_tailed_noise(
     mode: str, labels: np.ndarray, num_classes: int, rate: float, python_rng: random.Random, rng: RandomState
 ) -> np.ndarray:
-    """SFA's noise on the clean labels of a long-tailed set (Sec. 2.2): exactly int(rate N) labels change.
+    """SFA's noise on the clean labels of a long-tailed set: exactly int(rate N) labels change.
 
     imb: the new class of a sample of class i is j != i with probability n_j / sum_{l != i} n_l, n = class counts.
     sym: every other class is equally likely. Draws: one shuffle of 0..N-1 from python_rng, whose head is corrupted; then
@@ -363,7 +362,7 @@ def long_tailed_noise(
 
 
 def web_class_budget(raw_counts: np.ndarray, imb_type: str, imb_factor: float) -> np.ndarray:
-    """Images to keep per class when mini-WebVision is made long-tailed (SFA, Sec. 7): int [K].
+    """Images to keep per class when mini-WebVision is made long-tailed (SFA): int [K].
 
     The curve of `class_counts` starts at the largest class; the class of rank r by raw count keeps min(curve[r], raw).
     """
@@ -382,18 +381,18 @@ BLOCK = 5  # consecutive classes of CIFAR-100 among which the release's asymmetr
 
 
 class OpenSet(NamedTuple):
-    """Which training images make room for images from elsewhere, and for which."""
+    """Which training images are replaced by OOD images, and by which."""
 
     positions: np.ndarray  # int64 [M], ascending
-    source: np.ndarray  # int64 [M]: the row of the pool that takes each place
+    source: np.ndarray  # int64 [M]: the row of the pool for each position
 
 
 def open_set(size: int, ood_ratio: float, pool_size: int, rng: RandomState) -> OpenSet:
-    """The out-of-distribution part of a training set of `size` images (DSOS, SNCF; Manifold DivideMix, Sec. 2.1).
+    """The out-of-distribution part of a training set of `size` images (DSOS, SNCF; Manifold DivideMix).
 
-    Draws from rng: a uniform per image, which is replaced where it is below ood_ratio; a permutation of the pool, whose head
-    goes to the ascending positions. Nothing is drawn at ratio 0. RandomState(OPEN_SET_SEED) gives the benchmark's images.
-    ValueError: a pool with fewer images than places.
+    Draws from rng: a uniform per image, and the image is replaced if it is below ood_ratio; a permutation of the pool, whose
+    head goes to the ascending positions. Nothing is drawn at ratio 0. RandomState(OPEN_SET_SEED) gives the benchmark's images.
+    ValueError: a pool with fewer images than positions.
     """
     _check_rate(ood_ratio, "ood ratio")
     if ood_ratio == 0:
@@ -415,18 +414,18 @@ def in_distribution_noise(
     python_rng: random.Random | None = None,
     matrix_rng: RandomState | None = None,
 ) -> np.ndarray:
-    """Label noise of the images that are not from elsewhere (Manifold DivideMix, Sec. 2.1): int64 [N].
+    """Label noise of the in-distribution images (Manifold DivideMix): int64 [N].
 
-    labels [N]; ood: int [M], the positions of the images from elsewhere, which keep their labels. rate and ood_ratio are shares
-    of all images. Draws: from python_rng a shuffle of N numbers without use; from rng, in the state in which `open_set` left
-    it, a uniform per other image, ascending, whose label is noisy where that is below rate / (1 - ood_ratio). Then, by type:
+    labels [N]; ood: int [M], the positions of the OOD images, which keep their labels. rate and ood_ratio are fractions of all
+    images. Draws: from python_rng a shuffle of N numbers, unused; from rng, in the state after `open_set`, a uniform per
+    in-distribution image, ascending; the label is noisy if it is below rate / (1 - ood_ratio). Then, by type:
 
-    sym: a class of all K per noisy label, from python_rng, or where there is none (SNCF's rule) floor(K u) from rng.
-    asym: the look-alike of CIFAR-10 for 10 classes; else every label, of the images from elsewhere too, becomes the next of its
-    block of five with probability `rate`, drawn from matrix_rng, whatever was drawn before.
-    superclass: the same with CIFAR-100's superclasses for blocks; the release has it not.
+    sym: one of all K classes per noisy label, from python_rng; without python_rng (SNCF's rule) floor(K u) from rng.
+    asym: the look-alike of CIFAR-10 for 10 classes. Else every label, of OOD images too, becomes the next of its block of
+    five with probability `rate`, drawn from matrix_rng, independent of the draws before.
+    superclass: the same with CIFAR-100's superclasses as blocks; not in the release.
 
-    ValueError: rates that do not fit together; a type that has no rule for that many classes.
+    ValueError: rates with a sum above 1; a type without a rule for that many classes.
     """
     labels = _checked_labels(labels, num_classes)
     _check_shares(rate, ood_ratio)
@@ -446,7 +445,7 @@ def in_distribution_noise(
     elif noise_type == "asym" and num_classes == 10:
         noisy[drawn] = [CIFAR10_LOOK_ALIKES.get(label, label) for label in labels[drawn].tolist()]
     else:
-        groups = np.arange(num_classes) // BLOCK if noise_type == "asym" else CIFAR100_SUPERCLASSES
+        groups = np.arange(num_classes) // BLOCK if noise_type == "asym" else np.array(CIFAR100_SUPERCLASSES)
         if len(groups) != num_classes or (noise_type == "asym" and num_classes % BLOCK):
             raise ValueError(f"{noise_type} noise has no rule for {num_classes} classes")
         if matrix_rng is None:
@@ -463,12 +462,12 @@ def in_distribution_from_posterior(
     ood_ratio: float,
     num_classes: int,
     seed: int,
-    posterior: np.ndarray,
+    posterior: np.ndarray | None,
 ) -> np.ndarray:
-    """Noise of one of POSTERIOR_TYPES on the labels of in-distribution images alone: int64 [N].
+    """Noise of one of POSTERIOR_TYPES on the labels of the in-distribution images only: int64 [N].
 
     labels [N]; ood: int [M], the positions of OOD images, which keep their labels; posterior: float [N, K] of the images of
-    the data set. rate and ood_ratio are shares of all images, as for `in_distribution_noise`: the rate among in-distribution
+    the data set. rate and ood_ratio are fractions of all images, as for `in_distribution_noise`: the rate among in-distribution
     images is rate / (1 - ood_ratio). Draws from RandomState(seed). ValueError: as from_posterior; rates of more than 1.
     """
     labels = _checked_labels(labels, num_classes)
@@ -483,7 +482,7 @@ def in_distribution_from_posterior(
     return noisy
 
 
-def next_in_group(groups: Sequence[int], rate: float) -> np.ndarray:
+def next_in_group(groups: Sequence[int] | np.ndarray, rate: float) -> np.ndarray:
     """T [K, K]: a class becomes the next class of its group, the last one the first, with probability `rate`.
 
     groups: the group of each class.
@@ -510,7 +509,12 @@ def look_alike_matrix(rate: float) -> np.ndarray:
 
 
 def from_posterior(
-    noise_type: str, labels: np.ndarray, rate: float, num_classes: int, seed: int, posterior: np.ndarray
+    noise_type: str,
+    labels: np.ndarray,
+    rate: float,
+    num_classes: int,
+    seed: int,
+    posterior: np.ndarray | None,
 ) -> np.ndarray:
     """Noise of one of POSTERIOR_TYPES: `margin_dependent` or `hardest`."""
     if noise_type == "hard":
@@ -519,12 +523,17 @@ def from_posterior(
 
 
 def margin_dependent(
-    noise_type: str, labels: np.ndarray, rate: float, num_classes: int, seed: int, posterior: np.ndarray
+    noise_type: str,
+    labels: np.ndarray,
+    rate: float,
+    num_classes: int,
+    seed: int,
+    posterior: np.ndarray | None,
 ) -> np.ndarray:
-    """Polynomial-margin-diminishing (PMD) noise: the smaller the margin, the likelier the flip (Zhang et al. 2021).
+    """Polynomial-margin-diminishing (PMD) noise: a smaller margin gives a more likely flip (Zhang et al. 2021).
 
     Zhang, Zheng, Wu, Goswami, Chen: "Learning with feature-dependent label noise: a progressive approach", ICLR 2021.
-    See `margin_flips`. Draws from RandomState(seed): N uniforms; a label flips where its uniform is below its probability.
+    See `margin_flips`. Draws from RandomState(seed): N uniforms; a label flips if its uniform is below its probability.
     """
     labels = _checked_labels(labels, num_classes)
     probabilities, targets = margin_flips(noise_type, labels, rate, num_classes, posterior)
@@ -533,17 +542,16 @@ def margin_dependent(
 
 
 def margin_flips(
-    noise_type: str, labels: np.ndarray, rate: float, num_classes: int, posterior: np.ndarray
+    noise_type: str, labels: np.ndarray, rate: float, num_classes: int, posterior: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How likely each label flips, float64 [N], and what it flips to, int64 [N].
+    """The probability that each label flips, float64 [N], and the label it flips to, int64 [N].
 
     posterior: float [N, K], rows on the simplex. A label flips to the most likely other class s (the lowest of equals),
     with probability min(1, c f(m)). m = max(0, posterior of the label - posterior of s) is the margin, f the formula of the
     noise type (MARGIN_TYPES), and c the factor with which the probabilities have the mean `rate`.
 
-    If the label y is the most likely class, this is the rule of the paper. The paper then has no other case: it first
-    replaces every label by the most likely class u. Here the labels are true and stay so unless they flip. A label y != u
-    flips to u, and its margin is 0: with the largest probability it gets the label that the paper would give it.
+    If the label y is the most likely class u, this is the rule of the paper. The paper has no other case: it first replaces
+    every label by u. Here the labels are true labels. A label y != u has margin 0 and flips to u with the largest probability.
 
     ValueError: an unknown type, unfit labels or posterior, fewer than 2 classes, a rate outside [0, 1], or one that cannot
     be reached because the margins of too many labels are 1.
@@ -571,7 +579,7 @@ def _with_mean(factors: np.ndarray, rate: float) -> np.ndarray:
         )
     if not len(positive):
         return np.zeros(len(factors))
-    # if the k largest are capped at 1, the rest has to make up for wanted - k: the smallest k that caps no more
+    # if the k largest are capped at 1, the others must sum to wanted - k: the smallest k that caps no more
     capped = np.arange(len(positive))
     rest = positive[::-1].cumsum()[::-1]
     fits = (wanted - capped) * positive <= rest
@@ -580,11 +588,11 @@ def _with_mean(factors: np.ndarray, rate: float) -> np.ndarray:
 
 
 def hardest(
-    labels: np.ndarray, rate: float, num_classes: int, seed: int, posterior: np.ndarray
+    labels: np.ndarray, rate: float, num_classes: int, seed: int, posterior: np.ndarray | None
 ) -> np.ndarray:
-    """The round(rate N) labels of the smallest posterior get one of the other classes, all alike: "hard" images are mislabelled.
+    """The round(rate N) labels of the smallest posterior get another class, each equally likely: "hard" images are mislabelled.
 
-    posterior: float [N, K], rows on the simplex. Equals: the sample that comes first is the harder one. Draws from
+    posterior: float [N, K], rows on the simplex. Ties: the first sample counts as harder. Draws from
     RandomState(seed): an offset in 1..K-1 per corrupted sample, ascending. ValueError: as margin_flips.
     """
     _check_rate(rate)
@@ -620,7 +628,9 @@ def _check_shares(rate: float, ood_ratio: float) -> None:
     _check_rate(rate)
     _check_rate(ood_ratio, "ood ratio")
     if rate + ood_ratio > 1 + 1e-9:
-        raise ValueError(f"noise rate {rate} and ood ratio {ood_ratio} are shares of the whole: more than 1")
+        raise ValueError(
+            f"noise rate {rate} and ood ratio {ood_ratio} are fractions of all images: their sum is more than 1"
+        )
 
 
 def checked_posterior(posterior: np.ndarray, size: int, num_classes: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Data sets: `load(name, root)` gives train and test splits with clean labels, `labels_of(file, ...)` observed ones.
 
-`load_food101n`, `load_clothing1m`, `load_mini_imagenet` and `load_webvision` give lists of image files with the labels they came
-with; `image_cache` makes small copies, `decoded` one array of all images.
+`load_food101n`, `load_clothing1m`, `load_mini_imagenet` and `load_webvision` give lists of image files with their given labels;
+`image_cache` makes small copies, `decoded` one array of all images.
 
 Terms. digits: scikit-learn's copy of the UCI optical digits, CC BY 4.0, shipped with scikit-learn. MNIST:
 LeCun, Cortes and Burges, usually quoted as CC BY-SA 3.0. Fashion-MNIST: Zalando, MIT. CIFAR-10/100:
@@ -9,10 +9,10 @@ Krizhevsky 2009, no licence stated, cite the report. Food-101 (Bossard et al. 20
 not owned by its authors; for research, as scientific fair use. Food-101N (Lee et al. 2018, CleanNet): for research, from its
 project page. Clothing1M (Xiao et al. 2015): given out by its authors on request, for non-commercial research. mini-ImageNet
 with controlled noisy web labels (CNWL; Jiang et al. 2020, "Beyond Synthetic Noise: Deep Learning on Controlled Noisy
-Labels"): annotations by Google, CC BY 4.0; the images belong to their owners: found by web search, for research. WebVision 1.0
-(Li et al. 2017): images that Google and Flickr found, which belong to their owners; for non-commercial research. ILSVRC12's
+Labels"): annotations by Google, CC BY 4.0; the images come from web search and belong to their owners; for research. WebVision
+1.0 (Li et al. 2017): images from Google and Flickr, which belong to their owners; for non-commercial research. ILSVRC12's
 validation images (Russakovsky et al. 2015): for non-commercial research, on registration at image-net.org. Only the digits are
-part of what is installed; of the others nothing is part of this repository.
+part of the installation. This repository holds no other data set.
 """
 
 from common.datasets.clothing1m import load_clothing1m

@@ -1,4 +1,4 @@
-"""`python -m common.datasets download cifar10 --data_path ./data` fetches; `check` in its place only looks.
+"""`python -m common.datasets download cifar10 --data_path ./data` downloads a data set; `check` only checks it.
 
 `cache food101n --data_path DIR --out CACHE` makes small copies of the images of a data set of image files.
 """
@@ -19,7 +19,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "action",
         choices=["download", "check", "cache"],
-        help="fetch it, only look at it, or make small copies of its images",
+        help="download it, check it, or make small copies of its images",
     )
     parser.add_argument(
         "name",
@@ -37,13 +37,13 @@ def make_parser() -> Parser:
         type=count,
         default=image_cache.SIZE,
         metavar="N",
-        help="cache: pixels of the shorter side; webvision is trained on at 320",
+        help="cache: pixels of the shorter side; training on webvision uses 320",
     )
     group.add_argument(
         "--on_bad_image",
         choices=["error", "skip"],
         default="error",
-        help="cache: end at a missing or damaged image, or leave it out",
+        help="cache: stop at a missing or damaged image, or leave it out",
     )
     group.add_argument(
         "--train_on",
@@ -67,7 +67,7 @@ def make_parser() -> Parser:
 
 
 def main(argv=None):
-    """Fetch a data set, look at one and print what it holds, or make a cache of its images."""
+    """Download or check a data set and print its content, or make a cache of its images."""
     args = make_parser().parse_args(argv)
     name = datasets.ALIASES.get(args.name, args.name)
     if args.action == "cache" and name not in CACHED:

@@ -1,4 +1,4 @@
-"""NumPy files read as plain arrays only, with every way they can be damaged turned into one kind of error."""
+"""NumPy files read as plain arrays only; every kind of damage becomes a ValueError."""
 
 import struct
 import zipfile
@@ -24,7 +24,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    # zipfile: RuntimeError where a damaged entry seems to be encrypted, or compressed in a way it does not know
+    # zipfile raises RuntimeError if a damaged entry looks encrypted or compressed by an unknown method
     except (
         EOFError,
         MemoryError,
@@ -42,16 +42,16 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_pt(path: Path) -> dict[str, np.ndarray]:
-    """The vectors of a file of torch.save, by name; a single one is called "". NumPy's arrays and tensors alone are read.
+    """The vectors of a file of torch.save, by name; a single one is called "". Reads only NumPy arrays and tensors.
 
     CIFAR-N's official files are pickles of NumPy vectors. ValueError: damaged, or holding other objects, which are not loaded.
     """
-    import pickle  # noqa: PLC0415  (for the name of its error alone; nothing is unpickled freely)
+    import pickle  # noqa: PLC0415  (only for its error; nothing is unpickled freely)
 
     import torch  # noqa: PLC0415
 
-    reconstruct = np._core.multiarray._reconstruct
-    scalar = np._core.multiarray.scalar
+    multiarray = np._core.multiarray  # type: ignore[attr-defined]
+    reconstruct, scalar = multiarray._reconstruct, multiarray.scalar
     allowed = [
         *(
             (made, f"numpy.{core}.multiarray.{made.__name__}")

@@ -30,7 +30,7 @@ TRAIN_ON = ("noisy", "noisy+verified", "noisy+clean")
 NOISY_LABELS, CLEAN_LABELS = "noisy_label_kv.txt", "clean_label_kv.txt"
 NOISY_TRAIN, CLEAN_TRAIN = "noisy_train_key_list.txt", "clean_train_key_list.txt"
 TEST, VALIDATION = "clean_test_key_list.txt", "clean_val_key_list.txt"
-# the same in one list per part, a key and a label in each line, as several repositories hand them round
+# the same as one list per part with a key and a label in each line, as several repositories have it
 COMBINED = {
     NOISY_TRAIN: "noisy_train.txt",
     CLEAN_TRAIN: "clean_train.txt",
@@ -50,10 +50,10 @@ def load_clothing1m(
     train_on: "noisy" trains on the million of noisy_train_key_list.txt; "noisy+clean" also gives the 47,570 of
     clean_train_key_list.txt as `clean_train`, to fine-tune on; "noisy+verified" adds to the million those images of the
     clean list whose noisy label is the clean one. The last is our reading of the "25k verified" of the literature:
-    verification says of a noisy label only whether it is right, so the images verified wrong are left out. Their
-    positions go on after the noisy list: its length + the place in the clean list.
-    test and validation are the clean ones. on_bad_image, workers: as for Food-101N. UserError: what is missing, and where
-    to get it; a list that cannot be understood, by its line.
+    images verified as wrong are left out. The position of an added image is the length of the noisy list plus its position
+    in the clean list.
+    test and validation are the clean ones. on_bad_image, workers: as for Food-101N. UserError: missing files, with their
+    source; a list with a bad line, which is named.
     """
     data = read_clothing1m(Path(root), train_on)
     added = int((data.verified == 1).sum())
@@ -64,7 +64,7 @@ def load_clothing1m(
 
 
 def read_clothing1m(root: Path, train_on: str = "noisy+clean") -> FileData:
-    """What the lists name, whether it is there or not."""
+    """The images that the lists name, whether they exist or not."""
     if train_on not in TRAIN_ON:
         raise ValueError(f"train_on must be one of {', '.join(TRAIN_ON)}, got {train_on}")
     lists = folder_of_lists(root)
@@ -120,7 +120,7 @@ def read_clothing1m(root: Path, train_on: str = "noisy+clean") -> FileData:
 
 
 def folder_of_lists(root: Path, files: Iterable[str] | None = None) -> Path:
-    """root, or root/annotations where more of the lists are there. files: by default all that the folder is to hold."""
+    """root, or root/annotations if that holds more of the lists. files: by default all lists."""
 
     def missing(folder: Path) -> int:
         return len(missing_files(folder, files or list_files(folder)))
@@ -129,12 +129,12 @@ def folder_of_lists(root: Path, files: Iterable[str] | None = None) -> Path:
 
 
 def has_combined_lists(folder: Path) -> bool:
-    """Whether a folder holds one list of keys and labels per part in the place of the official ones."""
+    """Whether a folder holds one list of keys and labels per part instead of the official ones."""
     return (folder / COMBINED[NOISY_TRAIN]).is_file() and not (folder / NOISY_TRAIN).is_file()
 
 
 def list_files(folder: Path) -> tuple[str, ...]:
-    """The lists that a folder is to hold: the official ones, or one of keys and labels per part where these are there."""
+    """The lists that a folder must hold: the official ones, or those of keys and labels per part if it has these."""
     return tuple(COMBINED.values()) if has_combined_lists(folder) else FILES
 
 
@@ -148,9 +148,9 @@ def _labels_of(keys: dict[str, int], labels: dict[str, int], file: Path, labels_
 def verified_right(
     noisy_train: Iterable[str], clean_train: Iterable[str], noisy: dict[str, int], clean: dict[str, int]
 ) -> np.ndarray:
-    """The places in clean_train of the images whose noisy label is the clean one, but for those in noisy_train anyway."""
-    known = set(noisy_train)
-    agrees = [key not in known and noisy.get(key, -1) == clean.get(key) for key in clean_train]
+    """The positions in clean_train of images whose noisy label is the clean one, without those that noisy_train has."""
+    in_noisy = set(noisy_train)
+    agrees = [key not in in_noisy and noisy.get(key, -1) == clean.get(key) for key in clean_train]
     return np.flatnonzero(agrees)
 
 
@@ -160,7 +160,7 @@ def _joined(first: FileSplit, second: FileSplit) -> FileSplit:
 
 
 def key_lines(lines: Iterable[str]) -> dict[str, int]:
-    """The keys of a key list in their order, with their line numbers. ValueError: a key that is there twice, or none at all."""
+    """The keys of a key list in their order, with their line numbers. ValueError: a key that occurs twice, or no key."""
     seen: dict[str, int] = {}
     for number, key in numbered(lines):
         remember(seen, key, number)
@@ -170,7 +170,7 @@ def key_lines(lines: Iterable[str]) -> dict[str, int]:
 
 
 def label_lines(lines: Iterable[str], num_classes: int) -> dict[str, int]:
-    """Labels by key, from lines of a key, a blank and a label. ValueError: anything else, or a key that is there twice."""
+    """Labels by key, from lines of a key, a blank and a label. ValueError: any other line, or a key that occurs twice."""
     seen: dict[str, int] = {}
     labels = {}
     for number, line in numbered(lines):
@@ -185,9 +185,9 @@ def label_lines(lines: Iterable[str], num_classes: int) -> dict[str, int]:
 
 
 def located(root: Path, keys: Iterable[str]) -> list[str]:
-    """The keys as paths below root: as they stand, or without `images/` where it was unpacked so.
+    """The keys as paths below root: as they are, or without `images/` if the archive was unpacked so.
 
-    Decided for each of the folders images/0 to images/9, and not by a million looks.
+    Checks one folder of images/0 to images/9 each, not a million files.
     """
 
     @cache

@@ -1,4 +1,4 @@
-"""Looking at a data set of image files: what is there, and exactly what is missing or damaged."""
+"""Checks of a data set of image files: which images exist, are missing or damaged."""
 
 import os
 from collections import Counter
@@ -36,7 +36,7 @@ def load_files(
     imagenet: str | None = None,
     num_class: int = webvision.CLASSES,
 ) -> FileData:
-    """Food-101N, Clothing1M or mini-WebVision by name, as its own function loads it.
+    """Load Food-101N, Clothing1M or mini-WebVision by name.
 
     train_on is for Clothing1M, imagenet and num_class for mini-WebVision.
     """
@@ -57,7 +57,7 @@ def check(
 ) -> None:
     """Print what a data set holds, and each thing missing from it: list files, whole folders, single images.
 
-    images: decode every image too, by `workers` processes, and print each damaged one. UserError, at the end: anything is
+    images: also decode every image in `workers` processes and print each damaged one. UserError, at the end: an image is
     missing or damaged.
     """
     root = Path(root)
@@ -70,10 +70,10 @@ def check(
         for line in missing_lines(split, there):
             print(line)
         if images:
-            found = find_damaged(split, np.flatnonzero(there), workers)
-            damaged += len(found)
-            for i in sorted(found):
-                print(f"damaged: {split.path(i)} ({found[i]})")
+            reasons = find_damaged(split, np.flatnonzero(there), workers)
+            damaged += len(reasons)
+            for i in sorted(reasons):
+                print(f"damaged: {split.path(i)} ({reasons[i]})")
     if missing or damaged:
         raise UserError(
             f"{name} in {root.resolve()}: {missing} images missing, {damaged} damaged; get them from {source(name)}"
@@ -82,7 +82,7 @@ def check(
 
 
 def _read(name: str, root: Path, imagenet: str | None, num_class: int) -> FileData:
-    """What the lists name; where lists are missing, a line for each and UserError."""
+    """The images that the lists name. Prints a line for each missing list. UserError: a list is missing."""
     module = MODULES[name]
     folder = clothing1m.folder_of_lists(root) if module is clothing1m else root
     files = module.list_files(folder) if module in (mini_imagenet, clothing1m) else module.FILES
@@ -105,13 +105,15 @@ def _read(name: str, root: Path, imagenet: str | None, num_class: int) -> FileDa
 
 
 def missing_lines(split: FileSplit, there: np.ndarray) -> list[str]:
-    """A line for each folder of which no listed image is there, and for each other image that is not; there: bool [N]."""
+    """A line for each folder without any listed image, and for each other missing image. there: bool [N]."""
     folders = [os.path.dirname(path) for path in split.paths.tolist()]
     listed = Counter(folders)
     missing = Counter(folders[i] for i in np.flatnonzero(~there))
-    whole = [folder for folder in missing if missing[folder] == listed[folder] > 1]
+    empty = [folder for folder in missing if missing[folder] == listed[folder] > 1]
     lines = [
         f"missing: {split.folder / os.fsdecode(folder)} ({listed[folder]} {split.part} images)"
-        for folder in whole
+        for folder in empty
     ]
-    return lines + [f"missing: {split.path(i)}" for i in np.flatnonzero(~there) if folders[i] not in whole]
+    return lines + [
+        f"missing: {split.path(i)}" for i in np.flatnonzero(~there).tolist() if folders[i] not in empty
+    ]

@@ -1,4 +1,4 @@
-"""Data sets whose images stay in their files: what the lists name, what is there, and what is left out of it."""
+"""Data sets whose images stay in their files: lists, missing and damaged images."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from common.gpu import processes
 from common.runs.cli import UserError
 from common.runs.files import write_atomic
 
-# the usual constants of networks trained on ImageNet; AFM's release has them for Food-101N
+# the usual constants of ImageNet; AFM's release uses them for Food-101N
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 TRAINED_ON = ("train", "clean_train")
@@ -38,21 +38,21 @@ class FileSplit(NamedTuple):
     part: str = "train"  # train, test, validation, clean_train or imagenet
 
     def path(self, i: int) -> Path:
-        """Where image i is."""
+        """The path of image i."""
         return self.folder / os.fsdecode(self.paths[i])
 
-    def only(self, keep: np.ndarray) -> "FileSplit":
+    def only(self, keep: np.ndarray | slice) -> "FileSplit":
         """The images at `keep`, a mask [N] or positions."""
         return self._replace(paths=self.paths[keep], labels=self.labels[keep])
 
     def read(self, i: int) -> Tensor:
-        """Image i as uint8 [3, H, W]. UserError, which names it and its position: damaged, or not to be read."""
+        """Image i as uint8 [3, H, W]. UserError: it is damaged or cannot be read; names path and position."""
         try:
             return read_image(self.path(i))
         except DamagedImage as error:
             reason = f"is damaged ({error.reason}): use --on_bad_image skip"
         except OSError as error:
-            reason = f"cannot be read ({error.strerror}): mend or remove it"
+            reason = f"cannot be read ({error.strerror}): repair or remove it"
         raise UserError(f"image {i} of the {self.part} list, {self.path(i)}, {reason}")
 
     def sha256(self) -> str:
@@ -68,12 +68,12 @@ class FileData(NamedTuple):
     test: FileSplit
     num_classes: int
     classes: tuple[str, ...]  # names, by class id
-    positions: np.ndarray  # int64 [N]: where the kept training images stand in the official training list
-    listed: int  # how many images that list names: positions are below it
-    verified: np.ndarray  # int8 [N]: 1 the label was verified right, 0 verified wrong, -1 not verified
+    positions: np.ndarray  # int64 [N]: positions of the kept training images in the official training list
+    listed: int  # number of images in that list
+    verified: np.ndarray  # int8 [N]: 1: label verified as right, 0: verified as wrong, -1: not verified
     validation: FileSplit | None = None
     clean_train: FileSplit | None = None  # verified images to fine-tune on
-    imagenet: FileSplit | None = None  # images of another origin to test on
+    imagenet: FileSplit | None = None  # test images of another data set
     skipped: tuple[
         tuple[str, int, str], ...
     ] = ()  # images left out: path, position in the official list, reason
@@ -81,9 +81,9 @@ class FileData(NamedTuple):
     std: tuple[float, ...] = IMAGENET_STD
 
     def splits(self) -> tuple[FileSplit, ...]:
-        """Those it has."""
-        found = (self.train, self.test, self.validation, self.clean_train, self.imagenet)
-        return tuple(split for split in found if split is not None)
+        """The splits that exist."""
+        all_splits = (self.train, self.test, self.validation, self.clean_train, self.imagenet)
+        return tuple(split for split in all_splits if split is not None)
 
 
 def make_split(
@@ -99,7 +99,7 @@ def make_split(
 
 
 def require(name: str, root: Path, folder: Path, files: Iterable[str], source: str) -> None:
-    """UserError where list files are missing below `folder`: where they were looked for, and where the data come from."""
+    """UserError if list files are missing below `folder`; it names the folder and the source of the data."""
     missing = missing_files(folder, files)
     if missing:
         raise UserError(
@@ -109,12 +109,12 @@ def require(name: str, root: Path, folder: Path, files: Iterable[str], source: s
 
 
 def missing_files(root: Path, files: Iterable[str]) -> list[str]:
-    """Those of the files that are not below root."""
+    """The files that do not exist below root."""
     return [file for file in files if not (root / file).is_file()]
 
 
 def read_list(path: Path, reader: Callable[..., Any], *arguments: Any) -> Any:
-    """reader(lines of the file, *arguments); its ValueErrors, and an unreadable file, become UserErrors naming the file."""
+    """reader(lines of the file, *arguments); a ValueError or an unreadable file becomes a UserError that names the file."""
     try:
         return reader(path.read_text(encoding="utf-8-sig").splitlines(), *arguments)
     except UnicodeDecodeError:
@@ -126,23 +126,23 @@ def read_list(path: Path, reader: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def numbered(lines: Iterable[str], header: str | None = None) -> Iterable[tuple[int, str]]:
-    """The lines that are not blank, with their numbers from 1; a first line that begins with the header is left out."""
+    """The lines that are not blank, with their numbers from 1; skips a first line that starts with the header."""
     for number, line in enumerate(lines, start=1):
         if line.strip() and not (number == 1 and header is not None and line.startswith(header)):
             yield number, line.strip()
 
 
 def remember(seen: dict[str, int], key: str, number: int) -> None:
-    """Note in which line a key stands. ValueError: it stood in another before."""
+    """Keep the line number of a key. ValueError: an earlier line has the key."""
     if key in seen:
         raise ValueError(f"line {number}: {key} is there already, in line {seen[key]}")
     seen[key] = number
 
 
 def report(data: FileData, official: dict[str, int], added: int = 0) -> None:
-    """Print what the splits hold; a note where a list is not as long as the official one (by part, where that is known).
+    """Print the size of each split, and a note if a list differs in length from the official one (by part).
 
-    added: images of the training split that are of another list.
+    added: number of training images from another list.
     """
     for split in data.splits():
         count, expected = len(split.paths), official.get(split.part)
@@ -156,15 +156,15 @@ def report(data: FileData, official: dict[str, int], added: int = 0) -> None:
 
 
 def are_there(split: FileSplit, listings: dict[bytes, set[bytes]]) -> np.ndarray:
-    """Which images are on the disk: bool [N]. Each folder is listed once and kept in `listings`."""
+    """Which images exist: bool [N]. Each folder is listed once and kept in `listings`."""
     root = os.fsencode(split.folder)
-    found = np.zeros(len(split.paths), dtype=bool)
+    exists = np.zeros(len(split.paths), dtype=bool)
     for i, path in enumerate(split.paths.tolist()):
         folder, name = os.path.split(os.path.join(root, path))
         if folder not in listings:
             listings[folder] = _names_in(folder)
-        found[i] = name in listings[folder]
-    return found
+        exists[i] = name in listings[folder]
+    return exists
 
 
 def _names_in(folder: bytes) -> set[bytes]:
@@ -177,9 +177,9 @@ def _names_in(folder: bytes) -> set[bytes]:
 
 
 def find_damaged(split: FileSplit, positions: np.ndarray, workers: int) -> dict[int, str]:
-    """Decode the images at `positions` in worker processes; what is wrong with each damaged one, by its position.
+    """Decode the images at `positions` in worker processes; the reason for each damaged one, by its position.
 
-    UserError: an image that cannot be read, which says nothing about what it holds.
+    UserError: an image cannot be read, so nothing is known about its content.
     """
     chunks = np.array_split(positions, max(len(positions) // 32, 1))
     damaged: dict[int, str] = {}
@@ -199,16 +199,16 @@ def _damaged_of(split: FileSplit, positions: np.ndarray) -> tuple[int, dict[int,
         except DamagedImage as error:
             damaged[i] = error.reason
         except OSError as error:
-            return UserError(f"{split.path(i)} cannot be read ({error.strerror}): mend or remove it")
+            return UserError(f"{split.path(i)} cannot be read ({error.strerror}): repair or remove it")
     return len(positions), damaged
 
 
 def without_bad_images(data: FileData, root: Path, on_bad_image: str, workers: int) -> FileData:
-    """The data set as it can be trained on; `data` is what the lists name.
+    """The data set without bad images; `data` has all images of the lists.
 
-    on_bad_image: "error" raises UserError if an image is missing, or if the first bytes of one to test on are no image's;
-    "skip" leaves missing and damaged ones out of every split. For that all images are decoded once, and the outcome is kept in
-    root.
+    on_bad_image: "error" raises UserError if an image is missing, or if an image to test on does not start as an image file;
+    "skip" leaves missing and damaged images out of every split. For "skip" all images are decoded once, and the outcome is kept
+    in root.
     """
     if on_bad_image not in ("error", "skip"):
         raise ValueError(f"on_bad_image must be error or skip, got {on_bad_image}")
@@ -234,9 +234,9 @@ def without_bad_images(data: FileData, root: Path, on_bad_image: str, workers: i
             raise UserError(f"{data.name} {split.part}: no image left below {split.folder}")
     if on_bad_image == "error":
         return data
-    kept = {split.part: split.only(keep[split.part]) for split in data.splits()}
-    of_train = {name: getattr(data, name)[keep["train"]] for name in ("positions", "verified")}
-    return data._replace(**kept, **of_train, skipped=tuple(skipped))
+    kept: dict[str, Any] = {split.part: split.only(keep[split.part]) for split in data.splits()}
+    kept |= {name: getattr(data, name)[keep["train"]] for name in ("positions", "verified")}
+    return data._replace(**kept, skipped=tuple(skipped))
 
 
 def _require_all(name: str, root: Path, split: FileSplit, there: np.ndarray) -> None:
@@ -288,9 +288,9 @@ def _damage_in_head(path: Path) -> str | None:
 def _damaged_images(
     name: str, root: Path, split: FileSplit, there: np.ndarray, workers: int
 ) -> dict[int, str]:
-    """The damaged ones among those that are there, by position; images that an earlier run looked at are not read again."""
+    """The damaged images among the existing ones, by position. Images that an earlier run checked are not read again."""
     sha = split.sha256()
-    if not split.folder.is_relative_to(root):  # another folder has other files of these names
+    if not split.folder.is_relative_to(root):  # another folder has other files with these names
         sha = hashlib.sha256(os.fsencode(split.folder.resolve()) + sha.encode()).hexdigest()
     record = root / f"damaged_images.{name}_{split.part}_{sha[:8]}.json"
     damaged, unseen = _read_record(record, sha, len(split.paths))
@@ -315,7 +315,7 @@ def _damaged_images(
 
 
 def _read_record(record: Path, sha: str, count: int) -> tuple[dict[int, str], np.ndarray]:
-    """What an earlier run found: the damaged images by position, and which were not looked at, bool [N]."""
+    """The outcome of an earlier run: the damaged images by position, and which images it did not check, bool [N]."""
     unseen = np.zeros(count, dtype=bool)
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
@@ -323,7 +323,7 @@ def _read_record(record: Path, sha: str, count: int) -> tuple[dict[int, str], np
             unseen[content["not_looked_at"]] = True
             return {int(i): reason for i, reason in content["damaged"].items()}, unseen
     except FileNotFoundError:
-        pass  # the first look at this list
+        pass  # the first check of this list
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         print(f"note: {record} cannot be read ({type(error).__name__}): every image is read again")
     return {}, np.ones(count, dtype=bool)

@@ -34,10 +34,10 @@ def load_food101n(root: str | Path, on_bad_image: str = "error", workers: int = 
     """The images and given labels of Food-101N, and the test images of Food-101.
 
     root holds Food-101N_release/ and food-101/ as their archives unpack. The id of a class is the rank of its name in
-    alphabetical order, whatever the order of the lists. verified joins the two verified lists of Food-101N; an image in
-    both counts as verified_train.tsv has it. on_bad_image: "error" for a missing image, "skip" leaves missing and damaged
-    images out, found by `workers` processes. UserError: what is missing, and where to get it; a list that cannot be
-    understood, by its line.
+    alphabetical order, whatever the order of the lists. verified joins the two verified lists of Food-101N; for an
+    image in both, verified_train.tsv counts. on_bad_image: "error" stops at a missing image, "skip" leaves missing and damaged
+    images out, checked by `workers` processes. UserError: missing files, with their source; a list with a bad line, which is
+    named.
     """
     data = read_food101n(Path(root))
     report(data, OFFICIAL)
@@ -45,7 +45,7 @@ def load_food101n(root: str | Path, on_bad_image: str = "error", workers: int = 
 
 
 def read_food101n(root: Path) -> FileData:
-    """What the lists name, whether it is there or not."""
+    """The images that the lists name, whether they exist or not."""
     require(NAME, root, root, FILES, SOURCE)
     classes = read_list(root / CLASSES, class_lines)
     paths, labels = read_list(root / IMAGES, food101n_lines, classes)
@@ -54,10 +54,11 @@ def read_food101n(root: Path) -> FileData:
         f"{NAME}: {(verified >= 0).sum()} training labels verified, {(verified == 1).sum()} of them right; "
         f"{unknown} verified rows of no listed image"
     )
+    test_paths, test_labels = read_list(root / TEST_IMAGES, food101_test_lines, classes)
     return FileData(
         NAME,
         make_split(root / TRAIN, paths, labels),
-        make_split(root / TEST, *read_list(root / TEST_IMAGES, food101_test_lines, classes), "test"),
+        make_split(root / TEST, test_paths, test_labels, "test"),
         len(classes),
         classes,
         positions=np.arange(len(paths)),
@@ -67,7 +68,7 @@ def read_food101n(root: Path) -> FileData:
 
 
 def class_lines(lines: Iterable[str]) -> tuple[str, ...]:
-    """Class names in alphabetical order. ValueError: one that is there twice, or none."""
+    """Class names in alphabetical order. ValueError: a name that occurs twice, or no name."""
     seen: dict[str, int] = {}
     for number, line in numbered(lines):
         if not (number == 1 and line == HEADER):
@@ -80,7 +81,7 @@ def class_lines(lines: Iterable[str]) -> tuple[str, ...]:
 def food101n_lines(lines: Iterable[str], classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """Paths below Food-101N_release and class ids int64 [N] of imagelist.tsv; further columns are ignored.
 
-    ValueError: a line that is not CLASS/FILE, of a class that `classes` (in the order of ids) lacks, or there twice.
+    ValueError: a line that is not CLASS/FILE, has a class that `classes` (in the order of ids) lacks, or occurs twice.
     """
     return _labelled(lines, classes, "")
 
@@ -130,10 +131,10 @@ def _class_of(key: str, number: int) -> str:
 
 
 def join_verified(paths: Sequence[str], parts: Sequence[dict[str, int]]) -> tuple[np.ndarray, int]:
-    """int8 [N]: what the parts (the first counts) say of each path, -1 where nothing; and how many rows match no path.
+    """int8 [N]: the value of each path in the first of the parts that has it, else -1; and the number of rows without a path.
 
-    The match is by class and file: one file of the release stands under another class in verified_train.tsv.
+    The match is by class and file: verified_train.tsv has one file of the release under another class.
     """
-    known = {key: label for part in reversed(parts) for key, label in part.items()}
-    verified = np.array([known.pop(path, -1) for path in paths], dtype=np.int8)
-    return verified, len(known)
+    labels = {key: label for part in reversed(parts) for key, label in part.items()}
+    verified = np.array([labels.pop(path, -1) for path in paths], dtype=np.int8)
+    return verified, len(labels)

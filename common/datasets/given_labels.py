@@ -1,7 +1,7 @@
 """Observed labels from a file: human label noise (CIFAR-N), an earlier run's labels, your own.
 
-`--noise_file FILE` or `--noise_file FILE:COLUMN`. A file is a table of named columns or arrays; a column of indices puts its rows
-in the order of the data set, and COLUMN picks the labels where several columns could be them.
+`--noise_file FILE` or `--noise_file FILE:COLUMN`. A file is a table of named columns or arrays. A column of indices sorts its
+rows into the order of the data set. COLUMN names the labels if several columns could be labels.
 """
 
 import csv
@@ -37,7 +37,7 @@ def read_labels(path: str | Path, lengths: tuple[int, ...], num_classes: int) ->
     file, column = split_column(path)
     where = f"--noise_file {path}"
     table = _read(file, where)
-    if set(table) == OWN:  # a run's own file: its index may be of a subset, which only labels_of can place
+    if set(table) == OWN:  # a run's own file: its index may be a subset, which only labels_of can match
         table.pop("sha256")
     try:
         labels = _in_order(table, _chosen(table, column))
@@ -56,7 +56,7 @@ def labels_of(
     """The file's labels of the training images at `index` [n], out of `total`: int64 [n].
 
     The file holds one label per training image of the data set. A run's noisy_labels.npz (or .npy with the train_index.npy
-    beside it) says itself whose labels it holds. is_subset: whether labels [n] without an index are provably those of
+    beside it) says itself whose labels it holds. is_subset: whether labels [n] without an index provably belong to
     the images at `index`, in that order; without it such a file is refused. UserError: as read_labels, or labels of other images.
     """
     file, column = split_column(path)
@@ -69,7 +69,7 @@ def labels_of(
     labels = read_labels(path, lengths, num_classes)
     if len(labels) == total:
         return labels[index]
-    if not is_subset(labels):
+    if is_subset is None or not is_subset(labels):
         raise UserError(
             f"{where}: nothing shows which {len(labels)} of the {total} training images these labels are of; give one label "
             "per training image, or a run's noisy_labels.npz"
@@ -78,7 +78,7 @@ def labels_of(
 
 
 def split_column(path: str | Path) -> tuple[Path, str | None]:
-    """FILE:COLUMN as (FILE, COLUMN); a name with a colon that is a file, or whose head is none, is taken as it is."""
+    """FILE:COLUMN as (FILE, COLUMN). A name with a colon that is a file, or whose FILE is none, stays as it is."""
     head, colon, column = str(path).rpartition(":")
     if colon and not Path(path).is_file() and Path(head).is_file():
         return Path(head), column
@@ -93,7 +93,7 @@ def own_file(labels: np.ndarray, index: np.ndarray) -> bytes:
 
 
 def labels_sha256(labels: np.ndarray) -> str:
-    """Of the labels as a .npy file: the sha256 that noise.json and every copy of noisy_labels.npy have."""
+    """sha256 of the labels as a .npy file: that of noise.json and of every copy of noisy_labels.npy."""
     buffer = io.BytesIO()
     np.save(buffer, labels, allow_pickle=False)
     return hashlib.sha256(buffer.getvalue()).hexdigest()
@@ -102,8 +102,8 @@ def labels_sha256(labels: np.ndarray) -> str:
 def label_notes(
     clean: np.ndarray | None, observed: np.ndarray, num_classes: int, from_file: bool
 ) -> list[str]:
-    """What looks wrong about labels [N] that are allowed: a noise rate of a file that hints at other images' labels or at the
-    true ones, and classes without an image. clean: None if the true labels are unknown."""
+    """Warnings about valid labels [N]: a noise rate that suggests labels of other images or true labels, and classes without
+    an image. clean: None if the true labels are unknown."""
     notes = []
     if from_file and clean is not None and len(clean):
         rate = float((clean != observed).mean())
@@ -125,7 +125,7 @@ def label_notes(
 
 
 def _own_labels(file: Path, where: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Labels and the images they belong to, of a file that a run wrote; None for any other file."""
+    """Labels and their images, from a file that a run wrote; None for any other file."""
     beside = file.with_name("train_index.npy")
     if file.name == "noisy_labels.npy" and file.is_file() and beside.is_file():
         labels = _read(file, where)[""]
@@ -191,7 +191,7 @@ def _could_be_labels(values: Any) -> bool:
 
 
 def _in_order(table: Table, labels: np.ndarray) -> np.ndarray:
-    """The labels by their index column, if there is one. ValueError: it is no permutation of 0..N-1."""
+    """The labels sorted by their index column, if there is one. ValueError: it is no permutation of 0..N-1."""
     names = [name for name in table if _is_index(name, table)]
     named = [name for name in names if name.lower() in INDEX_NAMES] or names
     orders = [_whole_numbers(table[name], name) for name in named]
@@ -211,7 +211,7 @@ def _in_order(table: Table, labels: np.ndarray) -> np.ndarray:
 
 
 def _whole_numbers(values: Any, name: str) -> np.ndarray:
-    """A column as integers: whole numbers of any type, [N, 1] as [N]. ValueError: something else, which is named."""
+    """A column as integers: whole numbers of any type, [N, 1] as [N]. ValueError: any other column; names the content."""
     array = np.asarray(values)
     of = f"column {name}: " if name else ""
     if array.dtype.kind == "U":  # text of a .csv

@@ -1,7 +1,7 @@
-"""Images decoded and made small once: one file of pixels to read from in place of a file per image.
+"""Images decoded and resized once: one file of pixels instead of a file per image.
 
 <folder>/images.u8 holds the images one after the other, uint8 [h, w, 3] each; <folder>/index.npz their sizes and the sha256 of
-the list they were made from. index.npz is written last: a folder without it holds no cache.
+the list of images. index.npz is written last: a folder without it holds no cache.
 """
 
 import io
@@ -25,8 +25,8 @@ from common.runs.files import cannot_write, write_atomic, write_whole
 from common.runs.locks import Lock
 
 PIXELS, INDEX = "images.u8", "index.npz"
-SIZE = 256  # pixels of the shorter side, unless asked otherwise
-SAMPLE = 32  # images decoded to estimate the space that all will need
+SIZE = 256  # pixels of the shorter side, by default
+SAMPLE = 32  # images decoded to estimate the space for all
 
 
 class ImageCache:
@@ -37,12 +37,12 @@ class ImageCache:
         bytes, int [N]; by default they follow one another."""
         self.path, self.sizes = path, sizes
         self.ends = np.cumsum(3 * sizes.prod(axis=1, dtype=np.int64)) if ends is None else ends
-        self._pixels: np.memmap | None = None  # opened in each process when it first reads
+        self._pixels: np.memmap | None = None  # each process opens it at its first read
 
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def only(self, keep: np.ndarray) -> "ImageCache":
+    def only(self, keep: np.ndarray | slice) -> "ImageCache":
         """The images at `keep`, a mask [N] or positions, as `FileSplit.only`."""
         return ImageCache(self.path, self.sizes[keep], self.ends[keep])
 
@@ -52,22 +52,20 @@ class ImageCache:
             self._pixels = np.memmap(self.path, dtype=np.uint8, mode="r")
         height, width = self.sizes[i]
         end = self.ends[i]
-        image = np.array(
-            self._pixels[end - 3 * height * width : end]
-        )  # a copy: torch wants memory it may write to
+        image = np.array(self._pixels[end - 3 * height * width : end])  # a copy: torch needs writable memory
         return torch.from_numpy(image).view(height, width, 3).permute(2, 0, 1)
 
     def __getstate__(self) -> dict:
-        """Without the map, which would be pickled as all the pixels."""
+        """Without the memory map, which would be pickled with all pixels."""
         return {**self.__dict__, "_pixels": None}
 
 
 def build(split: FileSplit, folder: str | Path, size: int = SIZE, workers: int = 0) -> None:
     """Write the images of a split into folder, the shorter side `size` pixels and the aspect kept, as the test transform does.
 
-    Nothing happens where that cache is there already. UserError: a damaged image, too little space, a cache of other images
-    in the folder, or another process at work on it. A training run from the cache sees other crops than one from the files
-    with the same seed, as they are drawn in pixels of the image; but the same where its transform begins by resizing to `size`.
+    Keeps a complete cache of the same images. UserError: a damaged image, too little space, a cache of other images in the
+    folder, or another process that writes it. With the same seed, training from the cache sees other crops than training from
+    the files: crops are drawn in pixels of the image. They are the same if the transform first resizes to `size`.
     """
     folder = Path(folder)
     try:
@@ -128,7 +126,7 @@ def _check_space(split: FileSplit, folder: Path, size: int) -> None:
 
 
 def open_cache(folder: str | Path, split: FileSplit, wanted: Collection[int] = (SIZE,)) -> ImageCache:
-    """The cache of a split, of a wanted size. UserError: none there, a damaged one, or one of other images or another size."""
+    """The cache of a split with one of the given sizes. UserError: no cache, a damaged one, other images or another size."""
     folder = Path(folder)
     rebuild = "delete the folder and build it with python -m common.datasets cache"
     if not (folder / INDEX).is_file():
@@ -137,10 +135,10 @@ def open_cache(folder: str | Path, split: FileSplit, wanted: Collection[int] = (
         index = read_npz(folder / INDEX)
         sizes, made_size, sha = index["sizes"], int(index["size"]), str(index["sha256"])
         cache = ImageCache(folder / PIXELS, sizes)
-        whole = int(cache.ends[-1]) == cache.path.stat().st_size
+        complete = int(cache.ends[-1]) == cache.path.stat().st_size
     except (ValueError, KeyError, OSError, IndexError) as error:
         raise UserError(f"the image cache in {folder} cannot be read ({error}): {rebuild}") from None
-    if not whole:
+    if not complete:
         raise UserError(
             f"the image cache in {folder} is damaged ({PIXELS} is not as long as {INDEX} says): {rebuild}"
         )

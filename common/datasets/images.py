@@ -23,7 +23,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file listed from a folder is an image by its suffix, and no hidden file such as macOS's `._x.jpg`."""
+    """Whether a file name has the suffix of an image and is not hidden, such as macOS's `._x.jpg`."""
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
@@ -44,17 +44,17 @@ def read_image(path: str | Path) -> Tensor:
 
     Grey, palette and CMYK images become RGB and transparency is dropped, as in Pillow's convert("RGB"); 16 bits per channel
     become 8; of an animation the first picture is taken. torchvision decodes what it can, for speed, and
-    Pillow the rest. DamagedImage: neither can. OSError: the file cannot be read.
+    Pillow the other files. DamagedImage: neither can. OSError: the file cannot be read.
     """
     content = np.fromfile(path, dtype=np.uint8)
     if not len(content):
         raise DamagedImage(Path(path), "empty file")
     try:
-        # seconds to import, of use only where images come from files
+        # takes seconds to import, needed only for images from files
         from torchvision.io import ImageReadMode, decode_image  # noqa: PLC0415
 
         image = decode_image(torch.from_numpy(content), mode=ImageReadMode.RGB)
-    except (RuntimeError, ImportError):  # torchvision is to lose its decoders: deprecated since 0.29
+    except (RuntimeError, ImportError):  # torchvision's decoders are deprecated since 0.29
         image = _read_with_pillow(content.tobytes(), Path(path))
     if image.ndim == 4:
         image = image[0]
@@ -83,7 +83,7 @@ def _read_with_pillow(content: bytes, path: Path) -> Tensor:
 
 
 class _Calls(Dataset):
-    """A function in the shape that DataLoader wants."""
+    """A function in the form that DataLoader needs."""
 
     def __init__(self, function: Callable):
         self.function = function
@@ -95,14 +95,14 @@ class _Calls(Dataset):
                 _share(result)
             except (
                 RuntimeError
-            ) as error:  # raised later, in a thread of the worker, it would leave the parent waiting
+            ) as error:  # if a thread of the worker raises this later, the parent waits for ever
                 reason = str(error).splitlines()[0].rpartition(": ")[2]
                 return MachineError(f"no room for images in shared memory ({reason}): {SHARED_MEMORY}")
         return result
 
 
 def _share(result: Any) -> None:
-    """Move the tensors of a result to shared memory, which is how they reach the parent. RuntimeError: it is too small."""
+    """Move the tensors of a result to shared memory, from where the parent reads them. RuntimeError: it is too small."""
     if isinstance(result, Tensor):
         result.share_memory_()
     elif isinstance(result, (list, tuple)):
@@ -113,11 +113,11 @@ def _share(result: Any) -> None:
 def in_workers(
     function: Callable, arguments: Sequence, workers: int, *, pin_memory: bool = False
 ) -> "Passes":
-    """function(argument) for each of the arguments in their order, computed by worker processes (by this one for 0).
+    """function(argument) for each argument in order, computed by worker processes (by this process for 0 workers).
 
-    The workers live as long as the result, but not longer than the script, through any number of passes; `arguments` may be
-    changed between passes. One pass at a time; a pass may be left before its end. A pass raises a UserError that the function
-    returns. MachineError: workers cannot be started, or one has died. After an error no worker is left.
+    The workers live as long as the result, at most until the script ends, through any number of passes. `arguments` may change
+    between passes. One pass at a time; a pass may stop before its end. A pass raises a UserError that the function returns.
+    MachineError: workers cannot be started, or one has died. An error ends all workers.
     """
     loader = partial(
         DataLoader,
@@ -130,7 +130,7 @@ def in_workers(
         worker_init_fn=_leave_the_process_group,
         pin_memory=pin_memory,
         multiprocessing_context=_quiet_context() if workers else None,
-        generator=torch.Generator(),  # or each pass would draw a number from the global one
+        generator=torch.Generator(),  # otherwise each pass draws a number from the global generator
     )
     return Passes(loader)
 
@@ -169,31 +169,34 @@ class Passes:
             self._running, failure = iter(self._loader), None
         except OSError as error:
             failure = MachineError(f"workers cannot be started ({error.strerror}): {SHARED_MEMORY}")
-        if failure is not None:  # raised here, where no traceback keeps the workers that did start
+        if failure is not None:  # raised here, so that no traceback keeps the started workers alive
             self.close()
             raise failure
 
     def close(self) -> None:
         """End the workers now; another pass starts new ones."""
         running, self._running, self._loader = self._running, None, None
-        if hasattr(running, "_shutdown_workers"):  # not by `del`: the traceback of an error keeps the pass
-            with suppress(RuntimeError):  # torch's, about one more worker that has died
+        if hasattr(
+            running, "_shutdown_workers"
+        ):  # `del` is not enough: the traceback of an error keeps the pass
+            with suppress(RuntimeError):  # torch raises it if another worker has died
                 running._shutdown_workers()
 
 
 def _try_semaphores(workers: int) -> None:
-    """OSError: there are not as many as DataLoader takes, which leaves a half-made pass behind if it finds that out."""
+    """OSError: fewer semaphores than DataLoader needs. DataLoader itself would fail and leave a half-made pass behind."""
     semaphores = [multiprocessing.Lock() for _ in range(3 * workers + 8 if workers else 0)]
     del semaphores
 
 
 def _close(passes: weakref.ref, *_error: Any) -> None:
-    if passes() is not None:
-        passes().close()
+    held = passes()
+    if held is not None:
+        held.close()
 
 
 class _QuietQueue(multiprocessing.queues.Queue):
-    """A queue whose thread prints nothing if the other end is gone. `Passes` says so in one line."""
+    """A queue whose thread prints nothing if the other end is gone. `Passes` reports that in one line."""
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
@@ -203,7 +206,7 @@ class _QuietQueue(multiprocessing.queues.Queue):
 def _quiet_context() -> multiprocessing.context.BaseContext:
     """The context of the start method in use, with quiet queues."""
     context = copy(multiprocessing.get_context(multiprocessing.get_start_method()))
-    context.Queue = partial(_QuietQueue, ctx=context)
+    context.Queue = partial(_QuietQueue, ctx=context)  # type: ignore[method-assign]
     return context
 
 
@@ -212,6 +215,6 @@ def _as_it_is(result: Any) -> Any:
 
 
 def _leave_the_process_group(_worker: int) -> None:
-    """Ctrl-C, and a signal to the whole job, are for the parent: it ends its workers in its own time."""
+    """Leave Ctrl-C and signals to the process group to the parent, which ends its workers."""
     os.setsid()
-    signal.set_wakeup_fd(-1)  # a forked worker has its parent's
+    signal.set_wakeup_fd(-1)  # a forked worker inherits its parent's

@@ -4,7 +4,7 @@ import hashlib
 import shlex
 import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,13 +43,13 @@ class Split(NamedTuple):
     images: np.ndarray  # uint8 [N, H, W, C]
     labels: np.ndarray  # int64 [N]
 
-    def only(self, keep: np.ndarray) -> "Split":
+    def only(self, keep: np.ndarray | slice) -> "Split":
         """The images at `keep`, positions."""
         return Split(self.images[keep], self.labels[keep])
 
 
 class Data(NamedTuple):
-    """A data set in memory, with clean labels unless it came with none."""
+    """A data set in memory, with clean labels if its file has them."""
 
     name: str
     train: Split
@@ -57,13 +57,13 @@ class Data(NamedTuple):
     num_classes: int
     mean: tuple[float, ...]  # per channel, of pixels scaled to [0, 1]
     std: tuple[float, ...]
-    noisy_labels: np.ndarray | None = None  # int64 [N]: observed training labels that an .npz brought along
+    noisy_labels: np.ndarray | None = None  # int64 [N]: observed training labels of an .npz
 
 
 def load(name: str, root: str | Path = "./data", download: bool = False) -> Data:
-    """The data set `name`: <root>/<name>.npz where there is one, else digits or torchvision's copy under root.
+    """The data set `name`: <root>/<name>.npz if that exists, else digits or torchvision's copy under root.
 
-    root may also be the very folder of the CIFAR batches, as the releases have it. download fetches torchvision's copy
+    root may also be the folder of the CIFAR batches itself, as in the releases. download fetches torchvision's copy
     first. UserError: unknown name, missing or damaged files, an .npz of wrong shapes, types or ranges.
     """
     root = Path(root)
@@ -82,7 +82,7 @@ def load(name: str, root: str | Path = "./data", download: bool = False) -> Data
 
 
 def download(name: str, root: str | Path = "./data") -> None:
-    """Fetch torchvision's copy of a data set into root; nothing happens where it is whole already."""
+    """Fetch torchvision's copy of a data set into root, unless it is complete already."""
     if name == "digits":
         return
     if name not in TORCHVISION:
@@ -99,7 +99,9 @@ def _data(
 ) -> Data:
     num_classes = num_classes or NUM_CLASSES.get(name, int(train.labels.max()) + 1)
     mean, std = NORMALISATION.get(name, ((), ()))
-    if len(mean) != train.images.shape[-1]:  # no constants, or an .npz of that name with other channels
+    if (
+        len(mean) != train.images.shape[-1]
+    ):  # no constants for this name, or an .npz of that name with other channels
         mean, std = _pixel_statistics(train.images)
     return Data(name, train, test, num_classes, mean, std, noisy_labels)
 
@@ -128,8 +130,8 @@ def _load_digits() -> Data:
 # torchvision's copies -------------------------------------------------------------------------------------------------
 
 
-def _class(name: str) -> type:
-    """torchvision's class of a data set; imported here because that takes seconds that digits and .npz need not wait."""
+def _class(name: str) -> Any:
+    """torchvision's class of a data set. Imported here: the import takes seconds, and digits and .npz do not need it."""
     import torchvision.datasets  # noqa: PLC0415
 
     return getattr(torchvision.datasets, TORCHVISION[name])
@@ -148,10 +150,11 @@ def _download(name: str, root: Path) -> None:
 def _load_torchvision(name: str, root: Path) -> tuple[Split, Split]:
     if name.startswith("cifar"):
         kind, place = _cifar_folder(name, root)
-        parts = [kind(place, train=train) for train in (True, False)]
-        return tuple(Split(part.data, np.array(part.targets, dtype=np.int64)) for part in parts)
+        parts = (kind(place, train=train) for train in (True, False))
+        train, test = (Split(part.data, np.array(part.targets, dtype=np.int64)) for part in parts)
+        return train, test
     folder = _checked_mnist_folder(name, root)
-    # read file by file: torchvision's class would prefer old pickles in a folder `processed`, and run what is in them
+    # read file by file: torchvision's class would prefer old pickles in a folder `processed`, and run their code
     from torchvision.datasets.mnist import read_image_file, read_label_file  # noqa: PLC0415
 
     splits = []
@@ -162,11 +165,11 @@ def _load_torchvision(name: str, root: Path) -> tuple[Split, Split]:
         if len(split.images) != len(split.labels) or not len(split.labels) or split.labels.max() > 9:
             raise _damaged(name, root, folder / labels, "its labels are not one of 0..9 per image")
         splits.append(split)
-    return tuple(splits)
+    return splits[0], splits[1]
 
 
-def _cifar_folder(name: str, root: Path) -> tuple[type, Path]:
-    """The torchvision class, and the root to give it, once all files are there and match their md5."""
+def _cifar_folder(name: str, root: Path) -> tuple[Any, Path]:
+    """The torchvision class and its root, once all files exist and match their md5."""
     kind = _class(name)
     files = {**dict(kind.train_list), **dict(kind.test_list), kind.meta["filename"]: kind.meta["md5"]}
     folder = root / kind.base_folder
@@ -181,7 +184,7 @@ def _cifar_folder(name: str, root: Path) -> tuple[type, Path]:
 
 
 def _checked_mnist_folder(name: str, root: Path) -> Path:
-    """The folder of the idx files, once all are there and whole: MNIST by md5, both by their archives where these are."""
+    """The folder of the idx files, once all are checked: MNIST by md5, both data sets by their archives if these exist."""
     folder = root / TORCHVISION[name] / "raw"
     _check_present(name, root, folder, list(MNIST_MD5))
     archives = dict(_class(name).resources)
@@ -196,7 +199,7 @@ def _checked_mnist_folder(name: str, root: Path) -> Path:
 
 
 def _check_idx(name: str, root: Path, path: Path) -> None:
-    """An idx file says its type (8: bytes) and its dimensions in its head; they and its length must agree."""
+    """Check an idx file: its head gives type (8: bytes) and dimensions, which must agree with its length."""
     dimensions = 3 if "images" in path.name else 1
     with path.open("rb") as file:
         magic, head = file.read(4), file.read(4 * dimensions)
@@ -237,7 +240,7 @@ def _fetch(name: str, root: Path) -> str:
 def _load_npz(name: str, path: Path) -> Data:
     arrays = _read_arrays(path)
     splits = [_checked_split(path, part, arrays) for part in ("train", "test")]
-    # a data set of your own has as many classes as its labels say, but hardly more than training images
+    # your own data set has as many classes as its labels say, but not more than training images
     num_classes = NUM_CLASSES.get(name, min(max(int(splits[0].labels.max()) + 1, 1), len(splits[0].labels)))
     if "num_classes" in arrays:
         num_classes = _given_classes(path, name, arrays["num_classes"])
@@ -253,11 +256,11 @@ def _load_npz(name: str, path: Path) -> Data:
             )
         _check_range(path, "noisy_labels", noisy, num_classes)
         noisy = noisy.astype(np.int64)
-    return _data(name, *splits, noisy, num_classes)
+    return _data(name, splits[0], splits[1], noisy, num_classes)
 
 
 def _given_classes(path: Path, name: str, given: np.ndarray) -> int:
-    """The num_classes of an .npz: settles classes that only the test set, or nothing, has."""
+    """The num_classes of an .npz: for classes without training images."""
     if given.size != 1 or not is_integer(given) or not 1 <= given.item() <= 100_000:
         raise UserError(
             f"{path}: num_classes must be one whole number above 0, got {given.dtype} {given.tolist()}"

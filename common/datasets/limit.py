@@ -1,10 +1,10 @@
-"""--limit_train and --limit_test: seeded subsets, to save time."""
+"""--limit_train and --limit_test: seeded subsets."""
 
 import numpy as np
 
 
 def limited(positions: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
-    """The positions [N], or `limit` of them drawn from RandomState(seed), in their order; all for None."""
+    """`limit` of the positions [N], drawn from RandomState(seed), in their order; all for None."""
     if not limit or limit >= len(positions):
         return positions
     return positions[np.sort(np.random.RandomState(seed).permutation(len(positions))[:limit])]

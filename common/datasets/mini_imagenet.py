@@ -1,6 +1,6 @@
-"""mini-ImageNet with controlled noisy web labels (CNWL, Jiang et al. 2020), its lists as Manifold DivideMix's release reads them.
+"""mini-ImageNet with controlled noisy web labels (CNWL, Jiang et al. 2020), with the lists of Manifold DivideMix's release.
 
-`decoded` makes one array of the images of a split: they are small enough for that, and then train as data in memory do.
+`decoded` makes one array of all images of a split, which then trains like a data set in memory.
 """
 
 import hashlib
@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from common.datasets.arrays import read_npz
@@ -39,18 +39,18 @@ from common.runs.files import write_whole
 from common.runs.locks import InUse, Lock
 
 NAME = "mini_imagenet"
-COLORS = ("red", "blue")  # noise of the web, and synthetic
+COLORS = ("red", "blue")  # web noise, synthetic noise
 NUM_CLASSES = 100
 LISTS, TEST = "split", "split/clean_validation"
 ANY_TRAIN = "<color>_noise_nl_<rate>"
 TRAIN_IMAGE, TEST_IMAGE = "all_images/{name}", "validation/{label}/{name}"
 OFFICIAL = {"train": 50_000, "test": 5_000}
-# how many images the official training lists name, as far as that is known; all others name about as many
+# numbers of images in the official training lists, as far as published; the other lists have about as many
 OFFICIAL_LISTS = {"red_noise_nl_0.0": 50_000, "red_noise_nl_0.3": 49_985, "red_noise_nl_0.4": 50_010}
 OFFICIAL_LISTS |= {"red_noise_nl_0.5": 49_962, "red_noise_nl_0.8": 50_008}
 ABOUT = 100
 SOURCE = "the project page of CNWL, https://google.github.io/controlled-noisy-web-labels"
-# of the release, for its script of this data set
+# of the release's script for this data set
 MEAN, STD = (0.4728, 0.4487, 0.4031), (0.2744, 0.2663, 0.2806)
 
 
@@ -59,10 +59,9 @@ def load_mini_imagenet(
 ) -> FileData:
     """The training images of split/<color>_noise_nl_<rate> with their given labels, and the clean test images.
 
-    color: "red" for noise of the web, "blue" for synthetic noise. rate: the part of the labels that is noise, 0 to 0.8, in
-    the list's name as Python prints the float. The classes are 100 whatever the lists name. on_bad_image, workers: as for
-    Food-101N. UserError: what is missing, and where to get it or which lists there are instead; a list that cannot be
-    understood, by its line.
+    color: "red" for web noise, "blue" for synthetic noise. rate: noise rate, 0 to 0.8, in the list's name as Python prints
+    the float. There are 100 classes, whatever the lists name. on_bad_image, workers: as for Food-101N. UserError: missing
+    files, with their source or the existing lists; a list with a bad line, which is named.
     """
     data = read_mini_imagenet(Path(root), train_list(color, rate))
     count = len(data.train.paths)
@@ -87,7 +86,7 @@ def train_lists(root: Path) -> list[str]:
 
 
 def read_mini_imagenet(root: Path, train: str) -> FileData:
-    """What the test list and the training list of that name hold, whether the images are there or not."""
+    """The images of the test list and of a training list, whether they exist or not."""
     lists = train_lists(root)
     if lists and train not in lists:
         raise UserError(f"{NAME} has no {root.resolve() / LISTS / train}: there are {', '.join(lists)}")
@@ -96,12 +95,12 @@ def read_mini_imagenet(root: Path, train: str) -> FileData:
 
 
 def list_files(root: Path) -> list[str]:
-    """The list files of a whole data set, relative to root: those for training that are there (at least one), and for test."""
+    """The list files, relative to root: the existing training lists (at least one name) and the test list."""
     return [*(f"{LISTS}/{name}" for name in train_lists(root) or [ANY_TRAIN]), TEST]
 
 
 def read_every_list(root: Path) -> FileData:
-    """What all training lists below root name, an image of several lists once. Prints how many images each list names."""
+    """The images of all training lists below root, each image once. Prints the size of each list."""
     images: dict[str, int] = {}
     for name in train_lists(root):
         listed = read_list(root / LISTS / name, list_lines, TRAIN_IMAGE)
@@ -116,7 +115,7 @@ def read_every_list(root: Path) -> FileData:
 
 
 def is_official(name: str, count: int) -> bool:
-    """Whether a training list of that name may be the official one by how many images it names."""
+    """Whether the number of images fits the official training list of that name."""
     if name in OFFICIAL_LISTS:
         return count == OFFICIAL_LISTS[name]
     return abs(count - OFFICIAL["train"]) <= ABOUT
@@ -145,9 +144,9 @@ def _data(root: Path, train: dict[str, int]) -> FileData:
 
 
 def list_lines(lines: Iterable[str], image: str) -> dict[str, int]:
-    """Class ids by path below the root, from lines of an image name, a blank and an id; `image` makes a path of the two.
+    """Class ids by path below the root, from lines of an image name, a blank and an id; `image` makes a path from both.
 
-    ValueError: anything else, an image that is there twice, or none at all.
+    ValueError: any other line, an image that occurs twice, or no image.
     """
     seen: dict[str, int] = {}
     labels = []
@@ -168,11 +167,11 @@ def list_lines(lines: Iterable[str], image: str) -> dict[str, int]:
 
 
 def decoded(split: FileSplit, size: int, workers: int, folder: Path | None) -> np.ndarray:
-    """Every image of a split as RGB, resized as a whole (the aspect not kept): uint8 [N, size, size, 3].
+    """Every image of a split as RGB, resized to a square (the aspect not kept): uint8 [N, size, size, 3].
 
-    Decoded by `workers` processes (by this one for 0). The array is kept as a file in `folder`, if given, from where the next
-    call with the same paths and size reads it; delete it when images changed. Of several processes the first then decodes
-    for all. A folder that cannot be written, and a damaged file, are told and gone round. UserError: a damaged image.
+    Decoded by `workers` processes (by this process for 0). If `folder` is given, a file in it keeps the array for the next call
+    with the same paths and size; delete it after images changed. The first of several processes then decodes for all. A
+    folder that cannot be written and a damaged file get a note. UserError: a damaged image.
     """
     if folder is None:
         return _decode(split, size, workers)
@@ -180,7 +179,7 @@ def decoded(split: FileSplit, size: int, workers: int, folder: Path | None) -> n
 
 
 def _kept(split: FileSplit, size: int, workers: int, folder: Path) -> np.ndarray:
-    """The array as the folder has it, or a new one that is then kept there."""
+    """The array in the folder, or a new one, which is then kept there."""
     about = {
         "paths_sha256": split.sha256(),
         "images": len(split.paths),
@@ -198,13 +197,13 @@ def _kept(split: FileSplit, size: int, workers: int, folder: Path) -> np.ndarray
 
 
 def _read_kept(path: Path, parameters: str, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The array in the file; None, with a note unless there is no file, where it is not what the parameters say."""
+    """The array in the file; None if there is no file or, with a note, if it is damaged or has other parameters."""
     if not os.path.exists(path):
         return None
     try:
         content = read_npz(path)
-        images, found = content["images"], str(content["parameters"])
-        if found == parameters and images.shape == shape and images.dtype == np.uint8:
+        images, made_with = content["images"], str(content["parameters"])
+        if made_with == parameters and images.shape == shape and images.dtype == np.uint8:
             return images
         problem = "holds something else"
     except (OSError, ValueError, KeyError) as error:
@@ -242,7 +241,9 @@ def _decode(split: FileSplit, size: int, workers: int) -> np.ndarray:
     return images
 
 
-def _resized(split: FileSplit, resize: nn.Module, size: int, positions: np.ndarray) -> Tensor | UserError:
+def _resized(
+    split: FileSplit, resize: Callable[[Tensor], Tensor], size: int, positions: np.ndarray
+) -> Tensor | UserError:
     """The images at `positions`: uint8 [n, size, size, 3]."""
     images = torch.empty(len(positions), size, size, 3, dtype=torch.uint8)
     try:

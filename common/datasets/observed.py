@@ -1,4 +1,4 @@
-"""The observed labels of a data set in memory: drawn label noise, labels that it brings along, or those of a file."""
+"""The observed labels of a data set in memory: drawn label noise, labels of its .npz, or labels of a file."""
 
 import numpy as np
 
@@ -18,11 +18,11 @@ def observed_labels(
     flag: str = "--noise_type",
     posterior: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Observed labels of the training images at `index` [n]: int64 [n]. Noise is drawn for all, so a subset has its share.
+    """Observed labels of the training images at `index` [n]: int64 [n]. Noise is drawn for all images, then the subset is taken.
 
-    noise_type: one of common.noise.NOISE_TYPES, "none", or "given" for the noisy_labels of an .npz; noise_file goes before it.
-    flag: its name on the command line. posterior: float [N, K] of all training images, from `posterior_for`.
-    UserError: labels that are not there, or do not fit; a noise for more classes; a rate that cannot be reached.
+    noise_type: one of common.noise.NOISE_TYPES, "none", or "given" for the noisy_labels of an .npz; noise_file wins over it.
+    flag: the name of noise_type on the command line. posterior: float [N, K] of all training images, from `posterior_for`.
+    UserError: missing labels, or labels that do not fit; a noise type for more classes; a rate that cannot be reached.
     """
     labels = data.train.labels
     if noise_file:

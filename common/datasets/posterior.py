@@ -19,9 +19,9 @@ from common.runs.files import write_atomic
 
 FOLDS = 5
 MAX_ITERATIONS = 1000
-# part of what a cache is compared by: change it with the recipe
+# part of the key of a cache: change it with the recipe
 RECIPE = f"{FOLDS}-fold logistic regression on pixels, C 1, lbfgs, float32, version 1"
-# of these noise types, for the help line of a script's own flag
+# the help line of these noise types for a script's flag
 HELP = (
     "margin1 to margin3: likelier at a small margin of a posterior (PMD, types I to III); hard: where the posterior of the true "
     "label is smallest"
@@ -29,7 +29,7 @@ HELP = (
 
 
 def add_flag(group) -> None:
-    """--posterior, to an argument group."""
+    """Add --posterior to an argument group."""
     group.add_argument(
         "--posterior",
         metavar="FILE",
@@ -40,7 +40,7 @@ def add_flag(group) -> None:
 
 
 def check_flag(parser: Parser, args: Namespace, noise_type: str, flag: str) -> None:
-    """Refuse --posterior where no noise is drawn from it. noise_type: as settled, so "given" with --noise_file."""
+    """Refuse --posterior if the noise type does not use it. noise_type: "given" with --noise_file."""
     if args.posterior and noise_type not in POSTERIOR_TYPES:
         parser.error(f"argument --posterior: is for {flag} {', '.join(POSTERIOR_TYPES)}, got {noise_type}")
 
@@ -51,7 +51,7 @@ def posterior_for(
     """The posterior of all training images that a noise type needs: float64 [N, K]; None if it needs none.
 
     file: of --posterior. Without one it is `out_of_fold`, kept as <root>/<name>_posterior.npz if the folder root exists.
-    Every process is to call this. UserError: a file that does not fit; images that no regression can be fitted to.
+    Every process must call this. UserError: a file that does not fit; images on which the regression cannot be fitted.
     """
     if noise_type not in POSTERIOR_TYPES:
         return None
@@ -71,18 +71,18 @@ def read_posterior(path: str | Path, size: int, num_classes: int) -> np.ndarray:
 
 
 def out_of_fold(train: Split, num_classes: int) -> tuple[np.ndarray, int]:
-    """Class probabilities of each training image by a logistic regression that has not seen it: float64 [N, K].
+    """Class probabilities of each training image, by a logistic regression fitted without it: float64 [N, K].
 
     Pixels / 255 are the features, the true labels the targets. StratifiedKFold with 5 folds and seed 0; L2 penalty with C = 1,
-    solver lbfgs. A class without images in the other folds has probability 0. Also returns how many of the regressions
-    stopped at MAX_ITERATIONS. ValueError: fewer than 2 classes, or fewer than 5 images in each class.
+    solver lbfgs. A class without images in the other folds has probability 0. Also returns the number of regressions
+    that stopped at MAX_ITERATIONS. ValueError: fewer than 2 classes, or fewer than 5 images in each class.
     """
     from sklearn.exceptions import ConvergenceWarning  # noqa: PLC0415  (a second of import that few runs need)
     from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
     from sklearn.model_selection import StratifiedKFold  # noqa: PLC0415
 
     pixels = train.images.reshape(len(train.images), -1).astype(np.float32) / 255
-    # the intercept has no penalty, so this does not change the solution; lbfgs needs a third of the iterations
+    # centring does not change the solution, as the intercept has no penalty; lbfgs needs a third of the iterations
     pixels -= pixels.mean(axis=0)
     posterior = np.zeros((len(pixels), num_classes))
     stopped = 0
@@ -124,7 +124,7 @@ def _kept_or_made(data: Data, root: Path) -> np.ndarray:
 
 
 def _sha256(train: Split) -> str:
-    """Of all that the posterior depends on."""
+    """sha256 of everything that the posterior depends on."""
     digest = hashlib.sha256(f"{RECIPE} {train.images.shape}".encode())
     digest.update(np.ascontiguousarray(train.images).tobytes())
     digest.update(train.labels.astype(np.int64).tobytes())
@@ -132,7 +132,7 @@ def _sha256(train: Split) -> str:
 
 
 def _read_cache(path: Path, key: str, data: Data) -> np.ndarray | None:
-    """What the cache holds; None, and a note, if it is damaged or was made from something else."""
+    """The posterior in the cache; None, and a note, if it is damaged or belongs to other images or labels."""
     try:
         arrays = read_npz(path)
         posterior = checked_posterior(arrays["posterior"], len(data.train.labels), data.num_classes)
@@ -148,7 +148,7 @@ def _read_cache(path: Path, key: str, data: Data) -> np.ndarray | None:
 
 
 def _write_cache(path: Path, key: str, posterior: np.ndarray) -> None:
-    """Keep a posterior; a note if that is not possible."""
+    """Write a posterior; prints a note if that fails."""
     content = io.BytesIO()
     np.savez(content, posterior=posterior, sha256=key)
     try:

@@ -1,6 +1,6 @@
-"""mini-WebVision (Li et al. 2017; its first classes, as Jiang et al. 2020 and most of the field use it): images found by Google.
+"""mini-WebVision: the Google images of the first classes of WebVision 1.0 (Li et al. 2017), as in Jiang et al. 2020.
 
-Trained on with the labels of the search, tested on WebVision's own validation images and on those of ILSVRC12.
+Training uses the labels of the image search. Tests use WebVision's validation images and those of ILSVRC12.
 """
 
 import os
@@ -27,7 +27,7 @@ TRAIN, TEST, SYNSETS = "info/train_filelist_google.txt", "info/val_filelist.txt"
 FILES = (TRAIN, TEST)
 TEST_IMAGES, RESIZED = "val_images_256", "google_resized_256"
 # lists of ILSVRC12's validation images, in val/, beside it or in info/: a name and a class id or synset in each line; Kaggle's;
-# and the development kit's ids alone, in the order of the images, whose meta.mat says which synsets they are
+# the development kit's ids in the order of the images, with their synsets in meta.mat
 FLAT_LISTS = (
     "val.txt",
     "imagenet_val.txt",
@@ -36,7 +36,7 @@ FLAT_LISTS = (
     "ILSVRC2012_validation_ground_truth.txt",
 )
 CLASSES, ALL_CLASSES, PER_CLASS = 50, 1000, 50  # of mini-WebVision; of WebVision; test images of each class
-# of the training images the count that the literature gives, not checked against the list by us
+# the number of training images is from the literature; we have not checked it against the list
 OFFICIAL = {"train": 65_944, "test": CLASSES * PER_CLASS, "imagenet": CLASSES * PER_CLASS}
 SOURCE = (
     "WebVision 1.0 of data.vision.ee.ethz.ch/cvl/webvision (the Google images, val_images_256 and info) and, below imagenet/val, "
@@ -51,14 +51,14 @@ def load_webvision(
     workers: int = 0,
     imagenet: str | Path | None = None,
 ) -> FileData:
-    """The first num_class classes: images of Google with the labels of the search, and both sets to test on.
+    """The first num_class classes: Google images with the labels of the search, and both test sets.
 
     root holds info/ and val_images_256/ as WebVision's archives unpack, and the training images where the list says (google/...)
-    or in google_resized_256/, the archive of small images. The validation images of ILSVRC12 (`imagenet` of what is returned)
-    are below `imagenet`/val or root/imagenet/val, in a folder per class: named by class id (0, 1, ...) as for the release, or by
-    synset (n01440764, ...) as torchvision's ImageNet has them, for which info/synsets.txt says the order; or all in val/ itself,
-    with one of FLAT_LISTS in val/, beside it or in info/. "none" does without. on_bad_image, workers: as for
-    Food-101N. UserError: what is missing, and where to get it; a list that cannot be understood, by its line.
+    or in google_resized_256/, the archive of small images. The validation images of ILSVRC12 (`imagenet` of the result) are
+    below `imagenet`/val or root/imagenet/val, in a folder per class: named by class id (0, 1, ...) as in the release, or by
+    synset (n01440764, ...) as in torchvision's ImageNet, in the order of info/synsets.txt. Or all are in val/ itself, with one of
+    FLAT_LISTS in val/, beside it or in info/. "none": no such test set. on_bad_image, workers: as for Food-101N. UserError:
+    missing files, with their source; a list with a bad line, which is named.
     """
     data = read_webvision(Path(root), num_class, imagenet)
     report(data, official(num_class))
@@ -66,7 +66,7 @@ def load_webvision(
 
 
 def read_webvision(root: Path, num_class: int = CLASSES, imagenet: str | Path | None = None) -> FileData:
-    """What the lists name, whether it is there or not."""
+    """The images that the lists name, whether they exist or not."""
     if not 2 <= num_class <= ALL_CLASSES:
         raise ValueError(f"num_class must be from 2 to {ALL_CLASSES}, got {num_class}")
     require(NAME, root, root, FILES, SOURCE)
@@ -92,14 +92,14 @@ def read_webvision(root: Path, num_class: int = CLASSES, imagenet: str | Path | 
 
 
 def official(num_class: int) -> dict[str, int]:
-    """How many images each split has of the first num_class classes, as far as that is known."""
+    """The number of images of the first num_class classes in each split, as far as published."""
     return OFFICIAL if num_class == CLASSES else dict.fromkeys(("test", "imagenet"), num_class * PER_CLASS)
 
 
 def list_lines(lines: Iterable[str], num_class: int) -> tuple[list[str], list[int]]:
     """Paths and labels of the images of the first num_class classes, in the order of the lines: a path, a blank, a class id.
 
-    ValueError: another line, or no image of these classes.
+    ValueError: any other line, or no image of these classes.
     """
     paths, labels = [], []
     for number, line in numbered(lines):
@@ -125,7 +125,7 @@ def synset_lines(lines: Iterable[str]) -> tuple[str, ...]:
 
 
 def imagenet_validation(folder: Path, num_class: int, synsets: tuple[str, ...], info: Path) -> FileSplit:
-    """ILSVRC12's validation images of the first num_class classes below folder/val. UserError: a class that is not there."""
+    """ILSVRC12's validation images of the first num_class classes below folder/val. UserError: a class without a folder."""
     folder = folder / "val"
     by_id = (folder / "0").is_dir()
     flat = _image_names(folder)
@@ -165,7 +165,7 @@ def _image_names(folder: Path) -> list[str]:
 def _flat_validation(
     folder: Path, names: list[str], num_class: int, synsets: tuple[str, ...], info: Path
 ) -> FileSplit:
-    """ILSVRC12's validation images that lie in one folder, by the list that says their classes."""
+    """ILSVRC12's validation images in one folder, with their classes from a list."""
     places = [place / name for place in (folder, folder.parent, info) for name in FLAT_LISTS]
     lists = [place for place in places if place.is_file()]
     if not lists:
@@ -177,7 +177,7 @@ def _flat_validation(
     without = [name for name in names if Path(name).stem not in class_of]
     if without:
         raise UserError(
-            f"{lists[0]}: has no line for {without[0]}: get the whole list, or use --imagenet none"
+            f"{lists[0]}: has no line for {without[0]}: get the complete list, or use --imagenet none"
         )
     kept = [(name, class_of[Path(name).stem]) for name in names if class_of[Path(name).stem] < num_class]
     if not kept:
@@ -188,9 +188,9 @@ def _flat_validation(
 def flat_lines(
     lines: Iterable[str], names: list[str], synsets: tuple[str, ...], folder: Path
 ) -> dict[str, int]:
-    """Class ids by the names of images without suffix. names: of the images, in order, for a list of ids alone.
+    """Class ids by image names without suffix. names: of the images in order, for a list that has only ids.
 
-    ValueError: a line that is none, a synset that is not known, a list of ids of another length or without its meta.mat.
+    ValueError: a bad line, an unknown synset, a list of ids of another length or without its meta.mat.
     """
     rows = [line.replace(",", " ").split() for _, line in numbered(lines, "ImageId")]
     if all(len(row) == 1 for row in rows):

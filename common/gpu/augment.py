@@ -1,11 +1,10 @@
 """Augmentations of image batches on their device, each parameter drawn per sample from the generator passed in.
 
-Batches are [B, C, H, W] of any dtype. torchvision's own transforms draw one parameter per call, so that a
-whole batch would get the same crop; these follow the distribution of torchvision's transforms applied image
-by image.
+Batches are [B, C, H, W] of any dtype. The distribution is that of torchvision's transforms applied image by image.
+(torchvision's transforms draw one parameter per call, so all images of a batch would get the same crop.)
 
-Colour jitter, affine maps, grayscale and resized crops take uint8 batches, C = 1 or 3, and are those of torchvision on PIL
-images, bit for bit. Where they have many parameters, `draw_...` draws them and `apply_...` applies them.
+Colour jitter, affine maps, grayscale and resized crops take uint8 batches, C = 1 or 3. They equal torchvision's on PIL
+images, bit for bit. `draw_...` draws the parameters and `apply_...` applies them.
 """
 
 import math
@@ -24,9 +23,9 @@ JITTER = (brightness, contrast, color, shift_hue)  # ColorJitter's operations, a
 
 
 def random_crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
-    """Pad each side with `padding` zeros and cut the original size out of it, at a place of each image's own.
+    """Pad each side with `padding` zeros and cut out the original size at a random position of each image.
 
-    The (2 padding + 1)^2 places are equally likely, as in torchvision's RandomCrop(size, padding=padding).
+    The (2 padding + 1)^2 positions are equally likely, as in torchvision's RandomCrop(size, padding=padding).
     The result has channels-last strides.
     """
     count, _, height, width = images.shape
@@ -54,7 +53,7 @@ class ColorJitterDraws(NamedTuple):
     """Parameters of a colour jitter, one row per image."""
 
     strength: Tensor  # [B, 4]: factor of brightness, of contrast, of saturation, and the shift of the hue
-    order: Tensor  # int64 [B, 4]: which of the four, 0 to 3, comes first, second, ...; 4 is none
+    order: Tensor  # int64 [B, 4]: the first, second, ... operation, 0 to 3; 4 is none
 
 
 def draw_color_jitter(
@@ -66,7 +65,7 @@ def draw_color_jitter(
     hue: float = 0.4,
     p: float = 1.0,
 ) -> ColorJitterDraws:
-    """The law of torchvision's ColorJitter, applied with probability p, for `count` images.
+    """Draws of torchvision's ColorJitter, applied with probability p, for `count` images.
 
     Factors are uniform in [max(0, 1 - x), 1 + x], the shift of the hue in [-x, x], all 24 orders equally likely.
     Raises ValueError for a negative strength, or a hue above 0.5.
@@ -79,7 +78,7 @@ def draw_color_jitter(
     strength = torch.stack([uniform(count, generator, low, high) for low, high in bounds], dim=1)
     order = uniform((count, len(JITTER)), generator).argsort(dim=1)
     omitted = uniform((count, 1), generator) >= p
-    if hue == 0:  # the others do nothing at no strength, a shift by 0 would round
+    if hue == 0:  # the others do nothing at strength 0, but a hue shift by 0 rounds
         omitted = omitted | (order == JITTER.index(shift_hue))
     return ColorJitterDraws(strength, order.masked_fill(omitted, len(JITTER)))
 
@@ -88,7 +87,7 @@ def apply_color_jitter(images: Tensor, draws: ColorJitterDraws) -> Tensor:
     """Colour jitter with given parameters. uint8 [B, C, H, W]; of grey images saturation and hue change nothing."""
     by_position = F.one_hot(draws.order, len(JITTER) + 1).sum(0)
     images = images.clone()
-    for position, counts in enumerate(by_position.tolist()):  # the one time that the device is waited for
+    for position, counts in enumerate(by_position.tolist()):  # the only wait for the device
         rows = draws.order[:, position].argsort().split(counts)
         for i, operation in enumerate(JITTER):
             if counts[i]:
@@ -105,9 +104,9 @@ def color_jitter(
     hue: float = 0.4,
     p: float = 1.0,
 ) -> Tensor:
-    """torchvision's ColorJitter with probability p, the four operations in an order of each image's own. uint8 [B, C, H, W].
+    """torchvision's ColorJitter with probability p, with an order of the four operations per image. uint8 [B, C, H, W].
 
-    The strengths by default are those of SANM's warm-up. Raises ValueError as `draw_color_jitter`.
+    The default strengths are those of SANM's warm-up. Raises ValueError as `draw_color_jitter`.
     """
     draws = draw_color_jitter(len(images), generator, brightness, contrast, saturation, hue, p)
     return apply_color_jitter(images, draws)
@@ -117,8 +116,8 @@ class AffineDraws(NamedTuple):
     """Parameters of an affine map about the centre of the image, float64 [B] each: what torchvision's `affine` takes."""
 
     angle: Tensor  # degrees, clockwise
-    right: Tensor  # whole pixels
-    down: Tensor  # whole pixels
+    right: Tensor  # integer pixels
+    down: Tensor  # integer pixels
     scale: Tensor
     shear_x: Tensor  # degrees
     shear_y: Tensor  # degrees
@@ -134,9 +133,9 @@ def draw_affine(
     scale: tuple[float, float] = (2 / 3, 3 / 2),
     shear: tuple[float, float, float, float] = (-0.1, 0.1, -0.1, 0.1),
 ) -> AffineDraws:
-    """The law of torchvision's RandomAffine for `count` images; its arguments are those of `random_affine`.
+    """Draws of torchvision's RandomAffine for `count` images; its arguments are those of `random_affine`.
 
-    All are uniform, the translation rounded to whole pixels.
+    All are uniform; the translation is rounded to integer pixels.
     """
     right, down = translate[0] * width, translate[1] * height
     return AffineDraws(
@@ -174,8 +173,8 @@ def random_affine(
 ) -> Tensor:
     """torchvision's RandomAffine, nearest pixel and black outside. uint8 [B, C, H, W].
 
-    degrees: turned by at most that. translate: shifted by at most these parts of width and height. shear: along x from the first
-    to the second, along y from the third to the fourth, in degrees. The values by default are those of SANM's warm-up.
+    degrees: the largest rotation. translate: the largest shift, as fractions of width and height. shear: along x from the first
+    to the second, along y from the third to the fourth, in degrees. The default values are those of SANM's warm-up.
     """
     height, width = images.shape[2:]
     draws = draw_affine(len(images), height, width, generator, degrees, translate, scale, shear)
@@ -189,7 +188,7 @@ def random_grayscale(images: Tensor, generator: Generator, p: float = 0.2) -> Te
 
 
 class CropDraws(NamedTuple):
-    """Boxes within images, in whole pixels, int64 [B] each."""
+    """Boxes within images, in integer pixels, int64 [B] each."""
 
     top: Tensor
     left: Tensor
@@ -205,34 +204,34 @@ def draw_resized_crop(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> CropDraws:
-    """The law of torchvision's RandomResizedCrop for images [height, width].
+    """Draws of torchvision's RandomResizedCrop for images [height, width].
 
-    Ten attempts at an area (uniform in `scale`, as a part of the whole) and an aspect (width / height, log-uniform in `ratio`);
-    the first that fits in is put anywhere. If none does: the largest box in the middle whose aspect is allowed.
+    Ten attempts at an area (uniform in `scale`, as a fraction of the image) and an aspect (width / height, log-uniform in
+    `ratio`). The first box that fits gets a random position. If none fits: the largest central box with an allowed aspect.
     """
     area = height * width * uniform((10, count), generator, *scale)
     aspect = uniform((10, count), generator, math.log(ratio[0]), math.log(ratio[1])).exp()
     widths, heights = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
     first = fits.byte().argmax(dim=0, keepdim=True)
-    found = fits.any(0)
+    any_fits = fits.any(0)
     # the aspect nearest to the image's own
     middle = min(max(width / height, ratio[0]), ratio[1])
-    box_height = torch.where(found, heights.gather(0, first)[0], min(height, round(width / middle)))
-    box_width = torch.where(found, widths.gather(0, first)[0], min(width, round(height * middle)))
+    box_height = torch.where(any_fits, heights.gather(0, first)[0], min(height, round(width / middle)))
+    box_width = torch.where(any_fits, widths.gather(0, first)[0], min(width, round(height * middle)))
     free_rows, free_columns = height - box_height, width - box_width
     top = (uniform(count, generator) * (free_rows + 1)).long()
     left = (uniform(count, generator) * (free_columns + 1)).long()
     return CropDraws(
-        top=torch.where(found, top, free_rows // 2),
-        left=torch.where(found, left, free_columns // 2),
+        top=torch.where(any_fits, top, free_rows // 2),
+        left=torch.where(any_fits, left, free_columns // 2),
         height=box_height,
         width=box_width,
     )
 
 
 def apply_resized_crop(images: Tensor, draws: CropDraws) -> Tensor:
-    """Each image's box, resized to the whole size of the image as PIL does, bilinear. uint8 [B, C, H, W], channels-last."""
+    """Each image's box, resized to the size of the image as PIL does, bilinear. uint8 [B, C, H, W], channels-last."""
     count, channels, height, width = images.shape
     across = triangle_weights(draws.left, draws.width, width)  # [B, W, W]
     down = triangle_weights(draws.top, draws.height, height)  # [B, H, H]
@@ -245,7 +244,7 @@ def apply_resized_crop(images: Tensor, draws: CropDraws) -> Tensor:
 
 
 def triangle_weights(start: Tensor, length: Tensor, size: int) -> Tensor:
-    """PIL's bilinear weights that resize the part [start, start + length) of a line of `size` pixels to the whole of it.
+    """PIL's bilinear weights that resize the part [start, start + length) of a line of `size` pixels to `size` pixels.
 
     start, length: int64 [B], in pixels. Returns float64 [B, size, size], output by input: integers, in parts of 2^22.
     """
@@ -253,7 +252,7 @@ def triangle_weights(start: Tensor, length: Tensor, size: int) -> Tensor:
     scale = (length.double() / size)[:, None]
     centre = (pixel + 0.5) * scale
     place = pixel - start[:, None] + 0.5  # of the inputs, counted from the start of the part
-    # the triangle grows with the pixels where a line is shrunk
+    # the triangle is wider if a line is shrunk
     distance = (place[:, None, :] - centre[:, :, None]).abs_() / scale.clamp_min(1)[:, None]
     weights = (1 - distance).clamp_(min=0)
     weights *= ((place > 0) & (place < length[:, None]))[:, None, :]
@@ -262,7 +261,7 @@ def triangle_weights(start: Tensor, length: Tensor, size: int) -> Tensor:
 
 
 def fixed_to_uint8(sums: Tensor) -> Tensor:
-    """Sums in parts of 2^22 to whole numbers 0 to 255, halves up; float64 and in place."""
+    """Sums in parts of 2^22 to integers 0 to 255, halves up; float64 and in place."""
     return sums.add_(2**21).mul_(2.0**-22).floor_().clamp_(0, 255)
 
 
@@ -274,7 +273,7 @@ def random_resized_crop(
 ) -> Tensor:
     """torchvision's RandomResizedCrop to the size that the images have, bilinear as on PIL images. uint8 [B, C, H, W].
 
-    scale: bounds of the part of the area; ratio: bounds of width / height. The result has channels-last strides.
+    scale: bounds of the fraction of the area; ratio: bounds of width / height. The result has channels-last strides.
     """
     height, width = images.shape[2:]
     return apply_resized_crop(images, draw_resized_crop(len(images), height, width, generator, scale, ratio))
@@ -287,10 +286,10 @@ def uniform(shape: int | tuple[int, ...], generator: Generator, low: float = 0, 
 
 
 def simclr_view(images: Tensor, generator: Generator, flip: bool = True) -> Tensor:
-    """A view of SimCLR pre-training, as SupContrast makes it of CIFAR for SimCLR. uint8 [B, C, H, W].
+    """A view of SimCLR pre-training, as SupContrast's for CIFAR. uint8 [B, C, H, W].
 
-    A part of the image, colour jitter for four images in five, and one in five in grey. flip: mirror half of them, which is
-    not for handwritten digits.
+    A resized crop, colour jitter with probability 0.8, grayscale with probability 0.2. flip: mirror half of the images, not for
+    handwritten digits.
     """
     images = random_resized_crop(images, generator, scale=(0.2, 1.0))
     if flip:
@@ -308,9 +307,9 @@ def warm_up_view(images: Tensor, generator: Generator, crop: Callable[[Tensor, G
 
 
 def training_augmentation(dataset: str, size: int) -> Callable[[Tensor, Generator], Tensor]:
-    """The crop-and-flip transform at a data set's own size: padding of an eighth of it (4 pixels of 32).
+    """The crop-and-flip transform for images of a size: padding of an eighth of it (4 pixels of 32).
 
-    Handwritten digits are not mirrored: a mirrored digit is another sign or none.
+    Handwritten digits are not mirrored, as a mirrored digit is no digit.
     """
     padding = max(size // 8, 1)
     if dataset in ("digits", "mnist"):
@@ -325,19 +324,19 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def random_resized_crop_and_flip(size: int = 224) -> Callable[[Tensor], Tensor]:
-    """AFM's training transform of one uint8 image [3, H, W]: a random part of it as [3, size, size], mirrored or not.
+    """AFM's training transform of one uint8 image [3, H, W]: a random resized crop [3, size, size] and flip.
 
     torchvision's defaults: area 0.08 to 1, aspect 3/4 to 4/3, bilinear; it draws from torch's global CPU generator.
     """
-    from torchvision.transforms import v2  # noqa: PLC0415 (seconds to import, of use only for image files)
+    from torchvision.transforms import v2  # noqa: PLC0415 (takes seconds to import, needed only for image files)
 
     return v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
 
 
 def resize_random_crop_and_flip(resize: int = 256, size: int = 224) -> Callable[[Tensor], Tensor]:
-    """Training transform of one uint8 image [3, H, W] of Clothing1M of DivideMix and SANM: a square of nearly all of it.
+    """DivideMix's and SANM's training transform of one uint8 image [3, H, W] of Clothing1M.
 
-    Shorter side to `resize`, a random [3, size, size] of that, mirrored or not; it draws from torch's global CPU generator.
+    Shorter side to `resize`, a random crop [3, size, size] and flip; it draws from torch's global CPU generator.
     """
     from torchvision.transforms import v2  # noqa: PLC0415
 
@@ -346,7 +345,7 @@ def resize_random_crop_and_flip(resize: int = 256, size: int = 224) -> Callable[
 
 
 def resize_random_resized_crop_and_flip(resize: int = 320, size: int = 299) -> Callable[[Tensor], Tensor]:
-    """SFA's training transform of one uint8 image [3, H, W] of WebVision: a random part as [3, size, size], mirrored or not.
+    """SFA's training transform of one uint8 image [3, H, W] of WebVision: a random resized crop [3, size, size] and flip.
 
     Shorter side to `resize`, then as `random_resized_crop_and_flip`; it draws from torch's global CPU generator.
     """
@@ -356,17 +355,17 @@ def resize_random_resized_crop_and_flip(resize: int = 320, size: int = 299) -> C
 
 
 def resize_and_center_crop(resize: int = 256, size: int = 224) -> Callable[[Tensor], Tensor]:
-    """AFM's test transform of one uint8 image [3, H, W]: shorter side to `resize`, the middle [3, size, size] of it."""
+    """AFM's test transform of one uint8 image [3, H, W]: shorter side to `resize`, then the centre crop [3, size, size]."""
     from torchvision.transforms import v2  # noqa: PLC0415
 
     return v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(size)])
 
 
 def resize_crop_and_flip(size: int = 256) -> Callable[[Tensor], Tensor]:
-    """Me-Momentum's training transform of one uint8 image [3, H, W] of Clothing1M: [3, size, size], all of it but for a shift.
+    """Me-Momentum's training transform of one uint8 image [3, H, W] of Clothing1M: [3, size, size].
 
-    Both sides to `size`, so that the aspect is not kept; padded by an eighth of it (32 of 256) with zeros, cut at random to
-    the old size, mirrored or not; it draws from torch's global CPU generator.
+    Both sides to `size` (the aspect not kept), zero padding of an eighth of it (32 of 256), a random crop to `size` and flip; it
+    draws from torch's global CPU generator.
     """
     from torchvision.transforms import v2  # noqa: PLC0415
 

@@ -1,9 +1,9 @@
-"""Device and precision: chosen once, printed with the reason, and used by every script in the same way."""
+"""Device and precision of a run: chosen once and printed with the reason."""
 
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -11,41 +11,42 @@ from torch import nn
 from common.gpu import processes
 from common.runs.cli import UserError
 
+Network = TypeVar("Network", bound=nn.Module)
 BF16_SINCE = (8, 0)  # compute capability
 
 
 class Device(NamedTuple):
-    """Where a run computes, and how precisely."""
+    """Device and precision of a run."""
 
     device: torch.device
     precision: str  # fp32 or bf16
     reason: str
 
     def on_cuda(self) -> bool:
-        """Whether it is a card."""
+        """Whether the device is a GPU."""
         return self.device.type == "cuda"
 
     def autocast(self) -> AbstractContextManager:
-        """Mixed precision of the forward passes inside it: bfloat16 where the precision says so, else nothing.
+        """Autocast of the forward passes inside it: to bfloat16 if the precision is bf16, else none.
 
-        Without its cache of cast weights: casts of a pass without gradients would serve the training pass after it in the same
-        context, which older versions of torch do not notice.
+        The cache of cast weights is off: in the same context, older versions of torch would reuse the casts of a pass without
+        gradients in the training pass after it.
         """
         enabled = self.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
-    def prepare(self, network: nn.Module, compiled: bool = False) -> nn.Module:
+    def prepare(self, network: Network, compiled: bool = False) -> Network:
         """The network on the device, channels-last, its forward compiled in place if asked (names of state unchanged)."""
-        network.to(self.device, memory_format=torch.channels_last)
+        network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compiled:
             network.compile()
         return network
 
     def replay(self, network: nn.Module, batch_shape: tuple[int, ...]) -> None:
-        """On a card, let training on float32 batches of this shape replay one recorded CUDA graph, forward and backward each.
+        """On a GPU, training on float32 batches of this shape replays a recorded CUDA graph, one forward and one backward.
 
-        A small network's time otherwise goes into starting its kernels one by one. Other batches, evaluation and the CPU
-        go on as before. To be called once the network is on the device; weights and statistics stay as they are.
+        This saves the start of each kernel of a small network. Other batches, evaluation and the CPU do not change. Call it
+        after the network is on the device; weights and statistics do not change.
         """
         if not self.on_cuda():
             return
@@ -53,7 +54,7 @@ class Device(NamedTuple):
         plain, was_training = network.forward, network.training
         network.train()
         example = torch.zeros(batch_shape, device=self.device).contiguous(memory_format=torch.channels_last)
-        with self.autocast():  # it has no cache of casts, which a recorded graph must not hold
+        with self.autocast():  # without its cache of casts, which a recorded graph must not hold
             torch.cuda.make_graphed_callables(network, (example,))
         recorded = network.forward
 
@@ -62,7 +63,7 @@ class Device(NamedTuple):
             return (recorded if fits else plain)(images)
 
         network.forward = forward
-        network.load_state_dict(before)  # recording runs the network, which moves running statistics
+        network.load_state_dict(before)  # recording changes the running statistics
         network.train(was_training)
 
     def generator(self, seed: int) -> torch.Generator:
@@ -70,19 +71,19 @@ class Device(NamedTuple):
         return torch.Generator(self.device).manual_seed(seed)
 
     def peak_memory_mb(self) -> float | None:
-        """Most memory that tensors took on the card so far, in MiB; None on CPU."""
+        """Peak memory of tensors on the GPU, in MiB; None on CPU."""
         return torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else None
 
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Matrix products of float32 without TF32's rounding to three digits: for scores that samples are ranked by."""
-    usual = torch.get_float32_matmul_precision()
+    """float32 matrix products without TF32, which rounds to three digits: for scores that rank samples."""
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(usual)
+        torch.set_float32_matmul_precision(before)
 
 
 def pick(
@@ -93,12 +94,12 @@ def pick(
     several: bool = False,
     fidelity: str = "paper",
 ) -> Device:
-    """Choose device (auto, cpu, cuda; index: which card) and precision (auto, fp32, bf16), and print both with the reason.
+    """Choose device (auto, cpu, cuda; index: of the GPU) and precision (auto, fp32, bf16), and print both with the reason.
 
-    auto: the card if there is one; on cards of compute capability 8.0 and above bfloat16 autocast, with TF32 for what stays
-    float32; float32 on older cards and on CPU. fp32 on CUDA switches TF32 off. fidelity: with released, auto is fp32 everywhere.
-    several: the script can run as several processes under torchrun; each takes the card of its local rank, or a CPU, and joins
-    the others. UserError: a card that is not there; torchrun where one process is meant.
+    auto: the GPU if there is one; from compute capability 8.0 on bfloat16 autocast, with TF32 for float32 products; float32 on
+    older GPUs and on CPU. fp32 on CUDA switches TF32 off. fidelity: with released, auto is fp32 everywhere. several: the script
+    supports several processes under torchrun; each uses the GPU of its local rank, or a CPU. UserError: a missing GPU; torchrun
+    with a script for one process.
     """
     if processes.launched():
         if not several:

@@ -1,4 +1,4 @@
-"""Encoders to begin from: our own files, published SimCLR checkpoints, plain state dicts."""
+"""Pre-trained encoders: files of this project, published SimCLR checkpoints, plain state dicts."""
 
 import argparse
 from pathlib import Path
@@ -16,44 +16,44 @@ SHORTCUTS = (".shortcut.", ".downsample.")  # the published encoders' name and t
 
 
 class Taken(NamedTuple):
-    """How many tensors of a file became the encoder's, and how many it holds besides (head, classifier)."""
+    """The number of a file's tensors in the encoder, and of its other tensors (head, classifier)."""
 
     taken: int
     left: int
 
 
 def load_encoder(encoder: nn.Module, path: str | Path) -> Taken:
-    """Fill an encoder with the weights of a file, all of them or none, and print how many there were.
+    """Load all weights of an encoder from a file, or none, and print their number.
 
     The file: .safetensors; or one of torch.save, a state dict of tensors or a dict with one as `model`, as SupContrast
-    writes it. Prefixes `module.` and `encoder.` of the names do not matter, nor whether shortcuts of residual blocks are called
-    shortcut or downsample; num_batches_tracked may be missing. Nothing in the file is run. UserError: no such file, damaged,
-    other things in it, a tensor of the encoder that it lacks or has in another shape, or further layers of a deeper encoder.
+    writes it. Names may have the prefixes `module.` and `encoder.`, and shortcuts of residual blocks may be called shortcut or
+    downsample; num_batches_tracked may be missing. No code in the file runs. UserError: no such file, damaged, other content,
+    a tensor of the encoder that is missing or has another shape, or layers of a deeper encoder.
     """
     path = Path(path)
-    found = _by_name(_read(path), path)
+    tensors = _by_name(_read(path), path)
     own = encoder.state_dict()
-    weights = {name: found[there] for name in own for there in _names(name) if there in found}
+    weights = {name: tensors[there] for name in own for there in _names(name) if there in tensors}
     for name, tensor in own.items():
         if name not in weights and not name.endswith("num_batches_tracked"):
             raise UserError(
                 f"--pretrained {path}: has no {name}, expected with shape {list(tensor.shape)}: "
-                f"not an encoder of this kind ({len(found)} tensors{_some(found)})"
+                f"not an encoder of this kind ({len(tensors)} tensors{_some(tensors)})"
             )
         if name in weights and weights[name].shape != tensor.shape:
             raise UserError(
                 f"--pretrained {path}: {name} has shape {list(weights[name].shape)}, expected {list(tensor.shape)}: "
                 "an encoder of other images or another width"
             )
-    known = {there for name in own for there in _names(name)}
+    accepted = {there for name in own for there in _names(name)}
     parts = {name.partition(".")[0] for name in own}
-    for name in found:
-        if name not in known and name.partition(".")[0] in parts:
+    for name in tensors:
+        if name not in accepted and name.partition(".")[0] in parts:
             raise UserError(
                 f"--pretrained {path}: has {name}, which this encoder has not: another architecture"
             )
     encoder.load_state_dict(weights, strict=False)
-    counts = Taken(len(weights), len(found) - len(weights))
+    counts = Taken(len(weights), len(tensors) - len(weights))
     processes.say(f"encoder from {path}: {counts.taken} tensors taken, {counts.left} others left")
     return counts
 
@@ -63,12 +63,12 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # published checkpoints keep the options of their training beside the weights
+        # published checkpoints also hold the options of their training
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"--pretrained {path}: no such file") from None
-    except Exception as error:  # safetensors and torch raise a dozen kinds for damaged files
+    except Exception as error:  # safetensors and torch raise many types for damaged files
         raise UserError(
             f"--pretrained {path}: damaged, or holds more than tensors and options ({type(error).__name__})"
         ) from None
@@ -84,22 +84,22 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _by_name(loaded: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The tensors by their names without prefixes."""
-    found = {}
+    tensors = {}
     for full_name, tensor in loaded.items():
         name = full_name
         while name.startswith(PREFIXES):
             name = name.partition(".")[2]
-        if name in found:
+        if name in tensors:
             raise UserError(f"--pretrained {path}: holds {name} twice, under different prefixes")
-        found[name] = tensor
-    return found
+        tensors[name] = tensor
+    return tensors
 
 
 def _names(name: str) -> tuple[str, ...]:
-    """What a file may call a tensor of the encoder; the last name that it has is taken."""
+    """Possible names of a tensor of the encoder in a file; the last one in the file is used."""
     first, second = SHORTCUTS
     return name.replace(first, second), name.replace(second, first), name
 
 
-def _some(found: dict[str, Tensor]) -> str:
-    return "".join(f"{', ' if i else ': '}{name}" for i, name in enumerate(list(found)[:2]))
+def _some(tensors: dict[str, Tensor]) -> str:
+    return "".join(f"{', ' if i else ': '}{name}" for i, name in enumerate(list(tensors)[:2]))

@@ -1,8 +1,8 @@
 """PIL's image operations on uint8 batches [B, C, H, W], C = 1 (mode L) or 3 (RGB), with one parameter per image.
 
-The results are PIL's bit for bit (compared with Pillow 13), so that a policy written for PIL can be run on whole batches, on the
-device they are on. No function changes its input, loops over the images or waits for the device; all keep the shape and
-return uint8. Empty batches and images of any size from 1 x 1 are fine.
+The results are PIL's bit for bit (compared with Pillow 13), so a policy written for PIL runs on batches, on their device. No
+function changes its input, loops over the images or waits for the device; all keep the shape and return uint8. Empty batches
+and images of any size from 1 x 1 are allowed.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def per_image(values: Tensor) -> Tensor:
-    """[B] as [B, 1, 1, 1], to go with a batch of images."""
+    """[B] as [B, 1, 1, 1], to broadcast with a batch of images."""
     return values[:, None, None, None]
 
 
@@ -96,7 +96,7 @@ def autocontrast(images: Tensor) -> Tensor:
 def equalize(images: Tensor) -> Tensor:
     """PIL's ImageOps.equalize: the histogram of each channel [H, W] made as flat as can be. uint8 [B, C, H, W].
 
-    A channel stays as it is where all pixels but those of its highest value are fewer than 255: any of an 8 x 8 image.
+    A channel with fewer than 255 pixels below its highest value stays as it is: any channel of an 8 x 8 image.
     """
     values = images.flatten(2).long()
     # not bincount, which would wait for the device
@@ -130,11 +130,11 @@ def solarize(images: Tensor, threshold: Tensor) -> Tensor:
 
 
 def affine_nearest(images: Tensor, matrix: Tensor, fill: int = 0) -> Tensor:
-    """PIL's Image.transform(size, AFFINE, data, NEAREST): each pixel from the place that its centre comes from.
+    """PIL's Image.transform(size, AFFINE, data, NEAREST): each pixel from the position that maps to its centre.
 
     matrix: float64 [B, 6], the `data` (a, b, c, d, e, f): the output shows at (x, y) the input at (a x + b y + c, d x + e y + f),
-    in pixels, x to the right, y down; such places must be less than 32768 pixels away. fill: the grey value of what lies
-    outside. Returns uint8 [B, C, H, W].
+    in pixels, x to the right, y down; these positions must be less than 32768 pixels away. fill: the grey value outside
+    the image. Returns uint8 [B, C, H, W].
     """
     height, width = images.shape[2:]
     a, b, c, d, e, f = matrix.double()[:, :, None, None].unbind(1)  # [B, 1, 1] each
@@ -148,7 +148,7 @@ def affine_nearest(images: Tensor, matrix: Tensor, fill: int = 0) -> Tensor:
     row = fixed_point(f + d * 0.5 + e * 0.5) + fixed_point(e) * y
     row = torch.where(straight, pixels_along(f, e, height), row)  # [B, H, 1]
     row = (row + fixed_point(d) * x).bitwise_right_shift_(16)
-    # a frame one pixel wide stands for all that is outside
+    # a frame one pixel wide represents everything outside
     framed = F.pad(images, (1, 1, 1, 1), value=fill).flatten(2)
     index = (row.clamp_(-1, height) + 1).mul_(width + 2).add_(column.clamp_(-1, width) + 1).long()
     index = index.view(-1, 1, height * width).expand(-1, images.shape[1], -1)
@@ -163,7 +163,7 @@ def fixed_point(values: Tensor) -> Tensor:
 def pixels_along(offset: Tensor, scale: Tensor, count: int) -> Tensor:
     """The pixels that offset + scale (i + 0.5) lies in for i < count: [B, 1, 1] to [B, count, 1], in 16.16 fixed point.
 
-    Added up term by term as PIL does, whose rounding can decide between two pixels.
+    Summed term by term as in PIL, as the rounding can decide between two pixels.
     """
     places = torch.cat([offset + scale * 0.5, scale.expand(-1, count - 1, -1)], dim=1).cumsum(1)
     return places.floor().clamp_(-1, 32767).int() << 16
@@ -194,13 +194,13 @@ def shear_bicubic(images: Tensor, horizontal: Tensor, vertical: Tensor, fill: in
     """PIL's Image.transform(size, AFFINE, (1, horizontal, 0, vertical, 1, 0), BICUBIC).
 
     horizontal, vertical: float64 [B], pixels to the right per pixel down, and the other way round; at most one of the two is
-    not zero for an image. fill: the grey value of what lies outside. Returns uint8 [B, C, H, W].
+    not zero for an image. fill: the grey value outside the image. Returns uint8 [B, C, H, W].
     """
     height, width = images.shape[2:]
     down = (vertical != 0)[:, None, None]
     x = torch.arange(width, device=images.device).expand(height, width)
     y = torch.arange(height, device=images.device)[:, None].expand(height, width)
-    # only along the shear does a place lie between pixels: four taps along that line are enough
+    # positions lie between pixels only along the shear: four taps along that line are enough
     along, across = torch.where(down, y, x), torch.where(down, x, y)
     length, stride, other_stride = (
         torch.where(down, *pair) for pair in ((height, width), (width, 1), (1, width))
@@ -225,10 +225,10 @@ def shear_bicubic(images: Tensor, horizontal: Tensor, vertical: Tensor, fill: in
 
 
 def hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` of the colour circle, as torchvision's adjust_hue does it on PIL images; grey stays grey.
+    """Turn the hue by `shift` of the colour circle, as torchvision's adjust_hue on PIL images; grey stays grey.
 
-    shift: [B], -0.5 to 0.5, applied as int(255 shift) to the 8-bit hue of PIL's mode HSV, modulo 256; so a shift of 0 too leaves
-    the rounding of the way there and back. Returns uint8 [B, C, H, W].
+    shift: [B], -0.5 to 0.5, applied as int(255 shift) to the 8-bit hue of PIL's mode HSV, modulo 256. A shift of 0 also
+    rounds, by the conversion to HSV and back. Returns uint8 [B, C, H, W].
     """
     if images.shape[1] == 1:
         return images.clone()
@@ -247,7 +247,7 @@ def to_hsv(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     before = torch.where(is_red, blue, torch.where(is_green, red, green))
     after = torch.where(is_red, green, torch.where(is_green, blue, red))
     primary = torch.where(is_red, 0, torch.where(is_green, 2, 4).to(torch.uint8))
-    # float32 and float64 where PIL has them, since the fraction is cut off in the end
+    # float32 and float64 exactly as in PIL, since the fraction is cut off at the end
     chroma.clamp_(min=1)
     sixths = ((value - before) / chroma).double().sub_((value - after) / chroma).add_(primary).float()
     turns = sixths.double().div_(6).add_(1).frac_().float()
@@ -255,7 +255,7 @@ def to_hsv(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def from_hsv(angle: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
-    """The way back, each int32 [B, 1, H, W] from 0 to 255: uint8 [B, 3, H, W]."""
+    """The inverse of `to_hsv`, each input int32 [B, 1, H, W] from 0 to 255: uint8 [B, 3, H, W]."""
     offset = 255 * torch.arange(5, 0, -2, dtype=torch.int32, device=angle.device).view(3, 1, 1)
     place = (6 * angle + offset) % 1530
     # a channel is lower than `value` by a part of it that grows with the saturation and with the angle from its own colour

@@ -1,4 +1,4 @@
-"""Mini-batches, as many views as asked: of images that stay on the device (Batches), of image files (FileBatches)."""
+"""Mini-batches with one or more views: of images on the device (Batches) and of image files (FileBatches)."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,7 @@ from common.runs.cli import UserError
 
 
 class Images:
-    """The images of a split on a device, uint8 channels-last, with the constants that normalise them."""
+    """The images of a split on a device, uint8 channels-last, with the constants of their normalisation."""
 
     def __init__(
         self, images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
@@ -35,7 +35,7 @@ class Images:
 
     @property
     def device(self) -> torch.device:
-        """Where the images are."""
+        """The device of the images."""
         return self.pixels.device
 
     def view(
@@ -43,7 +43,7 @@ class Images:
     ) -> Tensor:
         """The images at index [B], augmented by augmentation(batch, generator) if given: float32 [B, C, H, W].
 
-        An augmentation that makes k views at once, [k, B, C, H, W], gives them all.
+        An augmentation that returns k views at once, [k, B, C, H, W], gives all of them.
         """
         batch = self.pixels[index]
         if augmentation is not None:
@@ -52,14 +52,14 @@ class Images:
 
 
 class Batches:
-    """One pass over some images at every iteration: yields (views, index), views a tuple of k [B, C, H, W] tensors.
+    """Each iteration is a pass over the images: yields (views, index), views a tuple of k [B, C, H, W] tensors.
 
-    subset: the positions to go through, [n] on the images' device (all by default). shuffle: a new order at every pass,
-    drawn from generator. Each view is augmented by its own draws; an augmentation that makes all views at once decides
-    their number. The last batch may be smaller, or is dropped.
+    subset: the positions to visit, [n] on the images' device (all by default). shuffle: a new order in every pass, drawn from
+    generator. Each view has its own draws; an augmentation that makes all views at once decides their number. The last batch
+    may be smaller, or is dropped.
 
-    rank, world: of several processes that share the work. Where batches are shuffled each process yields its consecutive
-    piece of every batch, drawn as if it were alone; else whole batches are dealt out in turn.
+    rank, world: for several processes. With shuffle each process yields its consecutive piece of every batch, with the draws
+    of one process; without it, the processes take complete batches in turn.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class Batches:
         rank: int = 0,
         world: int = 1,
     ):
-        """generator is needed to shuffle or augment, and lives on the device of the images.
+        """generator: needed to shuffle or augment, on the device of the images.
 
-        ValueError: batches to be cut into pieces that are not equal.
+        ValueError: batches that cannot be cut into equal pieces.
         """
         if (shuffle or augmentation is not None) and generator is None:
             raise ValueError("shuffling and augmenting need a generator")
@@ -119,7 +119,7 @@ class Batches:
         return list(views[0])
 
     def endless(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-        """Pass after pass, without end. ValueError where there is nothing to go through."""
+        """Endless passes. ValueError: no batch."""
         if not len(self):
             raise ValueError("no batch to go through again and again")
         while True:
@@ -127,12 +127,12 @@ class Batches:
 
 
 class FileBatches:
-    """One pass over image files at every iteration: yields (views, index), views a tuple of k [B, 3, H, W] tensors.
+    """Each iteration is a pass over image files: yields (views, index), views a tuple of k [B, 3, H, W] tensors.
 
-    Worker processes read and transform the images; they are normalised on the device. index [B], on the device, are positions
-    within the split. Training goes through pieces of a global batch, evaluation through batches dealt out in turn, where
-    several processes (`world`, this one `rank`) share the work. A view depends on the generator, its position and its number
-    alone: not on workers, rank or world. One pass at a time; a pass may be left before its end.
+    Worker processes read and transform the images; the device normalises them. index [B], on the device: positions within the
+    split. Of `world` processes, `rank` this one, each has a piece of every batch in training, and batches in turn in
+    evaluation. A view depends only on the generator, its position and its number: not on workers, rank or world. One pass at
+    a time; a pass may stop before its end.
     """
 
     def __init__(
@@ -156,8 +156,8 @@ class FileBatches:
         """transform: uint8 [3, h, w] to uint8 [3, H, W], drawing from torch's global CPU generator if at all.
 
         batch_size: of all processes together. drop_last: leave out a last batch that is smaller. generator: on the CPU and in
-        the same state in all processes; gives each pass its order and its draws; without one every pass draws the same.
-        cache: read the images from it. UserError: batches that cannot be shared out, or none.
+        the same state in all processes; gives each pass its order and its draws; without it every pass has the same draws.
+        cache: read the images from it. UserError: batches that cannot be cut into equal pieces, or no batch.
         """
         if shuffle and generator is None:
             raise ValueError("shuffling needs a generator")
@@ -168,7 +168,7 @@ class FileBatches:
         self.rank, self.world, self.device = rank, world, device
         self.mean, self.std = (torch.tensor(values, device=device) for values in (mean, std))
         self._pass = 0
-        # what the workers go through: by batch the seed of the pass, and positions
+        # the work of the workers: for each batch the seed of the pass, and positions
         self._plan: list[tuple[int, np.ndarray]] = []
         self._check_sizes()
         view = partial(_views, split, cache, transform, views)
@@ -224,27 +224,35 @@ class FileBatches:
 
 
 class Labelled(NamedTuple):
-    """Batches of a split in its order, and its labels by the positions that come with the batches."""
+    """Batches of a split in its order, and its labels by position."""
 
     batches: Iterable
     labels: Tensor  # int [N], on the device
 
 
 class Tests(NamedTuple):
-    """The test images of every epoch, which --limit_test may limit, and all of them, for --full_test_at_end."""
+    """The test images of every epoch (--limit_test), and all of them (--full_test_at_end)."""
 
     limited: Labelled
     whole: Labelled
 
 
 def test_batches(
-    data: Data, limit: int | None, seed: int, batch_size: int, device: torch.device, **shared: int
+    data: Data,
+    limit: int | None,
+    seed: int,
+    batch_size: int,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
 ) -> Tests:
-    """Plain batches of the test images of a data set in memory, in order. shared: rank and world of `Batches`."""
+    """Plain batches of the test images of a data set in memory, in order. rank, world: as of `Batches`."""
 
     def in_order(split: Split) -> Labelled:
         images = Images(split.images, data.mean, data.std, device)
-        return Labelled(Batches(images, batch_size, **shared), torch.from_numpy(split.labels).to(device))
+        return Labelled(
+            Batches(images, batch_size, rank=rank, world=world), torch.from_numpy(split.labels).to(device)
+        )
 
     whole = in_order(data.test)
     if limit is None:
@@ -253,20 +261,20 @@ def test_batches(
 
 
 class Part(NamedTuple):
-    """Batches of a part of the samples that are trained on, whose index is made to count within all of them."""
+    """Batches of a part of the training samples, with an index within all training samples."""
 
     batches: FileBatches
-    numbers: Tensor  # int [n]: of the part's samples within all, on the device
+    numbers: Tensor  # int [n]: positions of the part's samples within all, on the device
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    def __iter__(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:  # type: ignore[override]
         for views, index in self.batches:
             yield views, self.numbers[index]
 
     def endless(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-        """Pass after pass, without end."""
+        """Endless passes."""
         while True:
             yield from self
 
@@ -274,10 +282,10 @@ class Part(NamedTuple):
 def _views(
     split: FileSplit, cache: ImageCache | None, transform: Callable, views: int, batch: tuple[int, np.ndarray]
 ) -> Tensor | UserError:
-    """What a worker does: all views of the images at some positions, uint8 [k, B, H, W, 3]."""
+    """All views of the images of a batch, in a worker: uint8 [k, B, H, W, 3]."""
     seed, positions = batch
     rows = []
-    # of the generators only the CPU's: the workers of a process that uses a card must not touch it
+    # only the CPU's generator: workers must not touch the GPU
     with torch.random.fork_rng(devices=[]):
         for i in positions.tolist():
             try:

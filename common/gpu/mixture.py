@@ -1,4 +1,4 @@
-"""Two-component Gaussian mixtures of one-dimensional values: one per group, fitted all at once on the device; or one of all."""
+"""Two-component Gaussian mixtures of one-dimensional values: one per group, fitted together on the device; or one for all."""
 
 import math
 import warnings
@@ -11,11 +11,11 @@ TOLERANCE, MAX_ITERATIONS, VARIANCE_FLOOR = 1e-3, 100, 1e-6  # scikit-learn's se
 
 
 def upper_posterior(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    """Probability that each value belongs to the component with the larger mean, of its own group's mixture.
+    """Probability that each value belongs to the component with the larger mean of its group's mixture.
 
-    values [N], groups int [N] in 0..G-1. Returns float64 [N]. Each group is fitted by itself, as scikit-learn's
-    GaussianMixture(2, tol=1e-3, max_iter=100, reg_covar=1e-6, random_state=0) would, its k-means start included, but
-    in float64. A group whose values are all equal, one value included, gets 1. ValueError: NaN.
+    values [N], groups int [N] in 0..G-1. Returns float64 [N]. Each group is fitted separately, as by scikit-learn's
+    GaussianMixture(2, tol=1e-3, max_iter=100, reg_covar=1e-6, random_state=0) with its k-means start, but in float64. A group
+    of equal values, or of one value, gets 1. ValueError: NaN.
     """
     if values.numel() and not torch.isfinite(values).all():
         raise ValueError("the values of a mixture must be finite")
@@ -26,7 +26,7 @@ def upper_posterior(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
 
 
 def sklearn_upper_posterior(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    """The reference path: the same with one scikit-learn fit per group (k-means start, random_state 0, float32)."""
+    """The reference: the same with one scikit-learn fit per group (k-means start, random_state 0, float32)."""
     from sklearn.mixture import GaussianMixture  # noqa: PLC0415  (a second of import for a path rarely taken)
 
     result = torch.ones(len(values), dtype=torch.float64)
@@ -43,7 +43,7 @@ def sklearn_upper_posterior(values: Tensor, groups: Tensor, num_groups: int) -> 
 
 
 def lower_posterior(values: Tensor, seed: int, max_iterations: int = 10) -> Tensor:
-    """Probability that each value belongs to the component with the smaller mean, of one mixture of them all: float64 [N].
+    """Probability that each value belongs to the component with the smaller mean of one mixture: float64 [N].
 
     DivideMix's mixture of losses: scikit-learn's, with tol=1e-2 and reg_covar=5e-4, in float32, stopped after max_iterations
     whether it has converged or not. seed: of its k-means start. values [N], finite. ValueError: NaN or infinity.
@@ -56,7 +56,7 @@ def lower_posterior(values: Tensor, seed: int, max_iterations: int = 10) -> Tens
         raise ValueError("the values of a mixture must be finite")
     mixture = GaussianMixture(2, max_iter=max_iterations, tol=1e-2, reg_covar=5e-4, random_state=seed)
     with warnings.catch_warnings():
-        # so many iterations are all that the methods give it
+        # the methods use this number of iterations
         warnings.simplefilter("ignore", ConvergenceWarning)
         posterior = mixture.fit(column).predict_proba(column)
     lower = posterior[:, np.argmin(mixture.means_)].astype(np.float64)
@@ -87,9 +87,10 @@ def _fit(x: Tensor, mask: Tensor) -> Tensor:
     for _ in range(MAX_ITERATIONS):
         responsibility, new_bound = _expect(x, mask, *parameters)
         updated = _maximise(x, mask, responsibility)
-        parameters = tuple(
+        weight, mean, variance = (
             torch.where(running[:, None], new, old) for new, old in zip(updated, parameters, strict=True)
         )
+        parameters = weight, mean, variance
         running = running & ((new_bound - bound).abs() >= TOLERANCE)
         bound = new_bound
         if not running.any():

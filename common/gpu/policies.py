@@ -1,6 +1,6 @@
 """AutoAugment (CIFAR-10 policy) and FixMatch's RandAugment of uint8 batches [B, C, H, W], drawn per image, and the papers' views.
 
-What is drawn stands apart from its application. The images are PIL's bit for bit: see `image_operations`.
+Drawing is separate from applying. The images equal PIL's bit for bit: see `image_operations`.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from common.gpu.image_operations import (
     solarize,
 )
 
-# The policy found for CIFAR-10 (AutoAugment, Cubuk et al. 2019): operation, probability, index of the magnitude
+# The policy for CIFAR-10 (AutoAugment, Cubuk et al. 2019): operation, probability, index of the magnitude
 CIFAR10_POLICY = (
     (("invert", 0.1, 0), ("contrast", 0.2, 6)),
     (("rotate", 0.7, 2), ("translateX", 0.3, 9)),
@@ -111,7 +111,7 @@ RAND_AUGMENT_MAGNITUDES = {
     "ShearX": 0.3 * LEVEL / 10,
     "ShearY": 0.3 * LEVEL / 10,
     "Solarize": 256 - np.trunc(256 * LEVEL / 10),  # threshold
-    "TranslateX": 0.3 * LEVEL / 10,  # of the image's width, then whole pixels
+    "TranslateX": 0.3 * LEVEL / 10,  # of the image's width, then integer pixels
     "TranslateY": 0.3 * LEVEL / 10,  # of its height
 }
 
@@ -153,7 +153,7 @@ def apply_operations(
     """Apply to each image the operation of that number: int [B], len(operations) for none; amount and sign: float64 [B]."""
     functions = [*operations.values(), lambda images, amount, sign: images]
     numbers = torch.arange(len(functions), device=images.device)
-    # one wait for the device, whatever the number of operations
+    # one wait for the device, for any number of operations
     sizes = (operation == numbers[:, None]).sum(1).tolist()
     order = operation.argsort()
     groups = zip(
@@ -166,7 +166,7 @@ def apply_operations(
 
 
 def check_batch(images: Tensor, draws: Tensor) -> None:
-    """ValueError for images that are no uint8 [B, 1 or 3, H, W], and for draws of another number of images."""
+    """Raise ValueError for images that are not uint8 [B, 1 or 3, H, W], and for draws of another number of images."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must be uint8 [B, 1 or 3, H, W], got {images.dtype} {list(images.shape)}")
     if len(images) != len(draws):
@@ -220,8 +220,8 @@ def draw_auto_augment(count: int, generator: Generator) -> AutoAugmentDraws:
 def apply_auto_augment(images: Tensor, draws: AutoAugmentDraws) -> Tensor:
     """AutoAugment with the CIFAR-10 policy as drawn: uint8 [B, C, H, W] to uint8 [B, C, H, W].
 
-    SANM, AutoAugment with the CIFAR-10 policy (Cubuk et al. 2019): grey 128 where nothing of the image is, shears bicubic,
-    rotations and translations nearest, the latter by fractions of a pixel. Raises ValueError for another kind of batch and for
+    SANM, AutoAugment with the CIFAR-10 policy (Cubuk et al. 2019): grey 128 outside the image, shears bicubic,
+    rotations and translations nearest, translations by fractions of a pixel. Raises ValueError for another kind of batch and for
     draws of another number of images.
     """
     check_batch(images, draws.sub_policy)
@@ -290,8 +290,8 @@ def draw_rand_augment(
 def apply_rand_augment(images: Tensor, draws: RandAugmentDraws, side: int | None = None) -> Tensor:
     """RandAugment as drawn, then the cutout: uint8 [B, C, H, W] to uint8 [B, C, H, W].
 
-    SANM, RandAugment of FixMatch (Sohn et al. 2020): all moves nearest, black where nothing of the image is. side: the cutout's,
-    in pixels; 16 of 32 in the release, and where none is given half of the image's height, a choice of ours for other sizes.
+    SANM, RandAugment of FixMatch (Sohn et al. 2020): geometric operations nearest, black outside the image. side: of the
+    cutout, in pixels; 16 of 32 in the release. By default half of the image's height, our choice for other sizes.
     Raises ValueError for another kind of batch and for draws of another number of images.
     """
     check_batch(images, draws.operation)
@@ -318,9 +318,9 @@ def rand_augment(images: Tensor, generator: Generator, n: int = 2, m: int = 10) 
 def cutout(images: Tensor, centres: Tensor, side: int = 16, fill: int = 127) -> Tensor:
     """Paint over a square of each image: uint8 [B, C, H, W] to uint8 [B, C, H, W].
 
-    centres: float64 [B, 2], x and y in pixels. The rectangle of FixMatch's RandAugment: from the centre less half of the side,
-    but not less than 0, to `side` further on, both ends included, so that it is side + 1 wide. At the left and the top it is
-    moved into the image, at the right and the bottom it is cut off.
+    centres: float64 [B, 2], x and y in pixels. The rectangle of FixMatch's RandAugment: from max(centre - side / 2, 0)
+    to that plus `side`, both ends included, so it is side + 1 wide. At the left and top edge it is moved into the image, at the
+    right and bottom edge it is cut off.
     """
     height, width = images.shape[2:]
     left, top = (centres - side / 2).clamp_min(0).long().unbind(1)
@@ -344,8 +344,8 @@ def six_views(
 ) -> Tensor:
     """SANM's views of a batch uint8 [B, C, H, W]: uint8 [6, B, C, H, W], in the order AA1, AA2, RA1, RA2, REF1, REF2.
 
-    AA and REF are cropped and AutoAugment, RA cropped and RandAugment with cutout, each with draws of its own.
-    crop(batch, generator) is the random crop and flip of a batch. weak_reference: REF are cropped and no more.
+    AA and REF are cropped and AutoAugment, RA cropped and RandAugment with cutout, each with its own draws.
+    crop(batch, generator) is the random crop and flip of a batch. weak_reference: REF are only cropped.
     """
     cropped = crop(images.repeat(6, 1, 1, 1), generator)
     rand, auto, plain = cropped.split([n * len(images) for n in ((2, 2, 2) if weak_reference else (2, 4, 0))])
@@ -357,7 +357,7 @@ def six_views(
 def four_views(images: Tensor, generator: Generator, crop: Callable[[Tensor, Generator], Tensor]) -> Tensor:
     """Manifold DivideMix's views of a batch uint8 [B, C, H, W]: uint8 [4, B, C, H, W], two weak, then two strong ones.
 
-    Weak ones are cropped, strong ones cropped and AutoAugment, each with draws of its own. crop: as for `six_views`.
+    Weak views are cropped; strong views are cropped, then AutoAugment, each with its own draws. crop: as for `six_views`.
     """
     weak, strong = crop(images.repeat(4, 1, 1, 1), generator).chunk(2)
     return torch.cat([weak, auto_augment(strong, generator)]).view(4, *images.shape)

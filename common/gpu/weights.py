@@ -1,4 +1,4 @@
-"""Weights that a network starts from: torchvision's ResNets trained on ImageNet, or a file of tensors."""
+"""Initial weights: torchvision's ResNets trained on ImageNet, or a file of tensors."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from common.runs.cli import UserError
 
 
 def imagenet_resnet(name: str) -> nn.Module:
-    """torchvision's ResNet with its first ImageNet weights, fetched once by the first process. UserError: it cannot be."""
+    """torchvision's ResNet with its IMAGENET1K_V1 weights, downloaded once by the first process. UserError: it cannot be read."""
     from torchvision import models  # noqa: PLC0415
 
     weights = models.get_model_weights(name).IMAGENET1K_V1
@@ -23,7 +23,7 @@ def imagenet_resnet(name: str) -> nn.Module:
             reason = " ".join(str(error).split()) or type(error).__name__
             place = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
             raise UserError(
-                f"--pretrained imagenet: cannot fetch or read {weights.url} ({reason[:200]}): put the whole file at "
+                f"--pretrained imagenet: cannot fetch or read {weights.url} ({reason[:200]}): put the complete file at "
                 f"{place}, or use --pretrained PATH or none"
             ) from None
         return network
@@ -32,12 +32,12 @@ def imagenet_resnet(name: str) -> nn.Module:
 
 
 def read_weights(path: Path, what: str) -> dict[str, Tensor]:
-    """A state dict of tensors from a file, read as tensors only. UserError: no such file, damaged, or anything else in it."""
+    """A state dict of tensors from a file, read as tensors only. UserError: no such file, damaged, or other content."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{what} {path}: no such file") from None
-    except Exception as error:  # torch raises a dozen kinds for damaged files
+    except Exception as error:  # torch raises many types for damaged files
         raise UserError(
             f"{what} {path}: damaged, or holds more than tensors ({type(error).__name__})"
         ) from None

@@ -1,6 +1,6 @@
-"""SimCLR: pre-training of an encoder without labels, and how far it has come by its nearest neighbours.
+"""SimCLR: pre-training of an encoder without labels, measured by kNN accuracy.
 
-Papers that begin from a pre-trained encoder and publish neither it nor its recipe start from this. Loss, schedule, head and
+It replaces the encoders of papers that publish neither the encoder nor its recipe. Loss, schedule, head and
 defaults follow the SimCLR recipe that SupContrast documents.
 """
 
@@ -23,7 +23,7 @@ from common.gpu.loader import Batches, Images
 from common.runs import cli
 from common.runs.run import Run
 
-QUERIES = 512  # of kNN that are compared with the whole bank at once: 100 MB at a bank of 50000
+QUERIES = 512  # queries of kNN per matrix product: 100 MB at a bank of 50000
 
 
 class SimCLR(nn.Module):
@@ -42,24 +42,24 @@ class SimCLR(nn.Module):
             return F.normalize(embeddings.float(), dim=1)
 
     def features(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> pooled maps [B, width], float32: what is kept of the network."""
+        """[B, C, H, W] -> pooled maps [B, width], float32: the features."""
         return self.encoder(images).float().mean(dim=(2, 3))
 
 
 def nt_xent(embeddings: Tensor, temperature: float, base_temperature: float = 0.07) -> Tensor:
     """NT-Xent over the 2B views of B images, times temperature / base_temperature as in SupContrast.
 
-    embeddings: [B, 2, D], rows of length 1. Of each view, the cross-entropy of finding the other view of its image among
-    the 2B - 1 other views by exp(cosine / temperature); the mean over all 2B, float32. One image alone has nothing to be told
-    from: its loss and gradient are 0. ValueError for a temperature <= 0.
+    embeddings: [B, 2, D], rows of length 1. For each view, the cross-entropy of the other view of its image among the
+    2B - 1 other views, by exp(cosine / temperature); the mean over all 2B, float32. For B = 1 loss and gradient are 0.
+    ValueError for a temperature <= 0.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     images = len(embeddings)
     with torch.autocast(embeddings.device.type, enabled=False):
         views = embeddings.float().transpose(0, 1).flatten(0, 1)  # all first views, then all second ones
-        itself = torch.eye(2 * images, dtype=torch.bool, device=views.device)
-        logits = (views @ views.T / temperature).masked_fill(itself, -math.inf)
+        same_view = torch.eye(2 * images, dtype=torch.bool, device=views.device)
+        logits = (views @ views.T / temperature).masked_fill(same_view, -math.inf)
         other_view = torch.arange(2 * images, device=views.device).roll(images)
         return temperature / base_temperature * F.cross_entropy(logits, other_view)
 
@@ -80,9 +80,9 @@ def learning_rate(
     """The rate of a step, as in SupContrast; epochs from 1, batches from 0.
 
     cosine: from base to base / 1000 in the last epoch, constant within an epoch; else times decay_rate after each of
-    decay_epochs. warm: through the first warm_epochs linearly from 0.01 to the rate of the last of them, step by step. Of
-    fewer epochs than that, for which the recipe has no rule, the first half (rounded down) is warm-up, up to the rate of its
-    last epoch.
+    decay_epochs. warm: in the first warm_epochs linearly from 0.01 to the rate of the last of them, step by step. The
+    recipe has no rule for fewer epochs than that: then the first half (rounded down) is warm-up, to the rate of its last
+    epoch.
     """
 
     def scheduled(epoch: int) -> float:
@@ -107,17 +107,17 @@ def knn_accuracy(
     k: int = 200,
     temperature: float = 0.1,
 ) -> float:
-    """Accuracy in percent of k nearest neighbours by cosine, each voting with exp(cosine / temperature). A diagnostic of ours.
+    """Accuracy in percent of k nearest neighbours by cosine, each with a vote exp(cosine / temperature).
 
-    bank_features [N, D] with bank_labels [N]: among whom neighbours are sought, all of them where there are fewer than k;
-    features [M, D] with labels [M]: who is classified. The recipe does not report it; no training depends on it.
+    bank_features [N, D] with bank_labels [N]: the possible neighbours, all of them if fewer than k; features [M, D] with
+    labels [M]: the classified images. The recipe does not report it; no training depends on it.
     """
     bank = F.normalize(bank_features.float(), dim=1)
     hits = torch.zeros((), dtype=torch.int64, device=features.device)
     for queries, wanted in zip(features.split(QUERIES), labels.split(QUERIES), strict=True):
         cosines, neighbours = (F.normalize(queries.float(), dim=1) @ bank.T).topk(min(k, len(bank)))
         votes = torch.zeros(len(queries), num_classes, device=features.device)
-        # relative to the nearest: no temperature overflows
+        # relative to the nearest, against overflow at low temperatures
         votes.scatter_add_(1, bank_labels[neighbours], ((cosines - cosines[:, :1]) / temperature).exp())
         hits += (votes.argmax(dim=1) == wanted).sum()
     return 100 * float(hits) / len(labels)
@@ -140,7 +140,7 @@ def add_recipe_flags(parser: cli.Parser) -> argparse._ArgumentGroup:
         "--drop_last",
         action=BooleanOptionalAction,
         default=False,
-        help="leave out an epoch's last batch where it is smaller",
+        help="leave out an epoch's last batch if it is smaller",
     )
     training.add_argument(
         "--lr",
@@ -163,7 +163,7 @@ def add_recipe_flags(parser: cli.Parser) -> argparse._ArgumentGroup:
         "--cosine",
         action=BooleanOptionalAction,
         default=True,
-        help="cosine learning rate, down to a thousandth in the last epoch; else steps",
+        help="cosine learning rate, down to 1/1000 in the last epoch; else steps",
     )
     training.add_argument(
         "--lr_decay_epochs",
@@ -177,19 +177,19 @@ def add_recipe_flags(parser: cli.Parser) -> argparse._ArgumentGroup:
         "--lr_decay_rate",
         type=cli.positive,
         default=0.1,
-        help="factor by which it drops then",
+        help="without --cosine: factor of each drop",
     )
     training.add_argument(
         "--warm",
         action=BooleanOptionalAction,
-        help="linear warm-up of the learning rate from 0.01; by default where the batch size is above 256",
+        help="linear warm-up of the learning rate from 0.01; by default if the batch size is above 256",
     )
     training.add_argument(
         "--warmup_epochs",
         type=cli.count,
         default=10,
         metavar="N",
-        help="epochs of warm-up; of fewer epochs than that, the first half",
+        help="epochs of warm-up; with fewer --epochs, the first half of them",
     )
     training.add_argument(
         "--knn_every",
@@ -201,7 +201,7 @@ def add_recipe_flags(parser: cli.Parser) -> argparse._ArgumentGroup:
 
 
 def settle(args: Namespace) -> None:
-    """Set what other flags decide: warm by batch_size, knn_every by dataset; and num_epochs, which result rows read."""
+    """Set defaults that depend on other flags: warm on batch_size, knn_every on dataset; and num_epochs for the results."""
     args.warm = args.batch_size > 256 if args.warm is None else args.warm
     args.knn_every = args.knn_every or (1 if args.dataset == "digits" else 10)
     args.num_epochs = args.epochs
@@ -224,13 +224,13 @@ def pre_train(
     measure: Callable[[Tensor], dict[str, float | None]] | None = None,
     measured_names: Sequence[str] = (),
 ) -> None:
-    """Train the network, or go on with it, up to the end of the run; the encoder is in encoder.safetensors of its directory.
+    """Train or resume the network until the end of the run, which keeps its encoder in encoder.safetensors.
 
-    args: the recipe's flags, settled, dataset and seed. labels [N] and test_labels are looked at by kNN alone, which seeks
-    the neighbours of test images among the training images at the positions bank [M], by default among all of them. tested:
-    positions of the test images that kNN classifies; --full_test_at_end adds all of them at the end.
-    flip: whether a view may be mirrored. measure: called where kNN is, with the features [N, D] of the training images; its
-    values under measured_names become columns of the log, and the last of them metrics last_<name> of the result.
+    args: the recipe's flags after `settle`, dataset and seed. Only kNN uses labels [N] and test_labels: it searches the
+    neighbours of test images among the training images at the positions bank [M], by default all. tested: positions of the
+    test images that kNN classifies; --full_test_at_end adds all test images at the end. flip: whether views are mirrored.
+    measure: called with the features [N, D] of the training images whenever kNN is measured. Its values under measured_names
+    become columns of the log, and their last values become metrics last_<name> of the result.
     """
     optimizer = SGD(
         network.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=device.on_cuda()
@@ -272,8 +272,8 @@ def pre_train(
             features, queries = (pooled_features(network, images, device) for images in passes)
             neighbours = features[among], labels[among]
             values["knn_accuracy"] = knn_accuracy(*neighbours, queries, test_labels[chosen], num_classes)
-            found = {} if measure is None else measure(features)
-            values |= {name: found[name] for name in measured_names}
+            extra = {} if measure is None else measure(features)
+            values |= {name: extra[name] for name in measured_names}
         run.log(epoch, loss=loss, **values, lr=optimizer.param_groups[0]["lr"])
         if measured:  # after the log, which refuses a loss that is not finite
             origin = {"dataset": args.dataset, "epochs": str(epoch), "seed": str(args.seed)}
@@ -303,9 +303,7 @@ def train_epoch(
     for batch, (views, index) in enumerate(batches):
         optimizer.param_groups[0]["lr"] = rate(batch)
         with device.autocast():
-            embeddings = network(
-                torch.cat(views)
-            )  # both at once: they share batch-norm statistics, as in the recipe
+            embeddings = network(torch.cat(views))  # both views share batch-norm statistics, as in the recipe
         loss = nt_xent(torch.stack(embeddings.chunk(2), dim=1), temperature)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -324,6 +322,6 @@ def pooled_features(network: SimCLR, batches: Iterable, device: Device) -> Tenso
 
 
 def encoder_file(network: SimCLR, origin: dict[str, str]) -> bytes:
-    """The encoder's tensors under their names in it, with `origin`, what it was trained on, as a .safetensors file."""
+    """The encoder's tensors by name, with `origin` (its training), as a .safetensors file."""
     weights = {name: value.cpu().contiguous() for name, value in network.encoder.state_dict().items()}
     return safetensors.torch.save(weights, origin)

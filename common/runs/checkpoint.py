@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, one predecessor kept, read as plain data only.
+"""Checkpoints: atomic writes, one predecessor kept, read as plain data only.
 
 A state is a dict of named objects: networks, optimisers and schedules (anything with state_dict and
 load_state_dict), torch and NumPy generators, dicts of tensors and numbers (restored in place), and lists of
@@ -23,29 +23,28 @@ CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 
 def save(folder: Path, content: dict) -> None:
-    """Write content (tensors and plain data) as the folder's checkpoint; the one before stays as its predecessor.
+    """Write content (tensors and plain data) as the folder's checkpoint; the last one stays as its predecessor.
 
-    WriteError: the disk is full, or refuses for another reason; the checkpoint that was there stays.
+    WriteError: the disk is full or the write fails otherwise; the last checkpoint stays.
     """
     write_whole(folder / CURRENT, lambda file: write(content, file), keep_as=folder / PREVIOUS)
 
 
 def write(content: dict, file: BinaryIO) -> None:
-    """torch.save that raises what went wrong: a full disk's OSError, or what ends the script in the midst of it."""
+    """torch.save that raises the cause of a failure: the OSError of a full disk, or the exception of a signal."""
     try:
         torch.save(content, file)
-    except RuntimeError as error:  # torch's own, about the file that is not whole
+    except RuntimeError as error:  # torch's own, about the incomplete file
         if error.__context__ is not None:
             raise error.__context__ from None
         raise
 
 
 def load(folder: Path) -> dict | None:
-    """The folder's checkpoint on the CPU, or its predecessor with a warning; None where there never was one.
+    """The folder's checkpoint on the CPU, or its predecessor with a warning; None without either.
 
-    Read with weights_only: a file that holds more than tensors and plain data is refused, and runs nothing. A predecessor
-    that had to step in takes the place of the checkpoint. UserError: a checkpoint is there, but none can be read. OSError: the
-    disk fails, which says nothing about what the file holds.
+    Read with weights_only: a file that holds more than tensors and plain data is refused, and none of its code runs. A
+    predecessor that is read replaces the checkpoint. UserError: no checkpoint is readable. OSError: the disk fails.
     """
     current, previous = folder / CURRENT, folder / PREVIOUS
     for path in (current, previous):
@@ -53,9 +52,7 @@ def load(folder: Path) -> dict | None:
             continue
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except (
-            Exception
-        ) as error:  # torch raises a dozen kinds for damaged files, with advice not to be passed on
+        except Exception as error:  # torch raises many types for damaged files, with unsafe advice
             if isinstance(error, OSError) and error.errno in UNREADABLE:
                 raise
             reason = f"damaged, or holds more than tensors and plain data ({type(error).__name__})"
@@ -91,9 +88,9 @@ def collect(state: Any) -> Any:
 
 
 def restore(state: Any, saved: Any, generators: bool = True) -> None:
-    """Put what `collect` returned back into the same objects, in place.
+    """Restore the same objects, in place, from a result of `collect`.
 
-    generators: torch's too; without them they stay as they were seeded, because a state of a generator fits one kind of device.
+    generators: torch's too; without them they keep their seeds, because a generator's state fits one kind of device.
     """
     if isinstance(state, torch.Generator):
         if generators:
@@ -127,7 +124,7 @@ def _restore_dict(state: dict, saved: dict, generators: bool) -> None:
 
 
 def _is_live(item: Any) -> bool:
-    """Objects that must be restored in place; tensors, numbers and lists of them are simply replaced."""
+    """Whether an object must be restored in place; tensors, numbers and lists of them are replaced."""
     if isinstance(item, list):
         return bool(item) and all(_is_live(entry) for entry in item)
     return isinstance(item, (torch.Generator, np.random.Generator, dict)) or hasattr(item, "load_state_dict")

@@ -1,8 +1,7 @@
-"""The command line all scripts share: one-line errors, number types, the flags of our own, presets.
+"""The command line of all scripts: one-line errors, number types, the shared flags, presets.
 
-A preset is a named section of a paper's `presets.toml`, a set of flags. `--preset NAME` reads as if those
-flags stood first on the command line, so every value is checked like a typed one and whatever the user types
-after it wins.
+A preset is a named section of a paper's `presets.toml`, a set of flags. `--preset NAME` puts these flags first on the command
+line. So every value is checked like a typed one, and a flag that the user types wins.
 """
 
 import argparse
@@ -24,13 +23,13 @@ SHARED_MEMORY = "give a container more with --shm-size, or use --workers 0"
 
 
 class UserError(Exception):
-    """A mistake the user can mend. Its text is the one line to print: it names the value and the remedy."""
+    """A mistake that the user can correct. Its text is the line to print, with the value and the remedy."""
 
-    status = 2  # of the process
+    status = 2  # exit status of the process
 
 
 class MachineError(UserError):
-    """What the machine refused. A run that was under way adds from where it resumes."""
+    """An error of the machine. A started run adds where it resumes."""
 
 
 class WorkerDied(MachineError):
@@ -40,10 +39,10 @@ class WorkerDied(MachineError):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where there is one to show: not for switches, nor where the help text explains None."""
+    """Shows defaults, except False and None."""
 
     def _get_help_string(self, action):
-        shown = action.default is not None and action.default is not False  # 0 is one
+        shown = action.default is not None and action.default is not False  # 0 is a default
         return super()._get_help_string(action) if shown else action.help
 
 
@@ -59,23 +58,25 @@ class Parser(argparse.ArgumentParser):
         options["description"] = (options.get("description") or "").partition("\n")[0] or None
         super().__init__(allow_abbrev=False, **options)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
-        """As argparse, each flag in its own spelling; words after a bare -- are no flags."""
+    def parse_known_args(  # type: ignore[override]  # argparse declares overloads for other namespaces
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse, with hyphens and underscores of flags normalised; words after a bare -- are no flags."""
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
-        found, rest = super().parse_known_args(
+        args_read, rest = super().parse_known_args(
             [*map(self._own_spelling, words[:end]), *words[end:]], namespace
         )
-        found._places = tuple(sorted({action.dest for action in self._actions if action.type is place}))
-        return found, rest
+        args_read._places = tuple(sorted({action.dest for action in self._actions if action.type is place}))
+        return args_read, rest
 
     def _own_spelling(self, word: str) -> str:
-        """The word, its flag in the spelling that this parser knows; unknown flags and values stay as typed."""
+        """The word with its flag in this parser's spelling; unknown flags and values stay as typed."""
         flag, equals, value = word.partition("=")
-        known = self._option_string_actions
-        if flag in known or not flag.startswith("--"):
+        flags = self._option_string_actions
+        if flag in flags or not flag.startswith("--"):
             return word
-        own = {option.replace("_", "-"): option for option in known}.get(flag.replace("_", "-"), flag)
+        own = {option.replace("_", "-"): option for option in flags}.get(flag.replace("_", "-"), flag)
         return own + equals + value
 
     def error(self, message: str):
@@ -83,12 +84,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-# what the script that is running gives back at its end
+# callbacks of `at_end` for the running script
 _ends: ContextVar[ExitStack | None] = ContextVar("_ends", default=None)
 
 
 def script(main: Callable) -> Callable:
-    """Decorate a script's main(argv): however it ends, what `at_end` was told is given back, so that it can be called again.
+    """Decorate a script's main(argv): the callbacks of `at_end` run however it ends, so that it can be called again.
 
     Errors of the operating system and dead workers become a MachineError.
     """
@@ -102,10 +103,10 @@ def script(main: Callable) -> Callable:
                 sys.stdout.flush()
                 return result
             except (OSError, RuntimeError) as error:
-                told = machine_error(error)
-                if told is None:
+                line = machine_error(error)
+                if line is None:
                     raise
-                raise told from error
+                raise line from error
             finally:
                 _ends.reset(token)
 
@@ -113,9 +114,9 @@ def script(main: Callable) -> Callable:
 
 
 def at_end(end: Callable[..., Any]) -> None:
-    """Have end(error type, error, traceback) called when the running script ends, last told first; not without a script."""
+    """Call end(error type, error, traceback) when the running script ends, in reverse order; does nothing without a script."""
 
-    def leave(*error: Any) -> None:  # whatever `end` returns, the error goes on
+    def leave(*error: Any) -> None:  # the error propagates, whatever `end` returns
         end(*error)
 
     stack = _ends.get()
@@ -124,9 +125,9 @@ def at_end(end: Callable[..., Any]) -> None:
 
 
 def machine_error(error: OSError | RuntimeError) -> MachineError | None:
-    """The error as the line to print; None if it does not come from the operating system or from a dead worker."""
+    """The error with the line to print; None unless it comes from the operating system or from a dead worker."""
     if isinstance(error, RuntimeError):
-        # torch raises this at any moment of the main thread
+        # torch raises this anywhere in the main thread
         return worker_died(str(error)) if str(error).startswith("DataLoader worker") else None
     if error.errno is None or isinstance(error, BrokenPipeError):
         return None
@@ -139,7 +140,7 @@ def machine_error(error: OSError | RuntimeError) -> MachineError | None:
 
 
 def worker_died(reason: str) -> MachineError:
-    """A worker's end as the line to print. reason: torch's message."""
+    """The error of a dead worker, with the line to print. reason: torch's message."""
     first = reason.splitlines()[0].partition(". ")[0].strip(" .")
     if "Bus error" in first:
         return MachineError(f"{first}: /dev/shm is too small, {SHARED_MEMORY}")
@@ -147,10 +148,10 @@ def worker_died(reason: str) -> MachineError:
 
 
 def exit_cleanly(main: Callable, argv: Sequence[str] | None = None) -> None:
-    """Call main(argv); a UserError becomes its one line on standard error and its exit status, 2 for most.
+    """Call main(argv); a UserError becomes one line on standard error and its exit status, mostly 2.
 
-    So do errors of the operating system. Ctrl-C exits 130, and a reader of the output that is gone (as with `| head`) 141,
-    both in silence. Characters that a terminal cannot show are escaped.
+    So do errors of the operating system. Ctrl-C exits with 130, a closed output pipe (as with `| head`) with 141, both without
+    a message. Characters that a terminal cannot show are escaped.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -162,7 +163,9 @@ def exit_cleanly(main: Callable, argv: Sequence[str] | None = None) -> None:
         path = Path(sys.argv[0])
         name = path.parent.name if path.name == "__main__.py" else path.name
         with suppress(OSError):
-            sys.stderr.write(f"{name}: error: {error}\n")  # at once: lines of several processes stay whole
+            sys.stderr.write(
+                f"{name}: error: {error}\n"
+            )  # one write, so that lines of several processes do not mix
         sys.exit(error.status)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -172,7 +175,7 @@ def exit_cleanly(main: Callable, argv: Sequence[str] | None = None) -> None:
 
 
 def _discard_output() -> None:
-    """Keep the interpreter's last flush from failing on an output that cannot be written."""
+    """Prevent an error of the interpreter's last flush if the output cannot be written."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -204,7 +207,7 @@ def non_negative(text: str) -> float:
 
 
 def place(text: str) -> str:
-    """The type of a flag that names a place, not a setting: a resumed run compares what is there, never the path."""
+    """argparse type: a path. A resumed run compares the content, never the path."""
     return text
 
 
@@ -246,7 +249,7 @@ def _number(text: str) -> float:
 
 
 def add_shared_flags(parser: Parser, default_seed: int) -> None:
-    """The flags of our own, the same in every script."""
+    """Add the flags that all scripts share."""
     group = parser.add_argument_group("shared by all scripts")
     group.add_argument(
         "--out",
@@ -255,7 +258,7 @@ def add_shared_flags(parser: Parser, default_seed: int) -> None:
         help="run directory; by default results/runs/PAPER/ and the arguments",
     )
     group.add_argument(
-        "--seed", type=seed, default=default_seed, help="seeds label noise, initialisation, everything"
+        "--seed", type=seed, default=default_seed, help="seed of label noise, initialisation and training"
     )
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
     group.add_argument(
@@ -288,14 +291,12 @@ def add_shared_flags(parser: Parser, default_seed: int) -> None:
         help="auto: resume from the run directory's checkpoint; never: refuse a directory that holds a run; anyway: resume on "
         "another kind of device too, with fresh random generators",
     )
-    group.add_argument(
-        "--limit_train", type=count, metavar="N", help="train on a seeded subset, to try things out"
-    )
+    group.add_argument("--limit_train", type=count, metavar="N", help="train on a seeded subset of N images")
     group.add_argument(
         "--limit_test",
         type=count,
         metavar="N",
-        help="test each epoch on a seeded subset, stratified by class, to save time",
+        help="test each epoch on a seeded subset of N images, stratified by class",
     )
     group.add_argument(
         "--full_test_at_end",
@@ -305,7 +306,7 @@ def add_shared_flags(parser: Parser, default_seed: int) -> None:
 
 
 def add_image_file_flags(group, workers: int, how: str = "") -> None:
-    """The flags of a script whose images come from files, to an argument group. how: behind the command that makes a cache."""
+    """Add the flags of scripts with image files to an argument group. how: end of the command that makes a cache."""
     group.add_argument(
         "--on_bad_image",
         choices=["error", "skip"],
@@ -322,7 +323,7 @@ def add_image_file_flags(group, workers: int, how: str = "") -> None:
         "--workers",
         type=count_or_zero,
         default=workers,
-        help="processes that decode images, for each of the passes",
+        help="processes that decode images, for each pass",
     )
 
 
@@ -332,9 +333,9 @@ def read_presets(path: Path) -> dict[str, dict]:
 
 
 def preset_arguments(section: dict) -> list[str]:
-    """A preset's section as command-line words; true stands for a switch, false for its absence, a list for several words.
+    """A preset's section as command-line words: true is a switch, false its absence, a list several words.
 
-    `script` and `encoder`, the preset whose run makes the encoder to begin from, are no flags.
+    `script` and `encoder` (the preset of the pre-training run) are no flags.
     """
     words = []
     for flag, value in section.items():
@@ -345,9 +346,9 @@ def preset_arguments(section: dict) -> list[str]:
 
 
 def parse_args(parser: Parser, argv: Sequence[str] | None, presets: Path) -> argparse.Namespace:
-    """Parse argv with the flags of --preset, if one is named, put before it.
+    """Parse argv, with the flags of --preset before it.
 
-    Where a paper has several scripts, `script` in a section names the one it is for; those without are for the first.
+    `script` in a section names its script; a section without it belongs to the paper's first script.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     finder = Parser(add_help=False, prog=parser.prog)
@@ -368,7 +369,7 @@ def parse_args(parser: Parser, argv: Sequence[str] | None, presets: Path) -> arg
 
 
 def _checked(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments, once the shared flags fit together."""
+    """The arguments, with the shared flags checked against each other."""
     if getattr(args, "full_test_at_end", False) and args.limit_test is None:
         parser.error(
             "argument --full_test_at_end: without --limit_test every test is a full one; leave it out"

@@ -1,4 +1,4 @@
-"""TensorBoard event files: a file per start of a run, written by the epoch and never half."""
+"""TensorBoard event files: one file per start of a run, with a complete write per epoch."""
 
 import io
 import os
@@ -14,10 +14,10 @@ from common.runs.files import append
 
 
 class EventFile:
-    """A new event file in a folder. It is open only while it is written, and no thread writes it."""
+    """A new event file in a folder. It is open only during a write; no thread writes it."""
 
     def __init__(self, folder: Path, first_step: int):
-        """first_step: TensorBoard leaves out what earlier files have from this step on. WriteError: as `add`."""
+        """first_step: TensorBoard drops steps of earlier files from this step on. WriteError: as `add`."""
         folder.mkdir(parents=True, exist_ok=True)
         now = time.time()
         self.path = folder / f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
@@ -28,7 +28,7 @@ class EventFile:
         )
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        """Add scalars by name, all or none. WriteError: the disk is full, or refuses for another reason."""
+        """Add scalars by name, all or none. WriteError: the disk is full or the write fails otherwise."""
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
 

@@ -1,12 +1,12 @@
-"""What the figures of all papers share: accuracy curves of run directories, and a figure written whole."""
+"""Figures of all papers: accuracy curves of run directories, atomic writes."""
 
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -15,19 +15,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from common.runs.cli import UserError
 from common.runs.files import cannot_write, write_atomic
 
 SUFFIXES = (".png", ".pdf", ".svg")
-COLORS = plt.colormaps["tab10"].colors
-LINES = ("-", "--", "-.")  # one after the other, where there are more methods than colours
+COLORS = plt.colormaps["tab10"].colors  # type: ignore[attr-defined]
+LINES = ("-", "--", "-.")  # in turn, if there are more methods than colours
 WIDTH = 12  # inches, of a figure that has panels of curves
-IN_A_ROW = 3  # of these at most
+IN_A_ROW = 3  # panels in a row, at most
 
 
 class Curve(NamedTuple):
-    """What a run directory says of its run."""
+    """Method, arguments and accuracy of a run directory."""
 
     method: str  # with its fidelity, if it is not the paper's
     arguments: dict
@@ -35,9 +36,9 @@ class Curve(NamedTuple):
 
 
 class RunResult(NamedTuple):
-    """A run of a training script, or of a pre-training script that measures by kNN.
+    """A run of a training script, or of a pre-training script that measures kNN accuracy.
 
-    The curve of a pre-training run is its kNN accuracy where it was measured, and its method names the data set too.
+    The curve of a pre-training run is its measured kNN accuracy; its method names the data set too.
     """
 
     folder: Path
@@ -47,11 +48,11 @@ class RunResult(NamedTuple):
 
 
 class PanelGrid(NamedTuple):
-    """How panels of curves stand in a figure with the legend of each below it."""
+    """The layout of panels of curves, each with a legend below it."""
 
     rows: int
     columns: int
-    in_legend: int  # entries beside each other
+    in_legend: int  # entries side by side
     height: float  # inches, of all rows
 
 
@@ -59,7 +60,7 @@ class PanelGrid(NamedTuple):
 
 
 def read_curve(folder: Path) -> Curve:
-    """The method, the arguments and the test accuracy of a run directory. UserError: it is none, or damaged."""
+    """The method, the arguments and the test accuracy of a run directory. UserError: no run directory, or a damaged one."""
     try:
         description = json.loads((folder / "args.json").read_text())
         with (folder / "log.csv").open(newline="") as file:
@@ -74,7 +75,7 @@ def read_curve(folder: Path) -> Curve:
 
 
 def read_run(folder: Path) -> RunResult:
-    """A run of training or pre-training. UserError: it is none, or damaged."""
+    """A run of training or pre-training. UserError: no run directory, or a damaged one."""
     if measures_knn(folder):
         return read_pretraining(folder)
     curve = read_curve(folder)
@@ -82,7 +83,7 @@ def read_run(folder: Path) -> RunResult:
 
 
 def measures_knn(folder: Path) -> bool:
-    """Whether a run's log has a kNN accuracy, as that of common.pretraining.simclr has."""
+    """Whether a run's log has a kNN accuracy, as common.pretraining.simclr writes it."""
     try:
         with (folder / "log.csv").open(newline="") as file:
             return "knn_accuracy" in next(csv.reader(file), [])
@@ -91,7 +92,7 @@ def measures_knn(folder: Path) -> bool:
 
 
 def read_pretraining(folder: Path) -> RunResult:
-    """A run of pre-training, without the epochs in which nothing was measured. UserError: it is damaged."""
+    """A run of pre-training, without the epochs without a kNN accuracy. UserError: it is damaged."""
     try:
         description = json.loads((folder / "args.json").read_text())
         with (folder / "log.csv").open(newline="") as file:
@@ -111,7 +112,7 @@ def read_pretraining(folder: Path) -> RunResult:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Whatever a damaged file leads to becomes one UserError that names it."""
+    """Make every error from a damaged file a UserError that names the file."""
     try:
         yield
     except KeyError as error:
@@ -132,9 +133,9 @@ def draw_means(axes: Axes, curves: Iterable[tuple[str, np.ndarray]]) -> None:
         length = min(map(len, members))
         stacked = np.stack([values[:length] for values in members])
         epochs, mean = np.arange(1, length + 1), stacked.mean(axis=0)
-        alone = np.isfinite(mean).sum() == 1  # no line would be seen
+        single = np.isfinite(mean).sum() == 1  # a line of one point is invisible
         (line,) = axes.plot(
-            epochs, mean, marker="." if alone else None, label=f"{method}, {len(stacked)} run(s)"
+            epochs, mean, marker="." if single else None, label=f"{method}, {len(stacked)} run(s)"
         )
         axes.fill_between(epochs, stacked.min(axis=0), stacked.max(axis=0), alpha=0.2, color=line.get_color())
     axes.set(xlabel="epoch")
@@ -149,7 +150,7 @@ def draw_curves(axes: Axes, curves: Iterable[tuple[str, np.ndarray]]) -> None:
 
 
 def panels(runs: list[RunResult], title: Callable[[RunResult], str]) -> dict[str, list[RunResult]]:
-    """The runs of each panel of curves by its title: training runs of the same title share one, pre-training comes last."""
+    """The runs of each panel by its title: training runs of the same title are in one panel, pre-training comes last."""
     by_title: dict[str, list[RunResult]] = {}
     for run in sorted(runs, key=lambda run: run.pretraining):
         key = "Pre-training without labels: kNN accuracy" if run.pretraining else title(run)
@@ -158,7 +159,7 @@ def panels(runs: list[RunResult], title: Callable[[RunResult], str]) -> dict[str
 
 
 def panel_grid(by_title: dict[str, list[RunResult]]) -> PanelGrid:
-    """Room for the panels of curves: as many in a row as leave the longest name of a method its place in the legend."""
+    """The layout of the panels: as many in a row as the longest method name in the legend permits."""
     methods = [{run.curve.method for run in runs} for runs in by_title.values()]
     entry = 1.15 + 0.06 * max(len(name) for names in methods for name in names)  # inches, at 8 points
     columns = max(1, min(len(by_title), IN_A_ROW, int(WIDTH / entry)))
@@ -168,7 +169,7 @@ def panel_grid(by_title: dict[str, list[RunResult]]) -> PanelGrid:
 
 
 def method_styles(by_title: dict[str, list[RunResult]]) -> dict[str, dict]:
-    """Colour and kind of line of each method, the same in all panels."""
+    """Colour and line style of each method, the same in all panels."""
     training = [run for members in by_title.values() for run in members if not run.pretraining]
     methods = dict.fromkeys(run.curve.method for run in training)
     return {
@@ -181,26 +182,27 @@ def method_styles(by_title: dict[str, list[RunResult]]) -> dict[str, dict]:
 
 
 def set_styles(axes: Axes, methods: Iterable[str], styles: dict[str, dict]) -> None:
-    """Make the next lines those of the methods; styles: of `method_styles`."""
+    """Set the styles of the next lines; styles: of `method_styles`."""
     chosen = [styles[method] for method in methods]
     axes.set_prop_cycle(**{name: [style[name] for style in chosen] for name in ("color", "linestyle")})
 
 
 def draw_setting(axes: Axes, runs: list[RunResult], styles: dict[str, dict], warm_up: str) -> None:
-    """Test accuracy by epoch of the runs of one setting, and where their warm-up ends if it is at the same epoch.
+    """Test accuracy by epoch of the runs of one setting, and the end of their warm-up if it is the same.
 
-    styles: of `method_styles`. warm_up: which of the arguments has the length of the warm-up.
+    styles: of `method_styles`. warm_up: name of the argument with the length of the warm-up.
     """
     set_styles(axes, dict.fromkeys(run.curve.method for run in runs), styles)
     draw_curves(axes, [(run.curve.method, run.curve.accuracy) for run in runs])
     split = [run.curve.arguments for run in runs if run.curve.arguments.get("selection", "none") != "none"]
     ends = {arguments.get(warm_up) for arguments in split}
-    if len(ends) == 1 and None not in ends:
-        axes.axvline(ends.pop() + 0.5, color="gray", linestyle=":", label="end of the warm-up")
+    end = ends.pop() if len(ends) == 1 else None
+    if end is not None:
+        axes.axvline(end + 0.5, color="gray", linestyle=":", label="end of the warm-up")
 
 
 def draw_pretraining(axes: Axes, runs: list[RunResult]) -> None:
-    """kNN accuracy by epoch of each data set's pre-training: mean and range over the runs where all of them measured it."""
+    """kNN accuracy by epoch of each data set's pre-training: mean and range over runs at epochs that all of them measured."""
     by_data: dict[str, list[RunResult]] = {}
     for run in runs:
         by_data.setdefault(run.curve.method, []).append(run)
@@ -232,8 +234,8 @@ def draw_panels(figure: SubFigure, by_title: dict[str, list[RunResult]], warm_up
 
 
 def legend_below(axes: Axes, **options) -> None:
-    """A legend below the label of the horizontal axis, however high the panel is."""
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.8}
+    """A legend below the label of the horizontal axis, for panels of any height."""
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.8}
     axes.legend(**place, frameon=False, **options)
 
 
@@ -241,18 +243,18 @@ def legend_below(axes: Axes, **options) -> None:
 
 
 def checked_path(text: str) -> Path:
-    """Where --out says that a figure goes. UserError: no kind of figure, or no folder that is there."""
+    """The path of a figure from --out. UserError: an unknown suffix, or a missing folder."""
     out = Path(text)
     if out.suffix not in SUFFIXES or not out.parent.is_dir():
         raise UserError(f"--out {out}: name a .png, .pdf or .svg file in a folder that is there")
     return out
 
 
-def write_parts(parts: list[tuple[float, Callable[[SubFigure], None]]], out: Path) -> None:
-    """Write a figure of parts one below the other: the height of each in inches, and what draws it."""
+def write_parts(parts: Sequence[tuple[float, Callable[[SubFigure], None]]], out: Path) -> None:
+    """Write a figure of parts below each other: for each its height in inches and its drawing function."""
     heights = [height for height, _ in parts]
-    figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    engine = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+    figure = plt.figure(figsize=(WIDTH, sum(heights)), layout=engine)
     rows = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
     for row, (_, draw) in zip(rows, parts, strict=True):
         draw(row)
@@ -260,8 +262,8 @@ def write_parts(parts: list[tuple[float, Callable[[SubFigure], None]]], out: Pat
 
 
 def write(figure: Figure, out: Path) -> None:
-    """Write a figure, whole or not at all, and close it. UserError: it cannot be written."""
-    content = io.BytesIO()  # from memory: Pillow does not tell why it cannot write a file
+    """Write a figure atomically, and close it. UserError: it cannot be written."""
+    content = io.BytesIO()  # in memory: Pillow's error does not say why a write fails
     try:
         figure.savefig(content, dpi=110, format=out.suffix.lstrip("."))
         write_atomic(out, content.getvalue())

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, whatever happens to the process or the machine meanwhile."""
+"""Atomic writes of files, safe against a crash of the process or the machine."""
 
 import errno
 import os
@@ -7,13 +7,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# what a user does about it, wherever the file is
+# remedies for any file
 REMEDIES = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room",
     errno.EFBIG: "raise the limit on the size of files",
 }
-# how a file system says that it cannot sync a folder: CIFS, some of FUSE, folders that may be written but not read
+# errors of file systems that cannot sync a folder: CIFS, some of FUSE, folders without read permission
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
 
 
@@ -31,18 +31,18 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def cannot_write(path: str | Path, error: OSError, otherwise: str) -> str:
-    """The line about a file that cannot be written, with the remedy: `otherwise` for all but a full disk or a limit."""
-    remedy = REMEDIES.get(error.errno, otherwise)
+    """The error line of a file that cannot be written. otherwise: the remedy unless a disk is full or a limit is reached."""
+    remedy = REMEDIES.get(error.errno or 0, otherwise)
     return f"{path} cannot be written ({error.strerror or error}): {remedy}"
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that at every moment either the old content or the whole new one is there. WriteError on failure."""
+    """Write a file atomically: at every moment it has the old content or the complete new one. WriteError on failure."""
     write_whole(path, lambda file: file.write(content))
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any], keep_as: Path | None = None) -> None:
-    """The same with a function that writes into an open file; the old content, if any, is kept as `keep_as`."""
+    """As write_atomic, with a function that writes into an open file; keep_as: path that keeps the old content."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         try:
@@ -75,7 +75,7 @@ def append(path: Path, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the folder's entries, the new name among them, reach the disk, if the file system can sync a folder."""
+    """Sync the folder's entries, with the new name, to the disk if the file system can sync a folder."""
     try:
         handle = os.open(folder, os.O_RDONLY)
         try:

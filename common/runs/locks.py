@@ -1,7 +1,7 @@
-"""One process at a time: a lock file that names its holder, and shows that the holder lives.
+"""A lock file for one process at a time, which names its holder and has its heartbeat.
 
-flock decides between the processes of one machine if the file system has it. Between machines, and without flock, a heartbeat
-decides: the holder sets the file's time of change every few seconds, and a lock without a heartbeat is taken over.
+On one machine flock decides, if the file system has it. Between machines, and without flock, a heartbeat decides: the holder
+updates the file's modification time every few seconds. Another process takes over a lock without a heartbeat.
 """
 
 import os
@@ -16,12 +16,12 @@ from common.runs.cli import UserError
 
 try:
     import fcntl
-except ImportError:  # no Unix: the heartbeat decides alone
-    fcntl = None
+except ImportError:  # no Unix: only the heartbeat decides
+    fcntl = None  # type: ignore[assignment]
 
 BEAT = 3.0  # seconds between two heartbeats
 STALE = 15.0  # seconds without a heartbeat after which a lock is taken over
-OLD = 3600.0  # seconds since the last heartbeat, by the clocks of two machines, that need no watching
+OLD = 3600.0  # seconds since the last heartbeat after which a lock is taken over at once, whatever the clocks of two machines
 
 
 class InUse(UserError):
@@ -33,10 +33,10 @@ class Sight(NamedTuple):
 
     content: bytes  # process, host and start of the lock, a line each
     heartbeat: int  # ns since 1970
-    held_here: bool  # flock holds it for a process of this machine, which lives
+    held_here: bool  # a living process of this machine holds it by flock
 
     def holder(self) -> str:
-        """Who holds it since when, as words."""
+        """The holder and the start of the lock, in words."""
         process, host = _read(self.content) or (None, None)
         name = f"process {process} on {host}" if process else "another process"
         beat = time.strftime("%F %T", time.localtime(self.heartbeat / 1e9))
@@ -44,31 +44,31 @@ class Sight(NamedTuple):
 
 
 class Lock:
-    """A lock file. It is there while a process holds the lock. `with Lock(...)` holds it for a block."""
+    """A lock file. It exists while a process holds the lock. `with Lock(...)` holds it for a block."""
 
     def __init__(self, path: Path, advice: str):
         """advice: what a user may do instead of waiting."""
         self.path, self.advice = path, advice
         self._content = b""
-        self._handle: int | None = None  # open as long as flock holds it
+        self._handle: int | None = None  # open while flock holds it
         self._process = os.getpid()
         self._released = threading.Event()
         self._heart: threading.Thread | None = None
 
     def acquire(self, patience: float = 0.0) -> None:
-        """Take the lock. InUse: another process holds it, and `patience` seconds later still does.
+        """Take the lock. InUse: another process holds it, and still does after `patience` seconds.
 
-        To see that the holder on another machine is dead takes up to STALE seconds. OSError: the file cannot be written.
+        It takes up to STALE seconds to notice that a holder on another machine is dead. OSError: the file cannot be written.
         """
         deadline = time.monotonic() + patience
-        first, since, stale, told = None, 0.0, None, False
+        first, since, stale, printed = None, 0.0, None, False
         while (sight := self._try(stale)) is not None:
             now, stale = time.monotonic(), None
             if first is None and not sight.held_here:
                 first, since = sight, now
-                if not told:
+                if not printed:
                     print(f"waiting up to {STALE:.0f} s: {self.path} is of {sight.holder()}", flush=True)
-                told = True
+                printed = True
             if sight.held_here or sight != first:
                 first = None
                 if now >= deadline:
@@ -82,7 +82,8 @@ class Lock:
             time.sleep(min(0.2, BEAT / 4))
 
     def _try(self, stale: Sight | None) -> Sight | None:
-        """Take the lock if it is free or looks like `stale`: None. Otherwise what it looks like."""
+        """Take the lock if it is free or looks like `stale`, and return None; else return its sight."""
+        handle: int | None
         handle, new = _open(self.path)
         try:
             locked = _flock(handle)
@@ -121,7 +122,7 @@ class Lock:
         self._heart.start()
 
     def check(self) -> None:
-        """InUse: another process has taken the lock over, as this one showed no heartbeat for too long."""
+        """Raise InUse if another process took the lock over after too long without a heartbeat."""
         content = _content(self.path)
         if content not in (None, self._content):
             raise InUse(
@@ -129,14 +130,14 @@ class Lock:
             )
 
     def release(self) -> None:
-        """Give back what is held of the lock, after an interruption of `acquire` too."""
+        """Release the lock, also after an interrupted `acquire`."""
         if os.getpid() != self._process:  # a forked process holds no lock
             return
         self._released.set()
         if self._heart is not None and self._heart.is_alive():
             self._heart.join(1.0)
         content, self._content = self._content, b""
-        with suppress(OSError):  # of a disk that became read-only, say: the heartbeat ends all the same
+        with suppress(OSError):  # for example a disk that became read-only: the heartbeat ends all the same
             if content and _content(self.path) == content:
                 self.path.unlink()
         if self._handle is not None:
@@ -207,8 +208,8 @@ def _lives(process: int) -> bool:
 
 
 def _beat(path: Path, content: bytes, released: threading.Event) -> None:
-    """Set the file's time of change until the lock is released or another process has taken it over."""
+    """Update the file's modification time until the lock is released or taken over."""
     while not released.wait(BEAT):
-        with suppress(OSError):  # a heartbeat that is missed is seen by others alone
+        with suppress(OSError):  # only other processes notice a missed heartbeat
             if _content(path) == content:
                 os.utime(path)

@@ -1,4 +1,4 @@
-"""The one schema of every result CSV: long format, one row per metric, method and seed; numbers are numbers."""
+"""The schema of all result CSVs: long format, one row per metric, method and seed; values are numbers."""
 
 import csv
 import io
@@ -24,5 +24,5 @@ def to_csv(rows: Iterable[dict], columns: Iterable[str]) -> str:
 
 
 def write_results(path: Path, rows: Iterable[dict]) -> None:
-    """Write result rows, whole or not at all."""
+    """Write result rows, atomically."""
     write_atomic(path, to_csv(rows, COLUMNS).encode())

@@ -1,14 +1,14 @@
-"""A run is a directory, and a killed run started again with the same command goes on as if nothing had happened.
+"""A run is a directory. The same command resumes a killed run, with the same result as without the interruption.
 
 args.json               arguments, command and environment
-noisy_labels.npz        the observed labels with the training images they belong to; noisy_labels.npy and train_index.npy apart
+noisy_labels.npz        the observed labels and their training images; also as noisy_labels.npy and train_index.npy
 noise.json              sha256 of noisy_labels.npy, realised noise rate and transition matrix
 log.csv                 a row per epoch; also as TensorBoard events in tensorboard/
-checkpoint.pt           everything needed to go on after the last finished epoch; its predecessor beside it
-.lock                   the process that the directory belongs to, as long as it runs
-result.json, result.csv written when the run is finished, and only then
+checkpoint.pt           everything needed to resume after the last finished epoch; its predecessor beside it
+.lock                   the process that uses the directory, while it runs
+result.json, result.csv written at the end of the run
 
-Of several processes (common.gpu.processes) the first alone writes; the others read the checkpoint it goes on from.
+Of several processes (common.gpu.processes) only the first writes; the others read the checkpoint to resume from.
 """
 
 import hashlib
@@ -47,10 +47,10 @@ from common.runs.locks import Lock
 from common.runs.signals import StopSignals
 
 ROOT = Path(__file__).resolve().parents[2]
-# what may differ when a run is resumed, besides the flags that name places (`cli.place`): how it is computed; and on_bad_image,
-# for the images that are left out are compared
+# flags that may differ in a resumed run, besides paths (`cli.place`): how it is computed; and on_bad_image, as the images left
+# out are compared
 NOT_COMPARED = ("resume", "device", "workers", "device_ids", "parallel", "gpuid1", "gpuid2", "on_bad_image")
-# places that are not part of a run's name; what is made of them, labels and images taken from a pool, is compared instead
+# paths that are not part of a run's name; the labels and images read from them are compared instead
 UNSAID = ("out", "data_path", "data_root", "ood_dir", "open_set_cache", "decoded", "posterior")
 
 
@@ -58,15 +58,15 @@ class Run:
     """One training run: its directory, log, checkpoints, progress and signals.
 
     The shape of a script: `run.save_labels(...)`, `run.resume(state)`, `for epoch in run.epochs(n): ...; run.log(...)`,
-    `run.finish()`. The script's main is decorated with `cli.script`, so that lock and signals are given back however it ends.
+    `run.finish()`. The script's main is decorated with `cli.script`, which releases lock and signals however it ends.
     """
 
     def __init__(self, args: Namespace, device: Device, *, paper: str, method: str, name: str, cell: dict):
         """Open the run directory (args.out, else results/runs/<paper>/<name>) and take its lock.
 
-        cell: dataset, noise_type, noise_rate, imb_factor, ood_ratio and profile of the result rows; table and cell too
-        where no preset names them. UserError: the directory is in use, or holds a run with other arguments, or any run
-        under --resume never.
+        cell: dataset, noise_type, noise_rate, imb_factor, ood_ratio and profile of the result rows; also table and cell
+        unless a preset names them. UserError: the directory is in use, holds a run with other arguments, or, with
+        --resume never, any run.
         """
         self.args, self.device, self.paper, self.method, self.cell = args, device, paper, method, cell
         self.folder = Path(args.out) if args.out else Path("results/runs") / paper / name
@@ -74,13 +74,13 @@ class Run:
         self.images = 0  # training samples that went through `progress`
         self.seconds = 0.0  # training time of the finished epochs
         self._epoch_started = 0.0
-        self._last: int | None = None  # epoch, where that is known
+        self._last: int | None = None  # epoch, if it is known
         self._state: dict[str, Any] = {}
         self._saved: int | None = None  # epoch of the last checkpoint
         self._signals: StopSignals | None = None
         self._events: EventFile | None = None
         self._lock = Lock(self.folder / ".lock", "choose another --out")
-        self._taken = ExitStack()  # what `release` gives back
+        self._taken = ExitStack()  # what `release` releases
         at_end(self._leave)
         processes.from_first(self._open)
 
@@ -99,7 +99,7 @@ class Run:
         print(f"run directory {self.folder}", flush=True)
 
     def release(self) -> None:
-        """Give back lock and signals; another process may go on with the run. Nothing happens the second time."""
+        """Release lock and signals, so that another process can resume the run. A second call does nothing."""
         self._taken.close()
 
     def _leave(self, _kind, error: BaseException | None, _traceback) -> None:
@@ -135,7 +135,7 @@ class Run:
             ]
             if foreign:
                 raise UserError(f"{self.folder} holds {foreign[0]} but no args.json: choose another --out")
-            content = {"paper": self.paper, "method": self.method, "command": command()}
+            content: dict[str, Any] = {"paper": self.paper, "method": self.method, "command": command()}
             content |= {"cell": self._cell_columns()}
             content |= {"arguments": arguments, "contents": contents, "environment": environment(self.device)}
             write_atomic(path, _json(content))
@@ -169,10 +169,10 @@ class Run:
     def save_labels(
         self, index: np.ndarray, clean: np.ndarray | None, noisy: np.ndarray, num_classes: int
     ) -> None:
-        """Keep the observed labels [N], the training images they belong to, and print what the noise turned out to be.
+        """Save the observed labels [N] with the indices of their training images, and print the realised noise.
 
-        clean: the true labels [N]; None for data from the web, where nobody knows them. UserError: the run began with
-        other labels, so the data or the label file has changed since.
+        clean: the true labels [N]; None if they are unknown. UserError: the run started with other labels, so the data or
+        the label file has changed.
         """
         content = _npy(noisy)
         report = {
@@ -214,18 +214,18 @@ class Run:
         )
 
     def save_arrays(self, name: str, **arrays: np.ndarray) -> None:
-        """Write arrays as <name>.npz into the run directory, whole or not at all."""
+        """Write arrays as <name>.npz into the run directory, atomically."""
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]  # no array is named allow_pickle
         self.save_file(f"{name}.npz", buffer.getvalue())
 
     def save_file(self, name: str, content: bytes) -> None:
-        """Write a file into the run directory, whole or not at all."""
+        """Write a file into the run directory, atomically."""
         if processes.rank() == 0:
             write_atomic(self.folder / name, content)
 
     def save_skipped(self, skipped: Iterable[tuple[str, int, str]]) -> None:
-        """List images that were left out in skipped_images.csv, if there are any: path, position in its list, reason."""
+        """List the images that were left out, if any, in skipped_images.csv: path, position in its list, reason."""
         rows = [dict(zip(("path", "position", "reason"), image, strict=True)) for image in skipped]
         content = results.to_csv(rows, rows[0]).encode() if rows else b""
         path = self.folder / "skipped_images.csv"
@@ -241,17 +241,19 @@ class Run:
         checkpoint.write({key: value.cpu() for key, value in weights.items()}, content)
         self.save_file(name, content.getvalue())
 
-    # going on ---------------------------------------------------------------------------------------------------------
+    # resuming ---------------------------------------------------------------------------------------------------------
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Take `state` (see common.runs.checkpoint) into every checkpoint, and restore it from the last one if there is one.
+        """Save `state` (see common.runs.checkpoint) in every checkpoint, and restore it from the last one if it exists.
 
-        From here on SIGTERM and Ctrl-C stop at the next step, with the last finished epoch's checkpoint in place. A second
-        one stops at once. A process that something blocks ends 30 s after the first.
+        From here on SIGTERM and Ctrl-C stop the run at the next step, after the checkpoint of the last finished epoch. A
+        second signal stops at once. A blocked process ends 30 s after the first.
         """
         self._state = state
         if processes.rank() == 0:
-            saved = checkpoint.load(self.folder)  # may put a predecessor in place, so before the others look
+            saved = checkpoint.load(
+                self.folder
+            )  # it may replace the checkpoint by its predecessor, so before the other processes read it
         processes.wait()
         if processes.rank() > 0:
             saved = checkpoint.load(self.folder)
@@ -265,7 +267,7 @@ class Run:
             remains = [name for name in ("log.csv", "result.json") if (self.folder / name).exists()]
             if remains:
                 raise UserError(
-                    f"{self.folder} holds {remains[0]} but no checkpoint to go on from: "
+                    f"{self.folder} holds {remains[0]} but no checkpoint to resume from: "
                     "remove it to start again, or choose another --out"
                 )
             self._save()
@@ -274,7 +276,7 @@ class Run:
         self._signals.start()
         if processes.rank() > 0:
             return
-        if self.rows:  # rows written after the checkpoint belong to an epoch that will be done again
+        if self.rows:  # rows after the checkpoint belong to an epoch that is repeated
             write_atomic(self.folder / "log.csv", results.to_csv(self.rows, self.rows[0]).encode())
         else:
             (self.folder / "log.csv").unlink(missing_ok=True)
@@ -326,9 +328,9 @@ class Run:
     # the epoch loop ---------------------------------------------------------------------------------------------------
 
     def epochs(self, last: int | None) -> Iterator[int]:
-        """The epochs still to do, 1-based; each ends in a checkpoint. The loop body must call `log`.
+        """The remaining epochs, 1-based; each ends in a checkpoint. The loop body must call `log`.
 
-        last: None where only the training can tell; the body then breaks, before it begins an epoch that is not to be.
+        last: None if the number is not known in advance; the body then breaks before the first epoch that it does not run.
         """
         self._last = last
         first = len(self.rows) + 1
@@ -339,15 +341,15 @@ class Run:
             if len(self.rows) != epoch:
                 raise RuntimeError(f"epoch {epoch} was not logged")
             self._save()
-            processes.wait()  # none begins an epoch before the last one's checkpoint is there
+            processes.wait()  # no process starts an epoch before the last one's checkpoint exists
 
     def progress(
         self, batches: Iterable, description: str, training: bool = True, whole: bool = False
     ) -> Iterator:
-        """Go through batches (views, index) with a progress bar on a terminal, stopping where a signal asked to.
+        """Yield batches (views, index) with a progress bar on a terminal; stop after a signal.
 
-        training: count the samples as trained on, for images_per_second. whole: of several processes each has the whole
-        batches, not a piece of each.
+        training: count the samples for images_per_second. whole: each of several processes has complete batches, not a piece
+        of each.
         """
         quiet = not sys.stderr.isatty() or processes.rank() > 0
         for batch in tqdm(batches, description, leave=False, disable=quiet):
@@ -386,6 +388,7 @@ class Run:
         shown = {
             name: value for name, value in row.items() if name != "epoch" and isinstance(value, (int, float))
         }
+        assert self._events is not None, "resume opens it"
         self._events.add(epoch, shown)
         print(
             f"epoch {epoch}{f'/{self._last}' if self._last else ''}  "
@@ -394,20 +397,20 @@ class Run:
         )
 
     def is_finished(self) -> bool:
-        """Whether an earlier start of the same command has come to its end: `finish` will change nothing."""
+        """Whether an earlier start of the same command finished; `finish` then changes nothing."""
         return (self.folder / "result.json").exists()
 
     def full_test(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Metrics for `finish` where --full_test_at_end asks for them and the run is not finished; else none.
 
-        measure: tests on all test images, returns full_test, full_test_images, how many there are, and perhaps other
-        metrics named full_test_<what>. All metrics of other names are of the --limit_test subset.
+        measure: tests on all test images; returns full_test, full_test_images (their number) and perhaps other metrics named
+        full_test_<what>. All other metrics are of the --limit_test subset.
         """
         if not getattr(self.args, "full_test_at_end", False) or self.is_finished():
             return {}
         return measure()
 
-    def finish(self, metric: str = "test_accuracy", **more: float | None) -> None:
+    def finish(self, metric: str = "test_accuracy", /, **more: float | None) -> None:
         """Write result.json and result.csv: best, last and mean of the last 10 epochs of `metric`, and `more` metrics."""
         if processes.rank() == 0:
             path = self.folder / "result.json"
@@ -455,8 +458,8 @@ class Run:
         write_atomic(path, _json(content))
 
     def _cell_columns(self) -> dict:
-        """The columns that say which cell of which table this is; a subset of the data is marked in the profile."""
-        table, cell, *_ = [*(getattr(self.args, "preset", None) or "").split("/"), ""]
+        """The columns of table and cell; a subset of the data is marked in the profile."""
+        table, cell = [*(getattr(self.args, "preset", None) or "").split("/"), ""][:2]
         columns = {"table": table, "cell": cell or self.folder.name, **self.cell}
         for limit in ("limit_train", "limit_test"):
             if getattr(self.args, limit, None):
@@ -469,11 +472,11 @@ class Run:
         return columns
 
 
-# what a run writes down about itself ----------------------------------------------------------------------------------
+# command, environment and name ----------------------------------------------------------------------------------
 
 
 def command() -> str:
-    """The command line of this process as it is given in the repository's root: a script's path, or -m and a module."""
+    """The command line of this process, from the repository's root: a script's path, or -m and a module."""
     starter = ["python"]
     if processes.world() > 1:
         nodes = processes.world() // int(os.environ["LOCAL_WORLD_SIZE"])
@@ -518,9 +521,9 @@ def git_commit() -> str:
 
 
 def content_of(place: str | None) -> str | None:
-    """What a flag that names a place stands for, whatever the path: the sha256 of a file, or of the indices of an image cache.
+    """The content of a path: the sha256 of a file, or of the indices of an image cache.
 
-    A word such as none or imagenet stands for itself; other folders are not compared.
+    A word such as none or imagenet is its own content; other folders are not compared.
     """
     if place is None or not Path(place).exists():
         return place
@@ -533,30 +536,30 @@ def content_of(place: str | None) -> str | None:
 
 
 def peak_resident_mb() -> float:
-    """Most memory that this process held so far, in MiB. macOS counts it in bytes, Linux in KiB."""
+    """Peak resident memory of this process, in MiB. macOS counts in bytes, Linux in KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def run_name(args: Namespace, defaults: dict[str, Any], always: Iterable[str]) -> str:
-    """What the arguments say, as a directory name: the `always` flags first, then every flag not at its default.
+    """A directory name from the arguments: the `always` flags first, then every flag with another value than its default.
 
-    Of a place the last part of the path says enough.
+    Of a path the name has the last part.
     """
-    unsaid = {*NOT_COMPARED, *UNSAID, "_places", "preset", *always} - {"device"}
+    left_out = {*NOT_COMPARED, *UNSAID, "_places", "preset", *always} - {"device"}
     changed = [
-        flag for flag, value in vars(args).items() if flag not in unsaid and value != defaults.get(flag)
+        flag for flag, value in vars(args).items() if flag not in left_out and value != defaults.get(flag)
     ]
     places = getattr(args, "_places", ())
-    said = {flag: getattr(args, flag) for flag in [*always, *changed]}
+    named = {flag: getattr(args, flag) for flag in [*always, *changed]}
     words = [
-        f"{flag}_{Path(value).name if flag in places and value else value}" for flag, value in said.items()
+        f"{flag}_{Path(value).name if flag in places and value else value}" for flag, value in named.items()
     ]
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(words))
     return name if len(name) <= 200 else f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def _plain(value: Any) -> float | int | str | None:
-    """A number as Python's own; None for NaN and infinity."""
+    """A number as a Python number; None for NaN and infinity."""
     if value is None or isinstance(value, (str, int)):
         return value
     value = float(value)

@@ -1,7 +1,6 @@
-"""What a selection of samples leaves of the classes: two columns of the log, and warnings about lost classes.
+"""Classes in a selection of samples: two columns of the log, and warnings about lost classes.
 
-Methods that train on the samples they select can lose a class: where none of its samples is selected, no label of it is
-trained on.
+Methods that train on selected samples can lose a class: if none of its samples is selected, none of its labels is used.
 """
 
 import sys
@@ -14,7 +13,7 @@ from torch import Tensor
 from common.gpu import processes
 
 COLUMNS = ("right_selected_min", "classes_unselected")
-PATIENCE = 3  # selections in a row without a sample of a class before the warning
+PATIENCE = 3  # selections in a row without a sample of a class until the warning
 FEW_STEPS = 300  # a shorter warm-up gets a note
 
 
@@ -27,17 +26,17 @@ class Selected(NamedTuple):
 
 
 def right_selected_min(selected: Selected) -> float | None:
-    """The lowest share, over true classes, of right labels that are selected.
+    """The lowest fraction, over classes, of right labels that are selected.
 
-    A class without a right label does not count. None if no class is left, or the true labels are unknown.
+    A class without a right label does not count. None without such a class, or if the true labels are unknown.
     """
     chosen, given, right = selected
     if right is None or not right.any():
         return None
     all_right = torch.bincount(given[right])
-    found = torch.bincount(given[chosen][right[chosen]], minlength=len(all_right))
+    selected_right = torch.bincount(given[chosen][right[chosen]], minlength=len(all_right))
     present = all_right > 0
-    return float((found[present].double() / all_right[present]).min())
+    return float((selected_right[present].double() / all_right[present]).min())
 
 
 def unselected(selected: Selected, num_classes: int | None = None) -> Tensor:
@@ -48,27 +47,27 @@ def unselected(selected: Selected, num_classes: int | None = None) -> Tensor:
 
 
 def columns(selections: Sequence[Selected]) -> dict[str, float | int | None]:
-    """The two columns for the selections of an epoch, one per network: the lower share and the larger number of classes.
+    """The two columns for the selections of an epoch, one per network: the lowest fraction and the largest number of classes.
 
     None without a selection, as in the warm-up.
     """
     if not selections:
         return dict.fromkeys(COLUMNS)
-    shares = [share for share in map(right_selected_min, selections) if share is not None]
+    fractions = [value for value in map(right_selected_min, selections) if value is not None]
     counts = [int(unselected(selected).sum()) for selected in selections]
-    return {"right_selected_min": min(shares, default=None), "classes_unselected": max(counts)}
+    return {"right_selected_min": min(fractions, default=None), "classes_unselected": max(counts)}
 
 
 def no_streaks(networks: int, num_classes: int) -> Tensor:
-    """What a run counts before its first selection, and keeps in its checkpoints."""
+    """The streaks before the first selection, int [networks, num_classes]; a run keeps them in its checkpoints."""
     return torch.zeros(networks, num_classes, dtype=torch.int64)
 
 
 def count(streaks: Tensor, selections: Sequence[Selected], patience: int = PATIENCE) -> tuple[Tensor, Tensor]:
-    """One more selection by each network: the new streaks, and the classes to warn about, each by its first network.
+    """Streaks after one more selection by each network, and the classes to warn about, each for its first network.
 
     streaks, int [networks, K] on the CPU: selections in a row without a sample of the class. From `patience` on they only grow,
-    so that no class is warned about twice. Returns int [networks, K] and bool [networks, K].
+    so that each class gets one warning. Returns int [networks, K] and bool [networks, K].
     """
     without = torch.stack([unselected(selected, streaks.shape[1]).cpu() for selected in selections])
     warned = streaks >= patience
@@ -78,9 +77,9 @@ def count(streaks: Tensor, selections: Sequence[Selected], patience: int = PATIE
 
 
 def follow(streaks: Tensor, selections: Sequence[Selected], remedy: str, patience: int = PATIENCE) -> Tensor:
-    """The streaks after one more selection by each network; prints a warning about each class that is lost by now.
+    """Streaks after one more selection by each network; prints a warning for each lost class.
 
-    Without a selection, as in the warm-up, the streaks stay. remedy: what to try against it, in words.
+    Without a selection, as in the warm-up, the streaks stay. remedy: advice for the warning.
     """
     if not selections:
         return streaks
@@ -96,7 +95,7 @@ def follow(streaks: Tensor, selections: Sequence[Selected], remedy: str, patienc
 
 
 def note_short_warm_up(steps: int, flag: str) -> None:
-    """Print a note if the warm-up has few optimiser steps; flag: the one that sets its length, with its value."""
+    """Print a note if the warm-up has few optimiser steps; flag: the flag of its length, with its value."""
     if steps < FEW_STEPS:
         processes.say(
             f"note: warm-up of {steps} steps ({flag}), below {FEW_STEPS}: "

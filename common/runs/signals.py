@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C while a run trains: noted for its next step, and a way out where no step comes."""
+"""SIGTERM and Ctrl-C during training: the run stops at its next step, and after END seconds without one."""
 
 import multiprocessing
 import os
@@ -10,31 +10,31 @@ from contextlib import suppress
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# seconds after the first signal: what blocks in Python is interrupted; the process ends
+# seconds after the first signal: a blocking Python call is interrupted; the process ends
 INTERRUPT, END = 25.0, 30.0
 
 
 class StopSignals:
-    """From `start` until `close`: the first signal is kept in `number`, a second one raises SystemExit at once.
+    """From `start` until `close`: `number` keeps the first signal, a second one raises SystemExit at once.
 
-    If neither leads to `close` within END seconds, the process ends. Only the main thread can have signals: in another one
-    `start` does nothing.
+    Without `close` within END seconds the process ends. Only the main thread can handle signals: in another thread `start`
+    does nothing.
     """
 
-    def __init__(self, told: Callable[[str], str]):
-        """told: makes the line for standard error of a few words on what happened."""
+    def __init__(self, message: Callable[[str], str]):
+        """message: makes the line for standard error from a few words about the event."""
         self.number: int | None = None
-        self._told, self._closed = told, threading.Event()
+        self._message, self._closed = message, threading.Event()
         self._handlers: dict[int, Any] = {}
         self._pipe: tuple[int, ...] = ()
         self._wakeup = -1
         self._thread = threading.Thread()
 
     def start(self) -> None:
-        """Take the signals from their handlers."""
+        """Replace the handlers of the signals."""
         if threading.current_thread() is not threading.main_thread():
             return
-        # Python's handlers wait for what blocks; the byte that a signal writes to this pipe does not
+        # Python's handlers wait for a blocking call; the byte that a signal writes to this pipe does not
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
@@ -53,16 +53,16 @@ class StopSignals:
         self.number = number
 
     def _say(self, number: int, what: str) -> None:
-        # past sys.stderr, which the signal may have interrupted; nobody may be there to read
+        # not sys.stderr, which the signal may have interrupted; the reader may be gone
         with suppress(OSError):
-            os.write(2, f"{self._told(f'{signal.Signals(number).name}: {what}')}\n".encode())
+            os.write(2, f"{self._message(f'{signal.Signals(number).name}: {what}')}\n".encode())
 
     def _watch(self, pipe: int) -> None:
         byte = b"\0"
         while byte[0] not in SIGNALS and not self._closed.is_set():
             byte = os.read(pipe, 1)
         if not self._closed.wait(INTERRUPT):
-            signal.pthread_kill(threading.main_thread().ident, byte[0])
+            signal.pthread_kill(threading.main_thread().ident or 0, byte[0])
             if not self._closed.wait(END - INTERRUPT):
                 self._say(byte[0], f"ended, as something blocks since {END:.0f} s")
                 for child in multiprocessing.active_children():
@@ -70,7 +70,7 @@ class StopSignals:
                 os._exit(128 + byte[0])
 
     def close(self) -> None:
-        """Give the signals back to their former handlers."""
+        """Restore the former handlers."""
         self._closed.set()
         while self._handlers:
             number, handler = self._handlers.popitem()

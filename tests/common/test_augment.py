@@ -37,28 +37,6 @@ def different(batch: Tensor) -> set[bytes]:
     return {image.numpy().tobytes() for image in batch.contiguous()}
 
 
-def places(batch: Tensor, image: Tensor, padding: int) -> np.ndarray:
-    """How often each of the (2 padding + 1)^2 places was cut out, decoded from crops of a numbered image."""
-    # the value at (padding, padding) is the image's at (top, left)
-    top, left = np.divmod(batch[:, 0, padding, padding].numpy() - 1, image.shape[2])
-    side = 2 * padding + 1
-    assert max(top.max(), left.max()) < side
-    return np.bincount(top * side + left, minlength=side**2)
-
-
-# crop and flip ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("height", "width", "padding"), [(8, 8, 2), (9, 7, 3), (5, 6, 1)])
-def test_random_crop_takes_every_place_as_often_as_torchvision(height, width, padding):
-    image = numbered(1, height, width)
-    ours = augment.random_crop(copies(image, 6000), padding, generator())
-    theirs = torchvision_outputs(transforms.RandomCrop((height, width), padding=padding), image, 2000)
-    counts = [places(batch, image, padding) for batch in (ours, theirs)]
-    assert chisquare(counts[0]).pvalue > 1e-3
-    assert chi2_contingency(counts).pvalue > 1e-3
-
-
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
@@ -90,68 +68,22 @@ def test_random_flip_mirrors_a_share_p_of_the_images(p):
     assert binomtest(int(mirrored.sum()), 3000, p).pvalue > 1e-3
 
 
-def test_crop_and_flip_draw_for_each_image_of_a_batch():
-    out = augment.crop_and_flip(copies(numbered(3, 32, 32), 64), generator(), padding=4)
-    assert len(different(out)) > 40  # of 81 places x 2; one draw per batch would give 1
-
-
 def test_crop_and_flip_keep_each_image_in_its_row():
     images = torch.arange(1, 51, dtype=torch.uint8)[:, None, None, None].expand(50, 3, 8, 8)
     out = augment.crop_and_flip(images, generator(), padding=2)
     assert torch.equal(out.amax(dim=(1, 2, 3)), images[:, 0, 0, 0])
 
 
-def test_a_crop_without_padding_changes_nothing():
-    batch = copies(numbered(3, 8, 8), 16)
-    assert torch.equal(augment.random_crop(batch, 0, generator()), batch)
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(
-    "function",
-    [lambda batch, g: augment.random_crop(batch, 1, g), augment.random_flip, augment.crop_and_flip],
-    ids=["random_crop", "random_flip", "crop_and_flip"],
-)
-def test_shape_channels_and_dtype_are_kept(function, channels, dtype):
-    batch = copies(numbered(channels, 6, 5, dtype), 7)
-    out = function(batch, generator())
-    assert out.shape == batch.shape
-    assert out.dtype == dtype
-    assert set(out.unique().tolist()) <= {0, *batch.unique().tolist()}
-
-
-def test_random_crop_returns_channels_last():
-    out = augment.random_crop(copies(numbered(3, 6, 5), 7), 1, generator())
-    assert out.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_the_generator_decides_the_draws_and_the_global_one_is_left_alone():
-    batch, before = copies(numbered(3, 8, 8), 32), torch.get_rng_state()
-    first = augment.crop_and_flip(batch, generator(1), padding=2)
-    assert torch.equal(first, augment.crop_and_flip(batch, generator(1), padding=2))
-    assert not torch.equal(first, augment.crop_and_flip(batch, generator(2), padding=2))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_the_images_are_not_changed_in_place():
-    batch = copies(numbered(3, 8, 8), 32).clone()
-    augment.crop_and_flip(batch, generator(), padding=2)
-    assert torch.equal(batch, copies(numbered(3, 8, 8), 32))
-
-
-# the training augmentation ----------------------------------------------------------------------------------------------
+def test_random_crop_returns_channels_last_and_keeps_any_type():
+    out = augment.random_crop(copies(numbered(3, 6, 5, torch.bfloat16), 7), 1, generator())
+    assert out.is_contiguous(memory_format=torch.channels_last) and out.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
     ("dataset", "size", "padding", "mirrors"),
     [
-        ("digits", 8, 1, False),
-        ("mnist", 28, 3, False),
-        ("fashion_mnist", 28, 3, True),
-        ("cifar10", 32, 4, True),
-        ("cifar100", 32, 4, True),
-        ("own", 4, 1, True),  # an eighth of 4 is nothing: 1 pixel at least
+        *(("digits", 8, 1, False), ("mnist", 28, 3, False), ("fashion_mnist", 28, 3, True)),
+        *(("cifar10", 32, 4, True), ("own", 4, 1, True)),  # an eighth of 4 is nothing: 1 pixel at least
     ],
 )
 def test_training_augmentation_crops_by_an_eighth_and_mirrors_all_but_handwriting(
@@ -163,9 +95,6 @@ def test_training_augmentation_crops_by_an_eighth_and_mirrors_all_but_handwritin
     mirrored = (out[:, 0, middle, middle] < out[:, 0, middle, middle - 1]).double().mean().item()
     assert mirrored == pytest.approx(0.5 if mirrors else 0, abs=0.06 * mirrors)
     assert len(different(out)) == (2 * padding + 1) ** 2 * (1 + mirrors)
-
-
-# normalise --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -183,7 +112,6 @@ def test_normalise_is_to_tensor_and_normalize(mean, std):
     torch.testing.assert_close(ours, torch.stack([theirs(image) for image in images]), rtol=0, atol=1e-6)
 
 
-# against torchvision on PIL images, with the same parameters -----------------------------------------------------------------
 # all of it exact: no tolerance anywhere below
 
 SIZES = [(32, 32), (8, 8), (7, 13)]
@@ -291,9 +219,6 @@ def test_random_grayscale_is_torchvisions_for_a_share_p_of_the_images(channels, 
         assert binomtest(int(grey.sum()), len(images), p).pvalue > 1e-3
 
 
-# what is drawn ---------------------------------------------------------------------------------------------------------------
-
-
 def torchvision_draws(transform, image: Tensor | None, count: int) -> np.ndarray:
     """`count` draws of a function of no argument or of an image, in rows."""
     with torch.random.fork_rng(devices=[]):
@@ -326,13 +251,6 @@ def test_color_jitter_without_hue_does_not_round():
     images = noise(20, 3, 8, 8)
     assert torch.equal(augment.color_jitter(images, generator(), 0, 0, 0, 0), images)
     assert not torch.equal(hue(images, torch.zeros(20)), images)
-
-
-def test_color_jitter_at_p_0_and_1():
-    images = noise(202, 3, 8, 8)[2:]
-    changed = [(augment.color_jitter(images, generator(), p=p) != images).flatten(1).any(1) for p in (0, 1)]
-    assert not changed[0].any()
-    assert changed[1].all()
 
 
 @pytest.mark.parametrize(
@@ -405,21 +323,12 @@ def test_where_no_box_fits_the_middle_is_cropped_as_in_torchvision(height, width
     assert {tuple(box) for box in torch.stack(ours, dim=1).tolist()} == {theirs}
 
 
-# the views of SimCLR and of SANM's warm-up -------------------------------------------------------------------------------------
-
-
 def test_simclr_view_jitters_four_in_five():
     images = copies(torch.full((3, 8, 8), 100, dtype=torch.uint8), 4000)
     out = augment.simclr_view(images, generator())
     same = (out == 100).flatten(1).all(1)
     # of an image of one grey value all but the brightness leaves everything; int(100 f) is 100 for f in [1, 1.01) of [0.6, 1.4)
     assert binomtest(int(same.sum()), 4000, 0.2 + 0.8 / 80).pvalue > 1e-3
-
-
-def test_simclr_view_makes_one_in_five_grey():
-    images = copies(torch.tensor([200, 100, 50], dtype=torch.uint8)[:, None, None].expand(3, 8, 8), 4000)
-    out = augment.simclr_view(images, generator())
-    assert binomtest(int((out.amax(1) == out.amin(1)).flatten(1).all(1).sum()), 4000, 0.2).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("flip", [True, False])
@@ -432,15 +341,15 @@ def test_simclr_view_mirrors_one_in_two_if_asked(flip):
 
 def test_simclr_view_shows_a_fifth_of_the_area_at_least():
     ramp = torch.arange(0, 256, 8).expand(32, 32)
-    images = copies(torch.stack([ramp, ramp.T, 255 - ramp]).to(torch.uint8), 4000)
+    images = copies(torch.stack([ramp, ramp.T, 255 - ramp]).to(torch.uint8), 1500)
     out = augment.simclr_view(images, generator())
-    draws = augment.draw_resized_crop(4000, 32, 32, generator(), scale=(0.2, 1))
+    draws = augment.draw_resized_crop(1500, 32, 32, generator(), scale=(0.2, 1))
     assert (draws.height * draws.width).min() / 1024 == pytest.approx(0.2, abs=0.02)  # whole pixels
     # the crop is drawn first: those that were neither jittered nor made grey, 0.2 * 0.8 of all, show it
     apart = augment.apply_resized_crop(images, draws)
     mirrored = apart.flip(3)
     plain = ((out == apart).flatten(1).all(1) | (out == mirrored).flatten(1).all(1)).sum()
-    assert binomtest(int(plain), 4000, 0.16).pvalue > 1e-3
+    assert binomtest(int(plain), 1500, 0.16).pvalue > 1e-3
 
 
 def test_warm_up_view_jitters_then_crops_then_moves():
@@ -462,6 +371,8 @@ def test_warm_up_view_jitters_then_crops_then_moves():
 
 
 OPERATIONS = {
+    "random_crop": lambda images, g: augment.random_crop(images, 1, g),
+    "crop_and_flip": augment.crop_and_flip,
     "color_jitter": augment.color_jitter,
     "random_affine": augment.random_affine,
     "random_grayscale": augment.random_grayscale,
@@ -472,47 +383,26 @@ OPERATIONS = {
 every_operation = pytest.mark.parametrize("function", OPERATIONS.values(), ids=OPERATIONS.keys())
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "random_grayscale"])
-def test_copies_of_an_image_come_out_different(name):
-    image = noise(3, 3, 32, 32)[2]
-    # one set of parameters for the batch would give 1; by chance two may be alike, at most 3 of 64
-    assert len(different(OPERATIONS[name](copies(image, 64), generator()))) > 60
-
-
 @every_operation
 @both_modes
 @all_sizes
-def test_shape_and_dtype_and_the_input_are_kept(function, channels, height, width):
-    images = noise(9, channels, height, width)
+@pytest.mark.parametrize("count", [0, 9])
+def test_shape_and_dtype_and_the_input_are_kept(function, channels, height, width, count):
+    images = noise(9, channels, height, width)[:count]
     before = images.clone()
     out = function(images, generator())
-    assert out.shape == images.shape
-    assert out.dtype == torch.uint8
+    assert out.shape == images.shape and out.dtype == torch.uint8
     assert torch.equal(images, before)
-
-
-@every_operation
-def test_a_batch_may_be_empty(function):
-    assert function(noise(2, 3, 8, 9)[:0], generator()).shape == (0, 3, 8, 9)
 
 
 @every_operation
 def test_the_generator_alone_decides(function):
     images, before = noise(32, 3, 16, 16), torch.get_rng_state()
     first = function(images, generator(1))
-    assert torch.equal(first, function(images, generator(1)))
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(first, function(channels_last, generator(1)))
     assert not torch.equal(first, function(images, generator(2)))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@every_operation
-def test_memory_layout_does_not_matter(function):
-    images = noise(16, 3, 7, 13)
-    channels_last = images.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(function(images, generator(1)), function(channels_last, generator(1)))
-
-
-# image files --------------------------------------------------------------------------------------------------------------------
 
 
 def test_resize_random_crop_and_flip_cuts_a_square_out_of_the_resized_image():
@@ -522,12 +412,6 @@ def test_resize_random_crop_and_flip_cuts_a_square_out_of_the_resized_image():
     views = torchvision_outputs(augment.resize_random_crop_and_flip(32, 28), image, 2000)
     windows = resized.unfold(1, 28, 1).unfold(2, 28, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)  # 5 x 21 places
     assert different(views) == different(torch.cat([windows, windows.flip(3)]))
-
-
-def test_resize_random_crop_and_flip_of_clothing1m():
-    assert augment.resize_random_crop_and_flip()(noise(3, 3, 300, 260)[2]).shape == (3, 224, 224)
-    resize, crop, flip = augment.resize_random_crop_and_flip().transforms
-    assert (resize.size, crop.size, flip.p) == ([256], (224, 224), 0.5)
 
 
 def test_resize_random_resized_crop_and_flip_cuts_a_part_out_of_the_resized_image():
@@ -541,8 +425,11 @@ def test_resize_random_resized_crop_and_flip_cuts_a_part_out_of_the_resized_imag
     assert torch.equal(torch.stack(views), torch.stack(expected))
 
 
-def test_resize_random_resized_crop_and_flip_of_webvision():
+def test_the_default_sizes_are_those_of_the_releases():
+    resize, crop, flip = augment.resize_random_crop_and_flip().transforms
+    assert (resize.size, crop.size, flip.p) == ([256], (224, 224), 0.5)
     resize, part = augment.resize_random_resized_crop_and_flip().transforms
     crop, flip = part.transforms
     assert (resize.size, crop.size, flip.p) == ([320], (299, 299), 0.5)
     assert (crop.scale, crop.ratio) == ((0.08, 1.0), (3 / 4, 4 / 3))
+    assert augment.random_resized_crop_and_flip().transforms[0].size == (224, 224)

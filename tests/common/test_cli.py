@@ -49,30 +49,21 @@ def one_line(text: str) -> str:
     return text[:-1]
 
 
-# number types -----------------------------------------------------------------------------------------------------------
+ACCEPTED = {
+    cli.fraction: {"0": 0.0, "1": 1.0, "5e-1": 0.5},
+    cli.positive: {"1e-300": 1e-300, "25": 25.0},
+    cli.non_negative: {"0": 0.0, "2.5": 2.5},
+    cli.count: {"1": 1},
+    cli.count_or_zero: {"0": 0, "7": 7},
+    cli.seed: {"0": 0, "4294967295": 2**32 - 1},
+}
 
 
-@pytest.mark.parametrize(
-    ("number", "text", "value"),
-    [
-        (cli.fraction, "0", 0.0),
-        (cli.fraction, "1", 1.0),
-        (cli.fraction, "5e-1", 0.5),
-        (cli.positive, "1e-300", 1e-300),
-        (cli.positive, "25", 25.0),
-        (cli.non_negative, "0", 0.0),
-        (cli.non_negative, "2.5", 2.5),
-        (cli.count, "1", 1),
-        (cli.count_or_zero, "0", 0),
-        (cli.count_or_zero, "7", 7),
-        (cli.seed, "0", 0),
-        (cli.seed, "4294967295", 2**32 - 1),
-    ],
-)
-def test_numbers_within_the_range_are_accepted_at_their_type(number, text, value):
-    found = number(text)
-    assert found == value
-    assert type(found) is type(value)
+@pytest.mark.parametrize("number", ACCEPTED, ids=lambda number: number.__name__)
+def test_numbers_within_the_range_are_accepted_at_their_type(number):
+    for text, value in ACCEPTED[number].items():
+        accepted = number(text)
+        assert accepted == value and type(accepted) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -97,22 +88,20 @@ def test_other_numbers_are_refused_with_the_rule_and_the_value(number, text, rul
         number(text)
 
 
-# errors -----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("argv", "named"),
+    ("make", "argv", "named"),
     [
-        (["--lr", "nan"], "argument --lr: must be a finite number, got nan"),
-        (["--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
-        (["--nosuch", "3"], "--nosuch 3"),
-        (["--epoch", "3"], "--epoch 3"),  # no abbreviated flags
-        (["--lr"], "argument --lr: expected one argument"),
+        (make_parser, ["--lr", "nan"], "argument --lr: must be a finite number, got nan"),
+        (make_parser, ["--nosuch", "3"], "--nosuch 3"),
+        (make_parser, ["--epoch", "3"], "--epoch 3"),  # no abbreviated flags
+        (lambda: SPELLINGS, ["--noise-file"], "argument --noise_file: expected one argument"),
+        (lambda: SPELLINGS, ["--bn_mode", "off"], "argument --bn-mode: invalid choice: 'off'"),
+        (lambda: SPELLINGS, ["--no-such_flag=x_y"], "unrecognized arguments: --no-such_flag=x_y"),
     ],
 )
-def test_a_bad_command_line_ends_in_one_line_and_status_2(argv, named, capsys):
+def test_a_bad_command_line_ends_in_one_line_and_status_2(make, argv, named, capsys):
     with pytest.raises(SystemExit) as stop:
-        make_parser().parse_args(argv)
+        make().parse_args(argv)
     assert stop.value.code == 2
     streams = capsys.readouterr()
     line = one_line(streams.err)
@@ -147,33 +136,6 @@ def test_hyphens_and_underscores_of_a_flag_are_the_same(argv, name, value, monke
     assert getattr(SPELLINGS.parse_args(), name) == value
 
 
-@pytest.mark.parametrize(
-    ("argv", "named"),
-    [
-        (["--noise-file"], "argument --noise_file: expected one argument"),
-        (["--bn_mode", "off"], "argument --bn-mode: invalid choice: 'off'"),
-        (["--noise-fil", "x"], "unrecognized arguments: --noise-fil"),
-        (["--no-such_flag=x_y"], "unrecognized arguments: --no-such_flag=x_y"),
-    ],
-)
-def test_an_error_names_a_flag_in_its_own_spelling_and_an_unknown_one_as_typed(argv, named, capsys):
-    with pytest.raises(SystemExit) as stop:
-        SPELLINGS.parse_args(argv)
-    assert stop.value.code == 2
-    assert named in one_line(capsys.readouterr().err)
-
-
-def test_the_help_has_each_flag_once(capsys):
-    with pytest.raises(SystemExit):
-        SPELLINGS.parse_args(["--help"])
-    text = capsys.readouterr().out
-    assert "--noise_file" in text and "--noise-file" not in text and "--bn_mode" not in text
-
-
-def test_unknown_words_are_handed_back_as_typed():
-    assert SPELLINGS.parse_known_args(["--bn_mode", "train", "--some-flag_x"])[1] == ["--some-flag_x"]
-
-
 def test_a_user_error_becomes_one_line_and_status_2(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["some/folder/script.py"])
 
@@ -186,16 +148,6 @@ def test_a_user_error_becomes_one_line_and_status_2(capsys, monkeypatch):
     assert one_line(capsys.readouterr().err) == "script.py: error: x.npy is no file"
 
 
-def test_a_keyboard_interrupt_ends_in_status_130_without_traceback(capsys):
-    def main(argv):
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as stop:
-        cli.exit_cleanly(main, [])
-    assert stop.value.code == 130
-    assert "Traceback" not in capsys.readouterr().err
-
-
 def test_other_errors_keep_their_traceback():
     def main(argv):
         raise ZeroDivisionError
@@ -204,43 +156,22 @@ def test_other_errors_keep_their_traceback():
         cli.exit_cleanly(main, [])
 
 
+DEAD = "DataLoader worker (pid 7) is killed by signal: "
+
+
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
+        (WriteError(errno.ENOSPC, "full", "a.csv"), 2, "a.csv cannot be written (full): make room"),
+        (OSError(errno.EDQUOT, "quota"), 2, "the output cannot be written (quota): make room"),
+        (OSError(errno.EROFS, "read-only", "a"), 2, "a cannot be written (read-only): make it writable"),
+        (WriteError(errno.EIO, "I/O", "a.csv"), 2, "a.csv cannot be written (I/O): check the disk"),
+        (FileNotFoundError(errno.ENOENT, "missing", "b"), 2, "b: missing"),
+        (RuntimeError(f"{DEAD}Killed. "), 1, f"{DEAD}Killed: out of memory? use fewer --workers"),
         (
-            WriteError(errno.ENOSPC, "No space left on device", "a.csv"),
+            RuntimeError(f"{DEAD}Bus error. It is possible that"),
             2,
-            "a.csv cannot be written (No space left on device): make room",
-        ),
-        (
-            OSError(errno.EDQUOT, "Disk quota exceeded"),
-            2,
-            "the output cannot be written (Disk quota exceeded): make room",
-        ),
-        (
-            OSError(errno.EROFS, "Read-only file system", "a.csv"),
-            2,
-            "a.csv cannot be written (Read-only file system): make it writable",
-        ),
-        (
-            WriteError(errno.EIO, "Input/output error", "a.csv"),
-            2,
-            "a.csv cannot be written (Input/output error): check the disk",
-        ),
-        (
-            FileNotFoundError(errno.ENOENT, "No such file or directory", "b"),
-            2,
-            "b: No such file or directory",
-        ),
-        (
-            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
-            1,
-            "DataLoader worker (pid 7) is killed by signal: Killed: out of memory? use fewer --workers",
-        ),
-        (
-            RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"),
-            2,
-            f"DataLoader worker (pid 7) is killed by signal: Bus error: /dev/shm is too small, {cli.SHARED_MEMORY}",
+            f"{DEAD}Bus error: /dev/shm is too small, {cli.SHARED_MEMORY}",
         ),
     ],
     ids=["full", "quota", "read-only", "I/O", "missing", "killed", "bus error"],
@@ -265,7 +196,7 @@ def test_an_error_of_our_own_is_none_of_the_machines(error):
 
 
 def test_output_on_a_full_disk_is_a_users_error():
-    program = "import sys; from common import cli; cli.exit_cleanly(lambda _: print('text'), [])"
+    program = "import sys; from common.runs import cli; cli.exit_cleanly(lambda _: print('text'), [])"
     with open("/dev/full", "w") as full:
         process = subprocess.run(
             [sys.executable, "-c", program],
@@ -309,30 +240,15 @@ def test_the_help_shows_the_defaults_where_there_is_one(capsys):
     assert "None" not in text and "False" not in text
 
 
-# presets ----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("form", [["--preset", "table/cell"], ["--preset=table/cell"]])
-def test_a_preset_sets_its_flags_and_true_is_a_switch(form, presets):
-    args = cli.parse_args(make_parser(), form, presets)
-    assert {flag: value for flag, value in vars(args).items() if flag != "_places"} == {
-        "lr": 0.5,
-        "epochs": 10,
-        "name": "from the preset",
-        "verbose": True,
-        "preset": "table/cell",
-    }
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [["--preset", "table/cell", "--lr", "0.25"], ["--lr", "0.25", "--preset", "table/cell"]],
-    ids=["after", "before"],
-)
-def test_a_typed_flag_wins_over_the_preset(argv, presets):
-    args = cli.parse_args(make_parser(), argv, presets)
-    assert args.lr == 0.25
-    assert args.name == "from the preset"
+def test_a_preset_sets_its_flags_true_is_a_switch_and_a_typed_flag_wins(form, presets):
+    args = vars(cli.parse_args(make_parser(), form, presets))
+    del args["_places"]
+    expected = {"lr": 0.5, "epochs": 10, "name": "from the preset", "verbose": True, "preset": "table/cell"}
+    assert args == expected
+    for argv in ([*form, "--lr", "0.25"], ["--lr", "0.25", *form]):
+        args = cli.parse_args(make_parser(), argv, presets)
+        assert (args.lr, args.name) == (0.25, "from the preset")
 
 
 @pytest.mark.parametrize("key", ["noise_file", "noise-file"])
@@ -344,10 +260,6 @@ def test_a_preset_and_a_typed_flag_can_have_either_spelling(key, typed, presets)
     argv = ["--preset", "table/cell"]
     assert cli.parse_args(parser, argv, presets).noise_file == "preset.npy"
     assert cli.parse_args(parser, [*argv, typed, "typed.npy"], presets).noise_file == "typed.npy"
-
-
-def test_without_a_preset_the_file_is_not_needed(tmp_path):
-    assert cli.parse_args(make_parser(), ["--lr", "3"], tmp_path / "nosuch.toml").lr == 3
 
 
 def test_without_words_the_command_line_of_the_process_is_read(presets, monkeypatch):
@@ -366,13 +278,7 @@ def test_an_unknown_preset_is_refused_with_the_choices(presets, capsys):
 
 @pytest.mark.parametrize(
     ("entry", "named"),
-    [
-        ("lr = nan", "argument --lr: must be a finite number, got nan"),
-        ("lr = -1", "argument --lr: must be > 0, got -1"),
-        ('lr = "fast"', "argument --lr: must be a number, got fast"),
-        ("epochs = 1.5", "argument --epochs: must be a whole number, got 1.5"),
-        ("nosuch = 3", "--nosuch 3"),
-    ],
+    [("lr = nan", "argument --lr: must be a finite number, got nan"), ("nosuch = 3", "--nosuch 3")],
 )
 def test_a_bad_value_in_a_preset_is_refused_like_a_typed_one(entry, named, presets, capsys):
     presets.write_text(f'["table/cell"]\n{entry}\n')
@@ -412,7 +318,7 @@ def test_a_preset_of_another_script_is_refused(prog, name, line, tmp_path, capsy
     ids=["without docstrings", "Windows", "a terminal of ASCII"],
 )
 def test_other_interpreters_systems_and_terminals(options, before, status, said):
-    lines = [f"{before}from common import cli", "p = cli.Parser(prog='x', description=__doc__)"]
+    lines = [f"{before}from common.runs import cli", "p = cli.Parser(prog='x', description=__doc__)"]
     lines += [
         'p.add_argument("--a", help="the authors\' flags")',
         "def main(_):",

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +59,6 @@ def lines_of(path: Path) -> list[str]:
     return path.read_text().splitlines()
 
 
-# lists ----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["list_food101n", "list_food101_test"])
 def test_the_list_readers_agree_with_the_released_ones_where_lines_are_grouped(golden, kind):
     reader = {"list_food101n": food101n_lines, "list_food101_test": food101_test_lines}[kind]
@@ -88,25 +83,14 @@ def test_the_list_readers_agree_with_the_released_ones_where_lines_are_grouped(g
         (food101n_lines, ["a/../1.jpg"], "line 1: 'a/../1.jpg' is not CLASS/FILE"),
         (food101n_lines, ["class_name/key"], "no image in it"),
         (food101_test_lines, ["a/"], "line 1: 'a/' is not CLASS/FILE"),
+        *((lambda lines, _: verified_lines(lines), ["class_name/key\tverification_label", line], "line 2: ")
+          for line in ("a/1.jpg", "a/1.jpg\t2", "a/1.jpg\t", "1.jpg\t1")),
+        *((lambda lines, _: label_lines(lines, 14), [f"images/1/a.jpg{end}"], "line 1: ") for end in ("", " x", " 14", " -1")),
     ],
 )  # fmt: skip
 def test_a_wrong_line_is_named_with_its_number(reader, lines, offending):
     with pytest.raises(ValueError, match=offending):
         reader(lines, ["a", "b"])
-
-
-@pytest.mark.parametrize("line", ["a/1.jpg", "a/1.jpg\t2", "a/1.jpg\t", "1.jpg\t1"])
-def test_a_wrong_verified_line_is_named(line):
-    with pytest.raises(ValueError, match="line 2: "):
-        verified_lines(["class_name/key\tverification_label", line])
-
-
-@pytest.mark.parametrize(
-    "line", ["images/1/a.jpg", "images/1/a.jpg x", "images/1/a.jpg 14", "images/1/a.jpg -1"]
-)
-def test_a_wrong_label_line_is_named(line):
-    with pytest.raises(ValueError, match="line 1: "):
-        label_lines([line], 14)
 
 
 def test_class_ids_are_alphabetical_whatever_the_order_and_a_header_is_no_class():
@@ -120,9 +104,6 @@ def test_a_list_that_is_no_text_is_named(tmp_path):
     assert (
         message(read_list, tmp_path / "list.txt", class_lines) == f"{tmp_path / 'list.txt'}: not UTF-8 text"
     )
-
-
-# Food-101N ------------------------------------------------------------------------------------------------------------
 
 
 def test_food101n_has_the_images_labels_and_verification_of_its_lists(food, capsys):
@@ -145,17 +126,6 @@ def test_food101n_has_the_images_labels_and_verification_of_its_lists(food, caps
     assert "food101n train: 12 images of 3 classes" in printed
     assert "note: the train list names 12 images, the official one 310009" in printed
     assert "6 training labels verified, 3 of them right; 0 verified rows of no listed image" in printed
-
-
-def test_the_order_of_classes_and_lines_changes_no_id(food):
-    before = datasets.load_food101n(food)
-    names = {before.train.path(i).name: k for i, k in enumerate(before.train.labels)}
-    for file in (food / TRAIN / "meta/imagelist.tsv", food / TEST / "meta/classes.txt"):
-        head = [line for line in lines_of(file) if line.startswith("class_name")]
-        write_lines(file, [*head, *reversed(lines_of(file)[len(head) :])])
-    after = datasets.load_food101n(food)
-    assert after.train.labels.tolist() == before.train.labels.tolist()[::-1]
-    assert {after.train.path(i).name: k for i, k in enumerate(after.train.labels)} == names
 
 
 def test_verified_rows_are_joined_by_class_and_file(food, capsys):
@@ -182,9 +152,6 @@ def test_a_wrong_list_is_named_with_file_and_line(food):
     write_lines(path, [*lines_of(path), "unheard_of/1"])
     text = message(datasets.load_food101n, food)
     assert f"{path}: line 7: class unheard_of is not among the 3" in text
-
-
-# Clothing1M -----------------------------------------------------------------------------------------------------------
 
 
 def test_clothing1m_trains_on_the_noisy_list_and_tests_on_the_clean_ones(clothes, capsys):
@@ -285,9 +252,6 @@ def test_missing_clothing1m_is_given_out_by_its_authors(clothes):
     assert f"check clothing1m --data_path {clothes}" in text
 
 
-# missing and damaged images -------------------------------------------------------------------------------------------
-
-
 def test_a_missing_image_is_an_error_that_names_the_first_and_counts_them(food):
     paths = [datasets.load_food101n(food).train.path(i) for i in (5, 7)]
     for path in paths:
@@ -368,16 +332,6 @@ def test_the_search_for_damaged_images_is_done_once(food, monkeypatch, capsys):
         assert (told in capsys.readouterr().out) == (spoilt == "damaged itself")
 
 
-def test_another_list_is_looked_through_anew(food):
-    data = datasets.load_food101n(food)
-    plant(data.train.path(3), "truncated")
-    datasets.load_food101n(food, "skip")
-    path = food / TRAIN / "meta/imagelist.tsv"
-    head, *rest = lines_of(path)
-    write_lines(path, [head, *reversed(rest)])
-    assert datasets.load_food101n(food, "skip").positions.tolist() == [*range(8), 9, 10, 11]
-
-
 def test_a_root_that_cannot_be_written_is_looked_through_at_every_run(food, monkeypatch, capsys):
     def refuse(path, content):
         raise PermissionError(13, "Permission denied")
@@ -400,9 +354,6 @@ def test_an_unreadable_image_is_not_taken_for_a_damaged_one(food):
     path.unlink()
     path.mkdir()
     assert f"{path} cannot be read (Is a directory)" in message(datasets.load_food101n, food, "skip")
-
-
-# reading --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["torchvision", "Pillow"])
@@ -453,9 +404,6 @@ def test_damage_has_a_path_and_a_short_reason(food, kind):
     assert "\n" not in error.value.reason
 
 
-# check ----------------------------------------------------------------------------------------------------------------
-
-
 def test_check_names_every_missing_and_damaged_file(food, capsys):
     data = datasets.load_food101n(food)
     for i in (0, 4, 5, 6, 7):
@@ -473,27 +421,7 @@ def test_check_names_every_missing_and_damaged_file(food, capsys):
     ]
 
 
-def test_check_of_a_whole_data_set_says_so(clothes, capsys):
-    datasets.check("clothing1m", clothes, images=True)
-    printed = capsys.readouterr().out
-    assert "clothing1m clean_train: 6 images" in printed
-    assert "every image is there and whole" in printed
-
-
-def command(*words: str) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "common.datasets", *words]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-def test_the_command_checks_by_the_released_name_too(food):
+def test_the_command_checks_by_the_released_name_too(food, capsys):
     (food / TEST / "meta/test.txt").unlink()
-    done = command("check", "food", "--data_path", str(food))
-    assert done.returncode == 2
-    assert done.stdout.splitlines() == [f"missing: {food / TEST / 'meta/test.txt'}"]
-    assert len(done.stderr.splitlines()) == 1
-    assert "1 of 5 list files missing" in done.stderr
-
-
-def test_nothing_is_downloaded(tmp_path):
-    with pytest.raises(UserError, match="clothing1m cannot be fetched by a script: get it from its authors"):
-        main(["download", "clothing1m", "--data_path", str(tmp_path)])
+    assert "1 of 5 list files missing" in message(main, ["check", "food", "--data_path", str(food)])
+    assert capsys.readouterr().out.splitlines() == [f"missing: {food / TEST / 'meta/test.txt'}"]

@@ -53,9 +53,6 @@ def same(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-# transforms -----------------------------------------------------------------------------------------------------------
-
-
 def test_the_test_transform_agrees_with_the_released_composition(golden):
     for case in golden("afm", "eval_transform"):
         image = torch.from_numpy(case["image"]).permute(2, 0, 1)
@@ -66,27 +63,6 @@ def test_the_test_transform_agrees_with_the_released_composition(golden):
         np.testing.assert_allclose(output[:, ::8, ::8], case["output_every_8th"], rtol=0, atol=0.03)
         np.testing.assert_allclose(output.mean(axis=(1, 2)), case["output_mean"], rtol=0, atol=0.01)
         np.testing.assert_allclose(output.std(axis=(1, 2)), case["output_std"], rtol=0, atol=0.01)
-
-
-def test_the_training_transform_cuts_an_eighth_to_all_of_the_image_and_mirrors_half():
-    rows, columns = torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij")
-    image = torch.stack([rows, columns, torch.zeros(200, 200)]).to(torch.uint8)
-    transform = augment.random_resized_crop_and_flip(32)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        cuts = torch.stack([transform(image) for _ in range(400)]).int()
-    assert cuts.shape == (400, 3, 32, 32)
-    heights = (cuts[:, 0, -1, 0] - cuts[:, 0, 0, 0]) * 32 / 31
-    widths = (cuts[:, 1, 0, -1] - cuts[:, 1, 0, 0]) * 32 / 31
-    area, aspect = heights * widths.abs() / 200**2, widths.abs() / heights
-    assert 0.07 < area.min() < 0.12
-    assert 0.9 < area.max() <= 1.01
-    assert 0.7 < aspect.min() < 0.8
-    assert 1.28 < aspect.max() < 1.4
-    assert 0.4 < (widths < 0).float().mean() < 0.6
-
-
-# a pass ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -146,9 +122,6 @@ def test_without_generator_every_pass_draws_the_same(data):
         batches(data.train, 4, shuffle=True)
 
 
-# what the draws depend on ---------------------------------------------------------------------------------------------
-
-
 def test_neither_workers_nor_batch_size_change_a_view(data):
     expected = None
     for workers, batch_size in ((0, 4), (1, 4), (2, 4), (2, 1), (0, 12)):
@@ -188,9 +161,6 @@ def test_a_pass_left_early_is_followed_by_a_whole_one(data):
             next(iter(alone))
 
 
-# several processes ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_train_on_the_pieces_of_the_batches_of_one(data, world):
     options = {"shuffle": True, "drop_last": True, "views": 2}
@@ -224,9 +194,6 @@ def test_processes_share_an_evaluation_batch_by_batch(data):
 def test_batches_that_cannot_be_cut_evenly_are_refused(data, batch_size, drop_last, size):
     with pytest.raises(UserError, match=f"a batch of {size} images cannot be cut into 4 equal pieces"):
         batches(data.train, batch_size, shuffle=True, drop_last=drop_last, generator=generator(), world=4)
-
-
-# what can go wrong ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -107,27 +107,13 @@ def test_a_file_may_have_any_of_the_expected_lengths(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("a.npy", LABELS[:-1]),
-        ("a.npz", {"labels": LABELS[:-1]}),
-        ("a.json", json.dumps(LABELS[:-1].tolist())),
-        ("a.csv", lines(LABELS[:-1])),
-    ],
-    ids=["npy", "npz", "json", "csv"],
-)
+    ("file", "content"), [("a.npy", LABELS[:-1]), ("a.json", "[" + "1," * 48 + "1]"), ("a.csv", lines(LABELS[:-1]))]
+)  # fmt: skip
 def test_a_wrong_length_is_refused_with_both_lengths(tmp_path, file, content):
     path = save(tmp_path / file, content)
     assert re.search(r"\b49 labels.* 50, one per image", message(path))
     assert re.search(r"\b49 labels.* 50 or 45, one", message(path, (50, 45, 50)))
-
-
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [("empty.npy", LABELS[:0]), ("empty.json", "[]"), ("empty.csv", ""), ("heading_only.csv", "label\n")],
-)
-def test_a_file_without_labels_is_refused(tmp_path, file, content):
-    assert re.search(r"\b0 labels.* 50, one", message(save(tmp_path / file, content)))
+    assert re.search(r"\b0 labels.* 50, one", message(save(tmp_path / "empty.csv", "label\n")))
 
 
 @pytest.mark.parametrize("wrong", [-1, 10, 255])
@@ -196,17 +182,6 @@ def test_a_truncated_array_file_is_refused(tmp_path, suffix, keep):
     assert f"cannot be read as {suffix} labels" in message(path)
 
 
-def test_a_truncated_json_file_is_refused(tmp_path):
-    path = save(tmp_path / "a.json", json.dumps(LABELS.tolist())[:-1])
-    assert "cannot be read as .json labels" in message(path)
-
-
-@pytest.mark.parametrize("suffix", [".json", ".csv"])
-def test_bytes_that_are_no_text_are_refused(tmp_path, suffix):
-    path = save(tmp_path / f"a{suffix}", b"\xff\xfe\x00\x01")
-    assert f"cannot be read as {suffix} labels" in message(path)
-
-
 @pytest.mark.parametrize("file", ["labels.dat", "labels.pkl", "labels"])
 def test_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path, file):
     text = message(save(tmp_path / file, lines(LABELS)))
@@ -225,9 +200,6 @@ def test_a_column_that_is_not_there_is_refused_with_those_there_are(tmp_path, as
     path = save(tmp_path / "a.npz", {"noisy": LABELS, "label": LABELS})
     with pytest.raises(UserError, match=f"has no column {asked}: choose from 'noisy', 'label'"):
         read_labels(f"{path}:{asked}", (N,), K)
-
-
-# files of torch.save ----------------------------------------------------------------------------------------------------
 
 
 class Hostile:
@@ -259,8 +231,6 @@ def test_pickles_of_an_older_numpy_are_read(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
     assert np.array_equal(read_labels(path, (N,), K), LABELS)
 
-
-# whose labels they are --------------------------------------------------------------------------------------------------
 
 INDEX = np.array([4, 0, 7])
 
@@ -317,10 +287,3 @@ def test_a_runs_labels_are_matched_by_the_images_they_belong_to(tmp_path):
     np.save(tmp_path / "train_index.npy", order)
     np.save(tmp_path / "noisy_labels.npy", order + 1)
     assert labels_of(tmp_path / "noisy_labels.npy", INDEX, 8, 10).tolist() == [5, 1, 8]
-
-
-def test_a_runs_labels_of_other_images_are_refused(tmp_path):
-    np.save(tmp_path / "train_index.npy", np.array([0, 4, 99]))
-    np.save(tmp_path / "noisy_labels.npy", np.zeros(3, dtype=np.int64))
-    with pytest.raises(UserError, match="no label of training image 7"):
-        labels_of(tmp_path / "noisy_labels.npy", INDEX, 8, 10)

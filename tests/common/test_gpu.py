@@ -15,19 +15,18 @@ def no_card(monkeypatch):
 
 @pytest.mark.parametrize(("device", "reason"), [("cpu", "asked for"), ("auto", "no CUDA device 0 found")])
 @pytest.mark.parametrize(
-    ("precision", "chosen", "why"),
+    ("precision", "fidelity", "chosen", "why"),
     [
-        ("auto", "fp32", "the default on CPU"),
-        ("fp32", "fp32", "asked for"),
-        ("bf16", "bf16", "asked for"),
+        ("auto", "paper", "fp32", "the default on CPU"),
+        ("auto", "released", "fp32", "as released"),
+        ("bf16", "paper", "bf16", "asked for"),
     ],
 )
 def test_without_a_card_cpu_is_picked_and_the_reason_printed(
-    no_card, capsys, device, reason, precision, chosen, why
+    no_card, capsys, device, reason, precision, fidelity, chosen, why
 ):
-    picked = pick(device, precision)
-    assert picked.device == torch.device("cpu")
-    assert picked.precision == chosen
+    picked = pick(device, precision, fidelity=fidelity)
+    assert (picked.device, picked.precision) == (torch.device("cpu"), chosen)
     assert capsys.readouterr().out == f"device cpu ({reason}), precision {chosen} ({why})\n"
     assert picked.peak_memory_mb() is None
 
@@ -69,11 +68,6 @@ def test_on_a_card_the_released_precision_is_float32_without_tf32_unless_another
     assert torch.get_float32_matmul_precision() == ("high" if chosen == "bf16" else "highest")
 
 
-def test_the_released_precision_has_its_reason_on_a_cpu_too(no_card, capsys):
-    assert pick(fidelity="released").precision == "fp32"
-    assert capsys.readouterr().out.endswith(", precision fp32 (as released)\n")
-
-
 @pytest.mark.parametrize("index", [0, 3])
 def test_asking_for_a_card_that_is_not_there_is_an_error(no_card, capsys, index):
     with pytest.raises(UserError, match=rf"--device cuda: there is no CUDA device {index} \(found 0\)"):
@@ -89,7 +83,7 @@ def test_autocast_multiplies_in_the_picked_precision(precision, dtype):
     assert (a @ a).dtype == torch.float32
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_prepare_keeps_the_names_and_values_of_the_state(compiled):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -100,52 +94,31 @@ def test_prepare_keeps_the_names_and_values_of_the_state(compiled):
     assert state["0.weight"].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_generator_is_seeded_and_leaves_the_global_one_alone():
-    picked, before = pick("cpu"), torch.get_rng_state()
-    draws = [torch.rand(5, generator=picked.generator(seed)) for seed in (1, 1, 2)]
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_on_a_cpu_nothing_is_recorded_for_replay():
-    network = nn.Conv2d(1, 2, 3)
-    forward = network.forward
-    Device(torch.device("cpu"), "fp32", "tests").replay(network, (4, 1, 8, 8))
-    assert network.forward == forward
-
-
 def test_replay_takes_the_recorded_forward_for_training_batches_of_its_shape_alone(monkeypatch):
     """Without a card: recording is stood in for by a forward that counts its calls and spoils the running statistics."""
-    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    plain, calls = network.forward, []
+    plain, calls, device = network.forward, [], Device(torch.device("cpu"), "fp32", "tests")
 
     def record(module, sample_args):
         (sample,) = sample_args
         assert module.training and sample.shape == (4, 1, 8, 8)
         plain(sample)
+        module.forward = lambda images: calls.append(tuple(images.shape)) or plain(images)
 
-        def recorded(images):
-            calls.append(tuple(images.shape))
-            return plain(images)
-
-        module.forward = recorded
-
+    device.replay(network, (4, 1, 8, 8))
+    assert network.forward == plain, "on a CPU nothing is recorded"
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
     monkeypatch.setattr(Device, "on_cuda", lambda self: True)
-    network.eval()
-    Device(torch.device("cpu"), "fp32", "tests").replay(network, (4, 1, 8, 8))
+    device.replay(network, (4, 1, 8, 8))
     assert not network.training
-    for name, value in network.state_dict().items():
-        assert torch.equal(value, before[name]), name
-    network(torch.zeros(4, 1, 8, 8))
-    assert not calls, "evaluation is not replayed"
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    network(torch.zeros(4, 1, 8, 8))  # evaluation
     network.train()
     with torch.no_grad():
         network(torch.zeros(4, 1, 8, 8))
-    network(torch.zeros(3, 1, 8, 8))
-    assert not calls, "neither is a last, smaller batch"
+    network(torch.zeros(3, 1, 8, 8))  # a last, smaller batch
+    assert not calls
     network(torch.zeros(4, 1, 8, 8))
     assert calls == [(4, 1, 8, 8)]
 

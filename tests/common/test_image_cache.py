@@ -7,11 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms.v2.functional import resized_crop
 
 from common import datasets
 from common.datasets import image_cache
-from common.datasets.__main__ import main
 from common.datasets.image_cache import build, build_caches, open_cache, open_caches
 from common.gpu import augment
 from common.runs.cli import UserError
@@ -54,15 +52,6 @@ def test_small_images_and_upright_ones_are_made_as_large(tmp_path):
     assert cache[0].shape == (3, 64 * 47 // 30, 64)
     with pytest.raises(UserError, match="of another list or size"):
         open_cache(tmp_path / "cache", split)
-
-
-def test_a_crop_from_the_cache_differs_by_the_resize_alone(split, tmp_path):
-    build(split, tmp_path)
-    cache = open_cache(tmp_path, split)
-    for i in range(12):
-        small = resized_crop(cache[i], top=64, left=32, height=128, width=160, size=[224, 224])
-        large = resized_crop(split.read(i), top=100, left=50, height=200, width=250, size=[224, 224])
-        assert 0 < (small.float() - large.float()).abs().mean() < 2
 
 
 def test_a_cache_travels_to_other_processes_without_its_pixels(split, tmp_path):
@@ -155,19 +144,3 @@ def test_every_split_has_a_cache(tmp_path):
         "validation": 6,
         "clean_train": 6,
     }
-
-
-def test_the_command_makes_the_cache_of_the_images_that_are_whole(tmp_path):
-    make_food101n(tmp_path / "food")
-    plant(datasets.load_food101n(tmp_path / "food").train.path(4), "truncated")
-    words = ["cache", "food", "--data_path", str(tmp_path / "food"), "--workers", "0"]
-    with pytest.raises(UserError, match="needs --out"):
-        main(words)
-    words += ["--out", str(tmp_path / "cache")]
-    with pytest.raises(UserError, match="image 4 of the train list"):
-        main(words)
-    main([*words, "--on_bad_image", "skip"])
-    data = datasets.load_food101n(tmp_path / "food", "skip")
-    assert len(open_caches(tmp_path / "cache", data)["train"]) == 11
-    with pytest.raises(UserError, match="digits needs no cache"):
-        main(["cache", "digits"])

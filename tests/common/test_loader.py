@@ -60,32 +60,12 @@ def test_an_unaugmented_view_is_the_normalised_image(images):
     )
 
 
-def test_views_belong_to_their_index_when_shuffled(images):
-    for (view,), index in Batches(images, 3, shuffle=True, generator=generator()):
-        assert torch.equal(view, images.view(index))
-
-
 @pytest.mark.parametrize("views", [1, 2, 4])
 def test_each_view_has_draws_of_its_own(images, views):
     for batch, index in Batches(images, 5, views=views, augmentation=CROP_AND_FLIP, generator=generator()):
         assert len(batch) == views
         assert all(view.shape == (len(index), 3, 8, 6) for view in batch)
         assert len({view.numpy().tobytes() for view in batch}) == views
-
-
-def test_every_view_shows_the_image_of_its_index(images):
-    for batch, index in Batches(images, 5, views=3, augmentation=augment.random_flip, generator=generator()):
-        plain = images.view(index)
-        for view in batch:
-            same, mirrored = ((view == v).flatten(1).all(1) for v in (plain, plain.flip(3)))
-            assert (same | mirrored).all()
-
-
-def test_augmented_passes_differ_and_leave_the_images_alone(images):
-    batches = Batches(images, N, augmentation=CROP_AND_FLIP, generator=generator())
-    first, second = (next(iter(batches))[0][0] for _ in range(2))
-    assert not torch.equal(first, second)
-    assert np.array_equal(images.pixels.permute(0, 2, 3, 1).numpy(), PIXELS)
 
 
 def test_the_order_is_new_at_every_pass_and_follows_from_the_generator(images):
@@ -97,12 +77,6 @@ def test_the_order_is_new_at_every_pass_and_follows_from_the_generator(images):
     assert first[0] != first[1] != first[2] != first[0]
     assert first == passes(0)
     assert first != passes(1)
-
-
-def test_the_global_generator_is_left_alone(images):
-    before = torch.get_rng_state()
-    order(Batches(images, 4, views=2, augmentation=CROP_AND_FLIP, shuffle=True, generator=generator()))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_endless_starts_again_in_a_new_order(images):
@@ -131,22 +105,6 @@ def test_shuffling_and_augmenting_need_a_generator(images, need):
         Batches(images, 4, **need)
 
 
-def test_images_are_uint8_channels_last(images):
-    assert len(images) == N
-    assert images.pixels.dtype == torch.uint8
-    assert images.pixels.shape == (N, 3, 8, 6)
-    assert images.pixels.is_contiguous(memory_format=torch.channels_last)
-    assert images.device == torch.device("cpu")
-
-
-def test_grey_images_keep_their_one_channel():
-    grey = Images(PIXELS[..., :1], MEAN[:1], STD[:1], torch.device("cpu"))
-    ((view,), _), *_ = Batches(grey, 4, augmentation=CROP_AND_FLIP, generator=generator())
-    assert view.shape == (4, 1, 8, 6)
-
-
-# a dropped rest, and several processes that share the work ---------------------------------------------------------------
-
 WORLD = 2
 TRAINING = {"shuffle": True, "drop_last": True, "views": 2, "augmentation": CROP_AND_FLIP}
 
@@ -161,24 +119,6 @@ def test_a_smaller_last_batch_is_dropped_where_asked(images, batch_size, count, 
     assert len(set(gone_through)) == len(gone_through)
     if not shuffle:
         assert gone_through == list(range(count * batch_size))
-
-
-def test_other_samples_are_dropped_at_every_pass(images):
-    batches = Batches(images, 4, shuffle=True, drop_last=True, generator=generator())
-    dropped = [frozenset(range(N)) - set(order(batches)) for _ in range(8)]
-    assert all(len(rest) == 2 for rest in dropped) and len(set(dropped)) > 4
-
-
-def test_dropping_the_rest_leaves_the_other_batches_as_they_are(images):
-    """The draws of the batches before it do not depend on whether the rest is dropped."""
-    whole, dropped = (
-        list(Batches(images, 4, **(TRAINING | {"drop_last": drop}), generator=generator()))
-        for drop in (False, True)
-    )
-    assert len(whole) == 3 and len(dropped) == 2
-    for (views, index), (others, other) in zip(whole, dropped, strict=False):
-        assert torch.equal(index, other)
-        assert all(torch.equal(a, b) for a, b in zip(views, others, strict=True))
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -223,15 +163,6 @@ def test_batches_that_cannot_be_cut_into_equal_pieces_are_refused(images, wrong)
     Batches(images, **(options | {"shuffle": False}))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_more_than_all_samples_in_a_batch_give_none_to_any_process(images, rank):
-    batches = Batches(images, 12, shuffle=True, drop_last=True, rank=rank, world=WORLD, generator=generator())
-    assert len(batches) == 0 and list(batches) == []
-
-
-# an augmentation that makes all views at once ---------------------------------------------------------------------------
-
-
 def four_views(pixels: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
     """uint8 [4, B, C, H, W]: as it is, mirrored, and twice with draws of their own."""
     cropped = CROP_AND_FLIP(pixels.repeat(2, 1, 1, 1), draws)
@@ -266,20 +197,3 @@ def test_views_made_at_once_draw_once_for_a_batch(images):
             assert torch.equal(found, augment.normalise(own, images.mean, images.std))
     assert calls == [6, 4]
     assert torch.equal(draws.get_state(), twin.get_state())
-
-
-def test_all_views_made_at_once_are_cut_into_the_pieces_of_the_processes(images):
-    options = {"augmentation": four_views, "shuffle": True, "drop_last": True}
-    alone = Batches(images, 4, generator=generator(4), **options)
-    pieces = [
-        Batches(images, 4, generator=generator(4), rank=r, world=WORLD, **options) for r in range(WORLD)
-    ]
-    for whole, *parts in zip(alone, *pieces, strict=True):
-        assert torch.equal(torch.cat([index for _, index in parts]), whole[1])
-        for number, view in enumerate(whole[0]):
-            assert torch.equal(torch.cat([views[number] for views, _ in parts]), view)
-
-
-def test_one_view_made_at_once_is_one_view_and_so_is_a_batch_of_one_image(images):
-    batches = Batches(images, 1, augmentation=lambda pixels, _: pixels[None], generator=generator())
-    assert [(len(batch), batch[0].shape) for batch, _ in batches] == [(1, (1, 3, 8, 6))] * N

@@ -1,12 +1,5 @@
-"""mini-ImageNet with controlled noisy web labels: what its lists say, and all its images in one array, decoded once.
+"""mini-ImageNet with controlled noisy web labels: what its lists say, and all its images in one array, decoded once."""
 
-This file is also the script that two processes run; each leaves what it saw in rank0.npz or rank1.npz.
-"""
-
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +9,7 @@ from PIL import Image
 
 from common.datasets import decoded, load_mini_imagenet, mini_imagenet
 from common.datasets.__main__ import main
-from common.datasets.file_lists import FileSplit, make_split
+from common.datasets.file_lists import FileSplit
 from common.datasets.mini_imagenet import TEST_IMAGE, TRAIN_IMAGE, is_official, list_lines, train_list
 from common.gpu import processes
 from common.runs.cli import UserError
@@ -59,9 +52,6 @@ def lines_of(path: Path) -> list[str]:
 
 def names(split: FileSplit) -> list[str]:
     return [path.decode() for path in split.paths.tolist()]
-
-
-# lists ----------------------------------------------------------------------------------------------------------------
 
 
 def test_images_and_labels_are_those_of_the_released_listing(golden, tmp_path):
@@ -149,43 +139,12 @@ def test_test_images_of_two_classes_may_have_one_name():
         list_lines(["a.jpg 0", "a.jpg 0"], TEST_IMAGE)
 
 
-@pytest.mark.parametrize("file", [RED, TEST])
-def test_a_wrong_list_is_named_with_file_and_line(root, file):
-    count = len(lines_of(root / file))
-    write_lines(root / file, [*lines_of(root / file), "new.jpg 100"])
-    text = message(load_mini_imagenet, root, "red", 0.2)
-    assert text.startswith(f"{root / file}: line {count + 1}: 'new.jpg 100' is not")
-    write_lines(root / file, [])
-    assert message(load_mini_imagenet, root, "red", 0.2) == f"{root / file}: no image in it"
-
-
 def test_a_rate_without_list_is_told_which_lists_there_are(root):
     (root / "split/red_noise_nl_0.2.bak").touch()
     text = message(load_mini_imagenet, root, "red", 0.3)
     assert (
         text == f"mini_imagenet has no {root}/split/red_noise_nl_0.3: there are blue_noise_nl_0.4, red_noise_nl_0.2"
     )  # fmt: skip
-
-
-def test_what_is_missing_is_named_with_its_source_and_the_command(root):
-    text = message(load_mini_imagenet, root / "nowhere", "red", 0.2)
-    assert f"looked in {root}/nowhere for {RED}, {TEST}; get it from the project page of CNWL" in text
-    assert f"python -m common.datasets check mini_imagenet --data_path {root}/nowhere" in text
-    (root / TEST).unlink()
-    assert f"looked in {root} for {TEST}; get it" in message(load_mini_imagenet, root, "red", 0.2)
-
-
-# missing and damaged images -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_a_missing_image_is_an_error(root, part):
-    path = getattr(load_mini_imagenet(root, "red", 0.2), part).path(2)
-    path.unlink()
-    text = message(load_mini_imagenet, root, "red", 0.2)
-    assert text.startswith(f"image 2 of the {part} list, {path}, is missing (1 of ")
-    with pytest.raises(ValueError, match="on_bad_image must be error or skip"):
-        load_mini_imagenet(root, "red", 0.2, "ignore")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -207,9 +166,6 @@ def test_skip_leaves_out_missing_and_damaged_images(root, workers):
         (str(data.test.path(1)), 1),
     ]
     assert decoded(found.train, 8, workers, None).shape == (10, 8, 8, 3)
-
-
-# check ----------------------------------------------------------------------------------------------------------------
 
 
 def check(root: Path, *words: str) -> None:
@@ -274,16 +230,6 @@ def test_check_names_missing_lists_and_finds_a_wrong_line_in_any(root, capsys):
     ]
 
 
-def test_the_command_ends_in_one_line_and_status_2(root):
-    (root / TEST).unlink()
-    line = [sys.executable, "-m", "common.datasets", "check", "mini_imagenet", "--data_path", f"{root}/"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stdout.splitlines() == [f"missing: {root / TEST}"]
-    assert len(done.stderr.splitlines()) == 1
-    assert "1 of 3 list files missing" in done.stderr
-
-
 def test_it_is_neither_fetched_nor_cached(root):
     words = ["mini_imagenet", "--data_path", str(root), "--out", str(root / "cache")]
     with pytest.raises(UserError, match="cannot be fetched by a script: get it from the project page"):
@@ -293,9 +239,6 @@ def test_it_is_neither_fetched_nor_cached(root):
     ):
         main(["cache", *words])
     assert not (root / "cache").exists()
-
-
-# one array of all images ----------------------------------------------------------------------------------------------
 
 
 def as_pillow_does(split: FileSplit, size: int) -> np.ndarray:
@@ -319,32 +262,12 @@ def test_images_are_resized_as_pillow_does(split, size):
     assert (apart > 0).mean() < 0.05
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_noise_of_any_shape_is_resized_as_pillow_does(tmp_path, suffix):
-    rng = np.random.default_rng(0)
-    shapes = [(500, 375), (84, 84), (32, 32), (33, 31), (20, 200), (300, 10), (5, 6)]
-    for i, shape in enumerate(shapes):
-        noise = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(tmp_path / f"{i}.{suffix}")
-    split = make_split(tmp_path, [f"{i}.{suffix}" for i in range(len(shapes))], [0] * len(shapes))
-    for size in (32, 84):
-        apart = difference(split, size)
-        assert apart.max() <= 2  # measured: 2 in 84 x 84 alone
-        assert (apart > 0).mean() < 0.1
-        same = shapes.index((size, size))
-        assert not apart[same].any()
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_many_images_stay_in_their_order(split, workers):
     order = np.arange(150) * 7 % 12
     images = decoded(split, 16, 0, None)
     assert len(np.unique(images, axis=0)) == 12
     assert np.array_equal(decoded(split.only(order), 16, workers, None), images[order])
-
-
-def test_no_image_gives_no_image(split):
-    assert decoded(split.only(np.arange(0)), 16, 0, None).shape == (0, 16, 16, 3)
 
 
 def test_no_random_number_is_drawn(split):
@@ -462,18 +385,6 @@ def test_a_folder_that_cannot_be_written_is_told_and_gone_round(split, tmp_path,
     assert kept(tmp_path / "full") == []
 
 
-def test_something_in_the_place_of_the_file_is_left_there(split, tmp_path, capsys):
-    expected = decoded(split, 16, 0, tmp_path)
-    (path,) = kept(tmp_path)
-    path.unlink()
-    path.mkdir()
-    assert np.array_equal(decoded(split, 16, 0, tmp_path), expected)
-    notes = capsys.readouterr().out.splitlines()
-    assert [note.startswith(f"note: {path} ") for note in notes] == [True, True]
-    assert kept(tmp_path) == [path]
-    assert path.is_dir()
-
-
 def test_two_runs_do_not_write_one_file_at_a_time(split, tmp_path, capsys):
     expected = decoded(split, 16, 0, tmp_path)
     (path,) = kept(tmp_path)
@@ -486,57 +397,9 @@ def test_two_runs_do_not_write_one_file_at_a_time(split, tmp_path, capsys):
     assert kept(tmp_path) == [path]
 
 
-# two processes --------------------------------------------------------------------------------------------------------
-
-
-def work(root: Path, folder: Path) -> None:
-    """Decode with a folder, and without one."""
-    processes.start(torch.device("cpu"))
-    train = load_mini_imagenet(root, "red", 0.2).train
-    decode, calls = mini_imagenet._decode, []
-
-    def slowly(*arguments):
-        calls.append(arguments)
-        time.sleep(0.5)  # a process that did not wait would be here too by now
-        return decode(*arguments)
-
-    mini_imagenet._decode = slowly
-    shared = decoded(train, 16, 0, folder / "kept")
-    with_folder = len(calls)
-    own = decoded(train, 16, 0, None)
-    decoded(train, 16, 0, folder / "file")
-    np.savez(
-        folder / f"rank{processes.rank()}.npz",
-        shared=shared,
-        own=own,
-        calls=[with_folder, len(calls) - with_folder],
-    )
-    processes.stop()
-
-
-def test_of_two_processes_the_first_decodes_for_both(split, tmp_path):
-    (tmp_path / "file").touch()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [*command, str(split.folder), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
+def test_of_several_processes_the_first_decodes_for_all_with_a_folder(split, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(processes, "first_alone", lambda make: calls.append(make) or make())
     expected = decoded(split, 16, 0, None)
-    for rank in (0, 1):
-        with np.load(tmp_path / f"rank{rank}.npz") as seen:
-            assert np.array_equal(seen["shared"], expected)
-            assert np.array_equal(seen["own"], expected)
-            # without a folder, or with one that takes nothing, each decodes for itself
-            assert seen["calls"].tolist() == [1 if rank == 0 else 0, 2]
-    assert len(kept(tmp_path / "kept")) == 1
-    assert ended.stdout.count("cannot be written") == 1  # only the first tells
-
-
-if __name__ == "__main__":
-    work(*map(Path, sys.argv[1:]))
+    assert calls == []
+    assert np.array_equal(decoded(split, 16, 0, tmp_path), expected) and len(calls) == 1

@@ -65,11 +65,6 @@ def test_clearly_separate_components_are_told_apart(seed):
     assert torch.equal(upper, values > 0.5)  # the components lie on both sides of 0.5
 
 
-def test_probabilities_are_probabilities():
-    probability = upper_posterior(*grouped({**CLEAR, **BLURRED}, seed=4))
-    assert ((probability >= 0) & (probability <= 1)).all()
-
-
 @pytest.mark.parametrize("value", [0.0, -3.25, 7.1])
 @pytest.mark.parametrize("size", [1, 2, 50])
 def test_a_group_of_equal_values_gets_1(size, value):
@@ -105,33 +100,6 @@ def test_values_that_are_not_finite_are_refused(wrong):
         upper_posterior(values, groups, count)
 
 
-@pytest.mark.parametrize("group", range(len(CLEAR) + len(BLURRED)), ids=[*CLEAR, *BLURRED])
-def test_a_group_fitted_alone_gets_the_same(group):
-    values, groups, count = grouped({**CLEAR, **BLURRED}, seed=1)
-    members = groups == group
-    alone = upper_posterior(values[members], torch.zeros(int(members.sum()), dtype=torch.long), 1)
-    torch.testing.assert_close(upper_posterior(values, groups, count)[members], alone, rtol=0, atol=1e-9)
-
-
-def test_the_order_of_the_samples_does_not_matter_where_the_components_are_clear():
-    # the k-means start draws samples by position, as scikit-learn's does: groups with several optima may change
-    values, groups, count = grouped(CLEAR, seed=2)
-    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
-    permuted = upper_posterior(values[order], groups[order], count)
-    torch.testing.assert_close(permuted, upper_posterior(values, groups, count)[order], rtol=0, atol=1e-12)
-
-
-def test_the_values_are_not_changed():
-    values, groups, count = grouped(CLEAR, seed=3)
-    before = values.clone(), groups.clone()
-    upper_posterior(values, groups, count)
-    assert torch.equal(values, before[0])
-    assert torch.equal(groups, before[1])
-
-
-# one mixture of all ---------------------------------------------------------------------------------------------------
-
-
 def of_scikit_learn(values: Tensor, seed: int, iterations: int = 10) -> Tensor:
     """The posterior of the lower of two Gaussians, with the settings of DivideMix's release."""
     column = values.float().numpy().reshape(-1, 1)
@@ -160,18 +128,6 @@ def test_lower_posterior_is_that_of_scikit_learn(kind, seed):
     assert torch.equal(lower_posterior(values.double(), seed), found), "in float32 whatever is given"
 
 
-def test_the_lower_values_are_likely_of_the_lower_component():
-    values = scaled("bimodal")
-    for seed in range(6):  # whichever of the two the fit calls the first
-        assert torch.equal(lower_posterior(values, seed) > 0.5, values < 0.5)
-    assert torch.equal(lower_posterior(1 - values, 0) > 0.5, values > 0.5)
-
-
-def test_the_seed_starts_the_fit():
-    values = scaled("heavy-tailed")
-    assert len({tuple(lower_posterior(values, seed).tolist()) for seed in range(8)}) > 1
-
-
 def test_the_fit_is_stopped_after_so_many_iterations_in_silence(recwarn):
     values = scaled("heavy-tailed")
     found = {count: lower_posterior(values, 0, max_iterations=count) for count in (1, 3, 10)}
@@ -180,19 +136,6 @@ def test_the_fit_is_stopped_after_so_many_iterations_in_silence(recwarn):
     assert not torch.equal(found[1], found[3]) and not torch.equal(found[3], found[10])
     lower_posterior(torch.full((7,), 0.3), 0)  # in which there are no two clusters to start from
     assert recwarn.list == []
-
-
-def test_the_fit_has_ten_iterations_unless_asked_otherwise(monkeypatch):
-    made = []
-
-    def make(*given, **named) -> GaussianMixture:
-        made.append(GaussianMixture(*given, **named))
-        return made[-1]
-
-    monkeypatch.setattr("sklearn.mixture.GaussianMixture", make)
-    lower_posterior(scaled("small"), 0)
-    lower_posterior(scaled("small"), 0, 20)
-    assert [mixture.max_iter for mixture in made] == [10, 20]
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf"), 1e300])

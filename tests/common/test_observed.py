@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common import datasets, noise
+from common import noise
 from common.datasets import Data, Split, observed_labels
 from common.runs.cli import UserError
 
@@ -42,7 +42,3 @@ def test_labels_that_are_not_there_and_noise_for_more_classes_are_errors_that_na
         observed_labels(data(), SOME, "given", 0.4, 5, flag="--noise")
     with pytest.raises(UserError, match=r"^--noise asymmetric: .*10 classes.*; use another$"):
         observed_labels(data(), SOME, "asymmetric", 0.4, 5, flag="--noise")
-
-
-def test_it_is_among_the_data_sets_functions():
-    assert "observed_labels" in datasets.__all__

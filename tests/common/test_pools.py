@@ -33,9 +33,6 @@ def taken(pool: pools.Pool, rows=None) -> np.ndarray:
     return np.stack(pool.take(np.arange(pool.size) if rows is None else np.array(rows)))
 
 
-# ImageNet 32x32: pickles ------------------------------------------------------------------------------------------------
-
-
 def of_numpy_1(content: bytes) -> bytes:
     """The pickle that NumPy 1 would have written: its modules were named otherwise."""
     if content[2:3] == b"\x95":  # protocol 4 on: a frame's length, which may be left out
@@ -179,9 +176,6 @@ def test_a_batch_that_is_none_is_refused_in_one_line(official, content, reason):
     assert re.search(reason, text) and text.endswith("): get it again")
 
 
-# ImageNet 32x32: the pool -------------------------------------------------------------------------------------------------
-
-
 def test_rows_run_through_the_batches_in_the_order_of_their_numbers(tmp_path):
     images = make_imagenet32(tmp_path)
     pool = pools.imagenet32(tmp_path)
@@ -253,9 +247,6 @@ def test_only_the_official_number_of_images_goes_without_a_note():
     assert "holds 33 images, ImageNet 32x32 has 1281167: not the" in pools.imagenet32_note(33)
 
 
-# a folder of photographs --------------------------------------------------------------------------------------------------
-
-
 def photograph(mode: str, width: int = 50, height: int = 40) -> Image.Image:
     """Smooth colours with an edge, and half of it transparent where the mode has transparency."""
     y, x = np.mgrid[:height, :width]
@@ -280,12 +271,6 @@ def test_photographs_are_resized_first_and_made_rgb_then(tmp_path, mode):
     assert (mode in ("RGB", "L")) == np.array_equal(np.asarray(expected), np.asarray(otherwise))
 
 
-def test_photographs_of_the_right_size_are_taken_as_they_are(tmp_path):
-    image = photograph("RGB", 32, 32)
-    image.save(tmp_path / "a.bmp")
-    assert np.array_equal(pools.image_folder(tmp_path).take(np.array([0]))[0], np.asarray(image))
-
-
 def test_a_folder_is_the_images_in_it_by_name(tmp_path):
     names = ["b.jpg", "a10.png", "a2.PNG", "Z.JPEG", "c.Jpg", "é.bmp", "_.ppm"] + ["w.webp"] * features.check(
         "webp"
@@ -303,15 +288,6 @@ def test_a_folder_is_the_images_in_it_by_name(tmp_path):
     assert pool.size == len(names)
     order = [int(number) for number in np.round(taken(pool)[:, 10, 10, 0] / 20)]
     assert [names[number] for number in order] == sorted(names)
-
-
-def test_only_the_images_that_are_asked_for_are_read(tmp_path):
-    for name in ("a.png", "c.png"):
-        photograph("RGB").save(tmp_path / name)
-    (tmp_path / "b.png").write_bytes(b"no image")
-    pool = pools.image_folder(tmp_path)
-    assert len(pool.take(np.array([2, 0]))) == 2
-    assert "b.png" in message(pool.take, np.array([0, 1]))
 
 
 def saved(name: str) -> bytes:
@@ -352,26 +328,12 @@ def test_a_damaged_photograph_is_named_in_one_line(tmp_path, name, content, reas
     assert text.count(str(tmp_path)) == 1
 
 
-def test_a_photograph_that_vanished_is_named(tmp_path):
-    photograph("RGB").save(tmp_path / "a.png")
-    pool = pools.image_folder(tmp_path)
-    (tmp_path / "a.png").unlink()
-    text = message(pool.take, np.array([0]))
-    assert (
-        text
-        == f"{tmp_path / 'a.png'} is damaged or cannot be read (No such file or directory): mend or remove it"
-    )
-
-
 def test_a_folder_without_images_is_refused_with_its_path(tmp_path):
     (tmp_path / "places365").mkdir()
     (tmp_path / "places365" / "a.txt").touch()
     for root in (tmp_path, tmp_path / "nowhere"):
         text = message(pools.open_pool, "place365", root)
         assert f"no images found in {root / 'places365'}: put" in text and "--ood-dir" in text
-
-
-# the files of a pool --------------------------------------------------------------------------------------------------------
 
 
 def test_the_listing_tells_files_by_name_and_size(tmp_path):
@@ -392,18 +354,6 @@ def test_the_listing_tells_files_by_name_and_size(tmp_path):
     (folder / os.fsdecode(b"\xff.jpg")).write_bytes(b"a name that is no text")
     seen.append(pools.listing("place365", tmp_path))
     assert None not in seen and len(set(seen)) == 4
-
-
-def test_the_listing_of_imagenet32_is_of_its_training_batches_alone(tmp_path):
-    make_imagenet32(tmp_path / "imagenet32")
-    whole = pools.listing("imagenet32", tmp_path)
-    (tmp_path / "imagenet32" / "val_data").write_bytes(b"whatever")
-    assert pools.listing("imagenet32", tmp_path) == whole
-    (tmp_path / "imagenet32" / "train_data_batch_8").unlink()
-    assert pools.listing("imagenet32", tmp_path) != whole
-
-
-# other pools ----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_data_set_lends_its_training_images(tmp_path):
@@ -450,9 +400,6 @@ def test_scikit_learns_photographs_are_patches_that_use_all_greys():
     grey = np.asarray(patch.resize((8, 8), Image.Resampling.BILINEAR).convert("L")).astype(int)
     expected = (grey - grey.min()) * 255 // (grey.max() - grey.min())
     assert np.array_equal(images[1040 + 40 + 2, ..., 0], expected)
-
-
-# sizes and colours ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

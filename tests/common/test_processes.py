@@ -99,9 +99,6 @@ def train(network: nn.Module, whole: nn.Module) -> dict[str, Any]:
     return seen
 
 
-# what each of the two processes does ----------------------------------------------------------------------------------
-
-
 def work(folder: Path) -> None:
     """Everything in turn; what was seen goes to rank<N>.pt below folder."""
     seen: dict[str, Any] = {"before": numbers()}
@@ -285,9 +282,6 @@ def both(launch) -> list[dict]:
     return launch[0]
 
 
-# one process ----------------------------------------------------------------------------------------------------------
-
-
 def test_in_one_process_everything_hands_back_what_it_was_given(capsys):
     assert numbers() == (False, 1, 1, 0)
     tensor = torch.arange(7.0, requires_grad=True)
@@ -382,9 +376,6 @@ def test_alone_changes_nothing_in_one_process():
     with processes.alone():
         assert numbers() == (False, 1, 1, 0)
     assert numbers() == (False, 1, 1, 0)
-
-
-# two processes --------------------------------------------------------------------------------------------------------
 
 
 def test_the_processes_know_their_number_before_and_after_they_join(both):
@@ -562,20 +553,6 @@ def test_a_user_error_of_the_first_ends_all_and_is_told_once(launch):
 
 def test_a_user_error_of_another_process_ends_all_and_is_told_by_it(both):
     assert [seen["refused_by_second"] for seen in both] == ["SystemExit(2)", "UserError('refused by 1')"]
-
-
-def test_a_script_of_one_process_refuses_torchrun_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = ROOT / "sfa" / "Train_cifar.py"
-    ended = subprocess.run(
-        [*command, str(script), "--dataset", "digits", "--out", str(tmp_path / "run")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert ended.returncode != 0
-    line = "Train_cifar.py: error: this script runs as one process: start it with python, not with torchrun"
-    assert line in ended.stderr.splitlines()
-    assert f'File "{script}"' not in ended.stderr, "no traceback of ours; torchrun may print its own"
-    assert list(tmp_path.iterdir()) == []
 
 
 if __name__ == "__main__":

@@ -24,23 +24,6 @@ from common.runs import cli, results
 from common.runs.cli import UserError
 from common.runs.run import ROOT, Run, command, content_of, run_name
 
-SCRIPTS = (
-    *(
-        "afm.train",
-        "sfa.Train_cifar",
-        "sfa.Train_webvision",
-        "me_momentum.main",
-        "me_momentum.Clothing",
-        "sanm.pretrain",
-    ),
-    *(
-        "sanm.Train_cifar",
-        "sanm.Train_clothing1M",
-        "manifold_dividemix.pretrain",
-        "manifold_dividemix.train_semisup",
-    ),
-    "manifold_dividemix.train_semisup_miniimagenet",
-)
 CPU = Device(torch.device("cpu"), "fp32", "for the test")
 CELL = {"dataset": "digits", "noise_type": "imb", "noise_rate": 0.5, "imb_factor": 0.1, "ood_ratio": None}
 CLEAN = np.array([0, 0, 0, 0, 1, 1, 2, 2])
@@ -130,9 +113,6 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-# log.csv ----------------------------------------------------------------------------------------------------------------
-
-
 def test_the_log_has_a_row_per_epoch_and_empty_cells_for_nan_and_none(start, tmp_path):
     run = start(tmp_path)
     begin(run)
@@ -197,9 +177,6 @@ def test_an_epoch_that_was_not_logged_is_an_error(start, tmp_path):
         next(epochs)
 
 
-# results ----------------------------------------------------------------------------------------------------------------
-
-
 def test_result_json_has_best_last_and_the_mean_of_the_last_ten(start, tmp_path):
     run = start(tmp_path / "run", num_epochs=12)
     begin(run)
@@ -259,17 +236,6 @@ def test_table_and_cell_are_the_first_two_parts_of_the_preset(preset, table_and_
         assert (row["table"], row["cell"]) == table_and_cell
 
 
-def test_there_is_no_result_before_the_run_is_finished(start, tmp_path):
-    train(start(tmp_path), stop_after=3)
-    assert not (tmp_path / "result.json").exists() and not (tmp_path / "result.csv").exists()
-
-
-def test_a_subset_of_the_training_data_shows_in_the_profile_of_every_result(start, tmp_path):
-    train(start(tmp_path, limit_train=8))
-    assert json.loads((tmp_path / "result.json").read_text())["profile"] == "short+limit_train=8"
-    assert {row["profile"] for row in table(tmp_path / "result.csv")} == {"short+limit_train=8"}
-
-
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_full_test_is_a_metric_of_its_own_that_says_how_many_images_it_saw(asked, start, tmp_path):
     run = start(tmp_path, limit_train=8, limit_test=2, full_test_at_end=asked)
@@ -295,9 +261,6 @@ def test_a_finished_run_is_left_as_it_is(start, tmp_path):
     run.finish(last_auc=run.rows[-1]["auc"])
     assert state["memory"]["total"] == 6
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
-
-
-# the directory and its arguments ----------------------------------------------------------------------------------------
 
 
 def test_args_json_has_arguments_command_and_environment(start, tmp_path):
@@ -334,12 +297,6 @@ def test_other_arguments_are_refused_and_change_nothing(changed, named, start, t
     assert content(tmp_path) == before
 
 
-def test_a_missing_argument_counts_as_another(start, tmp_path):
-    end(start(tmp_path, extra=5))
-    with pytest.raises(UserError, match="extra was 5, now None"):
-        start(tmp_path)
-
-
 @pytest.mark.parametrize("flag", ["data_path", "data_root", "workers", "posterior", "on_bad_image"])
 def test_what_the_result_does_not_depend_on_may_change_and_is_not_in_the_name(flag, start, tmp_path):
     places = ("data_path", "data_root", "posterior")
@@ -374,14 +331,6 @@ def test_a_cache_of_images_is_what_its_indices_say(tmp_path):
         (tmp_path / name / "train" / "index.npz").write_bytes(index)
     found = [content_of(str(tmp_path / name)) for name in "abc"]
     assert found[0] == found[1] != found[2]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_that_names_a_place_is_declared_as_one(script):
-    for action in importlib.import_module(script).make_parser()._actions:
-        words = str(action.metavar) + (action.default if isinstance(action.default, str) else "")
-        looks_like_one = any(word in words for word in ("DIR", "FILE", "PATH", "/"))
-        assert (action.type is cli.place) == looks_like_one, action.option_strings
 
 
 def test_other_training_images_or_other_images_left_out_are_refused(start, tmp_path):
@@ -427,14 +376,6 @@ def test_a_directory_in_use_is_refused(start, tmp_path):
     start(tmp_path)
 
 
-def test_a_finished_run_gives_its_directory_free(start, tmp_path):
-    train(start(tmp_path))
-    assert start(tmp_path).folder == tmp_path
-
-
-# labels -----------------------------------------------------------------------------------------------------------------
-
-
 def test_the_labels_are_kept_with_their_checksum_and_noise(start, tmp_path):
     start(tmp_path).save_labels(INDEX, CLEAN, NOISY, num_classes=3)
     assert np.array_equal(np.load(tmp_path / "noisy_labels.npy", allow_pickle=False), NOISY)
@@ -462,18 +403,6 @@ def test_where_nobody_knows_the_true_labels_there_is_no_rate(start, tmp_path, ca
     assert json.loads((tmp_path / "result.json").read_text())["noise"]["realised_rate"] is None
 
 
-def test_the_known_noise_is_printed(start, tmp_path, capsys):
-    start(tmp_path).save_labels(INDEX, CLEAN, NOISY, num_classes=3)
-    assert "8 training samples, realised noise rate 0.3750, labels" in capsys.readouterr().out
-
-
-def test_other_labels_are_refused_where_the_true_ones_are_unknown_too(start, tmp_path):
-    run = start(tmp_path)
-    run.save_labels(INDEX, None, NOISY, num_classes=3)
-    with pytest.raises(UserError, match="other labels"):
-        run.save_labels(INDEX, None, np.roll(NOISY, 1), num_classes=3)
-
-
 def test_other_labels_are_refused_when_a_run_goes_on(start, tmp_path):
     train(start(tmp_path), stop_after=2)
     run = start(tmp_path)
@@ -482,9 +411,6 @@ def test_other_labels_are_refused_when_a_run_goes_on(start, tmp_path):
         run.save_labels(INDEX, CLEAN, np.roll(NOISY, 1), num_classes=3)
     assert str(tmp_path) in str(refusal.value)
     assert content(tmp_path) == before
-
-
-# files of a script ------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_written_whole_over_the_one_before_by_the_first_process_alone(start, tmp_path, monkeypatch):
@@ -503,9 +429,6 @@ def test_a_file_is_written_whole_over_the_one_before_by_the_first_process_alone(
     assert (tmp_path / "weights.pt").read_bytes() == b"short" and not (tmp_path / "more.npz").exists()
 
 
-# going on ---------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_a_run_stopped_in_an_epoch_goes_on_as_if_nothing_had_happened(stop_after, start, tmp_path):
     uninterrupted = train(start(tmp_path / "reference" / "run"))
@@ -518,21 +441,6 @@ def test_a_run_stopped_in_an_epoch_goes_on_as_if_nothing_had_happened(stop_after
     for result in found:
         del result["timing"], result["environment"]["git"]  # a commit may come between the two runs
     assert found[0] == found[1]
-
-
-@pytest.mark.parametrize(("stop_after", "kept"), [(1, 0), (2, 1), (3, 2)])
-def test_rows_logged_after_the_last_checkpoint_are_dropped(stop_after, kept, start, tmp_path):
-    train(start(tmp_path), stop_after=stop_after)
-    logged = (tmp_path / "log.csv").read_text().splitlines()
-    assert len(logged) == 1 + stop_after
-    run = start(tmp_path)
-    begin(run)
-    assert len(run.rows) == kept
-    if kept:
-        assert (tmp_path / "log.csv").read_text().splitlines() == logged[: 1 + kept]
-    else:
-        assert not (tmp_path / "log.csv").exists()
-    assert next(run.epochs(3)) == kept + 1
 
 
 def test_half_a_row_in_the_log_does_no_harm(start, tmp_path):
@@ -573,17 +481,6 @@ def test_images_and_time_count_over_all_the_parts_of_a_run(start, tmp_path):
     assert run.images == 5 and run.seconds == seconds > 0
 
 
-def test_the_shape_of_a_bad_state_is_refused(start, tmp_path):
-    run = start(tmp_path)
-    begin(run, {"nets": [torch.nn.Linear(2, 2)]})
-    end(run)
-    with pytest.raises(ValueError, match=r"\b1\b.*\b2\b"):
-        start(tmp_path).resume({"nets": [torch.nn.Linear(2, 2) for _ in range(2)]})
-
-
-# signals ----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("moment", ["batch", "epoch"])
 def test_a_signal_stops_at_the_next_step_and_the_run_goes_on_later(
@@ -607,15 +504,6 @@ def test_a_signal_stops_at_the_next_step_and_the_run_goes_on_later(
     run = start(tmp_path)
     assert begin(run)["memory"]["total"] == (1 if moment == "batch" else 3)
     assert next(run.epochs(3)) == done + 1
-
-
-def test_a_finished_run_gives_the_signals_back(start, tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    train(start(tmp_path))
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
-
-
-# ways out ---------------------------------------------------------------------------------------------------------------
 
 
 class Leave(Exception):
@@ -749,8 +637,6 @@ def test_a_run_whose_directory_was_taken_over_ends_before_its_checkpoint(start, 
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
-# names ------------------------------------------------------------------------------------------------------------------
-
 DEFAULTS = {"dataset": "cifar10", "lr": 0.02, "T": 0.5, "noise_file": None, "compile": False}
 
 
@@ -801,12 +687,6 @@ def test_a_damaged_args_json_is_named(start, tmp_path):
     (tmp_path / "args.json").write_text("{")
     with pytest.raises(UserError, match=r"args\.json is damaged"):
         start(tmp_path)
-
-
-def test_the_command_of_a_module_is_one_that_runs_it(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["benchmarks/baseline.py", "--like", "a run"])
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", importlib.util.find_spec("benchmarks.baseline"))
-    assert command() == "python -m benchmarks.baseline --like 'a run'"
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ from common.datasets import load_webvision
 from common.datasets.__main__ import main
 from common.datasets.file_lists import IMAGENET_MEAN, IMAGENET_STD, FileData, FileSplit
 from common.datasets.image_cache import build, open_cache, open_caches
-from common.datasets.webvision import list_lines, read_webvision, synset_lines
+from common.datasets.webvision import list_lines, read_webvision
 from common.gpu import augment
 from common.gpu.loader import FileBatches
 from common.runs.cli import UserError
@@ -87,9 +85,6 @@ def assert_same(found: FileData, expected: FileData) -> None:
         assert np.array_equal(one.labels, other.labels)
 
 
-# lists ----------------------------------------------------------------------------------------------------------------
-
-
 def test_images_and_labels_are_those_of_the_lists_in_their_order(root):
     data = load_webvision(root, 4)
     assert (data.name, data.num_classes, data.classes) == ("webvision", 4, ("0", "1", "2", "3"))
@@ -112,17 +107,6 @@ def test_images_and_labels_are_those_of_the_lists_in_their_order(root):
     assert (data.mean, data.std) == (IMAGENET_MEAN, IMAGENET_STD)
 
 
-def test_another_order_of_the_lines_is_another_order_of_the_images(root):
-    before = load_webvision(root, 4)
-    for file in (TRAIN, TEST):
-        write_lines(root / file, lines_of(root / file)[::-1])
-    after = load_webvision(root, 4)
-    for part in ("train", "test"):
-        assert names(getattr(after, part)) == names(getattr(before, part))[::-1]
-        assert np.array_equal(getattr(after, part).labels, getattr(before, part).labels[::-1])
-    assert names(after.imagenet) == names(before.imagenet)
-
-
 @pytest.mark.parametrize("num_class", [2, 3])
 def test_only_the_first_classes_are_there(root, num_class):
     data, whole = load_webvision(root, num_class), load_webvision(root, 4)
@@ -136,13 +120,6 @@ def test_only_the_first_classes_are_there(root, num_class):
     assert (data.listed, len(data.verified)) == (6 * num_class, 6 * num_class)
 
 
-def test_fifty_classes_unless_asked_otherwise(all_classes):
-    data = load_webvision(all_classes)
-    assert data.num_classes == 50
-    assert data.train.labels.tolist() == data.test.labels.tolist() == list(range(50))
-    assert data.imagenet.labels.tolist() == list(range(50))
-
-
 def test_all_thousand_classes_can_be_asked_for_and_no_more(root):
     data = read_webvision(root, 1000, "none")  # the lists alone: the images of higher classes are not there
     assert len(data.train.labels) == len(lines_of(root / TRAIN)) == 31
@@ -150,14 +127,6 @@ def test_all_thousand_classes_can_be_asked_for_and_no_more(root):
     for wrong in (1, 0, -3, 1001):
         with pytest.raises(ValueError, match=f"num_class must be from 2 to 1000, got {wrong}"):
             load_webvision(root, wrong)
-
-
-def test_the_lists_may_be_of_another_system_and_the_root_end_in_a_slash(by_synset):
-    before = load_webvision(by_synset, 4)
-    for file in (TRAIN, TEST, SYNSETS):
-        text = "\r\n".join(["", *lines_of(by_synset / file), "  ", ""])
-        (by_synset / file).write_bytes(b"\xef\xbb\xbf" + text.encode())
-    assert_same(load_webvision(f"{by_synset}/", 4), before)
 
 
 def test_blanks_around_and_within_a_path_are_understood():
@@ -185,28 +154,6 @@ def test_a_list_that_cannot_be_understood_is_named(root, file):
     assert message(load_webvision, root, 4) == expected
     write_lines(root / file, [line for line in lines if int(line.split()[1]) > 3])
     assert message(load_webvision, root, 4) == f"{root / file}: no image of the first 4 classes in it"
-
-
-@pytest.mark.parametrize("file", [TRAIN, TEST, SYNSETS])
-def test_a_list_that_is_no_text_is_named(by_synset, file):
-    (by_synset / file).write_bytes(b"\xff\xfe\xfa")
-    assert message(load_webvision, by_synset, 4) == f"{by_synset / file}: not UTF-8 text"
-
-
-def test_missing_lists_are_named_with_their_source_and_the_command(root):
-    (root / TRAIN).unlink()
-    text = message(load_webvision, root)
-    assert (
-        f"webvision not found in {root}; looked in {root} for {TRAIN}; get it from WebVision 1.0 of data.vision"
-        in text
-    )
-    assert text.endswith(f"python -m common.datasets check webvision --data_path {root}")
-    (root / TEST).unlink()
-    assert f"looked in {root} for {TRAIN}, {TEST}; get it from" in message(load_webvision, root)
-    assert f"looked in {root / 'nowhere'} for {TRAIN}, {TEST};" in message(load_webvision, root / "nowhere")
-
-
-# ILSVRC12's validation images -----------------------------------------------------------------------------------------
 
 
 def test_folders_by_synset_have_the_labels_that_the_list_of_synsets_gives_them(by_synset, tmp_path_factory):
@@ -274,19 +221,6 @@ def test_a_missing_class_is_named(root):
         f"webvision: looked in {root / VAL} for a folder of each of 4 classes of ILSVRC12's validation images, "
         "1 is missing (2 are): get them from image-net.org, or use --imagenet none"
     )
-
-
-def test_a_missing_synset_is_named(by_synset):
-    (by_synset / VAL / "n01999000").rename(by_synset / "not there")
-    assert f"looked in {by_synset / VAL} for" in message(load_webvision, by_synset, 4)
-    assert "n01999000 is missing (1 are)" in message(load_webvision, by_synset, 4)
-    assert "n01999000 is missing (47 are)" in message(load_webvision, by_synset)
-
-
-def test_no_folder_at_all_is_told(root):
-    assert "0 is missing (4 are)" in message(load_webvision, root, 4, imagenet=root / "nowhere")
-    make_webvision(root, by_synset=True)
-    assert "n02000000 is missing (4 are)" in message(load_webvision, root, 4, imagenet=root / "nowhere")
 
 
 def test_other_folders_without_the_list_of_synsets_are_told(by_synset):
@@ -402,14 +336,6 @@ def test_a_damaged_list_of_synsets_is_told(by_synset, change, offending):
     assert message(load_webvision, by_synset, 4) == f"{by_synset / SYNSETS}: {offending}"
 
 
-def test_a_synset_is_the_first_word_of_its_line():
-    lines = [f"n{k} one, two" if k % 2 else f"n{k}\tx" for k in range(1000)]
-    assert synset_lines([*lines[:3], "", *lines[3:]]) == tuple(f"n{k}" for k in range(1000))
-
-
-# what is printed ------------------------------------------------------------------------------------------------------
-
-
 def test_the_counts_are_printed_and_where_they_are_not_the_official_ones(all_classes, capsys):
     load_webvision(all_classes)
     assert capsys.readouterr().out.splitlines() == [
@@ -420,49 +346,6 @@ def test_the_counts_are_printed_and_where_they_are_not_the_official_ones(all_cla
         "webvision imagenet: 50 images of 50 classes",
         "note: the imagenet list names 50 images, the official one 2500",
     ]
-
-
-def test_of_another_number_of_classes_only_the_test_images_are_known(root, capsys):
-    load_webvision(root, 4)
-    assert capsys.readouterr().out.splitlines() == [
-        "webvision train: 24 images of 4 classes",
-        "webvision test: 8 images of 4 classes",
-        "note: the test list names 8 images, the official one 200",
-        "webvision imagenet: 8 images of 4 classes",
-        "note: the imagenet list names 8 images, the official one 200",
-    ]
-
-
-def test_no_note_where_the_counts_are_right(tmp_path, capsys):
-    make_webvision(tmp_path, classes=2, per_class=1, test_per_class=50, size=(8, 8))
-    load_webvision(tmp_path, 2)
-    assert capsys.readouterr().out.splitlines() == [
-        "webvision train: 2 images of 2 classes",
-        "webvision test: 100 images of 2 classes",
-        "webvision imagenet: 100 images of 2 classes",
-    ]
-
-
-# missing and damaged images -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_a_missing_image_is_an_error_that_names_the_first_and_counts_them(root, part):
-    split = getattr(load_webvision(root, 4), part)
-    for i in (5, 7):
-        plant(split.path(i), "missing")
-    text = message(load_webvision, root, 4)
-    assert f"image 5 of the {part} list, {split.path(5)}, is missing (2 of {len(split.labels)} are)" in text
-    assert text.endswith(
-        f"python -m common.datasets check webvision --data_path {root}, or use --on_bad_image skip"
-    )
-
-
-def test_what_the_lists_name_can_be_read_without_the_images(root):
-    expected = load_webvision(root, 4)
-    for path in (*files(expected.train), *files(expected.test)):
-        path.unlink()
-    assert_same(read_webvision(root, 4), expected)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -500,13 +383,6 @@ def test_skip_leaves_out_missing_and_damaged_images_of_every_split(root, capsys,
         load_webvision(root, 4, "guess")
 
 
-def test_the_search_for_damaged_images_is_done_once(root, monkeypatch):
-    plant(load_webvision(root, 4).imagenet.path(2), "truncated")
-    first = load_webvision(root, 4, "skip")
-    monkeypatch.setattr("common.datasets.file_lists.read_image", lambda path: pytest.fail(f"{path} was read"))
-    assert_same(load_webvision(root, 4, "skip"), first)
-
-
 def test_damaged_images_of_one_folder_are_not_those_of_another(root, tmp_path_factory):
     other = tmp_path_factory.mktemp("elsewhere")
     make_webvision(other)  # the same names
@@ -515,9 +391,6 @@ def test_damaged_images_of_one_folder_are_not_those_of_another(root, tmp_path_fa
     for _ in range(2):
         assert [path for path, *_ in load_webvision(root, 4, "skip").skipped] == [str(damaged)]
         assert load_webvision(root, 4, "skip", imagenet=other / "imagenet").skipped == ()
-
-
-# the command ----------------------------------------------------------------------------------------------------------
 
 
 def test_check_of_a_whole_data_set_says_so(all_classes, capsys):
@@ -533,37 +406,6 @@ def test_check_of_a_whole_data_set_says_so(all_classes, capsys):
     assert printed.endswith(f"webvision in {all_classes}: every image is there\n")
 
 
-def test_check_names_every_missing_and_damaged_file(all_classes, capsys):
-    data = read_webvision(all_classes)
-    (all_classes / "val_images_256").rename(all_classes / "not there")
-    plant(data.train.path(3), "missing")
-    plant(data.imagenet.path(7), "truncated")
-    text = message(datasets.check, "webvision", all_classes, images=True)
-    assert text.startswith(
-        f"webvision in {all_classes}: 51 images missing, 1 damaged; get them from WebVision"
-    )
-    printed = [
-        line for line in capsys.readouterr().out.splitlines() if line.startswith(("missing", "damaged"))
-    ]
-    assert printed[:2] == [
-        f"missing: {data.train.path(3)}",
-        f"missing: {all_classes / 'val_images_256'} (50 test images)",
-    ]
-    assert printed[2].startswith(f"damaged: {data.imagenet.path(7)} (")
-    assert len(printed) == 3
-
-
-def test_check_names_every_missing_list(all_classes, capsys):
-    for file in (TRAIN, TEST):
-        (all_classes / file).unlink()
-    text = message(main, ["check", "webvision", "--data_path", str(all_classes)])
-    assert f"webvision in {all_classes}: 2 of 2 list files missing; get them from WebVision 1.0" in text
-    assert capsys.readouterr().out.splitlines() == [
-        f"missing: {all_classes / TRAIN}",
-        f"missing: {all_classes / TEST}",
-    ]
-
-
 def test_check_looks_for_the_validation_images_where_it_is_told(all_classes, tmp_path_factory, capsys):
     other = tmp_path_factory.mktemp("elsewhere")
     (all_classes / VAL).rename(other / "val")
@@ -571,15 +413,6 @@ def test_check_looks_for_the_validation_images_where_it_is_told(all_classes, tmp
     assert f"looked in {all_classes / VAL} for a folder" in message(main, words)
     main([*words, "--imagenet", str(other)])
     assert "webvision imagenet: 50 images" in capsys.readouterr().out
-
-
-def test_the_command_ends_in_one_line(tmp_path):
-    words = ["check", "webvision", "--data_path", str(tmp_path)]
-    line = [sys.executable, "-m", "common.datasets", *words]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stdout.splitlines() == [f"missing: {tmp_path / TRAIN}", f"missing: {tmp_path / TEST}"]
-    assert len(done.stderr.splitlines()) == 1
 
 
 def test_nothing_is_downloaded(tmp_path):
@@ -613,9 +446,6 @@ def test_the_command_takes_another_number_of_classes(root, tmp_path_factory, cap
     for number in ("1", "1001"):
         text = message(main, ["check", "webvision", "--data_path", str(root), "--num_class", number])
         assert text.startswith(f"--num_class {number}: WebVision has 1000 classes")
-
-
-# the cache ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_command_makes_a_cache_of_the_size_that_is_asked_for(all_classes, tmp_path_factory, capsys):
@@ -668,14 +498,3 @@ def views(data: FileData, transform, cache) -> list[torch.Tensor]:
     batches = FileBatches(data.train, 4, transform, shuffle=True, generator=generator, cache=cache, **loading)
     (found, _), *_ = batches
     return list(found)
-
-
-def test_another_size_gives_other_pixels(tmp_path):
-    make_webvision(tmp_path / "data", classes=2, per_class=2, test_per_class=1, size=(500, 400))
-    data = load_webvision(tmp_path / "data", 2)
-    build(data.train, tmp_path / "cache", 256)
-    cache = open_cache(tmp_path / "cache", data.train)
-    transform = augment.resize_random_resized_crop_and_flip()
-    assert not torch.equal(views(data, transform, None)[0], views(data, transform, cache)[0])
-    assert len(open_cache(tmp_path / "cache", data.train, (320, 256))) == 4
-    assert "another list or size" in message(open_cache, tmp_path / "cache", data.train, (320,))
