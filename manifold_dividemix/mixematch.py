@@ -1,7 +1,7 @@
-"""One MixEMatch step (Sec. 4.5): guess, refine, mix inputs and embeddings, losses.
+"""One step of MixEMatch (README, section 4.5): guess, refine, mix inputs and embeddings, MixMatch's loss of both.
 
-A network is `networks.Network`, or anything with its calls. Under torchrun every process has the views of the whole batch,
-encodes its piece of them, and computes the same losses of all embeddings.
+Networks are `networks.Network`, or anything with its calls. Under torchrun every process has the views of the whole batch,
+encodes its piece of them, and computes the same loss of all embeddings.
 """
 
 from collections.abc import Sequence
@@ -13,23 +13,6 @@ from torch import Tensor, nn
 
 from common.gpu import processes
 from manifold_dividemix.losses import balance_penalty, contrastive_loss, labelled_loss, unlabelled_loss
-
-
-class Views(NamedTuple):
-    """Two weak and two strong views of a batch, [B, C, H, W] each."""
-
-    weak: tuple[Tensor, Tensor]
-    strong: tuple[Tensor, Tensor]
-
-
-class Weights(NamedTuple):
-    """What the parts of the loss are multiplied by (Sec. 5.6)."""
-
-    labelled: float = 1  # lambda_x
-    unlabelled: float = 100  # lambda_u, of the ramp
-    labelled_embedding: float = 1  # lambda_xe
-    unlabelled_embedding: float = 100  # lambda_ue, of the ramp
-    contrastive: float = 1  # lambda_c
 
 
 class Loss(NamedTuple):
@@ -44,16 +27,21 @@ class Loss(NamedTuple):
     penalty: Tensor
 
 
-def encode(network: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
-    """Embeddings of each view, [B, D] each.
+class Lambdas(NamedTuple):
+    """The weights of the losses (README, section 5.6), by the names of their flags."""
 
-    A forward pass per view, as in the release: joined they would share batch statistics. Where the encoder's batch norms are
-    frozen that changes nothing, and there is one pass for all.
-    """
-    if network.encoder.training:
-        return [processes.gather_rows(network(processes.piece(view))) for view in views]
-    joined = processes.gather_rows(network(processes.piece(torch.cat(list(views)))))
-    return list(joined.split([len(view) for view in views]))
+    x: float = 1
+    u: float = 100
+    xe: float = 1
+    ue: float = 100
+    c: float = 1
+
+
+class Views(NamedTuple):
+    """Two weak and two strong views of a batch, [B, C, H, W] each."""
+
+    weak: Sequence[Tensor]
+    strong: Sequence[Tensor]
 
 
 def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
@@ -64,98 +52,110 @@ def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
     return torch.softmax(probabilities.clamp_min(1e-30).log() / temperature, dim=1)
 
 
-def mean_prediction(network: nn.Module, embeddings: Sequence[Tensor]) -> Tensor:
-    """The mean over views of softmax(f2(h)), [B, K]."""
-    return sum(F.softmax(network.classify(own), dim=1) for own in embeddings) / len(embeddings)
-
-
-def confident(targets: Tensor, threshold: float) -> Tensor:
-    """Which guesses are sure enough to be trained on: 1. or 0. per row, asked of the sharpened targets [N, K]."""
-    return (targets.max(dim=1).values >= threshold).to(targets.dtype)
-
-
-def refined(mean: Tensor, labels: Tensor, clean: Tensor) -> Tensor:
-    """w onehot(observed) + (1 - w) mean prediction, [B, K]. labels int [B], clean probabilities w [B]."""
-    weight = clean.to(mean.dtype)[:, None]
-    return weight * F.one_hot(labels, mean.shape[1]).to(mean.dtype) + (1 - weight) * mean
-
-
-class Targets(NamedTuple):
-    """What a step's weak views give."""
-
-    labelled: Tensor  # tx [B, K]
-    unlabelled: Tensor  # tu [Bu, K]
-    mask: Tensor  # m [Bu]: 1. where the guess is sure
+@torch.no_grad()
+def guess_labels(network: nn.Module, views: Sequence[Tensor], temperature: float) -> Tensor:
+    """Targets [B, K] of unlabelled samples: the mean prediction on both views, sharpened."""
+    predictions = [F.softmax(network.classify(h), dim=1) for h in encode(network, views)]
+    return sharpen(sum(predictions) / len(predictions), temperature)
 
 
 @torch.no_grad()
-def make_targets(
-    network: nn.Module,
-    labelled: Views,
-    unlabelled: Views,
-    labels: Tensor,
-    clean: Tensor,
-    temperature: float,
-    threshold: float,
-) -> Targets:
-    """Guessed targets of the unlabelled samples, refined ones of the labelled, from their weak views."""
-    embeddings = encode(network, [*unlabelled.weak, *labelled.weak])
-    guessed = sharpen(mean_prediction(network, embeddings[:2]), temperature)
-    own = refined(mean_prediction(network, embeddings[2:]), labels, clean)
-    return Targets(sharpen(own, temperature), guessed, confident(guessed, threshold))
+def refine_labels(
+    network: nn.Module, views: Sequence[Tensor], labels: Tensor, clean: Tensor, temperature: float
+) -> Tensor:
+    """Targets [B, K] of labelled samples: w onehot(observed) + (1 - w) own mean prediction, sharpened.
+
+    labels int [B]; clean: clean probabilities w [B].
+    """
+    predictions = [F.softmax(network.classify(h), dim=1) for h in encode(network, views)]
+    mean = sum(predictions) / len(predictions)
+    observed = F.one_hot(labels, mean.shape[1]).to(mean.dtype)
+    weight = clean.to(mean.dtype)[:, None]
+    return sharpen(weight * observed + (1 - weight) * mean, temperature)
 
 
-def mix(rows: Tensor, share: float, permutation: Tensor) -> Tensor:
-    """Each row mixed with a partner: l row + (1 - l) partner, l = max(share, 1 - share) for the whole batch."""
-    share = max(share, 1 - share)
-    return share * rows + (1 - share) * rows[permutation]
+def mix(rows: Tensor, lam: float, permutation: Tensor) -> Tensor:
+    """Each row mixed with its partner: l row + (1 - l) partner, l = max(lam, 1 - lam). [N, ...].
+
+    permutation: the partners, int [N].
+    """
+    lam = max(lam, 1 - lam)
+    return lam * rows + (1 - lam) * rows[permutation]
+
+
+def encode(network: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
+    """Embeddings [B, D] of each view.
+
+    In train mode each view is a batch of its own for the batch norms, as in the release. With frozen batch norms joining the
+    views changes nothing.
+    """
+    if network.encoder.training:
+        return [processes.gather_rows(network(processes.piece(view))) for view in views]
+    joined = processes.gather_rows(network(processes.piece(torch.cat(list(views)))))
+    return list(joined.split([len(view) for view in views]))
+
+
+def confident(targets: Tensor, threshold: float) -> Tensor:
+    """Which guesses are trained on: 1. or 0. per row, by the largest entry of the sharpened targets [N, K]."""
+    return (targets.max(dim=1).values >= threshold).to(targets.dtype)
+
+
+def semi_loss(
+    logits: Tensor,
+    logits_embedding: Tensor,
+    projections: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    labelled_rows: int,
+    lambdas: Lambdas,
+    ramp: float,
+    kind: str = "RL",
+    rce: str = "released",
+) -> Loss:
+    """The total loss (README, section 5.6) of mixed rows [N, K], of which the first labelled_rows are labelled.
+
+    logits: of mixed inputs; logits_embedding: of mixed embeddings. projections [Bu, 2, P]: of the unlabelled strong views, of
+    length 1. mask [N]: mixed as the rows. ramp: factor of both unlabelled losses. kind, rce: of the labelled losses.
+    """
+    x, u = slice(labelled_rows), slice(labelled_rows, None)
+    l_x = labelled_loss(logits[x], targets[x], mask[x], kind, rce)
+    l_u = unlabelled_loss(logits[u], targets[u], mask[u])
+    l_xe = labelled_loss(logits_embedding[x], targets[x], mask[x], kind, rce)
+    l_ue = unlabelled_loss(logits_embedding[u], targets[u], mask[u])
+    l_c, penalty, w = contrastive_loss(projections), balance_penalty(logits), lambdas
+    total = w.x * l_x + ramp * w.u * l_u + w.xe * l_xe + ramp * w.ue * l_ue + w.c * l_c + penalty
+    return Loss(total, *(part.detach() for part in (l_x, l_u, l_xe, l_ue, l_c, penalty)))
 
 
 def step_loss(
     network: nn.Module,
-    labelled: Views,
+    labelled: tuple[Views, Tensor, Tensor],
     unlabelled: Views,
-    targets: Targets,
     *,
-    share: float,
+    lambdas: Lambdas,
+    ramp: float,
+    lam: float,
     permutation: Tensor,
-    weights: Weights,
-    ramp: float = 1,
+    temperature: float,
+    threshold: float,
     kind: str = "RL",
     rce: str = "released",
-    temperature: float = 0.05,
 ) -> Loss:
-    """The loss of the strong views, mixed as inputs and as embeddings by one share and one permutation of 2B + 2Bu rows.
+    """The loss of one step (README, section 4.5).
 
-    ramp: factor of both unlabelled losses. kind, rce: of the labelled loss. temperature: of the contrastive loss, which is
-    taken of the unlabelled strong views.
+    labelled: (views, observed labels [B], clean probabilities [B]). lam: the Beta draw. permutation: the partners of all
+    2B + 2Bu strong views. temperature: of sharpening. threshold: from which guesses are trained on.
     """
-    views = [*labelled.strong, *unlabelled.strong]
-    mixed_inputs = mix(torch.cat(views), share, permutation)
-    *embeddings, of_mixed = encode(network, [*views, mixed_inputs])
-    rows = torch.cat([targets.labelled, targets.labelled, targets.unlabelled, targets.unlabelled])
-    mask = torch.cat([torch.ones_like(rows[: 2 * len(targets.labelled), 0]), targets.mask, targets.mask])
-    rows, mask = mix(rows, share, permutation), mix(mask, share, permutation)
-    z = torch.stack([F.normalize(network.project(own), dim=1) for own in embeddings[2:]], dim=1)
-
-    def pair(logits: Tensor) -> tuple[Tensor, Tensor]:
-        x = slice(2 * len(targets.labelled))
-        u = slice(2 * len(targets.labelled), None)
-        return (
-            labelled_loss(logits[x], rows[x], mask[x], kind, rce),
-            unlabelled_loss(logits[u], rows[u], mask[u]),
-        )
-
-    logits_in = network.classify(of_mixed)
-    logits_emb = network.classify(mix(torch.cat(embeddings), share, permutation))
-    parts = (
-        *pair(logits_in),
-        *pair(logits_emb),
-        contrastive_loss(z, temperature),
-        balance_penalty(logits_in),
-    )
-    factors = weights._replace(
-        unlabelled=ramp * weights.unlabelled, unlabelled_embedding=ramp * weights.unlabelled_embedding
-    )
-    total = sum(factor * part for factor, part in zip((*factors, 1), parts, strict=True))
-    return Loss(total, *(part.detach() for part in parts))
+    views, labels, clean = labelled
+    guessed = guess_labels(network, unlabelled.weak, temperature)
+    refined = refine_labels(network, views.weak, labels, clean, temperature)
+    targets = mix(torch.cat([refined, refined, guessed, guessed]), lam, permutation)
+    trained = confident(guessed, threshold)
+    mask = mix(torch.cat([refined.new_ones(2 * len(labels)), trained, trained]), lam, permutation)
+    strong = [*views.strong, *unlabelled.strong]
+    *embeddings, of_mixed = encode(network, [*strong, mix(torch.cat(strong), lam, permutation)])
+    projections = torch.stack([F.normalize(network.project(h), dim=1) for h in embeddings[2:]], dim=1)
+    logits = network.classify(of_mixed)
+    logits_embedding = network.classify(mix(torch.cat(embeddings), lam, permutation))
+    rows = 2 * len(labels)
+    return semi_loss(logits, logits_embedding, projections, targets, mask, rows, lambdas, ramp, kind, rce)

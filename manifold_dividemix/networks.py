@@ -1,7 +1,7 @@
-"""The encoder f1, and beside it on its embedding a linear classifier f2 and a projection (Sec. 3).
+"""The encoder f1, a linear classifier f2 and a projection on its embedding (README, section 3).
 
-Layers of the encoder have the names that PreAct ResNets usually have in checkpoints: conv1, bn1, layer1 to layer4, shortcut.0;
-of the narrow one that is asked for by name, narrow1 to narrow3 in place of layers.
+The layers of the encoder have the usual names of PreAct ResNets: conv1, bn1, layer1 to layer4, shortcut.0. Those of
+--arch narrow are narrow1 to narrow3.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ ARCHITECTURES = {
 }
 ARCHS = (*ARCHITECTURES, "narrow")
 ARCH_HELP = "PreAct ResNet, a narrow one below 16 pixels; narrow: one of three blocks at any size"
-# widths and strides of the stages; below 16 pixels narrow ones, of a block each; and those of --arch narrow, at any size
+# widths and strides of the stages: usual; below 16 pixels, a block each; of --arch narrow, at any size
 USUAL = (64, 128, 256, 512), (1, 2, 2, 2)
 NARROW = (16, 32, 64), (1, 2, 1)
 HALVING = (16, 32, 64), (1, 2, 2)
 
 
 class PreActBlock(nn.Module):
-    """Basic pre-activation block. Its shortcut begins from the activated tensor, not from the block's input (Sec. 3)."""
+    """Basic pre-activation block. The shortcut starts from the activated tensor, not from the block's input."""
 
     expansion = 1
 
@@ -47,7 +47,7 @@ class PreActBlock(nn.Module):
 
 
 class PreActBottleneck(nn.Module):
-    """Pre-activation bottleneck, for ResNet-50 and 101: 1x1, 3x3, 1x1. The release wires basic blocks there, and fails."""
+    """Pre-activation bottleneck, for ResNet-50 and 101: 1x1, 3x3, 1x1 (README, difference 16)."""
 
     expansion = 4
 
@@ -70,14 +70,14 @@ class PreActBottleneck(nn.Module):
 
 
 def _shortcut(width_in: int, width_out: int, stride: int) -> nn.Sequential:
-    """The identity, or a 1x1 convolution where the shape changes."""
+    """The identity, or a 1x1 convolution if the shape changes."""
     if stride == 1 and width_in == width_out:
         return nn.Sequential()
     return nn.Sequential(nn.Conv2d(width_in, width_out, 1, stride, bias=False))
 
 
 class Encoder(nn.Module):
-    """f1: PreAct ResNet with a 3x3 stem; neither norm nor activation after its last stage (Sec. 3)."""
+    """f1: PreAct ResNet with a 3x3 stem; neither norm nor activation after its last stage."""
 
     def __init__(
         self,
@@ -114,11 +114,11 @@ class Encoder(nn.Module):
 def make_encoder(arch: str = "resnet18", channels: int = 3, size: int = 32) -> Encoder:
     """The encoder of images [channels, size, size], of one of ARCHS.
 
-    A PreAct ResNet, below 16 pixels a narrow one of three blocks whatever its number; or narrow, at any size three blocks whose
-    last map is a quarter of the image.
+    A PreAct ResNet; below 16 pixels a narrow one of three blocks for every number. "narrow": three blocks at any size, whose last
+    map is a quarter of the image.
     """
     if arch == "narrow":
-        # below 16 pixels a stride alone tells it from the other narrow one: only by its names is its file refused there
+        # below 16 pixels it differs from the other narrow one in a stride alone: names of its own let a file be refused
         return Encoder(channels, *HALVING, blocks=(1, 1, 1), prefix="narrow")
     blocks, bottleneck = ARCHITECTURES[arch]
     if size < 16:
@@ -127,22 +127,22 @@ def make_encoder(arch: str = "resnet18", channels: int = 3, size: int = 32) -> E
 
 
 class Network(nn.Module):
-    """f1, f2 and the projection, called one by one: none is computed where it is not needed."""
+    """f1, f2 and the projection, called one by one, so that none is computed without need."""
 
-    def __init__(self, encoder: nn.Module, width: int, num_classes: int, projection: int = PROJECTION):
+    def __init__(self, encoder: nn.Module, width: int, num_classes: int):
         """encoder: images -> maps [B, width, h, w]."""
         super().__init__()
         self.encoder = encoder
         self.classifier = nn.Linear(width, num_classes)
-        self.projection = nn.Linear(width, projection)
-        self.projection_bn = nn.BatchNorm1d(projection)
+        self.projection = nn.Linear(width, PROJECTION)
+        self.projection_bn = nn.BatchNorm1d(PROJECTION)
 
     def forward(self, images: Tensor) -> Tensor:
-        """f1: images [B, C, H, W] -> embeddings h [B, D], float32, the mean over the encoder's last map (4x4 of 32 pixels)."""
+        """f1: images [B, C, H, W] -> embeddings h [B, D], float32, the mean over the encoder's last map."""
         return self.encoder(images).float().mean(dim=(2, 3))
 
     def classify(self, embeddings: Tensor) -> Tensor:
-        """f2: embeddings [B, D] -> logits [B, K], float32 whatever the autocast."""
+        """f2: embeddings [B, D] -> logits [B, K], float32 also under autocast."""
         with torch.autocast(embeddings.device.type, enabled=False):
             return self.classifier(embeddings)
 
@@ -152,5 +152,5 @@ class Network(nn.Module):
             return self.projection_bn(self.projection(embeddings))
 
     def head(self) -> list[nn.Parameter]:
-        """The parameters that are trained at the head's learning rate: all but the encoder's."""
+        """The parameters trained at the learning rate of the head: all but the encoder's."""
         return [p for name, p in self.named_parameters() if not name.startswith("encoder.")]

@@ -1,4 +1,4 @@
-"""Which samples are out of distribution: those that are far from their nearest neighbours (Sec. 4.2)."""
+"""Which samples are out of distribution: those that are far from their nearest neighbours (README, section 4.2)."""
 
 import math
 from collections.abc import Iterable
@@ -14,10 +14,10 @@ from common.gpu import device as gpu
 CHUNK = 1024  # rows that are compared with all others at once: 200 MB of float32 at 50000 samples
 
 
-def knn_scores(embeddings: Tensor, k: int = 10, chunk: int = CHUNK) -> Tensor:
+def knn_scores(embeddings: Tensor, k: int = 10) -> Tensor:
     """exp(-mean distance to the k nearest other samples), float32 [N]; the smallest are the outliers.
 
-    embeddings [N, D]. Distance: 1 - cosine, of D <= 3 Euclidean. A sample is not its own neighbour, a duplicate of it is; a
+    embeddings [N, D]. Distance: 1 - cosine; Euclidean for D <= 3. A sample is not its own neighbour, a duplicate of it is; a
     row of zeros has distance 1 to all. Exact: matrix products of chunks of rows with all. ValueError: fewer than 2 samples.
     """
     size, dimensions = embeddings.shape
@@ -26,8 +26,8 @@ def knn_scores(embeddings: Tensor, k: int = 10, chunk: int = CHUNK) -> Tensor:
     euclidean = dimensions <= 3
     rows = embeddings.double() if euclidean else F.normalize(embeddings.float(), dim=1)
     scores = []
-    for start in range(0, size, chunk):
-        own = rows[start : start + chunk]
+    for start in range(0, size, CHUNK):
+        own = rows[start : start + CHUNK]
         if euclidean:
             distances = torch.cdist(own, rows, compute_mode="donot_use_mm_for_euclid_dist")
         else:
@@ -40,19 +40,6 @@ def knn_scores(embeddings: Tensor, k: int = 10, chunk: int = CHUNK) -> Tensor:
     return torch.cat(scores).float()
 
 
-def sklearn_knn_scores(embeddings: Tensor, k: int = 10) -> Tensor:
-    """The reference path of `knn_scores`, by scikit-learn's exact nearest neighbours."""
-    from sklearn.neighbors import NearestNeighbors  # noqa: PLC0415 (a second of import, for a path rarely taken)
-
-    rows = embeddings.detach().double().cpu().numpy()
-    metric = "cosine" if rows.shape[1] > 3 else "euclidean"
-    neighbours = NearestNeighbors(n_neighbors=min(k, len(rows) - 1), metric=metric, algorithm="brute").fit(
-        rows
-    )
-    distances, _ = neighbours.kneighbors()  # of the fitted samples, themselves left out
-    return torch.from_numpy(np.exp(-distances.mean(axis=1))).to(embeddings.device)
-
-
 def kept_samples(scores: Tensor, removed: int) -> Tensor:
     """Which samples stay, bool [N], when those with the `removed` lowest scores go; of equal ones the earlier goes first."""
     kept = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
@@ -61,22 +48,24 @@ def kept_samples(scores: Tensor, removed: int) -> Tensor:
 
 
 def split_epochs(epochs: int, warm_up: int, interval: int, clustering: bool) -> list[int]:
-    """The epochs, from 0, at whose start samples are removed and split anew (Sec. 4.4)."""
+    """The epochs, from 0, at whose start samples are removed and split again (README, section 4.4)."""
     return [e for e in range(warm_up, epochs) if e == warm_up or (clustering and e % interval == 0)]
 
 
-def removal_count(epoch: int, size: int, share: float, start_factor: float, splits: Iterable[int]) -> int:
-    """How many of `size` samples are removed during an epoch: ceil(factor q N) at first, ceil(q N) more at each split (Sec. 4.2).
+def removal_count(epoch: int, size: int, ratio: float, start_factor: float, splits: Iterable[int]) -> int:
+    """How many of `size` samples are removed in an epoch: ceil(factor q N) at first, ceil(q N) more at each split.
 
-    share: q. start_factor: 10 in the CIFAR script, 1 in the mini-ImageNet script.
+    ratio: q. start_factor: 10 in the CIFAR script, 1 in the mini-ImageNet script (README, section 4.2).
     """
-    first = math.ceil(share * start_factor * size)
-    return first + math.ceil(share * size) * sum(split <= epoch for split in splits)
+    first = math.ceil(ratio * start_factor * size)
+    return first + math.ceil(ratio * size) * sum(split <= epoch for split in splits)
 
 
 def outlier_auroc(scores: Tensor, ood: np.ndarray | None) -> float | None:
-    """How well low scores tell images from elsewhere, bool [N]: area under the ROC curve; None where nobody knows them, and of
-    scores that are not finite."""
+    """Area under the ROC curve of low scores against the true OOD images, bool [N].
+
+    None if these are unknown, if there are none or no others, and for scores that are not finite.
+    """
     if ood is None or not 0 < ood.sum() < len(ood) or not scores.isfinite().all():
         return None
     return float(roc_auc_score(ood, -scores.cpu().numpy()))

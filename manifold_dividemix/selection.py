@@ -1,8 +1,9 @@
-"""The split into labelled and unlabelled samples by a Gaussian mixture of their losses (Sec. 4.4)."""
+"""The split into labelled and unlabelled samples by a Gaussian mixture of their losses (README, section 4.4)."""
 
 import torch
 from torch import Tensor
 
+from common.gpu import processes
 from common.gpu.mixture import lower_posterior
 from common.runs.cli import UserError
 
@@ -34,7 +35,22 @@ def clean_probability(losses: Tensor, seed: int) -> Tensor:
 def divide(clean: Tensor, kept: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """The positions of the labelled and of the unlabelled samples, ascending, int64 each; either can be empty.
 
-    clean [N]: a label is taken where its clean probability is above the threshold. kept, bool [N]: all others are in neither.
+    clean [N]: samples with clean probability > threshold are labelled. kept, bool [N]: all others are on neither side.
     """
     chosen = clean > threshold
     return (chosen & kept).nonzero()[:, 0], (~chosen & kept).nonzero()[:, 0]
+
+
+def too_small(labelled: Tensor, unlabelled: Tensor, batch_size: int) -> bool:
+    """Whether a side of the split cannot be trained on, so that the epoch is one of warm-up; prints a note if so.
+
+    Too small are an empty side, one unlabelled sample, and a side smaller than the batch that several processes share.
+    """
+    least = batch_size if processes.world() > 1 else 1
+    if len(labelled) >= least and len(unlabelled) >= max(least, 2):
+        return False
+    processes.say(
+        f"note: warm-up in place of MixEMatch, the split is {len(labelled)} labelled and {len(unlabelled)} "
+        "unlabelled samples"
+    )
+    return True

@@ -1,30 +1,75 @@
-"""The passes over the data that both scripts are made of: warm-up, MixEMatch, one look at all samples, test (Sec. 4, 6).
+"""The passes over the data of both training scripts: warm-up, MixEMatch, embeddings, test (README, sections 4 and 6).
 
-Batches are (views, index): a tuple of [B, C, H, W] tensors and the samples' positions, int [B]. What is known of the samples are
-tensors on the device of the images, by those positions.
+Batches are (views, index): a tuple of [B, C, H, W] tensors and the samples' positions, int [B]. Labels, clean probabilities and
+masks are tensors by position, on the device of the images.
 """
 
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
 from common.gpu import processes
+from common.gpu.augment import crop_and_flip, training_augmentation
 from common.gpu.device import Device
+from common.gpu.loader import Batches, Images
+from common.runs.run import Run
 from manifold_dividemix.losses import symmetric_cross_entropy, warm_up_loss
-from manifold_dividemix.mixematch import Views, Weights, encode, make_targets, step_loss
+from manifold_dividemix.mixematch import Lambdas, Views, encode, step_loss
+
+
+class Setting(NamedTuple):
+    """What every pass over the training set shares."""
+
+    args: Namespace
+    device: Device
+    run: Run
+    train: Images
+    labels: Tensor  # observed, int [N]
+    loader: torch.Generator  # order, augmentation and mixing partners, alike in all processes
+    draws: np.random.Generator  # mixture weights and starts of the GMM, alike in all processes
+
+    def crop(self):
+        """The crop-and-flip of all training views; of mini-ImageNet by 4 pixels at any size, as in the release."""
+        if self.args.dataset == MINI_IMAGENET:
+            return crop_and_flip
+        return training_augmentation(self.args.dataset, self.train.pixels.shape[2])
+
+    def batches(self, augmentation, subset: Tensor | None = None) -> Batches:
+        """Shuffled, augmented batches. Several processes drop a smaller last one, which they cannot share."""
+        return Batches(
+            self.train,
+            self.args.batch_size,
+            subset=subset,
+            shuffle=True,
+            augmentation=augmentation,
+            generator=self.loader,
+            drop_last=processes.world() > 1,
+        )
+
+    def plain(self, name: str):
+        """All training images without augmentation, dealt out to the processes."""
+        return self.run.progress(plain_batches(self.train), name, training=False)
+
+
+def plain_batches(images: Images) -> Batches:
+    """All images in order, dealt out to the processes."""
+    return Batches(images, 512, rank=processes.rank(), world=processes.world())
 
 
 class Step(NamedTuple):
     """What the MixEMatch steps of an epoch share."""
 
-    draw_share: Callable[[], float]  # the Beta draw of the mixture
+    draw_lam: Callable[[], float]  # the Beta draw of the mixture
     draw_permutation: Callable[[int], Tensor]  # its partners
     ramp: Callable[[int], float]  # factor of the unlabelled losses by step
-    weights: Weights
+    lambdas: Lambdas
     temperature: float  # of sharpening
     threshold: float  # of confident guesses
     kind: str  # of the labelled loss: RL or CE
@@ -32,8 +77,8 @@ class Step(NamedTuple):
     device: Device
 
 
-class Look(NamedTuple):
-    """What one pass over plain training images gives, in their order."""
+class Embedded(NamedTuple):
+    """What one pass over the plain training images gives, in their order."""
 
     embeddings: Tensor  # float32 [N, D]
     losses: Tensor  # float32 [N], cross-entropy with the observed labels
@@ -41,7 +86,7 @@ class Look(NamedTuple):
 
 
 def set_mode(network: nn.Module, mode: str, warming_up: bool, frozen_encoder: bool) -> None:
-    """Whether batch norms take a batch's statistics: train, always; frozen, never; warm-up, in the warm-up only (Sec. 10, 2).
+    """Whether batch norms use batch statistics (README, difference 2). mode: train, always; frozen, never; warm-up, only then.
 
     An encoder that is not trained keeps its statistics.
     """
@@ -70,12 +115,13 @@ def warm_up(
     mask: str = "sample",
     project: bool = False,
 ) -> Tensor:
-    """One epoch of symmetric cross-entropy (loss "CE": plain) on the samples that are not removed: each step's loss (Sec. 4.3).
+    """One epoch of warm-up on the samples that are not removed (README, section 4.3): the loss of each step.
 
-    labels int [N], kept bool [N]. mask: see `losses.warm_up_loss`. project: the projection runs in every forward pass, so that
-    its batch norm collects running statistics; it is not trained. A batch of one sample has none, and is left out of them.
+    labels int [N], kept bool [N]. loss: symmetric ("SCE") or plain ("CE") cross-entropy. mask: see `losses.warm_up_loss`.
+    project: the projection runs in every forward pass, so that its batch norm collects running statistics; it is not trained,
+    and batches of one sample, which have no statistics, are left out.
     """
-    share = float(kept.float().mean())
+    kept_ratio = float(kept.float().mean())
     losses = []
     for (images,), index in batches:
         with device.autocast():
@@ -88,7 +134,7 @@ def warm_up(
             each = symmetric_cross_entropy(logits, labels[index])
         else:
             each = F.cross_entropy(logits, labels[index], reduction="none")
-        value = warm_up_loss(each, kept[index], mask, share)
+        value = warm_up_loss(each, kept[index], mask, kept_ratio)
         update(network, optimizer, value)
         losses.append(value.detach())
     return torch.stack(losses)
@@ -109,29 +155,25 @@ def train_divided(
     labels: Tensor,
     clean: Tensor,
 ) -> Tensor:
-    """One MixEMatch epoch (Sec. 4.5): each step's losses [steps, 7], in the order of `mixematch.Loss`.
+    """One MixEMatch epoch (README, section 4.5): each step's losses [steps, 7], in the order of `mixematch.Loss`.
 
-    unlabelled goes on for ever; the labelled batches decide the number of steps. Views: two weak, then two strong ones.
-    labels int [N], clean probabilities [N].
+    labelled: decides the number of steps. unlabelled: an endless iterator. Views: two weak, then two strong ones. labels int [N],
+    clean probabilities [N].
     """
     losses = []
-    for number, (views, index) in enumerate(labelled):
-        x = Views(views[:2], views[2:])
+    for number, (views_x, index) in enumerate(labelled):
         views_u, _ = next(unlabelled)
-        u = Views(views_u[:2], views_u[2:])
         with step.device.autocast():
-            targets = make_targets(
-                network, x, u, labels[index], clean[index], step.temperature, step.threshold
-            )
             loss = step_loss(
                 network,
-                x,
-                u,
-                targets,
-                share=step.draw_share(),
-                permutation=step.draw_permutation(2 * len(views[0]) + 2 * len(views_u[0])),
-                weights=step.weights,
+                (Views(views_x[:2], views_x[2:]), labels[index], clean[index]),
+                Views(views_u[:2], views_u[2:]),
+                lambdas=step.lambdas,
                 ramp=step.ramp(number),
+                lam=step.draw_lam(),
+                permutation=step.draw_permutation(2 * len(views_x[0]) + 2 * len(views_u[0])),
+                temperature=step.temperature,
+                threshold=step.threshold,
                 kind=step.kind,
                 rce=step.rce,
             )
@@ -141,10 +183,10 @@ def train_divided(
 
 
 @torch.no_grad()
-def look(network: nn.Module, batches: Iterable, labels: Tensor, device: Device) -> Look:
-    """Embeddings and losses of all plain training images in one pass, in eval mode (Sec. 4.2, 4.4); labels int [N].
+def embed(network: nn.Module, batches: Iterable, labels: Tensor, device: Device) -> Embedded:
+    """Embeddings and losses of all plain training images in one pass, in eval mode; labels int [N].
 
-    Under torchrun each process goes through its batches, and all have everything.
+    Under torchrun each process passes over its batches, and all have the result.
     """
     network.eval()
     embeddings = torch.zeros(len(labels), network.classifier.in_features, device=device.device)
@@ -155,7 +197,7 @@ def look(network: nn.Module, batches: Iterable, labels: Tensor, device: Device) 
         logits = network.classify(embeddings[index])
         losses[index] = F.cross_entropy(logits, labels[index], reduction="none")
         hits[index] = (logits.argmax(dim=1) == labels[index]).to(logits.dtype)
-    return Look(processes.total(embeddings), processes.total(losses), processes.total(hits).bool())
+    return Embedded(processes.total(embeddings), processes.total(losses), processes.total(hits).bool())
 
 
 @torch.no_grad()
@@ -171,6 +213,6 @@ def all_logits(network: nn.Module, batches: Iterable, size: int, num_classes: in
 
 
 def top_accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
-    """Percent of the rows of logits [N, K] whose label, int [N], is among the k largest (Sec. 6)."""
+    """Percent of the rows of logits [N, K] whose label, int [N], is among the k largest."""
     best = logits.topk(min(k, logits.shape[1]), dim=1).indices
     return 100 * float((best == labels[:, None]).any(dim=1).float().mean())

@@ -1,10 +1,9 @@
 """Which samples are removed as outliers: `python -m manifold_dividemix.visualize RUN [RUN ...] [--out FIGURE.png]`.
 
-Above, test accuracy by epoch for each setting (images and noise): the mean of each method over the runs given, with the range
-over seeds; and the kNN accuracy of the pre-training runs among them. Below, for one finished run, what its network made of the
-training samples when it looked at them first and last: outlier scores, a projection of the embeddings, clean probabilities; and
-how well the removal met the samples from elsewhere, by epoch. Samples are told apart by what they truly are, where that is known.
-The sections in brackets are those of the method's description in manifold_dividemix/README.md.
+Above: test accuracy by epoch for each setting (images and noise), the mean of each method over the runs with the range over
+seeds; and the kNN accuracy of pre-training runs. Below, for one finished run: outlier scores, a projection of the embeddings and
+clean probabilities at the first and the last removal; precision and recall of the removal by epoch. Colours show which samples
+are clean, mislabelled or OOD, if the true labels are known.
 """
 
 import csv
@@ -53,8 +52,8 @@ class Kind(NamedTuple):
     members: np.ndarray
 
 
-class Look(NamedTuple):
-    """What the network made of the N training samples at the first or the last removal."""
+class Scored(NamedTuple):
+    """Scores of the N training samples at the first or the last removal."""
 
     title: str  # which one, and at the start of which epoch
     score: np.ndarray  # float [N], small: an outlier
@@ -68,18 +67,18 @@ class Removal(NamedTuple):
     """The removal by epoch, float [E] each; NaN where it is not defined."""
 
     removed: np.ndarray  # samples
-    precision: np.ndarray  # share of them that are from elsewhere
-    recall: np.ndarray  # share of those from elsewhere that are removed
+    precision: np.ndarray  # ratio of OOD images among them
+    recall: np.ndarray  # ratio of removed images among the OOD images
 
 
 class Shown(NamedTuple):
-    """The run of the lower part, and what is known of its training samples."""
+    """The run of the lower part, and its training samples."""
 
     run: RunResult
     kinds: list[Kind]
-    ood: np.ndarray | None  # bool [N]: from elsewhere; None where nobody knows
-    looks: list[Look]  # one or two
-    removal: Removal | None  # None where nobody knows, and where none is from elsewhere
+    ood: np.ndarray | None  # bool [N]: out of distribution; None if unknown
+    removals: list[Scored]  # one or two
+    curve: Removal | None  # None if the OOD images are unknown, or there are none
 
 
 # reading --------------------------------------------------------------------------------------------------------------
@@ -100,9 +99,9 @@ def read_run(folder: Path) -> RunResult:
     return run._replace(curve=run.curve._replace(method=method))
 
 
-def percent(share: float) -> str:
-    """A share in percent, without digits that say nothing."""
-    return f"{100 * share:.4g} %"
+def percent(ratio: float) -> str:
+    """A ratio in percent, at most four digits."""
+    return f"{100 * ratio:.4g} %"
 
 
 def images(run: RunResult) -> str:
@@ -111,12 +110,12 @@ def images(run: RunResult) -> str:
     name = arguments["dataset"]
     if name == MINI_IMAGENET:
         return f"{name} at {arguments['img_size']} pixels"
-    elsewhere = arguments["ood_ratio"]
-    return f"{name} with {percent(elsewhere)} {arguments['corruption']}" if elsewhere else name
+    ratio = arguments["ood_ratio"]
+    return f"{name} with {percent(ratio)} {arguments['corruption']}" if ratio else name
 
 
 def noise(run: RunResult) -> str:
-    """Its label noise, in words; which list it is, of mini-ImageNet."""
+    """The label noise of a run, in words; of mini-ImageNet its list."""
     arguments = run.curve.arguments
     if arguments.get("noise_file"):
         return "given labels"
@@ -130,7 +129,7 @@ def setting(run: RunResult) -> str:
 
 
 def run_to_show(runs: list[RunResult]) -> RunResult | None:
-    """The first finished run that removed samples and looked at them twice; else that removed any; else that has scores."""
+    """The first finished run with removed samples at two epochs; else with removed samples; else with scores."""
 
     def lacks(run: RunResult) -> tuple[bool, bool]:
         return run.curve.arguments.get("remove_ood") == 0, not (run.folder / "outliers_last.npz").is_file()
@@ -141,7 +140,7 @@ def run_to_show(runs: list[RunResult]) -> RunResult | None:
 
 
 def read_samples(folder: Path) -> dict[str, np.ndarray]:
-    """Observed labels int [N]; and clean labels int [N], ood bool [N], where they are known. UserError: damaged."""
+    """Observed labels int [N]; clean labels int [N] and ood bool [N] if they are known. UserError: damaged."""
     path = folder / "samples.npz"
     with naming(path):
         arrays = read_npz(path)
@@ -155,7 +154,7 @@ def read_samples(folder: Path) -> dict[str, np.ndarray]:
 
 
 def make_kinds(samples: dict[str, np.ndarray]) -> list[Kind]:
-    """What the samples truly are, those kinds that there are; one kind where nobody knows."""
+    """The kinds of samples, without empty ones; one kind if the true labels are unknown."""
     if "ood" not in samples:
         return [Kind("training images", "tab:blue", np.ones(len(samples["observed"]), bool))]
     right, ood = samples["observed"] == samples["clean"], samples["ood"]
@@ -163,7 +162,7 @@ def make_kinds(samples: dict[str, np.ndarray]) -> list[Kind]:
     return [Kind(name, COLORS[name], which) for name, which in members.items() if which.any()]
 
 
-def read_look(path: Path, title: str, size: int) -> Look:
+def read_scored(path: Path, title: str, size: int) -> Scored:
     """One file of outliers of `size` samples. UserError: damaged, or of other samples."""
     with naming(path):
         arrays = read_npz(path)
@@ -178,23 +177,23 @@ def read_look(path: Path, title: str, size: int) -> Look:
             raise ValueError("kept, shown or embedding is of another kind")
         if shown.shape != embedding.shape[:1] or not 0 <= shown.min() <= shown.max() < size:
             raise ValueError("shown is not the positions of the embeddings")
-    return Look(title, score, kept, embedding.astype(np.float32), shown, clean)
+    return Scored(title, score, kept, embedding.astype(np.float32), shown, clean)
 
 
-def read_looks(run: RunResult, size: int) -> list[Look]:
-    """The first look, and the last where there were several. UserError: damaged."""
-    first = read_look(run.folder / "outliers_first.npz", "first look (epoch 1)", size)
+def read_removals(run: RunResult, size: int) -> list[Scored]:
+    """The first removal, and the last if there were several. UserError: damaged."""
+    first = read_scored(run.folder / "outliers_first.npz", "first look (epoch 1)", size)
     path = run.folder / "outliers_last.npz"
     if not path.is_file():
         return [first]
     with naming(run.folder / "args.json"):
         flags = (run.curve.arguments[flag] for flag in ("epochs", "warmup_epoch", "interval", "clustering"))
         epoch = 1 + max(split_epochs(*flags))  # the release counts from 0
-    return [first, read_look(path, f"last look (epoch {epoch})", size)]
+    return [first, read_scored(path, f"last look (epoch {epoch})", size)]
 
 
 def read_removal(folder: Path) -> Removal:
-    """What log.csv says of the removal. UserError: damaged."""
+    """The removal by epoch, from log.csv. UserError: damaged."""
     path = folder / "log.csv"
     with naming(path), path.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -214,19 +213,19 @@ def read_shown(run: RunResult) -> Shown:
         run=run,
         kinds=make_kinds(samples),
         ood=ood,
-        looks=read_looks(run, len(samples["observed"])),
-        removal=read_removal(run.folder) if ood is not None and ood.any() else None,
+        removals=read_removals(run, len(samples["observed"])),
+        curve=read_removal(run.folder) if ood is not None and ood.any() else None,
     )
 
 
 # drawing --------------------------------------------------------------------------------------------------------------
 
 
-def draw_scores(axes, look: Look, kinds: list[Kind], ood: np.ndarray | None) -> None:
-    """Outlier scores of each kind, and up to which of them samples are removed [Sec. 4.2]."""
-    bins = np.linspace(float(look.score.min()), float(look.score.max()) + 1e-9, 41)
-    draw_kinds(axes, look.score, kinds, bins)
-    removed = look.score[~look.kept]
+def draw_scores(axes, scored: Scored, kinds: list[Kind], ood: np.ndarray | None) -> None:
+    """Outlier scores of each kind, and the score up to which samples are removed (README, section 4.2)."""
+    bins = np.linspace(float(scored.score.min()), float(scored.score.max()) + 1e-9, 41)
+    draw_kinds(axes, scored.score, kinds, bins)
+    removed = scored.score[~scored.kept]
     if len(removed):
         axes.axvspan(bins[0], removed.max(), color="gray", alpha=0.15, linewidth=0)
         label = f"up to here {len(removed)} removed"
@@ -236,9 +235,9 @@ def draw_scores(axes, look: Look, kinds: list[Kind], ood: np.ndarray | None) -> 
         xlabel="outlier score (small: far from all others)", ylabel="training images", xlim=bins[[0, -1]]
     )
     axes.locator_params(axis="x", nbins=5)
-    auroc = outlier_auroc(torch.from_numpy(look.score), ood)
-    known = "" if auroc is None else f"\nAUROC against true OOD {auroc:.3f}"
-    axes.set_title(f"Outlier score, {look.title}{known}", fontsize=9)
+    auroc = outlier_auroc(torch.from_numpy(scored.score), ood)
+    measured = "" if auroc is None else f"\nAUROC against true OOD {auroc:.3f}"
+    axes.set_title(f"Outlier score, {scored.title}{measured}", fontsize=9)
 
 
 def draw_kinds(axes, values: np.ndarray, kinds: list[Kind], bins: np.ndarray) -> None:
@@ -249,27 +248,27 @@ def draw_kinds(axes, values: np.ndarray, kinds: list[Kind], bins: np.ndarray) ->
         axes.hist(chosen, bins, color=kind.color, histtype="step", linewidth=1.2)
 
 
-def draw_clean(axes, look: Look, kinds: list[Kind], threshold: float) -> None:
-    """Clean probabilities of each kind, removed samples too [Sec. 4.4]."""
-    draw_kinds(axes, look.clean, kinds, np.linspace(0, 1, 41))
+def draw_clean(axes, scored: Scored, kinds: list[Kind], threshold: float) -> None:
+    """Clean probabilities of each kind, removed samples included (README, section 4.4)."""
+    draw_kinds(axes, scored.clean, kinds, np.linspace(0, 1, 41))
     axes.set_yscale("log")
     axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
     axes.set(xlabel="clean probability", ylabel="training images (log scale)", xlim=(0, 1), ylim=(0.5, None))
     axes.legend(fontsize=8, loc="upper center")
-    axes.set_title(f"Clean probability, {look.title}{auc_of_clean(look.clean, kinds)}", fontsize=9)
+    axes.set_title(f"Clean probability, {scored.title}{auc_of_clean(scored.clean, kinds)}", fontsize=9)
 
 
 def auc_of_clean(clean: np.ndarray, kinds: list[Kind]) -> str:
-    """How well clean probabilities tell clean from noisy labels in distribution, as a second line of a title."""
+    """AUC of clean probabilities against clean labels, in distribution: a second line of a title."""
     by_name = {kind.name: kind.members for kind in kinds}
     if not {CLEAN, NOISY} <= by_name.keys():
         return ""
-    own = by_name[CLEAN] | by_name[NOISY]
-    return f"\nAUC {roc_auc_score(by_name[CLEAN][own], clean[own]):.3f} of clean against noisy labels"
+    inside = by_name[CLEAN] | by_name[NOISY]
+    return f"\nAUC {roc_auc_score(by_name[CLEAN][inside], clean[inside]):.3f} of clean against noisy labels"
 
 
 def project(embedding: np.ndarray, projection: str) -> np.ndarray:
-    """Embeddings [S, D], S >= 2, in the plane, [S, 2]; of equal length first, as the outlier score compares them by angle."""
+    """Embeddings [S, D], S >= 2, in the plane: [S, 2]. They get unit length first, as the outlier score compares angles."""
     rows = embedding / np.linalg.norm(embedding, axis=1, keepdims=True).clip(1e-12)
     if (rows == rows[0]).all():  # t-SNE would divide by their spread
         return np.zeros((len(rows), 2))
@@ -279,25 +278,25 @@ def project(embedding: np.ndarray, projection: str) -> np.ndarray:
     return TSNE(2, perplexity=perplexity, init="pca", random_state=SEED).fit_transform(rows)
 
 
-def draw_projection(axes, look: Look, kinds: list[Kind], projection: str) -> None:
-    """Embeddings of the samples shown in the plane: coloured by kind, removed ones crossed."""
-    points = project(look.embedding, projection)
-    colors = np.zeros((len(look.score), 3))
+def draw_projection(axes, scored: Scored, kinds: list[Kind], projection: str) -> None:
+    """Embeddings of the samples shown, in the plane: coloured by kind, removed ones as crosses."""
+    points = project(scored.embedding, projection)
+    colors = np.zeros((len(scored.score), 3))
     for kind in kinds:
         colors[kind.members] = to_rgb(kind.color)
-    kept, colors = look.kept[look.shown], colors[look.shown]
+    kept, colors = scored.kept[scored.shown], colors[scored.shown]
     # all kinds at once, or the last would hide the others
     axes.scatter(*points[kept].T, c=colors[kept], s=7, linewidth=0, alpha=0.7)
     axes.scatter(*points[~kept].T, c=colors[~kept], s=22, marker="x", linewidth=1)
     axes.set(
         xticks=[], yticks=[], xlabel=f"{PROJECTIONS[projection]} 1", ylabel=f"{PROJECTIONS[projection]} 2"
     )
-    some = "" if len(points) == len(look.score) else f"\n{len(points)} of {len(look.score)} samples"
-    axes.set_title(f"Embeddings, {look.title}{some}", fontsize=9)
+    some = "" if len(points) == len(scored.score) else f"\n{len(points)} of {len(scored.score)} samples"
+    axes.set_title(f"Embeddings, {scored.title}{some}", fontsize=9)
 
 
 def draw_removal(axes, removal: Removal, ood: np.ndarray) -> None:
-    """Precision and recall of the removal by epoch, and what as many samples drawn at random would give."""
+    """Precision and recall of the removal by epoch, and those of as many samples drawn at random."""
     epochs = np.arange(1, len(removal.removed) + 1)
     at_random = f"precision at random: OOD ratio {percent(ood.mean())}"
     curves = (
@@ -316,15 +315,17 @@ def draw_removal(axes, removal: Removal, ood: np.ndarray) -> None:
 
 
 def panels_of(shown: Shown, projection: str) -> list[Callable]:
-    """What draws each panel on the run: histograms, then projections and the removal."""
-    kinds, looks = shown.kinds, shown.looks
-    panels = [partial(draw_scores, look=look, kinds=kinds, ood=shown.ood) for look in looks]
-    if looks[-1].clean is not None:
+    """The functions that draw the panels on the run: histograms, then projections and the removal."""
+    kinds, removals = shown.kinds, shown.removals
+    panels = [partial(draw_scores, scored=scored, kinds=kinds, ood=shown.ood) for scored in removals]
+    if removals[-1].clean is not None:
         threshold = shown.run.curve.arguments["p_threshold"]
-        panels.append(partial(draw_clean, look=looks[-1], kinds=kinds, threshold=threshold))
-    panels += [partial(draw_projection, look=look, kinds=kinds, projection=projection) for look in looks]
-    if shown.removal is not None:
-        panels.append(partial(draw_removal, removal=shown.removal, ood=shown.ood))
+        panels.append(partial(draw_clean, scored=removals[-1], kinds=kinds, threshold=threshold))
+    panels += [
+        partial(draw_projection, scored=scored, kinds=kinds, projection=projection) for scored in removals
+    ]
+    if shown.curve is not None:
+        panels.append(partial(draw_removal, removal=shown.curve, ood=shown.ood))
     return panels
 
 
@@ -353,7 +354,7 @@ def draw_shown(figure, shown: Shown, panels: list[Callable]) -> None:
 
 
 def draw(runs: list[RunResult], shown: Shown | None, projection: str, out: Path) -> None:
-    """Write the figure: the curves of the runs, and what one of them removed, if any did."""
+    """Write the figure: the curves of the runs, and the removal of one of them if there is any."""
     curves = figures.panels(runs, lambda run: f"Test accuracy: {images(run)}\n{noise(run)}")
     panels = [] if shown is None else panels_of(shown, projection)
     parts = [

@@ -1,4 +1,4 @@
-"""A training set with wrong labels and with images from elsewhere: the benchmark of DSOS, SNCF, PLS and Manifold DivideMix."""
+"""A training set with wrong labels and OOD images (out of distribution): the benchmark of DSOS, SNCF, PLS and Manifold DivideMix."""
 
 import hashlib
 import io
@@ -22,13 +22,11 @@ from common.runs.locks import InUse, Lock
 
 
 class Corruption(NamedTuple):
-    """What is done to a training set; rates are shares of the whole of it."""
+    """What is done to a training set; rates are ratios to all its images."""
 
     pool: str  # imagenet32, place365, photographs, or a data set
     ood_ratio: float
-    noise_type: (
-        str  # sym, asym, superclass, POSTERIOR_TYPES; no; given, the noisy labels that an .npz brings along
-    )
+    noise_type: str  # sym, asym, superclass, POSTERIOR_TYPES; no; given, the noisy labels of an .npz
     noise_rate: float
     noise_seed: int = 0  # of Python's generator and of the transition matrix
     label_rng: str = "python"  # what draws symmetric labels: python (the release), or numpy (SNCF)
@@ -39,10 +37,8 @@ class OpenSetData(NamedTuple):
 
     images: np.ndarray  # uint8 [N, H, W, C]
     observed: np.ndarray  # int64 [N]
-    ood: (
-        np.ndarray
-    )  # bool [N]: which images are from elsewhere; they keep the labels of those whose place they took
-    sha256: str  # of the images from elsewhere and their positions
+    ood: np.ndarray  # bool [N]: out of distribution; these images keep the labels of those that they replaced
+    sha256: str  # of the OOD images and their positions
 
 
 def corrupt(
@@ -54,12 +50,12 @@ def corrupt(
     noise_file: str | None = None,
     posterior: np.ndarray | None = None,
 ) -> OpenSetData:
-    """The training images of `data` corrupted (Manifold DivideMix, Sec. 2.1): the same for the same arguments.
+    """The training images of `data` corrupted (manifold_dividemix/README.md, section 2.1): the same for the same arguments.
 
-    root: where data sets are; pool_folder: where the pool's files are, if not there. cache: a folder for what was taken from
+    root: where data sets are; pool_folder: where the pool's files are, if not there. cache: a folder for images taken from
     pools of files (ImageNet 32x32, Places365), so that they are read once. noise_file: observed labels in place of drawn ones.
     posterior: float [N, K] of the training images of `data`, for a noise type that needs one.
-    UserError: a pool that is not there or too small; rates or a noise type that do not fit.
+    UserError: a pool that is missing or too small; rates or a noise type that do not fit.
     """
     labels = data.train.labels
     if corruption.noise_type == "given" and data.noisy_labels is None and not noise_file:
@@ -114,7 +110,7 @@ def replacements(
     cache: Path | None,
     rng: RandomState,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The positions that images from elsewhere take, int64 [M], and these images, uint8 [M, H, W, C]."""
+    """The positions of OOD images, int64 [M], and these images, uint8 [M, H, W, C]."""
     size = len(data.train.labels)
     shape = data.train.images.shape[1:]
     if corruption.ood_ratio == 0:
@@ -136,7 +132,7 @@ def replacements(
     }
     path = None
     if corruption.pool in FOLDERS:
-        # a folder that was named and holds no such files is no reason to take what the cache has of another
+        # a given folder without such files must not give way to a cache made from another
         wanted["files"] = listing(corruption.pool, root, pool_folder) or (pool_folder and "no files")
         path = cache and cache / f"{data.name}-{corruption.pool}-{corruption.ood_ratio}.npz"
     kept = read_cache(path, wanted) if path and path.is_file() else None
@@ -181,7 +177,7 @@ def _sha256(positions: np.ndarray, images: np.ndarray) -> str:
 
 
 class Kept(NamedTuple):
-    """What a cache file holds besides its parameters."""
+    """The content of a cache file besides its parameters."""
 
     pool_size: int
     source: np.ndarray  # int64 [M]: rows of the pool
@@ -189,7 +185,7 @@ class Kept(NamedTuple):
 
 
 def write_cache(path: Path, kept: Kept, parameters: dict) -> None:
-    """Keep images from elsewhere with what they were made by; a note where the folder cannot be written."""
+    """Write OOD images with their parameters; prints a note if the folder cannot be written."""
     content = io.BytesIO()
     parameters = {**parameters, "pool_size": kept.pool_size, "sha256": _sha256(kept.source, kept.images)}
     np.savez(content, parameters=json.dumps(parameters), source=kept.source, images=kept.images)
@@ -206,15 +202,15 @@ def write_cache(path: Path, kept: Kept, parameters: dict) -> None:
 
 
 def read_cache(path: Path, wanted: dict) -> Kept:
-    """What a cache file holds. UserError: damaged, or made with other parameters than `wanted`.
+    """The content of a cache file. UserError: damaged, or made with other parameters than `wanted`.
 
-    Where no folder was named, a pool whose files are no longer there need not be: the cache stands for it.
+    Without a given folder the cache serves even if the pool's files are gone.
     """
     try:
         arrays = read_npz(path)
         parameters = json.loads(str(arrays["parameters"]))
         kept = Kept(int(parameters["pool_size"]), arrays["source"], arrays["images"])
-        whole = parameters["sha256"] == _sha256(kept.source, kept.images)
+        intact = parameters["sha256"] == _sha256(kept.source, kept.images)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}): remove it, and it is made anew"
@@ -222,7 +218,7 @@ def read_cache(path: Path, wanted: dict) -> Kept:
     differing = [
         name for name, value in wanted.items() if value is not None and parameters.get(name) != value
     ]
-    if differing or not whole:
+    if differing or not intact:
         what = f"other {', '.join(differing)}" if differing else "its content does not match its sha256"
         raise UserError(
             f"{path} was not made for this run ({what}): remove it, and it is made anew, or name another --open-set-cache"

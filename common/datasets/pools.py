@@ -1,4 +1,4 @@
-"""Images from elsewhere that take the places of training images: ImageNet 32x32, a folder of photographs, other data sets."""
+"""Pools of out-of-distribution (OOD) images, which replace training images: ImageNet 32x32, image folders, other data sets."""
 
 import hashlib
 import io

@@ -17,6 +17,7 @@ from common.gpu import policies
 from common.gpu.device import Device
 from common.gpu.policies import AutoAugmentDraws
 from common.pretraining.simclr import SimCLR
+from manifold_dividemix import outliers
 from manifold_dividemix.losses import (
     balance_penalty,
     contrastive_loss,
@@ -24,23 +25,27 @@ from manifold_dividemix.losses import (
     learning_rate,
     position,
     ramp_up,
+    soft_cross_entropy,
     soft_symmetric_cross_entropy,
     symmetric_cross_entropy,
     unlabelled_loss,
+    view_log_probabilities,
     warm_up_loss,
 )
-from manifold_dividemix.mixematch import Views, Weights, make_targets, mix, step_loss
-from manifold_dividemix.networks import Network, make_encoder
-from manifold_dividemix.outliers import (
-    kept_samples,
-    knn_scores,
-    removal_count,
-    sklearn_knn_scores,
-    split_epochs,
+from manifold_dividemix.mixematch import (
+    Lambdas,
+    Views,
+    confident,
+    guess_labels,
+    mix,
+    refine_labels,
+    step_loss,
 )
+from manifold_dividemix.networks import Network, make_encoder
+from manifold_dividemix.outliers import kept_samples, knn_scores, removal_count, split_epochs
 from manifold_dividemix.selection import clean_probability, divide, normalised
 from manifold_dividemix.training import all_logits, top_accuracy
-from tests.manifold_dividemix.toy import names, toy_from
+from tests.manifold_dividemix.toy import names, sklearn_knn_scores, toy_from
 
 PAPER = "manifold_dividemix"
 CPU = Device(torch.device("cpu"), "fp32", "")
@@ -256,8 +261,8 @@ def test_symmetric_cross_entropy(golden):
             close(soft, part["soft_each"])
             close(soft.mean(), part["soft_mean"])
             close(torch.autograd.grad(soft.mean(), logits)[0], part["grad_soft_mean"])
-            weighted = soft_symmetric_cross_entropy(logits, targets, ce_weight=0.3, rce_weight=2)
-            close(weighted, part["soft_each_a0.3_b2"])
+            forward = soft_cross_entropy(logits, targets)
+            close(0.3 * forward + 2 * (soft - forward), part["soft_each_a0.3_b2"])
 
 
 def test_warm_up_loss(golden):
@@ -266,8 +271,8 @@ def test_warm_up_loss(golden):
         losses, kept = symmetric_cross_entropy(logits, labels), case["removed_flag"] == 0
         close(losses, case["per_sample"])
         kept = torch.from_numpy(kept)[index]
-        close(warm_up_loss(losses, kept), case["loss_intended"])
-        close(warm_up_loss(losses, kept, "batch"), case["loss_released"])
+        close(warm_up_loss(losses, kept, "sample", 1), case["loss_intended"])
+        close(warm_up_loss(losses, kept, "batch", 1), case["loss_released"])
 
 
 def test_semi_supervised_losses(golden):
@@ -288,13 +293,27 @@ def test_contrastive_loss(golden):
         for part in parts(case):
             features, labels, pairs = tensors(part, "features", "labels", "pair_mask")
             features.requires_grad_()
-            temperatures = float(part["temperature"]), float(part["base_temperature"])
-            loss = contrastive_loss(features, *temperatures)
-            close(loss, part["loss_unsup"])
-            close(torch.autograd.grad(loss, features)[0], part["grad_unsup"], atol=1e-5)
-            close(contrastive_loss(features, *temperatures, labels=labels), part["loss_labels"])
-            close(contrastive_loss(features, *temperatures, pairs=pairs), part["loss_mask"])
-            close(contrastive_loss(features, *temperatures, all_anchors=False), part["loss_unsup_one"])
+            temperature, (images, views) = float(part["temperature"]), features.shape[:2]
+            factor = temperature / float(part["base_temperature"])
+            log_p = view_log_probabilities(features, temperature)
+
+            def loss(pairs: Tensor, log_p=log_p, views=views) -> Tensor:
+                """The mean over anchors of the mean over positives, by pairs of images [B, B]."""
+                positive = pairs.to(log_p.dtype).repeat(views, views).fill_diagonal_(0)
+                return -((positive * log_p).sum(dim=1) / positive.sum(dim=1)).mean()
+
+            same = torch.eye(images)
+            unsupervised = loss(same) if views > 2 else contrastive_loss(features, temperature)
+            close(factor * unsupervised, part["loss_unsup"])
+            gradient = torch.autograd.grad(factor * unsupervised, features, retain_graph=True)[0]
+            close(gradient, part["grad_unsup"], atol=1e-5)
+            # the release's other forms, which training does not use
+            close(factor * loss(same), part["loss_unsup"])
+            close(factor * loss(labels[:, None] == labels), part["loss_labels"])
+            close(factor * loss(pairs), part["loss_mask"])
+            first = torch.eye(images).repeat(1, views).fill_diagonal_(0)
+            each = (first * log_p[:images]).sum(dim=1) / first.sum(dim=1)
+            close(-factor * each.mean(), part["loss_unsup_one"])
 
 
 def test_ramp(golden):
@@ -315,12 +334,14 @@ def test_learning_rates(golden):
 # outliers and split ---------------------------------------------------------------------------------------------------
 
 
-def test_outlier_scores_and_who_is_removed(golden):
+@pytest.mark.parametrize("chunk", [7, outliers.CHUNK])
+def test_outlier_scores_and_who_is_removed(chunk, golden, monkeypatch):
+    monkeypatch.setattr(outliers, "CHUNK", chunk)
     for case in golden(PAPER, "knn_ood"):
         for letter in sorted({name.split("_")[0] for name in case.arrays}):
             features = torch.from_numpy(case[f"{letter}_features"])
             expected, top = torch.from_numpy(case[f"{letter}_scores"]), int(case[f"{letter}_top"])
-            for scores in (knn_scores(features), knn_scores(features, chunk=7), sklearn_knn_scores(features)):
+            for scores in (knn_scores(features), sklearn_knn_scores(features)):
                 torch.testing.assert_close(scores.double(), expected, rtol=0, atol=1e-5)
                 removed = ~kept_samples(scores, top)
                 assert removed.int().tolist() == case[f"{letter}_removed"].tolist(), (case.name, letter)
@@ -329,13 +350,13 @@ def test_outlier_scores_and_who_is_removed(golden):
 def test_removal_schedule(golden):
     for case in golden(PAPER, "removal_schedule"):
         for part in parts(case):
-            epochs, size, share = int(part["epochs"]), int(part["n_samples"]), float(part["remove_ood"])
+            epochs, size, ratio = int(part["epochs"]), int(part["n_samples"]), float(part["remove_ood"])
             splits = split_epochs(
                 epochs, int(part["warmup"]), int(part["interval"]), bool(part["clustering"])
             )
             assert splits == part["split_epochs"].tolist()
             factor = 10 if str(part["script"]) == "cifar" else 1
-            counts = [removal_count(e, size, share, factor, splits) for e in range(epochs)]
+            counts = [removal_count(e, size, ratio, factor, splits) for e in range(epochs)]
             assert counts == part["removed_at_epoch"].tolist()
 
 
@@ -372,33 +393,34 @@ def test_mixematch_step(golden):
             )
             labels, clean, permutation = tensors(part, "labels", "clean_prob", "mix_perm")
             arg = {name[4:]: float(value) for name, value in part.items() if name.startswith("arg_")}
-            targets = make_targets(network, x, u, labels, clean, arg["temperature"], arg["conf_threshold"])
-            close(targets.unlabelled, part["out_targets_u"])
-            close(targets.labelled, part["out_targets_x"])
-            close(targets.mask, part["out_conf_mask_u"])
+            temperature, threshold = arg["temperature"], arg["conf_threshold"]
+            guessed = guess_labels(network, u.weak, temperature)
+            refined = refine_labels(network, x.weak, labels, clean, temperature)
+            close(guessed, part["out_targets_u"])
+            close(refined, part["out_targets_x"])
+            close(confident(guessed, threshold), part["out_conf_mask_u"])
 
-            share = float(part["mix_lambda"])
-            close(mix(torch.cat([*x.strong, *u.strong]), share, permutation), part["out_mixed_input"])
-            twice = [targets.labelled, targets.labelled, targets.unlabelled, targets.unlabelled]
-            close(mix(torch.cat(twice), share, permutation), part["out_mixed_target"])
+            lam = float(part["mix_lambda"])
+            close(mix(torch.cat([*x.strong, *u.strong]), lam, permutation), part["out_mixed_input"])
+            targets = torch.cat([refined, refined, guessed, guessed])
+            close(mix(targets, lam, permutation), part["out_mixed_target"])
             embeddings = torch.cat([network(view) for view in (*x.strong, *u.strong)])
-            close(mix(embeddings, share, permutation), part["out_mixed_embedding"])
+            close(mix(embeddings, lam, permutation), part["out_mixed_embedding"])
 
             epoch, step, steps = (int(arg[n]) for n in ("epoch", "step_in_epoch", "steps_per_epoch"))
             ramp = ramp_up(position(epoch, step, steps, "released"), int(arg["warmup_epochs"]))
             close(ramp * arg["lambda_u"], part["out_ramped_lambda_u"])
             close(ramp * arg["lambda_ue"], part["out_ramped_lambda_ue"])
-            names_of = ("lambda_x", "lambda_u", "lambda_xe", "lambda_ue", "lambda_c")
-            weights = Weights(*(arg[name] for name in names_of))
             loss = step_loss(
                 network,
-                x,
+                (x, labels, clean),
                 u,
-                targets,
-                share=share,
-                permutation=permutation,
-                weights=weights,
+                lambdas=Lambdas(*(arg[f"lambda_{name}"] for name in Lambdas._fields)),
                 ramp=ramp,
+                lam=lam,
+                permutation=permutation,
+                temperature=temperature,
+                threshold=threshold,
             )
             expected = ("total", "Lx", "Lu", "Lxe", "Lue", "contrastive", "penalty")
             for ours, name in zip(loss, expected, strict=True):

@@ -1,6 +1,8 @@
 """The stand-in network of the recorded steps: h = tanh(W flatten(x) + b), a linear classifier, a batch-normalised projection."""
 
+import numpy as np
 import torch
+from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 
 from manifold_dividemix.networks import Network
@@ -29,7 +31,8 @@ def toy_from(arrays: dict) -> Network:
     """The network whose weights are under model_*, in eval mode."""
     width, pixels = arrays["model_enc_w"].shape
     classes, projection = len(arrays["model_cls_b"]), len(arrays["model_proj_b"])
-    network = Network(ToyEncoder(pixels, width), width, classes, projection)
+    network = Network(ToyEncoder(pixels, width), width, classes)
+    network.projection, network.projection_bn = nn.Linear(width, projection), nn.BatchNorm1d(projection)
     state = {ours: torch.from_numpy(arrays[f"model_{theirs}"]) for theirs, ours in names().items()}
     network.load_state_dict(state, strict=False)
     return network.eval()
@@ -43,3 +46,12 @@ def names() -> dict[str, str]:
         for name in ("weight", "bias")
     }
     return linear | {f"bn_{theirs}": f"projection_bn.{ours}" for theirs, ours in STATISTICS.items()}
+
+
+def sklearn_knn_scores(embeddings: Tensor, k: int = 10) -> Tensor:
+    """`outliers.knn_scores` by scikit-learn's exact nearest neighbours."""
+    rows = embeddings.double().numpy()
+    metric = "cosine" if rows.shape[1] > 3 else "euclidean"
+    found = NearestNeighbors(n_neighbors=min(k, len(rows) - 1), metric=metric, algorithm="brute").fit(rows)
+    distances, _ = found.kneighbors()  # of the fitted samples, without themselves
+    return torch.from_numpy(np.exp(-distances.mean(axis=1)))
