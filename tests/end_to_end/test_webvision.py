@@ -67,7 +67,7 @@ RUNS = {
     "networks_stopped": (NETWORKS, [("3:training:SIGTERM", 2), ("", 2)], [[143, 143], [0, 0]], (2,)),
     "moved": (NETWORKS, [("3:training", 2), ("", 1)], [[-9, -9], [0]], (2,)),  # from two processes to one
     "moved_to_data": ("", [("3:log", 1), ("", 2)], [[-9], [0, 0]], (2,)),
-    "data": ("", [("", 2)], [[0, 0]], ()),
+    "data_parallel": ("", [("", 2)], [[0, 0]], ()),
     "released": (RELEASED, [("", 1)], [[0]], ()),
     "released_networks": (f"{RELEASED} {NETWORKS}", [("", 2)], [[0, 0]], ()),
     "released_data": (RELEASED, [("", 2)], [[0, 0]], ()),
@@ -190,7 +190,7 @@ def test_however_it_is_run_it_ends_as_the_run_that_nothing_disturbed(name, base,
         losses = [[float(row["loss"]) for row in table(of)] for of in (run, wanted)]
         assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-9)
         assert losses[0][1] != pytest.approx(losses[1][1], rel=1e-4)
-    elif name in ("data", "moved_to_data"):
+    elif name in ("data_parallel", "moved_to_data"):
         assert_nearly_same(run, wanted)
     else:
         assert_same_training(run, wanted)
