@@ -3,7 +3,6 @@
 This file is also the script that the killed runs are started by, in a process of its own each, with one import for all.
 """
 
-import csv
 import json
 import os
 import runpy
@@ -26,6 +25,7 @@ from sfa import Train_cifar
 from sfa.evaluation import SELECTION_STATISTICS, selection_statistics
 from sfa.small_loss import SmallLoss
 from tests.end_to_end.killed import MortalRun
+from tests.end_to_end.manifold_runs import table
 from tests.end_to_end.outcome import log_without_seconds, result_without_time_and_place
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,11 +46,6 @@ STATISTICS += selection_report.COLUMNS
 
 def words(name: str, folder: Path) -> list[str]:
     return [*FLAGS, *RUNS[name][0].split(), "--out", str(folder / name)]
-
-
-def table(run: Path) -> list[dict[str, str]]:
-    with (run / "log.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def arrays(run: Path, name: str) -> dict[str, np.ndarray]:
