@@ -1,7 +1,7 @@
-"""sfa/Train_webvision.py with a small network in float64, where two processes differ from one by the last digits: FLAGS, or JOBS.
+"""sfa/Train_webvision.py with a small network in float64, where two processes differ from one by the last digits.
 
-In float32 a selection can tip over. JOBS: a list as JSON, each the fields of `Job`, of starts that are processes of their own but
-share one import; prints the exit statuses of each.
+In float32 a selection can tip over. Takes a list as JSON, each the fields of `Job`: starts that are processes of their own but
+share one import. Prints the exit statuses of each.
 """
 
 import json
@@ -43,7 +43,7 @@ class MortalRun(Run):
     """A run that gets a signal in one epoch: EPOCH:WHERE or EPOCH:WHERE:SIGNAL, by default SIGKILL.
 
     WHERE is a pass by the beginning of its name (warm-up of network 1, test, selection, ...), after its first batch; log, after
-    the epoch's row is written and before its checkpoint is; save, after that; or start, of epoch 0, before the first checkpoint.
+    the epoch's row is written and before its checkpoint is; or save, after that (0:save: the first checkpoint).
     """
 
     moment, slow = "0:never", False
@@ -53,11 +53,6 @@ class MortalRun(Run):
         wanted, place, *name = self.moment.split(":")
         if int(wanted) == epoch and where.startswith(place):
             os.kill(os.getpid(), getattr(signal, *(name or ["SIGKILL"])))
-
-    def resume(self, state: dict) -> None:
-        """As ever, but it may not come to it."""
-        self.at(0, "start")
-        super().resume(state)
 
     def progress(self, batches: Iterable, description: str, *how: bool, **more: bool) -> Iterator:
         """As ever, but the first batch may be the last."""
@@ -110,14 +105,14 @@ def run(job: Job) -> None:
         stream.flush()
         file = os.open(f"{job.log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(file, stream.fileno())
-    MortalRun.moment, MortalRun.slow, status = job.moment, job.slow, 0
+    MortalRun.moment, MortalRun.slow, status = job.moment, job.slow, 1
     try:
         cli.exit_cleanly(Train_webvision.main, job.flags)
+        status = 0
     except SystemExit as end:
         status = end.code or 0
     except BaseException:
         traceback.print_exc()
-        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -159,8 +154,5 @@ if __name__ == "__main__":
     learners.webvision_network, Train_webvision.Run = SmallNetwork, MortalRun
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double  # what the heads take out of the autocast
-    if not sys.argv[1].startswith("["):
-        cli.exit_cleanly(Train_webvision.main, sys.argv[1:])
-        sys.exit()
     for fields in json.loads(sys.argv[1]):
         print("status", *ended(started(Job(**fields))), flush=True)

@@ -1,5 +1,7 @@
 """SFA's parts against cases recorded from the authors' release."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -30,47 +32,38 @@ def assert_close(actual, expected, tolerance, name):
 
 def test_losses_and_their_gradients(golden):
     for case in golden("sfa", "losses"):
-        labelled, unlabelled = (
-            tensor(case[f"logits_{part}"]).requires_grad_() for part in ("labelled", "unlabelled")
-        )
-        targets, doubtful = tensor(case["target_labelled"]), tensor(case["target_unlabelled"])
+        parts = ("logits_labelled", "logits_unlabelled")
+        labelled, unlabelled = (tensor(case[part]).requires_grad_() for part in parts)
+        targets, guessed = tensor(case["target_labelled"]), tensor(case["target_unlabelled"])
         counts, hard = tensor(case["class_count"]), tensor(case["hard_label"])
         bx = losses.soft_cross_entropy(losses.balanced(labelled, counts), targets)
-        bu = losses.squared_error(losses.balanced(unlabelled, counts), doubtful)
+        bu = losses.squared_error(losses.balanced(unlabelled, counts), guessed)
+        warm_up = losses.warm_up_loss(labelled, labelled, hard, counts)
         values = {
             "soft_ce": losses.soft_cross_entropy(labelled, targets),
-            "unlabelled_mse": losses.squared_error(unlabelled, doubtful),
+            "unlabelled_mse": losses.squared_error(unlabelled, guessed),
             "balanced_soft_ce": bx,
             "balanced_unlabelled_mse": bu,
             "webvision_balanced_soft_ce": bx,
-            "balanced_hard_ce_mean": losses.warm_up_loss(labelled, labelled, hard, counts)
-            - F.cross_entropy(labelled, hard),
-            "lambda_at_epoch40p25_warm30_lu25": losses.ramp_up(25, 40.25, 30),
+            "balanced_hard_ce_mean": warm_up - F.cross_entropy(labelled, hard),
+            "lambda_at_epoch40p25_warm30_lu25": torch.tensor(losses.ramp_up(25, 40.25, 30)),
         }
         for name, value in values.items():
-            assert_close(
-                value.detach() if torch.is_tensor(value) else value, case[name], 1e-5, f"{case.name} {name}"
-            )
+            assert_close(value.detach(), case[name], 1e-5, f"{case.name} {name}")
         (bx + 3 * bu).backward()
         assert_close(labelled.grad, case["grad_labelled_of_bx_plus_3bu"], 1e-5, case.name)
         assert_close(unlabelled.grad, case["grad_unlabelled_of_bx_plus_3bu"], 1e-5, case.name)
 
 
-def test_rampup(golden):
+def test_rampup_and_threshold(golden):
     for case in golden("sfa", "rampup"):
-        weights = [
-            losses.ramp_up(float(case["lambda_u"]), p, int(case["warm_up"])) for p in case["epoch_position"]
-        ]
+        lambda_u, warm_up = float(case["lambda_u"]), int(case["warm_up"])
+        weights = [losses.ramp_up(lambda_u, position, warm_up) for position in case["epoch_position"]]
         assert np.allclose(weights, case["weight"], rtol=1e-14, atol=0), case.name
-
-
-def test_threshold(golden):
     for case in golden("sfa", "threshold"):
-        found = [
-            selection.confidence_threshold(int(case["num_classes"]), float(case["phi"]), int(e))
-            for e in case["epoch"]
-        ]
-        assert np.allclose(found, case["threshold"], rtol=1e-14, atol=0), case.name
+        num_classes, phi = int(case["num_classes"]), float(case["phi"])
+        taus = [selection.confidence_threshold(num_classes, phi, int(e)) for e in case["epoch"]]
+        assert np.allclose(taus, case["threshold"], rtol=1e-14, atol=0), case.name
 
 
 # selection --------------------------------------------------------------------------------------------------------------
@@ -86,9 +79,7 @@ def test_centroids(golden):
         assert torch.equal(counts, torch.bincount(labels[mask], minlength=num_classes))
         everyone, _ = selection.class_means(unit, labels, torch.ones_like(mask), num_classes)
         assert_close(everyone, case["centroid_centred_l2_nomask"], 1e-4, case.name)
-        for k in range(
-            num_classes
-        ):  # every column of the release's score matrix, by pretending that all are of class k
+        for k in range(num_classes):  # every column of the release's matrix, as if all were of class k
             score = selection.closeness(unit, torch.full_like(labels, k), centroids[None])
             assert_close(score, case["score_cl2n_l2"][:, k], 1e-4, case.name)
 
@@ -133,12 +124,8 @@ def select_case(
     confident = confidence > threshold
     assert np.array_equal(confident.numpy(), case["confident_mask"]), case.name
     unit = selection.centred_unit_features(features)
-    assert_close(
-        selection.class_means(unit, labels, confident, num_classes)[0],
-        case["instant_centroid"],
-        1e-4,
-        case.name,
-    )
+    centroids, _ = selection.class_means(unit, labels, confident, num_classes)
+    assert_close(centroids, case["instant_centroid"], 1e-4, case.name)
     assert_close(found.moments.mean, case["ema_mean_out"], 1e-5, case.name)
     assert_close(found.moments.square, case["ema_sq_out"], 1e-5, case.name)
     assert_close(found.centroids.reshape(case["centroid_used"].shape), case["centroid_used"], 1e-4, case.name)
@@ -268,11 +255,6 @@ def test_warm_up_epoch(golden, kind):
         network.assert_equals(case, "net_after", 1e-4)
 
 
-def endless(batches: list):
-    while True:
-        yield from batches
-
-
 @pytest.mark.parametrize(("kind", "forward_unlabelled"), [("train_cifar", True), ("train_web", False)])
 def test_semi_supervised_epoch(golden, kind, forward_unlabelled):
     for case in golden("sfa", kind):
@@ -282,12 +264,14 @@ def test_semi_supervised_epoch(golden, kind, forward_unlabelled):
         x1, x2, u1, u2 = (tensor(case[n]) for n in ("x_view1", "x_view2", "u_view1", "u_view2"))
         steps = labelled // size + 1
         weights, permutations = iter(case["beta_draw"]), iter(case["permutation"])
+        batches = [((x1[i], x2[i]), i) for i in blocks(labelled, size)]
+        others = itertools.cycle([((u1[i], u2[i]), i) for i in blocks(len(u1), size)])
         found = train_semi(
             network,
             peer,
             optimizer,
-            [((x1[i], x2[i]), i) for i in blocks(labelled, size)],
-            endless([((u1[i], u2[i]), i) for i in blocks(len(u1), size)]),
+            batches,
+            others,
             labels=tensor(case["x_label"]),
             clean=tensor(case["x_weight"]),
             class_counts=tensor(case["class_count"]),

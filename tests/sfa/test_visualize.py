@@ -1,10 +1,8 @@
 """The figure of SFA's runs: curves by setting, one run's selection, accuracy by class; refusals in one line."""
 
-import itertools
 import json
 import re
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +10,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from common.runs import cli
-from sfa import Train_cifar, visualize
-from sfa.flags import cifar_cell
+from sfa import visualize
 from sfa.visualize import figures, read_run
 
 EPOCHS, WARM_UP = 6, 2
@@ -72,17 +69,16 @@ def write_finished(folder, method="SFA", counts=COUNTS, seed=1, epochs=EPOCHS, *
 
 def write_webvision(folder, seed=1, epochs=3):
     """A finished run of Train_webvision.py: no true labels, a selection after every epoch."""
-    rng = np.random.default_rng(seed)
-    counts = rng.integers(15, 130, 50).tolist()
+    rng, counts = np.random.default_rng(seed), [9, 8, 7, 5, 4, 3, 2]
     write_finished(folder, counts=counts, seed=seed, epochs=epochs)
-    arguments = {"num_class": 50, "p_threshold": 0.5, "seed": seed, "network": "inception_resnet_v2"}
+    arguments = {"num_class": 7, "p_threshold": 0.5, "seed": seed}
     content = {"paper": "sfa", "method": "SFA", "cell": WEBVISION | {"profile": "paper"}}
     (folder / "args.json").write_text(json.dumps({**content, "arguments": arguments}))
     columns = log_of(counts, epochs, True, seed)
     del columns["net1_auc"]
     write_log(folder, columns | {"net1_selected": rng.integers(500, 900, epochs)})
     change(folder / "clean_probability.npz", clean=None)
-    np.savez(folder / "centroids.npz", net1=rng.normal(size=(epochs, 50, 16)).astype(np.float16))
+    np.savez(folder / "centroids.npz", net1=rng.normal(size=(epochs, 7, 16)).astype(np.float16))
     return folder
 
 
@@ -196,16 +192,6 @@ def test_a_setting_is_named_by_data_long_tail_and_noise(cell, arguments, words, 
     assert run.curve.arguments["setting"].startswith(words)
 
 
-def test_a_run_of_the_script_and_its_baseline_are_of_one_setting(tmp_path):
-    """What Train_cifar.py says of itself, from the cell that a baseline takes over."""
-    args = Train_cifar.parse_args(["--dataset", "digits", "--imb_factor", "0.05", "--noise_mode", "sym"])
-    cell = cifar_cell(args, SimpleNamespace(name="digits"))
-    own = read_run(write_run(tmp_path / "run", "SFA", cell=cell, **vars(args)))
-    baseline = read_run(write_run(tmp_path / "baseline", "CE", cell=cell, like="run", num_epochs=2))
-    assert own.curve.arguments["setting"] == baseline.curve.arguments["setting"]
-    assert "selection" not in baseline.curve.arguments
-
-
 def test_the_first_finished_run_of_sfa_is_shown_else_the_first_with_a_split(run, tmp_path):
     unfinished, warm_up_only = (write_finished(tmp_path / name) for name in ("unfinished", "warm_up_only"))
     (unfinished / "result.json").unlink()
@@ -233,32 +219,21 @@ def test_at_most_ten_classes_are_shown_evenly_spaced_by_rank_the_most_frequent_f
 # curves ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_curves_have_a_panel_per_setting_and_a_method_one_colour(tmp_path, drawn):
-    other = {**CELL, "imb_factor": 0.01}
+def test_the_curves_have_a_panel_per_setting_and_the_end_of_the_warm_up(tmp_path, drawn):
     runs = [
         write_run(tmp_path / "a", "CE", [10, 20]),
         write_run(tmp_path / "b", "SFA", [30, 40], **DIGITS),
         write_run(tmp_path / "c", "SFA", [50, 80], **DIGITS),
         write_run(tmp_path / "d", "no selection", [5, 6], **{**DIGITS, "selection": "none", "warm_up": 30}),
-        write_run(tmp_path / "e", "SFA", [1, 2], cell=other, **DIGITS),
-        write_run(tmp_path / "f", "GMM", [1, 2], cell=other, **{**DIGITS, "selection": "gmm", "warm_up": 1}),
-        *(write_run(tmp_path / str(k), f"method {k}", cell={**CELL, "imb_factor": 0.5}) for k in range(12)),
-        write_run(tmp_path / "point", "CE", [10], cell={**CELL, "imb_factor": 0.5}),
+        write_run(tmp_path / "e", "SFA", [1, 2], cell={**CELL, "imb_factor": 0.01}, **DIGITS),
     ]
     visualize.main([*map(str, runs), "--out", str(tmp_path / "figure.png")])
-    first, second, third = drawn[0].axes[:3]
+    first, second = drawn[0].axes
     assert first.get_title() == "Test accuracy: digits, imbalance 10\n50 % noise by class size"
     assert second.get_title() == "Test accuracy: digits, imbalance 100\n50 % noise by class size"
     lines = lines_of(first)
     assert lines["CE, 1 run(s)"] == [[1, 2], [10, 20]] and lines["SFA, 2 run(s)"] == [[1, 2], [40, 60]]
     assert lines["end of the warm-up"][0] == [WARM_UP + 0.5] * 2, "that of the runs with a selection"
-    assert "end of the warm-up" not in lines_of(second), "at two epochs"
-    colors = {line.get_label(): line.get_color() for axes in (first, second) for line in axes.get_lines()}
-    assert colors["SFA, 1 run(s)"] == colors["SFA, 2 run(s)"] != colors["CE, 1 run(s)"]
-    looks = {(line.get_color(), line.get_linestyle()) for line in third.get_lines()}
-    assert len(looks) == 13 and {style for _, style in looks} == {"-", "--"}, "more methods than colours"
-    markers = {line.get_label(): line.get_marker() for line in third.get_lines()}
-    assert [name for name, marker in markers.items() if marker == "."] == ["CE, 1 run(s)"], "a single epoch"
 
 
 # the selection of one run ---------------------------------------------------------------------------------------------
@@ -416,12 +391,10 @@ def test_a_method_ends_where_its_shortest_run_does(tmp_path, drawn):
 
 
 def test_webvision_has_no_true_labels_and_selects_after_every_epoch(tmp_path, drawn):
-    runs = write_webvision(tmp_path / "a"), write_webvision(tmp_path / "b", seed=2)
-    panels = draw(drawn, *runs)
-    assert lines_of(panels["Test accuracy: webvision, 50 classes"])["end of the warm-up"][0] == [1.5] * 2
-    grey = histograms(panels)
-    assert len(grey) == 10
-    for title, axes in grey.items():
+    run = write_webvision(tmp_path / "a")
+    panels = draw(drawn, run)
+    assert lines_of(panels["Test accuracy: webvision, 7 classes"])["end of the warm-up"][0] == [1.5] * 2
+    for title, axes in histograms(panels).items():
         ((color, heights),) = bars(axes).items()
         assert sum(heights) == int(title.split()[2]) and color == to_rgb("tab:gray")
     labels = [text.get_text() for text in drawn[0].subfigs[1].legends[0].get_texts()]
@@ -429,7 +402,7 @@ def test_webvision_has_no_true_labels_and_selects_after_every_epoch(tmp_path, dr
     assert panels[PATHS].get_title().endswith("\nepochs 1 to 3")
     ((epochs, values),) = lines_of(panels[SELECTION]).values()
     assert epochs == [1, 2, 3] and panels[SELECTION].get_ylabel() == "samples selected"
-    assert np.allclose(values, np.mean([log(folder)["net1_selected"] for folder in runs], axis=0))
+    assert np.allclose(values, log(run)["net1_selected"])
 
 
 def test_runs_give_the_panels_that_they_have(run, tmp_path, drawn):
@@ -460,28 +433,6 @@ def test_the_figure_is_written_whole_and_the_run_left_as_it_is(tmp_path, monkeyp
     assert before == {path: path.stat().st_mtime_ns for path in run.iterdir()}
 
 
-@pytest.mark.slow
-def test_nothing_overlaps_where_many_methods_are_named(run, tmp_path, drawn):
-    losses = ("balanced softmax", "LDAM", "GCE", "SCE")
-    names = [f"{kind} + {loss}" for kind in ("SFA", "no selection") for loss in losses]
-    runs = [write_finished(tmp_path / f"{k}", name, seed=k) for k, name in enumerate(names)]
-    draw(drawn, run, *runs)
-    (figure,) = drawn
-    figure.canvas.draw()
-    upper, middle, lower = (part.get_tightbbox() for part in figure.subfigs)
-    assert upper.y0 >= middle.y1 - 0.05 and middle.y0 >= lower.y1 - 0.05
-    for row in (figure.subfigs[1].axes[:5], figure.subfigs[1].axes[5:], figure.subfigs[2].axes):
-        boxes = [axes.get_tightbbox() for axes in row]
-        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
-        assert all(0 <= box.x0 < box.x1 <= figure.bbox.width for box in boxes)
-    legend = figure.subfigs[2].legends[0].get_window_extent()
-    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
-    assert legend.y1 <= min(axes.get_tightbbox().y0 for axes in figure.subfigs[2].axes)
-    assert all(axes.bbox.height > 2 * figure.dpi for axes in figure.subfigs[2].axes)
-    box = figure.subfigs[2].axes[0].bbox
-    assert np.isclose(box.width, box.height), "lengths in the plane of the centroids compare"
-
-
 # refusals -------------------------------------------------------------------------------------------------------------
 
 
@@ -503,7 +454,6 @@ def test_what_is_no_run_of_this_paper_is_refused(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
-        ("args.json", b"{", "run is damaged"),
         ("args.json", b'{"paper": "sfa", "method": "CE", "arguments": {}}', "it has no cell"),
         (
             "args.json",
@@ -512,17 +462,14 @@ def test_what_is_no_run_of_this_paper_is_refused(run, tmp_path, capsys):
         ),
         ("log.csv", None, "run is no run directory: log.csv is missing"),
         ("log.csv", b"epoch,test_accuracy\n", "log.csv has no epoch yet"),
-        ("log.csv", b"epoch,loss\n1,0.5\n", "run is damaged"),
         (
             "log.csv",
             b"epoch,test_accuracy,class_0,class_2\n1,50,1,2\n",
             "log.csv is damaged: it has no class_1",
         ),
         ("log.csv", b"epoch,test_accuracy,class_0\n1,50,much\n", "log.csv is damaged (could not convert"),
-        ("log.csv", b"epoch,test_accuracy,net1_auc\n1,50,much\n", "log.csv is damaged (could not convert"),
         ("noise.json", None, "noise.json is damaged ([Errno 2]"),
         ("noise.json", b"{}", "noise.json is damaged: it has no observed_counts"),
-        ("noise.json", b'{"observed_counts": ["many"]}', "noise.json is damaged"),
         ("noise.json", b'{"observed_counts": [1, 2]}', "are not of the 10 classes in log.csv"),
         ("clean_probability.npz", b"half", "clean_probability.npz is damaged"),
         ("centroids.npz", b"half", "centroids.npz is damaged"),
@@ -549,10 +496,8 @@ SAMPLES = sum(COUNTS)
         ("clean_probability", {"observed": None}, "it has no observed"),
         ("clean_probability", {"net1": np.ones(3)}, f"not of the {SAMPLES} samples in noise.json"),
         ("clean_probability", {"clean": np.ones(3, int)}, f"not of the {SAMPLES} samples"),
-        ("clean_probability", {"net1": np.full(SAMPLES, np.nan)}, "net1 is not probabilities"),
         ("clean_probability", {"net1": np.full(SAMPLES, 1.5)}, "net1 is not probabilities"),
         ("clean_probability", {"net1": np.full(SAMPLES, -0.5)}, "net1 is not probabilities"),
-        ("clean_probability", {"net1": np.full(SAMPLES, "a")}, "net1 is not probabilities"),
         ("clean_probability", {"observed": np.zeros(SAMPLES)}, "observed or clean is not labels"),
         ("clean_probability", {"observed": np.full(SAMPLES, -1)}, "observed or clean is not labels"),
         ("clean_probability", {"clean": np.full(SAMPLES, 10)}, "observed or clean is not labels"),
@@ -562,13 +507,11 @@ SAMPLES = sum(COUNTS)
             "not of the labels that noise.json counts",
         ),
         ("centroids", {"net1": None, "net3": np.ones(1)}, "it has no net1"),
-        ("centroids", {"net1": np.ones((4, 10))}, "of shape (4, 10) is not centroids of the 10 classes"),
         ("centroids", {"net1": np.ones((4, 9, 16))}, "of shape (4, 9, 16) is not centroids"),
         ("centroids", {"net1": np.ones((4, 10, 1))}, "of shape (4, 10, 1) is not centroids"),
         ("centroids", {"net1": np.ones((7, 10, 16))}, "7 selections in 6 epochs"),
         ("centroids", {"net1": np.ones((0, 10, 16))}, "0 selections in 6 epochs"),
         ("centroids", {"net1": np.full((4, 10, 16), np.inf)}, "net1 is not finite numbers"),
-        ("centroids", {"net1": np.ones((4, 10, 16), int)}, "net1 is not finite numbers"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(name, arrays, line, run, capsys):
@@ -577,17 +520,12 @@ def test_arrays_that_do_not_fit_are_refused(name, arrays, line, run, capsys):
     assert f"{run / name}.npz is damaged" in message and line in message
 
 
-@pytest.mark.parametrize(
-    ("values", "line"),
-    [
-        ({"p_threshold": "much"}, "args.json is damaged (could not convert"),
-        ({"warm_up": "much"}, "args.json is damaged (could not convert"),
-        ({"p_threshold": None}, "args.json is damaged: it has no p_threshold"),
-    ],
-)
-def test_a_flag_that_is_damaged_is_named(values, line, run, capsys):
-    change_json(run / "args.json", **values)
-    assert line in refused(capsys, run)
+def test_a_flag_that_is_damaged_or_missing_is_named(run, capsys):
+    for values in ({"p_threshold": "much"}, {"p_threshold": 0.5, "warm_up": "much"}):
+        change_json(run / "args.json", **values)
+        assert "args.json is damaged (could not convert" in refused(capsys, run)
+    change_json(run / "args.json", p_threshold=None, warm_up=2)
+    assert "args.json is damaged: it has no p_threshold" in refused(capsys, run)
 
 
 def test_a_figure_that_cannot_be_written_leaves_nothing_behind(tmp_path, capsys):

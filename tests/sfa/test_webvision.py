@@ -1,7 +1,6 @@
-"""Train_webvision.py step by step: what is trained on what, selections and moments, parts of the data, what is written."""
+"""Train_webvision.py step by step: who trains on what, selections and moments, the data, and the files of a run."""
 
 import csv
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,14 @@ from common.datasets.file_lists import make_split
 from common.datasets.image_cache import build_caches
 from common.gpu import processes
 from common.gpu.device import Device
-from common.gpu.loader import Labelled, Part
-from common.runs import cli
+from common.gpu.loader import Labelled
 from sfa import Train_webvision, learners, webvision
 from sfa.learners import Learner, make_learner
 from sfa.selection import Moments, stochastic_feature_averaging
-from sfa.Train_webvision import Setting, co_divide, load, parse_args
-from sfa.webvision import Data
+from sfa.Train_webvision import Setting, co_divide, parse_args
+from sfa.webvision import Data, load
 from tests.common.small_file_data import image_files, make_webvision, plant
+from tests.end_to_end.manifold_runs import result, state, table
 from tests.end_to_end.outcome import log_without_seconds
 from tests.end_to_end.webvision_float64 import SmallNetwork, make_doubtful_webvision
 
@@ -30,8 +29,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWa
 
 CPU = Device(torch.device("cpu"), "fp32", "tests")
 K, SIZE = 4, 32  # classes and training images, eight of each class
-QUICK = f"--num_class {K} --network resnet18 --image_size 64 --batch_size 4 --num_epochs 4 --lr_drop 3 --workers 0 --device cpu"
-ARGS = QUICK.split()
+OBSERVED = torch.arange(SIZE) % K  # in the order of the list
+QUICK = f"--num_class {K} --network resnet18 --image_size 64 --batch_size 4 --num_epochs 4 --lr_drop 3"
+ARGS = [*QUICK.split(), "--workers", "0", "--device", "cpu"]
 SHOTS = ("many_accuracy", "medium_accuracy", "few_accuracy")
 NETS = ("net1_selected", "net1_drawn_classes", "net2_selected", "net2_drawn_classes")
 
@@ -47,21 +47,8 @@ def run_small(root: Path, run: Path, words: str = "") -> Path:
     """With the small network."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learners, "webvision_network", SmallNetwork)
-        Train_webvision.main(f"{QUICK} --data_path {root} --out {run} {words}".split())
+        Train_webvision.main([*ARGS, "--data_path", str(root), "--out", str(run), *words.split()])
     return run
-
-
-def table(run: Path) -> list[dict[str, str]]:
-    with (run / "log.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def result(run: Path) -> dict:
-    return json.loads((run / "result.json").read_text())
-
-
-def state(run: Path) -> dict:
-    return torch.load(run / "checkpoint.pt", weights_only=True)["state"]
 
 
 def weights(network: nn.Module) -> dict[str, Tensor]:
@@ -72,6 +59,10 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+def momentum(optimizer) -> list[Tensor]:
+    return [own["momentum_buffer"].clone() for own in optimizer.state.values()]
+
+
 # every step of a run --------------------------------------------------------------------------------------------------
 
 
@@ -79,88 +70,71 @@ def recorded(root: Path, run: Path, words: str) -> list[dict]:
     """A run's steps in their order: what went in, the networks before, and what came out."""
     events: list[dict] = []
     numbers: dict[int, int] = {}  # 1 and 2, by the identity of the networks
-    real = {
-        name: getattr(Train_webvision, name)
-        for name in ("warm_up", "train_semi", "features_and_confidence", "summed_logits", "stochastic_feature_averaging")
-    }  # fmt: skip
+    spied = (
+        "warm_up",
+        "train_semi",
+        "features_and_confidence",
+        "summed_logits",
+        "stochastic_feature_averaging",
+    )
+    real = {name: getattr(Train_webvision, name) for name in spied}
 
-    def passing(batches, event):
+    def passing(batches, seen):
         for views, index in batches:
-            event["batches"].append((views, index))
+            seen.append((views, index))
             yield views, index
 
-    def trained(event, network, optimizer):
-        event["network"] = numbers.setdefault(id(network), len(numbers) + 1)
-        event["lr"] = optimizer.param_groups[0]["lr"]
-        event["before"], event["momentum"] = weights(network), momentum(optimizer)
-        event["batches"], event["gradient_rows"] = [], []
+    def training(what, network, optimizer, train, **event):
+        event |= {"what": what, "batches": [], "lr": optimizer.param_groups[0]["lr"]}
+        event |= {"network": numbers.setdefault(id(network), len(numbers) + 1)}
+        event |= {"before": weights(network), "momentum": momentum(optimizer)}
         events.append(event)
+        event["losses"] = train(event)
+        event |= {"after": weights(network), "momentum_after": momentum(optimizer)}
+        return event["losses"]
 
     def warm_up(network, optimizer, batches, labels, counts, device):
-        event = {"what": "warm-up", "labels": labels, "counts": counts}
-        trained(event, network, optimizer)
-        event["found"] = real["warm_up"](network, optimizer, passing(batches, event), labels, counts, device)
-        event["after"], event["momentum_after"] = weights(network), momentum(optimizer)
-        return event["found"]
+        def train(event):
+            passed = passing(batches, event["batches"])
+            return real["warm_up"](network, optimizer, passed, labels, counts, device)
+
+        return training("warm-up", network, optimizer, train, labels=labels, counts=counts)
 
     def train_semi(network, peer, optimizer, labelled, unlabelled, **options):
-        event = {"what": "training", "peer": weights(peer), "unlabelled": [], **options}
         assert id(peer) not in numbers  # a copy
-        trained(event, network, optimizer)
+        others = []
 
-        def doubtful():
-            for views, index in unlabelled:
-                event["unlabelled"].append((views, index))
-                yield views, index
+        def train(event):
+            passed = passing(labelled, event["batches"])
+            both = passed, None if unlabelled is None else passing(unlabelled, others)
+            return real["train_semi"](network, peer, optimizer, *both, **options)
 
-        def count(_network, inputs):
-            if torch.is_grad_enabled():
-                event["gradient_rows"].append(inputs[0])
+        event = {"peer": weights(peer), "unlabelled": others, **options}
+        return training("training", network, optimizer, train, **event)
 
-        hook = network.register_forward_pre_hook(count)
-        labelled = passing(labelled, event)
-        event["found"] = real["train_semi"](
-            network, peer, optimizer, labelled, None if unlabelled is None else doubtful(), **options
-        )
-        hook.remove()
-        event["after"], event["momentum_after"] = weights(network), momentum(optimizer)
-        assert same(event["peer"], weights(peer))
-        return event["found"]
-
-    def features_and_confidence(network, batches, labels, device):
+    def features_and_confidence(network, *options):
         event = {"what": "features", "network": numbers[id(network)], "before": weights(network)}
         events.append(event)
-        event["found"] = real["features_and_confidence"](network, batches, labels, device)
-        return event["found"]
+        event["outputs"] = real["features_and_confidence"](network, *options)
+        return event["outputs"]
 
     def averaging(features, labels, confidence, moments, **options):
-        event = {"what": "selection", "features": features, "confidence": confidence, "moments": moments}
+        selection = real["stochastic_feature_averaging"](features, labels, confidence, moments, **options)
+        event = {"what": "selection", "inputs": (features, confidence), "selection": selection}
         events.append(event | options)
-        found = real["stochastic_feature_averaging"](features, labels, confidence, moments, **options)
-        events[-1]["found"] = found
-        return found
+        return selection
 
-    def summed_logits(networks, batches, size, *options):
-        event = {"what": "test", "size": size, "before": [weights(network) for network in networks]}
+    def summed_logits(networks, *options):
         assert [numbers[id(network)] for network in networks] == [1, 2]
-        events.append(event)
-        return real["summed_logits"](networks, batches, size, *options)
+        events.append({"what": "test", "before": [weights(network) for network in networks]})
+        return real["summed_logits"](networks, *options)
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, spy in {
-            "warm_up": warm_up,
-            "train_semi": train_semi,
-            "features_and_confidence": features_and_confidence,
-            "stochastic_feature_averaging": averaging,
-            "summed_logits": summed_logits,
-        }.items():
+        spies = (warm_up, train_semi, features_and_confidence, summed_logits, averaging)
+        for name, spy in zip((*spied[:4], spied[4]), spies, strict=True):
             patch.setattr(Train_webvision, name, spy)
         run_small(root, run, words)
     return events
-
-
-def momentum(optimizer) -> list[Tensor]:
-    return [own["momentum_buffer"].clone() for own in optimizer.state.values()]
 
 
 OPTIONS = "--T 0.4 --beta 0.8 --phi 1.1 --p_threshold 0.4 --sample_rate 2 --imagenet none"
@@ -188,32 +162,23 @@ def of(events: list[dict], *kinds: str) -> list[dict]:
 
 
 def test_each_epoch_trains_both_networks_tests_them_and_then_selects(paper):
-    events, _ = paper
-    steps = [(event["what"], event.get("network")) for event in events]
+    events, run = paper
     end = [("test", None), ("features", 1), ("selection", None), ("features", 2), ("selection", None)]
     first = [("warm-up", 1), ("warm-up", 2), *end]
-    assert steps == first + 3 * [("training", 1), ("training", 2), *end]
-
-
-def test_the_learning_rate_is_a_tenth_from_the_drop_on(paper):
-    events, run = paper
-    expected = [0.01, 0.01, 0.001, 0.001]
+    expected = first + 3 * [("training", 1), ("training", 2), *end]
+    assert [(event["what"], event.get("network")) for event in events] == expected
+    rates = pytest.approx([0.01, 0.01, 0.001, 0.001], rel=1e-12)
     for network in (1, 2):
-        found = [e["lr"] for e in of(events, "warm-up", "training") if e["network"] == network]
-        assert found == pytest.approx(expected, rel=1e-12)
-    assert [float(row["lr"]) for row in table(run)] == pytest.approx(expected, rel=1e-12)
+        assert [e["lr"] for e in of(events, "warm-up", "training") if e["network"] == network] == rates
+    assert [float(row["lr"]) for row in table(run)] == rates
 
 
 def test_the_warm_up_is_on_all_images_in_batches_twice_as_large(paper):
-    observed = torch.arange(SIZE) % K  # the order of the list
     for event in of(paper[0], "warm-up"):
-        assert torch.equal(event["labels"], observed)
-        assert event["counts"].tolist() == [SIZE // K] * K
-        assert [len(index) for _, index in event["batches"]] == [8] * 4
-        assert [len(views) for views, _ in event["batches"]] == [1] * 4
+        assert torch.equal(event["labels"], OBSERVED) and event["counts"].tolist() == [SIZE // K] * K
+        assert [(len(index), len(views)) for views, index in event["batches"]] == [(8, 1)] * 4
         order = torch.cat([index for _, index in event["batches"]]).tolist()
         assert sorted(order) == list(range(SIZE)) != order
-        assert len(event["found"]) == 4
     first, second = of(paper[0], "warm-up")
     assert not same(first["before"], second["before"])
     assert not torch.equal(first["batches"][0][1], second["batches"][0][1])
@@ -224,25 +189,26 @@ def test_a_network_learns_from_the_selection_of_its_peer_at_the_end_of_the_epoch
     leftovers = 0
     for call, event in enumerate(trainings):
         epoch, learner = divmod(call, 2)  # the first is epoch 2
-        split = selections[2 * epoch + 1 - learner]["found"]
+        split = selections[2 * epoch + 1 - learner]["selection"]
         assert torch.equal(event["clean"], split.clean)
-        assert not torch.equal(event["clean"], selections[2 * epoch + learner]["found"].clean)
+        assert not torch.equal(event["clean"], selections[2 * epoch + learner]["selection"].clean)
         chosen = split.clean > 0.4
-        counts = torch.bincount((torch.arange(SIZE) % K)[chosen], minlength=K)
-        assert torch.equal(event["class_counts"], counts)
-        assert torch.equal(event["labels"], torch.arange(SIZE) % K)
+        assert torch.equal(event["class_counts"], torch.bincount(OBSERVED[chosen], minlength=K))
+        assert torch.equal(event["labels"], OBSERVED) and event["temperature"] == 0.4
+        # unlabelled rows are partners only, and have no loss
+        assert event["forward_unlabelled"] is False and event["weight"](0) == event["weight"](10**6) == 0
         for batches, side in ((event["batches"], chosen), (event["unlabelled"], ~chosen)):
             assert all(len(views) == 2 and not torch.equal(*views) for views, _ in batches)
             assert all(side[index].all() for _, index in batches)
         # one pass, a smaller last batch left out; as many unlabelled batches, again and again
-        steps, size = divmod(int(chosen.sum()), 4)
-        leftovers += size
+        steps, rest = divmod(int(chosen.sum()), 4)
+        leftovers += rest
         assert [len(index) for _, index in event["batches"]] == [4] * steps
         order = torch.cat([index for _, index in event["batches"]]).tolist()
         assert len(set(order)) == len(order) and order != sorted(order)
-        doubtful = min(4, int((~chosen).sum()))
-        assert [len(index) for _, index in event["unlabelled"]] == [doubtful] * steps * (doubtful > 0)
-        assert len(event["found"]) == steps
+        others = min(4, int((~chosen).sum()))
+        assert [len(index) for _, index in event["unlabelled"]] == [others] * steps * (others > 0)
+        assert len(event["losses"]) == steps
     assert leftovers > 0 and any(event["unlabelled"] for event in trainings)
 
 
@@ -257,35 +223,7 @@ def test_the_peer_is_as_it_was_at_the_end_of_the_epoch_before(paper):
     ends = [event["after"] for event in events]
     for epoch, test in enumerate(of(paper[0], "test")):
         assert all(same(*pair) for pair in zip(test["before"], ends[2 * epoch : 2 * epoch + 2], strict=True))
-    for event, end in zip(of(paper[0], "features"), ends, strict=True):
-        assert same(event["before"], end)
-
-
-def test_only_labelled_rows_are_forwarded_and_unlabelled_ones_are_partners(paper):
-    """Half of the eight mixed rows of a step and more is of a labelled view, the rest of any of the stacked rows."""
-    foreign = 0
-    for event in of(paper[0], "training"):
-        assert [len(rows) for rows in event["gradient_rows"]] == [8] * len(event["batches"])
-        assert event["forward_unlabelled"] is False and event["weight"](0) == event["weight"](10**6) == 0
-        assert event["temperature"] == 0.4
-        for step, mixed in enumerate(event["gradient_rows"]):
-            own = torch.cat(event["batches"][step][0])
-            stacked = own
-            if event["unlabelled"]:
-                stacked = torch.cat([own, *event["unlabelled"][step][0]])
-            partners = []
-            for row, base in zip(mixed.flatten(1), own.flatten(1), strict=True):
-                # row = share base + (1 - share) partner, so it lies between the two
-                along = stacked.flatten(1) - base
-                length = along.square().sum(dim=1)
-                share = ((row - base) * along).sum(dim=1) / length.clamp_min(1e-12)
-                rest = (row - base - share[:, None] * along).abs().amax(dim=1)
-                best = int((rest + (length == 0) * 1e-6).argmin())
-                assert rest[best] < 1e-4 and -1e-4 < share[best] < 0.5 + 1e-4
-                partners.append(best)
-            assert len(set(partners)) >= 5  # of a permutation, up to rows that are hardly mixed
-            foreign += sum(partner >= 8 for partner in partners)
-    assert foreign > 0
+    assert all(same(e["before"], end) for e, end in zip(of(paper[0], "features"), ends, strict=True))
 
 
 def test_momentum_outlives_the_epoch_unless_it_is_reset(either):
@@ -293,99 +231,65 @@ def test_momentum_outlives_the_epoch_unless_it_is_reset(either):
     trainings = of(events, "warm-up", "training")
     assert trainings[0]["momentum"] == trainings[1]["momentum"] == []
     for before, after in zip(trainings[:-2], trainings[2:], strict=True):
-        assert before["network"] == after["network"]
         assert len(before["momentum_after"]) == 12  # tensors of weights
         kept = [] if fidelity == "released" else before["momentum_after"]
         assert len(after["momentum"]) == len(kept)
         assert all(torch.equal(*pair) for pair in zip(after["momentum"], kept, strict=True))
 
 
-def test_moments_begin_anew_in_two_epochs_and_then_go_on_or_from_zeros(either):
-    """By hand, from the features that were seen."""
+def test_moments_begin_again_in_two_epochs_and_then_go_on_or_from_zeros(either):
+    """By hand, from the features."""
     fidelity, events, run = either
-    seen, selections = of(events, "features"), of(events, "selection")
-    assert [event["network"] for event in seen] == [1, 2] * 4
-    labels, moments = torch.arange(SIZE) % K, [None, None]
-    for call, (look, event) in enumerate(zip(seen, selections, strict=True)):
+    moments, selections = [None, None], of(events, "selection")
+    for call, (features_of, event) in enumerate(zip(of(events, "features"), selections, strict=True)):
         i, epoch = call % 2, call // 2 + 1
-        features, confidence = look["found"]
-        assert torch.equal(event["features"], features) and torch.equal(event["confidence"], confidence)
+        features, confidence = features_of["outputs"]
+        assert all(torch.equal(*pair) for pair in zip(event["inputs"], features_of["outputs"], strict=True))
         start = None if epoch <= 2 else moments[i]
         if start is not None and fidelity == "released":
             start = Moments(*(torch.zeros(K, 16, dtype=torch.float64) for _ in range(2)))
         # the release has 0.02 whatever the number of classes
         threshold = (0.02 if fidelity == "released" else 1 / K) * 1.1**epoch
         assert event["threshold"] == pytest.approx(threshold, rel=1e-12)
-        assert event["normals"].shape == (2, K, 16) and event["normals"].dtype == torch.float64
+        settings = {"threshold": threshold, "beta": 0.8, "min_draw_count": 0, "p_threshold": 0.4}
         expected = stochastic_feature_averaging(
-            features, labels, confidence, start, normals=event["normals"], threshold=threshold, beta=0.8,
-            min_draw_count=0, p_threshold=0.4,
-        )  # fmt: skip
-        assert expected.drawn.all() and event["found"].drawn.all()
-        assert torch.equal(event["found"].clean, expected.clean)
-        assert all(torch.equal(*pair) for pair in zip(event["found"].moments, expected.moments, strict=True))
+            features, OBSERVED, confidence, start, normals=event["normals"], **settings
+        )
+        assert torch.equal(event["selection"].clean, expected.clean) and event["selection"].drawn.all()
+        assert all(torch.equal(*p) for p in zip(event["selection"].moments, expected.moments, strict=True))
         moments[i] = expected.moments
         row = table(run)[epoch - 1]
         assert int(row[f"net{i + 1}_selected"]) == int((expected.clean > 0.4).sum())
         assert int(row[f"net{i + 1}_drawn_classes"]) == K
     normals = torch.stack([event["normals"] for event in selections])
-    assert len(normals.unique()) == normals.numel()
+    assert normals.shape == (8, 2, K, 16) and len(normals.unique()) == normals.numel()
     assert abs(float(normals.mean())) < 0.1 and 0.9 < float(normals.std()) < 1.1
     kept = state(run)["memory"]
     for i in (0, 1):
         assert all(torch.equal(*pair) for pair in zip(kept["moments"][i], moments[i], strict=True))
-        assert torch.equal(kept["clean"][i], selections[-2 + i]["found"].clean)
-
-
-def test_features_and_confidence_are_those_of_plain_images_by_the_balanced_head(paper, root):
-    event = of(paper[0], "features")[-1]
-    network = SmallNetwork("resnet18", K).eval()
-    network.load_state_dict(event["before"])
-    data = load(parse_args([*ARGS, "--data_path", str(root)]), CPU)
-    [((images,), index)] = data.plain(parse_args(ARGS))
-    with torch.no_grad():
-        features, _, balanced = network(images)
-    assert index.tolist() == list(range(SIZE))
-    torch.testing.assert_close(event["found"][0], features)
-    confidence = balanced.softmax(dim=1)[torch.arange(SIZE), torch.arange(SIZE) % K]
-    torch.testing.assert_close(event["found"][1], confidence)
-
-
-def test_the_selection_is_what_the_first_process_found(root, monkeypatch):
-    """On cards sums come out in another order in each process."""
-    monkeypatch.setattr(learners, "webvision_network", SmallNetwork)
-    learner, s = on_few_images(root, "--limit_train 8")
-    with monkeypatch.context() as patch:
-        patch.setattr(processes, "from_first", lambda make: (make(), "of the first"))
-        found, whose = Train_webvision.select(learner, None, s.data.plain(s.args), "epoch 1", s)
-    assert whose == "of the first" and len(found.clean) == 8
+        assert torch.equal(kept["clean"][i], selections[-2 + i]["selection"].clean)
 
 
 def test_what_a_run_leaves_behind(paper):
     events, run = paper
-    rows, last = table(run), of(events, "selection")[-2:]
-    probability = np.load(run / "clean_probability.npz")
-    assert sorted(probability.files) == ["net1", "net2", "observed"]
-    for i in (0, 1):
-        assert probability[f"net{i + 1}"].tolist() == last[i]["found"].clean.tolist()
-    assert probability["observed"].tolist() == (np.arange(SIZE) % K).tolist()
-    centroids = np.load(run / "centroids.npz")
-    assert centroids.files == ["net1"] and centroids["net1"].shape == (4, K, 16)
-    for event, kept in zip(of(events, "selection")[::2], centroids["net1"], strict=True):
+    selections, trainings = of(events, "selection"), of(events, "warm-up", "training")
+    probability, centroids = (dict(np.load(run / f"{n}.npz")) for n in ("clean_probability", "centroids"))
+    assert sorted(probability) == ["net1", "net2", "observed"]
+    for name, event in zip(("net1", "net2"), selections[-2:], strict=True):
+        assert probability[name].tolist() == event["selection"].clean.tolist()
+    assert list(centroids) == ["net1"] and centroids["net1"].shape == (4, K, 16)
+    for event, kept in zip(selections[::2], centroids["net1"], strict=True):
         # those of network 1, the mean of both draws
-        np.testing.assert_allclose(kept, event["found"].centroids.mean(dim=0), rtol=2e-3, atol=1e-4)
+        mean = event["selection"].centroids.mean(dim=0)
+        np.testing.assert_allclose(kept, mean, rtol=2e-3, atol=1e-4)
+    for array in (probability["observed"], np.load(run / "noisy_labels.npy")):
+        assert array.tolist() == OBSERVED.tolist()
     assert np.load(run / "train_index.npy").tolist() == list(range(SIZE))
-    assert np.load(run / "noisy_labels.npy").tolist() == (np.arange(SIZE) % K).tolist()
-    losses = [[float(e["found"].sum()) for e in of(events, "warm-up")]]
-    trainings = of(events, "training")
-    losses += [
-        [float(e["found"][:, 0].sum()) for e in pair]
-        for pair in zip(trainings[::2], trainings[1::2], strict=True)
-    ]
-    steps = [8] + [sum(len(e["found"]) for e in trainings[i : i + 2]) for i in (0, 2, 4)]
-    for row, own, count in zip(rows, losses, steps, strict=True):
-        assert float(row["loss"]) == pytest.approx(sum(own) / count, rel=1e-5)
-    assert result(run)["images"] == 2 * SIZE + sum(4 * count for count in steps[1:])
+    losses = [event["losses"] if event["losses"].ndim == 1 else event["losses"][:, 0] for event in trainings]
+    for epoch, row in enumerate(table(run)):
+        mean = torch.cat(losses[2 * epoch : 2 * epoch + 2]).mean()
+        assert float(row["loss"]) == pytest.approx(float(mean), rel=1e-5)
+    assert result(run)["images"] == 2 * SIZE + sum(4 * len(own) for own in losses[2:])
     assert not (run / "skipped_images.csv").exists()
 
 
@@ -399,55 +303,33 @@ def plain_run(root, tmp_path_factory) -> Path:
 
 
 def test_the_columns_of_the_log_and_the_metrics_of_the_result(plain_run, paper):
-    classes = [f"class_{k}" for k in range(K)]
-    imagenet = ["imagenet_accuracy", "imagenet_top5_accuracy"]
-    head, end = (
-        ["epoch", "loss", "test_accuracy", "top5_accuracy"],
-        [*SHOTS, *NETS, "right_selected_min", "classes_unselected", "lr", *classes, "seconds"],
-    )
+    classes, imagenet = [f"class_{k}" for k in range(K)], ["imagenet_accuracy", "imagenet_top5_accuracy"]
+    head = ["epoch", "loss", "test_accuracy", "top5_accuracy"]
+    end = [*SHOTS, *NETS, "right_selected_min", "classes_unselected", "lr", *classes, "seconds"]
     assert list(table(plain_run)[0]) == [*head, *imagenet, *end]
     assert list(table(paper[1])[0]) == [*head, *end]
     # the true labels are unknown; a warm-up ends with a selection too
     assert {(r["right_selected_min"], r["classes_unselected"]) for r in table(plain_run)} == {("", "0")}
     for run, names in ((plain_run, ["top5_accuracy", *imagenet]), (paper[1], ["top5_accuracy"])):
-        rows, found = table(run), result(run)
-        expected = {
-            "best": max(float(row["test_accuracy"]) for row in rows),
-            "last": float(rows[-1]["test_accuracy"]),
-            "last10": pytest.approx(np.mean([float(row["test_accuracy"]) for row in rows])),
-        }
+        rows, written = table(run), result(run)
+        curve = [float(row["test_accuracy"]) for row in rows]
+        expected = {"best": max(curve), "last": curve[-1], "last10": pytest.approx(np.mean(curve))}
         for name in names:
             values = [float(row[name]) for row in rows]
             expected |= {f"last_{name}": values[-1], f"best_{name}": max(values)}
         for name in (*SHOTS, "net1_selected", "net2_selected"):
             expected[f"last_{name}"] = float(rows[-1][name]) if rows[-1][name] else None
-        assert found["metrics"] == expected
-        assert (found["paper"], found["method"], found["dataset"]) == ("sfa", "SFA", "webvision")
-        assert (found["noise_type"], found["noise_rate"], found["profile"]) == ("real", None, "short")
-
-
-def test_the_best_of_an_accuracy_is_not_its_last():
+        assert written["metrics"] == expected
+        assert (written["paper"], written["method"], written["dataset"]) == ("sfa", "SFA", "webvision")
+        assert (written["noise_type"], written["noise_rate"], written["profile"]) == ("real", None, "short")
     shots = dict.fromkeys((*SHOTS, "net1_selected", "net2_selected"), 1.0)
     rows = [shots | {"top5_accuracy": 90.0}, shots | {"top5_accuracy": 80.0, "net1_selected": 7}]
-    found = Train_webvision.further_metrics(rows)
-    assert (found["best_top5_accuracy"], found["last_top5_accuracy"]) == (90, 80)
-    assert (found["last_net1_selected"], found["last_net2_selected"]) == (7, 1)
-    assert not [name for name in found if "imagenet" in name]
+    last = {f"last_{name}": value for name, value in rows[-1].items()}
+    assert Train_webvision.further_metrics(rows) == {"best_top5_accuracy": 90, **last}
 
 
-def test_the_same_command_again_changes_nothing(root, tmp_path, plain_run):
-    kept = ("result.json", "result.csv", "log.csv", "clean_probability.npz", "centroids.npz")
-    before = {name: (plain_run / name).read_bytes() for name in kept}
-    run_small(root, plain_run, "--num_epochs 2")
-    assert {name: (plain_run / name).read_bytes() for name in kept} == before
-
-
-def test_workers_change_nothing_and_another_seed_everything(root, tmp_path, plain_run):
-    by_workers = run_small(root, tmp_path / "workers" / "run", "--num_epochs 2 --workers 2")
-    assert log_without_seconds(by_workers) == log_without_seconds(plain_run)
-    ours, theirs = state(by_workers), state(plain_run)
-    assert all(same(ours["learners"][i]["network"], theirs["learners"][i]["network"]) for i in (0, 1))
-    words = "--num_epochs 1 --lr 1e-12"  # weights stay as they begin
+def test_another_seed_changes_weights_and_draws(root, tmp_path):
+    words = "--num_epochs 1 --lr 1e-12 --imagenet none"  # weights stay as they begin
     one, other = (
         state(run_small(root, tmp_path / seed, f"{words} --seed {seed}"))["learners"] for seed in "34"
     )
@@ -459,7 +341,7 @@ def test_workers_change_nothing_and_another_seed_everything(root, tmp_path, plai
 
 
 class Given(nn.Module):
-    """Takes images for what both heads say, one a tenth of the other."""
+    """Takes images for the logits of both heads, one a tenth of the other."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return images, images, 0.1 * images
@@ -474,7 +356,7 @@ class Stub:
         return batches
 
 
-def test_both_test_sets_are_judged_by_their_first_and_first_five():
+def test_both_test_sets_have_top_1_and_top_5():
     """Ranks of the labels 1, 2, 5, 6 and 7 of seven classes in one set; 1, 1 and 3 in the other."""
 
     def ranked(ranks: list[int]) -> Labelled:
@@ -486,21 +368,27 @@ def test_both_test_sets_are_judged_by_their_first_and_first_five():
     def tested(num_class: int, **tests: Labelled) -> dict[str, float]:
         split = make_split(Path(), [""] * 30, [0] * 10 + [1] * 20)
         args = parse_args(["--num_class", str(num_class), "--device", "cpu"])
-        data = Data(None, split, None, tests, (), None)
-        both = [Learner(Given(), None, None, None, None, None) for _ in range(2)]
-        return Train_webvision.test(both, tests, "epoch 1", Setting(args, CPU, Stub(), data, None))
+        both = [Learner(Given(), None, None, None, None, None)] * 2
+        setting = Setting(args, CPU, Stub(), Data(None, split, None, tests, (), None), None)
+        return Train_webvision.test(both, tests, "epoch 1", setting)
 
-    found = tested(7, test=ranked([1, 2, 5, 6, 7]), imagenet=ranked([1, 1, 3]))
-    assert (found["test_accuracy"], found["top5_accuracy"]) == pytest.approx((20, 60))
-    assert (found["imagenet_accuracy"], found["imagenet_top5_accuracy"]) == pytest.approx((200 / 3, 100))
+    report = tested(7, test=ranked([1, 2, 5, 6, 7]), imagenet=ranked([1, 1, 3]))
+    assert (report["test_accuracy"], report["top5_accuracy"]) == pytest.approx((20, 60))
+    assert (report["imagenet_accuracy"], report["imagenet_top5_accuracy"]) == pytest.approx((200 / 3, 100))
     # by class and by shot on the first set alone; class 1 has 20 training images and is no few shot
-    assert [found[f"class_{k}"] for k in range(5)] == [100, 0, 0, 0, 0]
-    assert (found["medium_accuracy"], found["few_accuracy"]) == (0, 25)
-    found = tested(3, test=Labelled([((torch.eye(3),), torch.arange(3))], torch.arange(3)))
-    assert found["top5_accuracy"] == 100 and "imagenet_accuracy" not in found
+    assert [report[f"class_{k}"] for k in range(5)] == [100, 0, 0, 0, 0]
+    assert (report["medium_accuracy"], report["few_accuracy"]) == (0, 25)
+    report = tested(3, test=Labelled([((torch.eye(3),), torch.arange(3))], torch.arange(3)))
+    assert report["top5_accuracy"] == 100 and "imagenet_accuracy" not in report
 
 
-# parts of the training set ----------------------------------------------------------------------------------------------
+# parts of the training set --------------------------------------------------------------------------------------------
+
+
+class Stubs(list):
+    """Batches with a device."""
+
+    device = torch.device("cpu")
 
 
 def stub_data(count: int) -> tuple[Data, list[dict]]:
@@ -508,27 +396,20 @@ def stub_data(count: int) -> tuple[Data, list[dict]]:
     asked = []
 
     def batches(split, cache, transform, size, **options):
-        asked.append({"split": split, "cache": cache, "transform": transform, "size": size, **options})
+        asked.append({"split": split, "size": size, **options})
         rows = torch.tensor([float(path) for path in split.paths])
         pieces = [index for index in torch.arange(len(rows)).split(size) if len(index) == size]
-        views = options.get("views", 1)
-        return Stubs([((rows[index],) * views, index) for index in pieces])
+        return Stubs([((rows[index],) * options.get("views", 1), index) for index in pieces])
 
     split = make_split(Path(), [str(i) for i in range(count)], np.arange(count) % K)
     return Data(np.arange(count), split, None, {}, (), batches), asked
 
 
-class Stubs(list):
-    """Batches that say where they are."""
-
-    device = torch.device("cpu")
-
-
 @pytest.mark.parametrize(
     ("count", "world", "size", "steps"),
-    [(10, 1, 4, 2), (4, 1, 4, 1), (3, 1, 3, 1), (1, 1, 1, 1), (0, 1, None, 0), (3, 2, 2, 1), (2, 2, 2, 1), (1, 2, None, 0)],
-)  # fmt: skip
-def test_a_part_has_whole_batches_or_one_of_all_that_there_are(count, world, size, steps, monkeypatch):
+    [(10, 1, 4, 2), (3, 1, 3, 1), (1, 1, 1, 1), (0, 1, None, 0), (3, 2, 2, 1), (1, 2, None, 0)],
+)
+def test_a_part_has_batches_of_the_size_asked_for_or_one_of_all(count, world, size, steps, monkeypatch):
     monkeypatch.setattr(processes, "world", lambda: world)
     data, asked = stub_data(40)
     generator, positions = torch.Generator(), np.arange(39, 39 - count, -1)
@@ -537,16 +418,12 @@ def test_a_part_has_whole_batches_or_one_of_all_that_there_are(count, world, siz
         assert part is None and not asked
         return
     [options] = asked
-    assert (options["size"], options["views"], options["shuffle"], options["drop_last"]) == (
-        size,
-        2,
-        True,
-        True,
-    )
-    assert options["generator"] is generator and len(part) == steps
+    expected = {"size": size, "views": 2, "shuffle": True, "drop_last": True, "generator": generator}
+    assert {name: options[name] for name in expected} == expected and len(part) == steps
     assert options["split"].labels.tolist() == (positions % K).tolist()
-    # the numbers that come with the images are those of the whole training set
-    for views, index in part:
+    # the numbers that come with the images count within the training set, pass after pass
+    endless = part.endless()
+    for views, index in [next(endless) for _ in range(2 * steps + 1)]:
         assert all(torch.equal(view.long(), index) for view in views)
 
 
@@ -560,15 +437,6 @@ def test_as_released_one_process_keeps_a_smaller_last_batch(fidelity, world, dro
     assert asked[0]["drop_last"] is drops
 
 
-def test_a_part_can_be_gone_through_without_end():
-    data, _ = stub_data(40)
-    part = data.training(np.array([7, 3, 9, 1, 5, 8, 30, 31, 2]), 4, 1, torch.Generator(), parse_args(ARGS))
-    assert isinstance(part, Part)
-    endless = part.endless()
-    passed = [next(endless)[1].tolist() for _ in range(5)]
-    assert passed == [[7, 3, 9, 1], [5, 8, 30, 31], [7, 3, 9, 1], [5, 8, 30, 31], [7, 3, 9, 1]]
-
-
 def test_images_are_resized_before_they_are_cropped(root, monkeypatch):
     """To 320 pixels for a crop of 299: to 68 for one of 64."""
     assert webvision.before_crop(parse_args([])) == 320
@@ -576,23 +444,21 @@ def test_images_are_resized_before_they_are_cropped(root, monkeypatch):
     data = load(args, CPU)
     pixels = [center_crop(resize(data.split.read(i), [68], antialias=True), [64, 64]) for i in range(SIZE)]
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    found = torch.cat([views[0] for views, _ in data.plain(args)])
-    torch.testing.assert_close(found, (torch.stack(pixels) / 255 - mean) / std, rtol=0, atol=1e-5)
-    assert [len(index) for _, index in data.plain(args)] == [SIZE]  # eight batches in one
+    [((images,), index)] = data.plain(args)  # eight batches in one
+    torch.testing.assert_close(images, (torch.stack(pixels) / 255 - mean) / std, rtol=0, atol=1e-5)
+    assert index.tolist() == list(range(SIZE))
     seen = []
     monkeypatch.setattr(webvision, "resize_random_resized_crop_and_flip", lambda *sizes: seen.append(sizes))
     data.training(np.arange(8), 4, 2, torch.Generator(), args)
     assert seen == [(68, 64)]
-    for part, count in (("test", 2 * K), ("imagenet", 2 * K)):
-        assert data.tests[part].labels.tolist() == [k % K for k in range(count)] if part == "test" else True
-        assert len(data.tests[part].labels) == count
+    assert {part: len(labels) for part, (_, labels) in data.tests.items()} == {"test": 8, "imagenet": 8}
 
 
 # one epoch on a split -------------------------------------------------------------------------------------------------
 
 
 def divided(monkeypatch, clean: list[float], *words: str) -> tuple[dict, Tensor]:
-    """What `co_divide` gives to the epoch of ten images or so with these clean probabilities, and what it returns."""
+    """What `co_divide` gives to the epoch of images with these clean probabilities, and what it returns."""
     seen: dict = {}
 
     def train_semi(network, peer, optimizer, labelled, unlabelled, **options):
@@ -602,54 +468,45 @@ def divided(monkeypatch, clean: list[float], *words: str) -> tuple[dict, Tensor]
 
     monkeypatch.setattr(Train_webvision, "train_semi", train_semi)
     data, _ = stub_data(len(clean))
-    labels = torch.from_numpy(data.split.labels)
-    s = Setting(parse_args([*ARGS, *words]), CPU, Stub(), data, labels)
-    learner = Learner(
-        nn.Linear(1, 1), nn.Linear(1, 1), object(), torch.Generator(), torch.Generator(), np.random.default_rng(0)
-    )  # fmt: skip
-    peer = nn.Linear(1, 1)
-    found = co_divide(learner, peer, torch.tensor(clean, dtype=torch.float64), "epoch 2 of one", s)
+    setting = Setting(parse_args([*ARGS, *words]), CPU, Stub(), data, torch.from_numpy(data.split.labels))
+    network, parallel, peer = (nn.Linear(1, 1) for _ in range(3))
+    generators = torch.Generator(), torch.Generator(), np.random.default_rng(0)
+    learner = Learner(network, parallel, object(), *generators)
+    losses = co_divide(learner, peer, torch.tensor(clean, dtype=torch.float64), "epoch 2 of one", setting)
     if seen:
-        assert seen["network"] is learner.network and seen["parallel"] is learner.parallel
+        assert seen["network"] is network and seen["parallel"] is parallel
         assert seen["peer"] is peer and seen["optimizer"] is learner.optimizer
-    return seen, found
+    return seen, losses
 
 
-def numbers(batches) -> list[int]:
-    return torch.cat([index for _, index in batches]).tolist()
+def numbers(batches) -> list[list[int]]:
+    return [index.tolist() for _, index in batches]
 
 
-def test_nothing_selected_trains_nothing_and_says_so(monkeypatch, capsys):
-    seen, losses = divided(monkeypatch, [0.5] * 10)  # not above the threshold
+@pytest.mark.parametrize(("world", "clean"), [(1, [0.5] * 10), (2, [0.9] + [0.1] * 9)])
+def test_fewer_selected_than_processes_train_nothing_and_say_so(world, clean, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "world", lambda: world)
+    seen, losses = divided(monkeypatch, clean)
     assert seen == {} and losses.shape == (0,)
-    assert (
-        capsys.readouterr().err == "warning: epoch 2 of one: no sample selected, one network is not trained\n"
-    )
+    line = "warning: epoch 2 of one: no sample selected, one network is not trained\n"
+    assert capsys.readouterr().err == line
+    if world == 2:  # and unlabelled ones that are too few for both are no partners
+        assert divided(monkeypatch, [0.9] * 9 + [0.1])[0]["unlabelled"] is None
 
 
-def test_everything_selected_trains_without_partners_from_elsewhere(monkeypatch, capsys):
+def test_everything_selected_trains_without_partners(monkeypatch, capsys):
     seen, losses = divided(monkeypatch, [0.51] * 10)
-    assert seen["unlabelled"] is None and numbers(seen["labelled"]) == list(range(8))
+    assert seen["unlabelled"] is None and numbers(seen["labelled"]) == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert losses.tolist() == [1, 3] and capsys.readouterr().err == ""
 
 
-def test_fewer_selected_than_a_batch_are_one(monkeypatch):
+def test_fewer_than_a_batch_are_one(monkeypatch):
     seen, _ = divided(monkeypatch, [0.1, 0.9, 0.2, 0.3, 0.8, 0.1, 0.2, 0.1, 0.3, 0.4, 0.2])
-    assert [index.tolist() for _, index in seen["labelled"]] == [[1, 4]]
-    assert [index.tolist() for _, index in seen["unlabelled"]] == [
-        [0, 2, 3, 5], [6, 7, 8, 9], [0, 2, 3, 5], [6, 7, 8, 9], [0, 2, 3, 5]
-    ]  # fmt: skip
-    assert seen["class_counts"].tolist() == [1, 1, 0, 0]
+    first, second = [0, 2, 3, 5], [6, 7, 8, 9]
+    assert numbers(seen["labelled"]) == [[1, 4]] and seen["class_counts"].tolist() == [1, 1, 0, 0]
+    assert numbers(seen["unlabelled"]) == [first, second, first, second, first]
     seen, _ = divided(monkeypatch, [0.9] * 10 + [0.2])
-    assert [index.tolist() for _, index in seen["unlabelled"]] == [[10]] * 5
-
-
-def test_fewer_selected_than_processes_train_nothing(monkeypatch, capsys):
-    monkeypatch.setattr(processes, "world", lambda: 2)
-    seen, losses = divided(monkeypatch, [0.9] + [0.1] * 9)
-    assert seen == {} and len(losses) == 0 and "no sample selected" in capsys.readouterr().err
-    # and doubtful ones that are too few to share are no partners
-    assert divided(monkeypatch, [0.9] * 9 + [0.1])[0]["unlabelled"] is None
+    assert numbers(seen["unlabelled"]) == [[10]] * 5
 
 
 def test_the_draws_of_a_mixture_are_those_of_the_learner(monkeypatch):
@@ -662,32 +519,12 @@ def test_the_draws_of_a_mixture_are_those_of_the_learner(monkeypatch):
 
 
 def test_an_epoch_in_which_nothing_is_selected_leaves_its_loss_empty(root, tmp_path, capsys):
-    run = run_small(root, tmp_path / "run", "--p_threshold 1 --num_epochs 2")
-    rows = table(run)
+    rows = table(run_small(root, tmp_path / "run", "--p_threshold 1 --num_epochs 2"))
     assert float(rows[0]["loss"]) > 0 and rows[1]["loss"] == ""
     assert (rows[1]["net1_selected"], rows[1]["net2_selected"]) == ("0", "0")
     assert rows[1]["test_accuracy"] == rows[0]["test_accuracy"]
-    said = capsys.readouterr().err.splitlines()
-    assert said == [
-        f"warning: epoch 2 training of network {i}: no sample selected, one network is not trained"
-        for i in (1, 2)
-    ]
-
-
-def test_everything_selected_goes_through(tmp_path):
-    """A class with one image selects it."""
-    make_webvision(tmp_path / "data", classes=K, per_class=1)
-    row = table(run_small(tmp_path / "data", tmp_path / "run", "--num_epochs 2"))[1]
-    assert (row["net1_selected"], row["net2_selected"]) == ("4", "4") and float(row["loss"]) > 0
-
-
-def test_features_that_are_not_finite_end_a_run_in_one_line(root, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.exit_cleanly(lambda _: run_small(root, tmp_path / "run", "--lr 1e30"))
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "error: features of training samples are not finite: lower --lr or try --precision fp32" in line
-    assert not (tmp_path / "run" / "result.json").exists()
+    warning = "warning: epoch 2 training of network {}: no sample selected, one network is not trained"
+    assert capsys.readouterr().err.splitlines() == [warning.format(i) for i in (1, 2)]
 
 
 # learners and networks ------------------------------------------------------------------------------------------------
@@ -695,7 +532,6 @@ def test_features_that_are_not_finite_end_a_run_in_one_line(root, tmp_path, caps
 
 def test_the_two_learners_differ_in_weights_and_draws(monkeypatch):
     monkeypatch.setattr(learners, "webvision_network", SmallNetwork)
-    torch.manual_seed(5)
     args = parse_args([*ARGS, "--lr", "0.3", "--seed", "5"])
     one, two = (make_learner(i, args, CPU) for i in (0, 1))
     assert not same(weights(one.network), weights(two.network))
@@ -713,67 +549,64 @@ def test_the_two_learners_differ_in_weights_and_draws(monkeypatch):
     assert again.draws.random(4).tolist() == drawn[5]  # whatever another learner draws
 
 
-def on_few_images(root: Path, words: str) -> tuple[Learner, Setting]:
-    args = parse_args([*ARGS, "--data_path", str(root), *words.split()])
-    data = load(args, CPU)
-    torch.manual_seed(args.seed)
-    s = Setting(args, CPU, Stub(), data, torch.from_numpy(data.split.labels))
-    return make_learner(0, args, CPU), s
-
-
 @pytest.mark.parametrize(
-    ("network", "size", "parameters"), [("resnet18", 33, 11_180_616), ("inception_resnet_v2", 107, 54_318_760)]
-)  # fmt: skip
-def test_the_real_networks_train_on_a_single_image_of_the_smallest_size(network, size, parameters, root):
+    ("network", "size", "width", "parameters"),
+    [
+        ("resnet18", 33, 512, 11_180_616),
+        pytest.param("inception_resnet_v2", 107, 1536, 54_318_760, marks=pytest.mark.slow),
+    ],
+)
+def test_the_real_networks_train_on_a_single_image_of_the_smallest_size(
+    network, size, width, parameters, root, monkeypatch
+):
     """One row has statistics, as the last maps are 2 x 2; an epoch after the warm-up, and a selection."""
-    learner, s = on_few_images(
-        root, f"--network {network} --image_size {size} --batch_size 1 --limit_train 3"
-    )
+    words = f"--network {network} --image_size {size} --batch_size 1 --limit_train 3".split()
+    args = parse_args([*ARGS, "--data_path", str(root), *words])
+    data = load(args, CPU)
+    setting = Setting(args, CPU, Stub(), data, torch.from_numpy(data.split.labels))
+    learner = make_learner(0, args, CPU)
     assert sum(p.numel() for p in learner.network.parameters()) == parameters
     before = weights(learner.network)
     clean = torch.tensor([0.9, 0.1, 0.2], dtype=torch.float64)
-    losses = co_divide(learner, Train_webvision.deepcopy(learner.network), clean, "epoch 2", s)
+    losses = co_divide(learner, Train_webvision.deepcopy(learner.network), clean, "epoch 2", setting)
     assert losses.shape == (1,) and torch.isfinite(losses).all()
     assert not same(before, weights(learner.network))
-    found = Train_webvision.select(learner, None, s.data.plain(s.args), "epoch 2", s)
-    width = {"resnet18": 512, "inception_resnet_v2": 1536}[network]
-    assert found.moments.mean.shape == (K, width) and torch.isfinite(found.clean).all()
+    # on cards sums come out in another order in each process, so all take the selection of the first
+    monkeypatch.setattr(processes, "from_first", lambda make: (make(), "of the first"))
+    selection, whose = Train_webvision.select(learner, None, data.plain(args), "epoch 2", setting)
+    assert whose == "of the first" and torch.isfinite(selection.clean).all()
+    assert selection.moments.mean.shape == (K, width)
 
 
-# which images, and from where -------------------------------------------------------------------------------------------
+# which images ---------------------------------------------------------------------------------------------------------
 
 
 def kept_of(root: Path, words: str) -> np.ndarray:
     return load(parse_args([*ARGS, "--data_path", str(root), *words.split()]), CPU).index
 
 
-@pytest.mark.parametrize(("kind", "factor"), [("exp", 0.2), ("step", 0.25), ("exp", 0.99)])
+@pytest.mark.parametrize(("kind", "factor"), [("exp", 0.2), ("step", 0.25)])
 def test_a_long_tail_keeps_the_budget_of_each_class(kind, factor, tmp_path):
     """The classes have 8, 2, 6 and 4 images, so that the tail is not that of the class ids."""
     make_webvision(tmp_path, classes=K, per_class=8)
-    lines = (tmp_path / "info/train_filelist_google.txt").read_text().splitlines(keepends=True)
-    sizes, kept = [8, 2, 6, 4], []
-    for line in lines:
+    path, sizes, kept = tmp_path / "info/train_filelist_google.txt", {0: 8, 1: 2, 2: 6, 3: 4}, []
+    for line in path.read_text().splitlines(keepends=True):
         label = int(line.split()[1])
-        if label >= K or sizes[label] > 0:
+        if sizes.get(label, 0) > 0:
             kept.append(line)
-            sizes[label : label + 1] = [sizes[label] - 1] if label < K else []
-    (tmp_path / "info/train_filelist_google.txt").write_text("".join(kept))
-    labels = np.array([int(line.split()[1]) for line in kept if int(line.split()[1]) < K])
-    assert np.bincount(labels).tolist() == [8, 2, 6, 4]
+            sizes[label] -= 1
+    path.write_text("".join(kept))
+    labels = np.array([int(line.split()[1]) for line in kept])
     budget = noise.web_class_budget(np.array([8, 2, 6, 4]), kind, factor)
     words = f"--imb_type {kind} --imb_factor {factor}"
-    found = kept_of(tmp_path, words)
-    assert found.tolist() == sorted(found.tolist())
-    assert np.bincount(labels[found], minlength=K).tolist() == budget.tolist()
+    index = kept_of(tmp_path, words)
     expected = noise.long_tailed(labels, budget, np.random.RandomState(123))
-    assert found.tolist() == sorted(expected.tolist())
+    assert index.tolist() == sorted(expected.tolist()) and len(index) < 20
+    assert np.bincount(labels[index], minlength=K).tolist() == budget.tolist()
     assert kept_of(tmp_path, "--imb_factor 1").tolist() == list(range(20))
-    if factor < 0.5:
-        assert kept_of(tmp_path, words).tolist() != kept_of(tmp_path, f"{words} --seed 4").tolist()
-        assert len(found) < 20
-        few = kept_of(tmp_path, f"{words} --limit_train 5")  # of the long tail
-        assert few.tolist() == datasets.limited(found, 5, 123).tolist() and len(few) == 5
+    assert kept_of(tmp_path, f"{words} --seed 4").tolist() != index.tolist()
+    few = kept_of(tmp_path, f"{words} --limit_train 5")  # of the long tail
+    assert few.tolist() == datasets.limited(index, 5, 123).tolist() and len(few) == 5
 
 
 def test_part_of_the_images_with_labels_of_a_file_and_a_long_tail(root, tmp_path):
@@ -806,24 +639,20 @@ def test_bad_images_are_left_out_from_the_start(tmp_path):
         plant(image, kind)
     run = run_small(data, tmp_path / "run", "--on_bad_image skip --num_epochs 1 --batch_size 2")
     with (run / "skipped_images.csv").open(newline="") as file:
-        skipped = list(csv.DictReader(file))
-    assert list(skipped[0]) == ["path", "position", "reason"]
-    found = {(row["path"], row["position"]): row["reason"] for row in skipped}
-    assert found.keys() == {(str(train[1]), "1"), (str(train[4]), "4"), (str(test), "3")}
-    assert found.pop((str(train[1]), "1")) == "missing" and "missing" not in found.values()
+        skipped = {(row["path"], row["position"]): row["reason"] for row in csv.DictReader(file)}
+    assert skipped.keys() == {(str(train[1]), "1"), (str(train[4]), "4"), (str(test), "3")}
+    assert skipped.pop((str(train[1]), "1")) == "missing" and "missing" not in skipped.values()
     assert np.load(run / "train_index.npy").tolist() == [i for i in range(16) if i not in (1, 4)]
     assert len(np.load(run / "clean_probability.npz")["net1"]) == 14
 
 
+@pytest.mark.slow
 def test_a_cache_of_320_pixels_gives_the_run_that_the_files_give(root, tmp_path):
     data = datasets.load_webvision(root, K)
-    for size in (320, 256):
-        build_caches(tmp_path / str(size), data, size=size)
+    build_caches(tmp_path / "320", data, size=320)
     words = "--image_size 299 --num_epochs 1 --limit_train 9 --limit_test 3"
     files = run_small(root, tmp_path / "files" / "run", words)
     cached = run_small(root, tmp_path / "cached" / "run", f"{words} --image_cache {tmp_path / '320'}")
     assert log_without_seconds(cached) == log_without_seconds(files)
     ours, theirs = (state(run)["learners"] for run in (cached, files))
     assert all(same(ours[i]["network"], theirs[i]["network"]) for i in (0, 1))
-    smaller = run_small(root, tmp_path / "smaller", f"{words} --image_cache {tmp_path / '256'}")
-    assert not same(state(smaller)["learners"][0]["network"], theirs[0]["network"])
