@@ -2,17 +2,21 @@
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import resnet18
 
+from common.runs.cli import UserError
+from sanm import networks
 from sanm.networks import (
     BASES,
     MapOf,
-    PreActBlock,
     clothing_decoder,
     clothing_network,
     decoder,
@@ -23,57 +27,42 @@ from sanm.networks import (
 )
 
 
-def size_of(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
-
-
 @pytest.mark.parametrize(
-    ("base", "num_classes", "parameters"),
+    ("base", "num_classes", "parameters", "of_decoder"),
     [
-        ("c2d", 10, 14_457_293),
-        ("c2d", 100, 14_503_463),
-        ("dividemix", 10, 14_454_605),
-        ("dividemix", 100, 14_500_775),
+        ("c2d", 10, 14_457_293, 3_283_331),
+        ("c2d", 100, 14_503_463, 3_283_331),
+        ("dividemix", 10, 14_454_605, 3_283_331),
+        ("dividemix", 100, 14_500_775, 3_283_331),
+        (None, 14, 42_544_081, 19_007_363),
     ],
 )
-def test_networks_for_cifar_have_the_published_number_of_parameters(base, num_classes, parameters):
+def test_networks_have_the_published_number_of_parameters(base, num_classes, parameters, of_decoder):
     with torch.device("meta"):
-        network = make_network(base, num_classes)
-    assert size_of(network) == parameters
-    assert size_of(network.decoder) == 3_283_331
-
-
-def test_the_network_for_clothing1m_has_the_published_number_of_parameters():
-    with torch.device("meta"):
-        network = clothing_network("resnet50", 14)
-    assert size_of(network) == 42_544_081
-    assert size_of(network.decoder) == 19_007_363
+        network = make_network(base, num_classes) if base else clothing_network("resnet50", num_classes)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert sum(p.numel() for p in network.decoder.parameters()) == of_decoder
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(
     ("channels", "size", "maps"),
-    [
-        (1, 8, (32, 4, 4)),
-        (3, 8, (32, 4, 4)),
-        (1, 28, (512, 4, 4)),
-        (3, 32, (512, 4, 4)),
-        (3, 16, (512, 2, 2)),
-    ],
+    [(1, 8, (32, 4, 4)), (3, 8, (32, 4, 4)), (1, 28, (512, 4, 4)), (3, 16, (512, 2, 2))],
 )
 def test_maps_scores_and_reconstructions_fit_the_images(base, channels, size, maps):
     torch.manual_seed(0)
-    network = make_network(base, 7, channels, size).eval()
+    network, images = make_network(base, 7, channels, size).eval(), torch.randn(3, channels, size, size)
     with torch.no_grad():
-        out = network(torch.randn(2, channels, size, size), torch.randn(3, channels, size, size))
+        out = network(images[:2], images)
     assert out.maps.shape == (2, *maps) and out.scores.shape == (2, 7)
-    assert out.reconstruction.shape == (3, channels, size, size)
-    assert network(torch.zeros(1, channels, size, size)).reconstruction is None
+    assert out.reconstruction.shape == images.shape
+    # maps of the PreAct encoder are not activated, those of SimCLR's are
+    assert bool((out.maps < 0).any()) is (base == "dividemix")
+    if size < 16:
+        assert network(images).reconstruction is None
 
 
-@pytest.mark.parametrize(
-    ("channels", "size", "maps"), [(1, 8, 2), (3, 8, 2), (3, 10, 3), (1, 28, 7), (3, 32, 8), (1, 33, 9)]
-)
+@pytest.mark.parametrize(("channels", "size", "maps"), [(1, 8, 2), (3, 10, 3), (1, 28, 7), (1, 33, 9)])
 def test_the_narrow_network_that_is_asked_for_has_a_map_of_a_quarter_at_any_size(channels, size, maps):
     torch.manual_seed(0)
     network = make_network("dividemix", 7, channels, size, arch="narrow")
@@ -104,21 +93,15 @@ def test_decoders_make_images_of_their_size_without_resizing_and_with_nothing_be
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("asked", [False, True])
-def test_scores_are_probabilities_where_the_release_has_them_so_and_logits_else(base, asked):
+def test_scores_are_probabilities_where_the_release_has_them_so_and_always_float32(base, asked):
     torch.manual_seed(0)
-    network = make_network(base, 5, 1, 8, softmax=asked).eval()
-    out = network(torch.randn(6, 1, 8, 8))
+    network, images = make_network(base, 5, 1, 8, softmax=asked).eval(), torch.randn(6, 1, 8, 8)
+    out = network(images)
     logits = network.classifier(out.maps.mean(dim=(2, 3)))
     probabilities = base == "c2d" and asked
     torch.testing.assert_close(out.scores, F.softmax(logits, dim=1) if probabilities else logits)
-    assert torch.allclose(out.scores.sum(dim=1), torch.ones(6)) is probabilities
-
-
-@pytest.mark.parametrize("base", BASES)
-def test_scores_and_reconstructions_are_float32_under_autocast(base):
-    network = make_network(base, 5, 1, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        out = network(torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8))
+        out = network(images, images)
     assert out.scores.dtype == out.reconstruction.dtype == torch.float32
     assert out.maps.dtype == torch.bfloat16
 
@@ -167,47 +150,21 @@ def test_simclr_encoders_begin_from_kaiming_normal_by_fan_out(channels, size):
         assert weight.abs().max() > 2.2 * expected  # a uniform distribution ends at 1.73
 
 
-def test_preact_encoders_begin_from_pytorchs_uniform_weights():
-    torch.manual_seed(0)
-    for conv in convolutions(make_network("dividemix", 10, 1, 8).encoder):
-        bound = 1 / math.sqrt(conv.in_channels * conv.kernel_size[0] ** 2)
-        assert 0.9 * bound < conv.weight.abs().max() <= bound
-
-
 @pytest.mark.parametrize("base", BASES)
-def test_norms_begin_as_the_identity_and_classifier_and_decoder_from_pytorchs_default(base):
+def test_norms_begin_as_the_identity_and_other_layers_from_pytorchs_uniform_default(base):
     torch.manual_seed(0)
     network = make_network(base, 10, 1, 8)
     for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
         assert (norm.weight == 1).all() and (norm.bias == 0).all()
-    bound = 1 / math.sqrt(32)
-    assert 0.9 * bound < network.classifier.weight.abs().max() <= bound
-    for layer in network.decoder:
-        bound = 1 / math.sqrt(layer.out_channels * layer.kernel_size[0] ** 2)
-        assert 0.9 * bound < layer.weight.abs().max() <= bound
+    fans = [(network.classifier.weight, 32)]
+    fans += [(layer.weight, layer.out_channels * layer.kernel_size[0] ** 2) for layer in network.decoder]
+    if base == "dividemix":
+        fans += [(c.weight, c.in_channels * c.kernel_size[0] ** 2) for c in convolutions(network.encoder)]
+    for weight, fan in fans:
+        assert 0.9 / math.sqrt(fan) < weight.abs().max() <= 1 / math.sqrt(fan)
 
 
-# blocks and names -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("width", "stride"), [(4, 1), (4, 2), (8, 1), (8, 2)])
-def test_the_shortcut_of_a_preact_block_begins_at_the_activated_tensor(width, stride):
-    torch.manual_seed(0)
-    block = PreActBlock(4, width, stride).eval()
-    x = torch.randn(2, 4, 6, 6)
-    activated = F.relu(block.bn1(x))
-    changes = (width, stride) != (4, 1)
-    shortcut = block.shortcut(activated) if changes else activated
-    torch.testing.assert_close(block(x), block.conv2(F.relu(block.bn2(block.conv1(activated)))) + shortcut)
-    assert (type(block.shortcut) is nn.Conv2d) is changes
-
-
-@pytest.mark.parametrize("size", [32, 8])
-def test_maps_of_the_preact_encoder_are_not_activated_and_those_of_simclr_are(size):
-    torch.manual_seed(0)
-    images = torch.randn(2, 3, size, size)
-    maps = {base: make_network(base, 4, 3, size).eval()(images).maps for base in BASES}
-    assert (maps["dividemix"] < 0).any() and not (maps["c2d"] < 0).any()
+# names ----------------------------------------------------------------------------------------------------------------
 
 
 def names_of_block(prefix: str, shortcut: bool) -> list[str]:
@@ -230,18 +187,43 @@ def test_the_simclr_encoder_has_the_names_of_published_checkpoints():
     assert narrow == expected
 
 
+# Clothing1M's ----------------------------------------------------------------------------------------------------------
+
+
 def test_the_encoder_of_clothing1m_is_torchvisions_up_to_its_last_map():
     torch.manual_seed(0)
-    whole = resnet18().eval()
-    encoder, images = MapOf(whole).eval(), torch.randn(2, 3, 64, 64)
+    resnet = resnet18().eval()
+    encoder, images = MapOf(resnet).eval(), torch.randn(2, 3, 64, 64)
     maps = encoder(images)
     assert maps.shape == (2, 512, 2, 2)
-    torch.testing.assert_close(whole.fc(maps.mean(dim=(2, 3))), whole(images), rtol=1e-4, atol=1e-5)
-    assert list(encoder.state_dict()) == [name for name in whole.state_dict() if not name.startswith("fc")]
+    torch.testing.assert_close(resnet.fc(maps.mean(dim=(2, 3))), resnet(images), rtol=1e-4, atol=1e-5)
+    assert list(encoder.state_dict()) == [name for name in resnet.state_dict() if not name.startswith("fc")]
 
 
-def test_a_small_network_for_clothing1m_rebuilds_224_pixels():
+def test_images_of_clothing1m_of_any_size_are_rebuilt_by_resizing():
     network = clothing_network("resnet18", 14).eval()
     with torch.no_grad():
-        out = network(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 224, 224))
-    assert out.reconstruction.shape == (1, 3, 224, 224) and out.scores.shape == (1, 14)
+        out = network(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 96, 96))
+    assert out.reconstruction.shape == (1, 3, 96, 96) and out.scores.shape == (1, 14)
+
+
+def test_the_network_of_clothing1m_starts_from_the_encoder_of_a_file(tmp_path):
+    """Formats of files have tests of their own."""
+    torch.manual_seed(1)
+    weights = {name: value for name, value in resnet18().state_dict().items() if not name.startswith("fc.")}
+    save_file({f"encoder.{name}": value for name, value in weights.items()}, tmp_path / "own.safetensors")
+    first, second = (clothing_network("resnet18", 14, str(tmp_path / "own.safetensors")) for _ in range(2))
+    for net in (first, second):
+        assert all(torch.equal(value, weights[name]) for name, value in net.encoder.state_dict().items())
+    assert not torch.equal(first.classifier.weight, second.classifier.weight)
+    assert not torch.equal(first.decoder[0].weight, second.decoder[0].weight)
+    with pytest.raises(UserError, match=f"--pretrained .*{re.escape('own.safetensors')}: .*expected"):
+        clothing_network("resnet50", 14, str(Path(tmp_path) / "own.safetensors"))
+
+
+def test_imagenet_weights_are_those_of_torchvision(monkeypatch):
+    fetched = resnet18()
+    monkeypatch.setattr(networks, "imagenet_resnet", lambda name: {"resnet18": fetched}[name])
+    network = clothing_network("resnet18", 14, "imagenet")
+    assert torch.equal(network.encoder.conv1.weight, fetched.conv1.weight)
+    assert network.classifier.weight.shape == (14, 512)
