@@ -28,7 +28,7 @@ from jinja2 import Environment, StrictUndefined
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.cells import CLAIMS, PAPERS, ROOT, cells
+from benchmarks.cells import CLAIMS, PAPERS, ROOT, cells, presets_of
 from benchmarks.published import SETTING as PUBLISHED_SETTING
 from benchmarks.published import read_published
 from benchmarks.results import (
@@ -46,7 +46,7 @@ from benchmarks.results import (
 )
 from benchmarks.tables import METRICS, REFERENCE
 from benchmarks.verdicts import CLAIMS_CSV, HEADING, lines, outcomes, read_claims
-from common.runs.cli import Parser, UserError, exit_cleanly, read_presets
+from common.runs.cli import Parser, UserError, exit_cleanly
 from common.runs.figures import naming
 from common.runs.results import COLUMNS
 
@@ -363,7 +363,7 @@ def not_measured(rows: list[dict]) -> list[dict]:
     }
     found = []
     for paper in PAPERS:
-        presets = read_presets(ROOT / paper / "presets.toml")
+        presets = presets_of(ROOT / paper / "presets.toml")
         for cell in cells(paper, "paper"):
             if (paper, cell.preset) in known:
                 continue

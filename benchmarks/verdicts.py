@@ -8,15 +8,14 @@ seeds the interval is Welch's; for a difference to a value it is Student's.
 import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
-from benchmarks.cells import PAPERS, ROOT
+from benchmarks.cells import PAPERS, ROOT, presets_of
 from benchmarks.results import Sample, figure, markdown_table, summarise, welch_interval
-from common.runs.cli import UserError, read_presets
+from common.runs.cli import UserError
 
 CLAIMS, CLAIMS_CSV = ROOT / "benchmarks" / "claims.toml", "claims.csv"
 DIRECTIONS = ("above", "below", "differs")
@@ -109,15 +108,10 @@ def _test(name: str, entries: dict) -> ClaimTest:
 def preset_of(cell: str) -> dict:
     """The section of a cell's preset. ValueError: it does not exist."""
     paper, _, name = cell.partition("/")
-    sections = _presets(ROOT / paper / "presets.toml") if paper in PAPERS else {}
+    sections = presets_of(ROOT / paper / "presets.toml") if paper in PAPERS else {}
     if name not in sections:
         raise ValueError(f"{cell} is no paper/preset of a presets.toml")
     return sections[name]
-
-
-@cache
-def _presets(file: Path) -> dict[str, dict]:
-    return read_presets(file)
 
 
 def chosen(claims: Sequence[Claim], names: Sequence[str] | None, only: str | None) -> list[Claim]:
