@@ -1,10 +1,10 @@
-"""Plain cross-entropy on the very images and observed labels of another run: the row every table needs.
+"""Plain cross-entropy on the same images and observed labels as another run.
 
     python -m benchmarks.baseline --like results/runs/sfa/embedded/digits-if0.1-imb0.5/sfa/seed1
 
-The other run's directory says which data set, which training images and which observed labels; nothing is drawn anew. One
-pre-activation ResNet-18 (a narrow one below 16 pixels), SGD with momentum 0.9 and weight decay 5e-4, the learning rate a
-tenth for the last quarter, crop and flip.
+The other run's directory gives the data set, the training images and the observed labels; this script draws none. One
+pre-activation ResNet-18 (a narrow one below 16 pixels), SGD with momentum 0.9 and weight decay 5e-4, crop and flip. The
+learning rate drops by 10x for the last quarter of the epochs.
 """
 
 import json
@@ -50,11 +50,8 @@ class Network(nn.Sequential):
 
     def __init__(self, num_classes: int, in_channels: int, size: int):
         widths, repeats = ((64, 128, 256, 512), 2) if size >= 16 else ((16, 32, 64), 1)
-        layers = [
-            nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False),
-            nn.BatchNorm2d(widths[0]),
-            nn.ReLU(),
-        ]
+        stem = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
+        layers = [stem, nn.BatchNorm2d(widths[0]), nn.ReLU()]
         before = widths[0]
         for width in widths:
             for _ in range(repeats):
@@ -67,40 +64,29 @@ class Network(nn.Sequential):
 def make_parser() -> cli.Parser:
     """The baseline's flags."""
     parser = cli.Parser(prog="baseline.py", description=__doc__)
-    parser.add_argument(
-        "--like", required=True, metavar="RUN", help="run directory to take data and labels from"
-    )
-    parser.add_argument(
-        "--data_path", metavar="DIR", help="where the data sets are; by default as in that run"
-    )
-    parser.add_argument("--num_epochs", type=cli.count, help="epochs; by default as in that run")
-    parser.add_argument("--batch_size", type=cli.count, default=128, help="batch size")
-    parser.add_argument("--lr", type=cli.positive, default=0.02, help="initial learning rate")
-    parser.add_argument("--out", metavar="DIR", help="run directory; by default baseline/ beside that run")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
-    parser.add_argument(
-        "--precision",
-        choices=["auto", "fp32", "bf16"],
-        default="auto",
-        help="as in the scripts; auto: float32 if that run has --fidelity released",
-    )
-    parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
-    parser.add_argument("-r", "--resume", choices=["auto", "never"], default="auto", help="as in the scripts")
+    add, auto = parser.add_argument, {"default": "auto"}
+    precision = "as in the scripts; auto: float32 if that run has --fidelity released"
+    add("--like", required=True, metavar="RUN", help="run directory to take data and labels from")
+    add("--data_path", metavar="DIR", help="where the data sets are; by default as in that run")
+    add("--num_epochs", type=cli.count, help="epochs; by default as in that run")
+    add("--batch_size", type=cli.count, default=128, help="batch size")
+    add("--lr", type=cli.positive, default=0.02, help="initial learning rate")
+    add("--out", metavar="DIR", help="run directory; by default baseline/ beside that run")
+    add("--device", choices=["auto", "cpu", "cuda"], **auto, help="where to train")
+    add("--precision", choices=["auto", "fp32", "bf16"], **auto, help=precision)
+    add("--compile", action="store_true", help="compile the network with torch.compile")
+    add("-r", "--resume", choices=["auto", "never"], **auto, help="as in the scripts")
     return parser
 
 
 def read_run(folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
     """args.json, training positions [N] and observed labels [N] of a run directory. UserError: it is none."""
-    missing = [n for n in ("args.json", "train_index.npy", "noisy_labels.npy") if not (folder / n).is_file()]
-    if missing:
-        raise UserError(
-            f"--like {folder}: no {', '.join(missing)} in it; name the directory of a run that has begun"
-        )
-    description = json.loads((folder / "args.json").read_text())
-    index, observed = (
-        np.load(folder / f"{n}.npy", allow_pickle=False) for n in ("train_index", "noisy_labels")
-    )
-    return description, index, observed
+    arrays = ("train_index.npy", "noisy_labels.npy")
+    if missing := [name for name in ("args.json", *arrays) if not (folder / name).is_file()]:
+        remedy = "name the directory of a run that has begun"
+        raise UserError(f"--like {folder}: no {', '.join(missing)} in it; {remedy}")
+    index, observed = (np.load(folder / name, allow_pickle=False) for name in arrays)
+    return json.loads((folder / "args.json").read_text()), index, observed
 
 
 @torch.no_grad()
@@ -142,9 +128,8 @@ def main(argv=None) -> None:
     folder = args.data_path or arguments.get("data_path") or arguments.get("data_root") or "./data"
     data = datasets.load(arguments["dataset"], folder)
     columns = ("table", "cell", "dataset", "noise_type", "noise_rate", "imb_factor", "ood_ratio", "profile")
-    run = Run(
-        args, device, paper=description["paper"], method="CE", name="", cell={c: cell[c] for c in columns}
-    )
+    own = {column: cell[column] for column in columns}
+    run = Run(args, device, paper=description["paper"], method="CE", name="", cell=own)
     run.save_labels(index, data.train.labels[index], observed, data.num_classes)
 
     train = Images(data.train.images[index], data.mean, data.std, device.device)

@@ -2,6 +2,7 @@
 
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +61,12 @@ class Cell(NamedTuple):
         return [*words, *self.flags, "--seed", str(seed), "--out", str(out), *extra]
 
 
+@cache
+def presets_of(file: Path) -> dict[str, dict]:
+    """The sections of a presets.toml, shared by all callers."""
+    return read_presets(file)
+
+
 def cells(paper: str, profile: str, names: list[str] | None = None, table: str | None = None) -> list[Cell]:
     """The cells of a paper in a profile. names: only these presets; table: only presets that begin with it.
 
@@ -68,7 +75,7 @@ def cells(paper: str, profile: str, names: list[str] | None = None, table: str |
     protocol, and with shortening flags the profile `short`. A cell that starts from another cell's encoder brings that
     cell along, before it. UserError: no such table, or a name that is no preset of the profile.
     """
-    presets = read_presets(ROOT / paper / "presets.toml")
+    presets = presets_of(ROOT / paper / "presets.toml")
     folders = {name: name.split("/")[0] for name in presets}
     others = {name for name, folder in folders.items() if folder not in (*PROFILES, CLAIMS)}
     every = [n for n in presets if folders[n] == profile or (n in others and profile in ("short", "paper"))]

@@ -1,12 +1,12 @@
-"""Test what the papers claim: run the cells that claims.toml compares, and say of each claim whether it holds.
+"""Test what the papers claim: run the cells that claims.toml compares, and print for each claim whether it holds.
 
     make claims                                           # digits: no data, no GPU
-    make claims DATA=DIR                                  # also MNIST, CIFAR-10 and CIFAR-10N, as far as DIR has them
+    make claims DATA=DIR                                  # also MNIST, CIFAR-10 and CIFAR-10N, if DIR has them
     python -m benchmarks.claims --claims afm-attention sfa-rare-classes --seeds 1 2 3 4 5
 
-A finished run is not run again, a killed run resumes; a cell that several claims name is run once per seed. Tests whose data are
-missing are listed as not run. Of all runs in --out that are finished, whatever is asked for now, claims.csv gets the rows,
-claims.md the table, claims.png the figure, claims_logs/ the logs.
+A finished run is not run again, a killed run resumes; a cell that several claims name is run once per seed. Tests whose data
+are missing are listed as not run. claims.csv (rows), claims.md (table), claims.png (figure) and claims_logs/ are of all
+finished runs in --out, also of claims that this command does not name.
 """
 
 import itertools
@@ -52,7 +52,7 @@ DRAWN = re.compile(
 
 
 class Prepared(NamedTuple):
-    """A data set of its own for each seed: a drawn part of a data set, with labels of a file."""
+    """A random part of a data set, drawn for each seed, with labels of a file."""
 
     setting: Setting
     limit: int
@@ -94,7 +94,7 @@ def is_there(name: str, data_path: Path) -> bool:
 
 
 def missing(cell: str, prepared: dict[str, Prepared], data_path: Path) -> list[str]:
-    """The data sets and label files that a cell reads and that are not there."""
+    """The data sets and label files that a cell reads and that are missing."""
     section, setting = preset_of(cell), cell.split("/")[2]
     names = [section["dataset"], *[name for name in [section.get("corruption")] if name in datasets.NAMES]]
     labels = [prepared[setting].setting.labels] if setting in prepared else []
@@ -103,7 +103,7 @@ def missing(cell: str, prepared: dict[str, Prepared], data_path: Path) -> list[s
 
 
 def prepare(runs: Iterable[CellRun], prepared: dict[str, Prepared], out: Path, data_path: Path) -> None:
-    """Write the data sets of the settings that runs still to be done read."""
+    """Write the data sets that unfinished runs read."""
     todo = [run for run in runs if not all(is_finished(*one) for one in run.task.commands)]
     for name, seed in dict.fromkeys((run.setting, run.seed) for run in todo if run.setting in prepared):
         own = prepared[name]
@@ -143,12 +143,12 @@ def runs_of(
 
 
 def folder_of(cell: Cell, out: Path) -> Path:
-    """Where benchmarks.run has the runs of the cell's profile, too, so that nobody runs what the other has."""
+    """The folder that benchmarks.run uses for the cell's profile, so that neither runs a cell again."""
     return out / "runs" / cell.paper / cell.preset.split("/")[0]
 
 
 def run_waves(runs: list[CellRun], args: Namespace) -> int:
-    """Make the encoders, then run what may begin from them: 0, or 1 if a run failed; the others are run all the same."""
+    """Make the encoders, then run what starts from them. Returns 0, or 1 if a run failed; the others run nevertheless."""
     encoders = {(run.cell.paper, run.cell.encoder) for run in runs}
     status = 0
     for first in (True, False):
@@ -163,7 +163,7 @@ def run_waves(runs: list[CellRun], args: Namespace) -> int:
 
 
 def finished(claims: Iterable[Claim], out: Path) -> dict[Cell, list[Path]]:
-    """The directories of the finished runs of the claims' cells, whatever their seeds."""
+    """The directories of the finished runs of the claims' cells, with any seed."""
     found = {}
     for cell in {cell: None for own in cells_of(claims).values() for cell in own}:
         parent = folder_of(cell, out) / cell.preset.split("/", 1)[1]
@@ -231,7 +231,7 @@ def write(every: Sequence[Claim], asked: Sequence[Claim], prepared: dict[str, Pr
 
 
 def main(argv=None) -> None:
-    """Run what is not finished; write and print what the claims come to."""
+    """Run what is not finished; write and print the verdicts."""
     args = make_parser().parse_args(argv)
     out, data_path = Path(args.out).resolve(), Path(args.data_path).resolve()
     every, prepared = read_claims(), read_prepared()
@@ -253,9 +253,8 @@ def main(argv=None) -> None:
     write(every, asked, prepared, out)
     for name in sorted({name for names in lacking.values() for name in names}):
         count = sum(any(name in lacking[cell] for cell in t.cells) for c in asked for t in c.tests)
-        print(
-            f"not run: {count} of {sum(len(c.tests) for c in asked)} tests, for want of {name} in {data_path}"
-        )
+        total = sum(len(c.tests) for c in asked)
+        print(f"not run: {count} of {total} tests, for want of {name} in {data_path}")
     sys.exit(status)
 
 

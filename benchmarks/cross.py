@@ -1,13 +1,14 @@
-"""All five methods and cross-entropy on the same images, observed labels, backbone and epochs: the table none of the papers has.
+"""All five methods and cross-entropy on the same images, observed labels, backbone and number of epochs.
 
     make cross                                            # digits: no data, no GPU
     python -m benchmarks.cross --dataset cifar10 --data_path ./data
     python -m benchmarks.cross --dataset mnist --settings sym0.5 --limit_train 3000 --seeds 1
 
-What is compared stands in benchmarks/cross.toml. Label noise is drawn once for each setting and seed, before any script starts,
-and handed to all of them: as a file for --noise_file, or, where the training set itself is a part of the data set (long tails,
---limit_train), as an .npz that replaces it. Labels that people gave (CIFAR-10N) are read from DATA_PATH/cifar10n_worse_label.npy
-and DATA_PATH/cifar10n_aggre_label.npy; they are not part of this repository. Every run is a process started by its command line.
+benchmarks/cross.toml says what is compared. This script draws the label noise once for each setting and seed, before any
+method starts, and gives it to all methods: as a file for --noise_file, or as an .npz that replaces the data set if the
+training set is a part of it (long tails, --limit_train). Human labels (CIFAR-10N) are read from
+DATA_PATH/cifar10n_worse_label.npy and DATA_PATH/cifar10n_aggre_label.npy; this repository does not include them. Every run is
+a process started by its command line.
 """
 
 import io
@@ -44,11 +45,11 @@ DESCRIPTION = ROOT / "benchmarks" / "cross.toml"
 
 
 class Script(NamedTuple):
-    """How a method's script is told where the images are and that the labels come with them."""
+    """The flags of a method's script for the images, and for labels that come with them."""
 
     path: str
     data_flag: str
-    given: tuple[str, ...]  # labels that an .npz brings along
+    given: tuple[str, ...]  # for labels that an .npz includes
     always: tuple[str, ...] = ()
 
 
@@ -67,15 +68,15 @@ PRETRAIN = Script("manifold_dividemix/pretrain.py", "--data_path", (), ("--ood-r
 
 
 class Setting(NamedTuple):
-    """One row of the table: a data set and what is wrong with its labels."""
+    """One row of the table: a data set and its label noise."""
 
     data: str
     name: str
     noise_type: str
     noise_rate: float | None = None
     imb_factor: float | None = None
-    labels: str | None = None  # the file of labels that people gave
-    images: int | None = None  # the file has labels of the first so many training images alone
+    labels: str | None = None  # the file of human labels
+    images: int | None = None  # the file has labels of the first so many training images only
 
     @property
     def cell(self) -> str:
@@ -84,7 +85,7 @@ class Setting(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What all methods are given for one setting and seed: a file of labels, or a folder with a data set of its own."""
+    """The input of all methods for one setting and seed: a file of labels, or a folder with a data set."""
 
     labels: Path | None
     folder: Path | None
@@ -105,7 +106,7 @@ def settings_of(data: str, names: list[str] | None, description: dict) -> list[S
 
 
 def inputs_of(setting: Setting, seed: int, out: Path, data_path: Path, limit: int | None) -> Inputs:
-    """Where the images and labels of a setting are, there already or not."""
+    """The paths of the images and labels of a setting, which may not exist yet."""
     if setting.imb_factor is not None or setting.images is not None or limit is not None:
         part = f"-limit{limit}" if limit is not None else ""
         return Inputs(None, out / "cross_data" / f"{setting.cell}{part}-seed{seed}")
@@ -115,12 +116,12 @@ def inputs_of(setting: Setting, seed: int, out: Path, data_path: Path, limit: in
 
 
 def prepare(setting: Setting, seed: int, inputs: Inputs, data_path: Path, limit: int | None) -> None:
-    """Draw the labels of a setting and write them, with the images where these are a part of the data set.
+    """Draw the labels of a setting and write them, with the images if these are a part of the data set.
 
-    UserError: the data set is not there, or the file is there with other content.
+    UserError: the data set is missing, or the file exists with other content.
     """
     if setting.labels is not None and inputs.folder is None:
-        return  # they are read as they are
+        return  # the scripts read the file itself
     target = inputs.labels if inputs.labels is not None else inputs.folder / f"{setting.data}.npz"
     data = datasets.load(setting.data, data_path)
     index, observed = draw(setting, seed, data, data_path)
@@ -129,10 +130,8 @@ def prepare(setting: Setting, seed: int, inputs: Inputs, data_path: Path, limit:
     if inputs.folder is None:
         np.save(buffer, observed, allow_pickle=False)
     else:
-        arrays = {
-            "train_images": data.train.images[index[kept]],
-            "train_labels": data.train.labels[index[kept]],
-        }
+        train, images = index[kept], {"train_images": data.train.images, "train_labels": data.train.labels}
+        arrays = {name: array[train] for name, array in images.items()}
         arrays |= {"test_images": data.test.images, "test_labels": data.test.labels}
         np.savez_compressed(buffer, **arrays, noisy_labels=observed[kept])
     if target.is_file() and target.read_bytes() != buffer.getvalue():
@@ -145,7 +144,7 @@ def prepare(setting: Setting, seed: int, inputs: Inputs, data_path: Path, limit:
 
 
 def check_given_labels(settings: list[Setting], data_path: Path) -> None:
-    """UserError: labels that people gave are not there."""
+    """UserError: human labels are missing."""
     for setting in settings:
         if setting.labels is not None and not (data_path / setting.labels).is_file():
             raise UserError(
@@ -163,10 +162,8 @@ def draw(setting: Setting, seed: int, data: datasets.Data, data_path: Path) -> t
         return every, datasets.labels_of(path, every, len(labels), data.num_classes, lambda _: of_first)
     posterior = posterior_for(setting.noise_type, data, data_path)
     if setting.imb_factor is None:
-        images = data.train.images
-        return every, noise.add_noise(
-            setting.noise_type, labels, setting.noise_rate, data.num_classes, seed, images, posterior
-        )
+        given = (data.num_classes, seed, data.train.images, posterior)
+        return every, noise.add_noise(setting.noise_type, labels, setting.noise_rate, *given)
     python_rng, rng = random.Random(seed), np.random.RandomState(seed)
     counts = noise.class_counts(len(labels), data.num_classes, "exp", setting.imb_factor)
     index = noise.long_tailed(labels, counts, rng)
@@ -175,7 +172,7 @@ def draw(setting: Setting, seed: int, data: datasets.Data, data_path: Path) -> t
         observed = noise.from_posterior(kind, labels[index], rate, data.num_classes, seed, posterior[index])
     else:
         observed = noise.long_tailed_noise(kind, labels[index], data.num_classes, rate, python_rng, rng)
-    order = index.argsort()  # class by class would do harm where a method does not shuffle
+    order = index.argsort()  # sorted by class would harm a method that does not shuffle
     return index[order], observed[order]
 
 
@@ -183,22 +180,18 @@ def draw(setting: Setting, seed: int, data: datasets.Data, data_path: Path) -> t
 
 
 def flags_in(setting: Setting, own: dict) -> dict[str, str]:
-    """The flags of each method in a setting: those of the data set, and what the setting changes of them behind."""
+    """The flags of each method in a setting: those of the data set, then those that the setting adds."""
     more = own.get("more", {}).get(setting.name, {})
     return {method: f"{flags} {more.get(method, '')}".strip() for method, flags in own["flags"].items()}
 
 
 def make_task(method: str, setting: Setting, seed: int, inputs: Inputs, args: Namespace, flags: dict) -> Task:
-    """The run of a method, and before it that of its pre-training where it has one."""
+    """The run of a method, and before it its pre-training, if any."""
     where = setting.name + (f"-limit{args.limit_train}" if args.limit_train else "")
     folder = Path(args.out).resolve() / "runs" / CROSS / setting.data / where / method / f"seed{seed}"
     shared = ["--dataset", setting.data, "--seed", str(seed)]
-    shared += [
-        word
-        for name in ("device", "precision")
-        if (value := getattr(args, name))
-        for word in (f"--{name}", value)
-    ]
+    for name in ("device", "precision"):
+        shared += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
 
     def command(script: Script, own: str, out: Path, *more: str) -> list[str]:
         data = from_root(inputs.folder or Path(args.data_path))
@@ -216,7 +209,7 @@ def make_task(method: str, setting: Setting, seed: int, inputs: Inputs, args: Na
 
 
 def columns_of(setting: Setting) -> dict:
-    """What result rows say of the labels of a setting, in place of what a script that is given them knows."""
+    """The columns of result rows that describe the labels of a setting; a script that reads a file cannot know them."""
     values = {name: getattr(setting, name) for name in ("noise_type", "noise_rate", "imb_factor")}
     return {name: "" if value is None else value for name, value in values.items()}
 

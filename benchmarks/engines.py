@@ -1,8 +1,8 @@
-"""Starts runs and waits for them: side by side on this machine, or as tasks of a Ray cluster.
+"""Start runs and wait for them: side by side on this machine, or as tasks of a Ray cluster.
 
-The engine `ray` joins a cluster (--ray_address, else the variable RAY_ADDRESS) or starts one on this machine. On a cluster of
-several machines the clone and the --out folder stand at the same path on a file system that all of them share: the run
-directories with their checkpoints are there, and what a lost machine began another one ends.
+The engine `ray` joins a cluster (--ray_address, else the variable RAY_ADDRESS) or starts one on this machine. On a cluster
+of several machines the clone and the --out folder are at the same path on a shared file system. The run directories with
+their checkpoints are there, so another machine resumes the run of a lost one.
 """
 
 import json
@@ -32,14 +32,14 @@ from common.runs.files import append
 from common.runs.locks import InUse, Lock
 
 RETRIES = 3
-# bytes, of a cluster that is started here: about the least that Ray takes, as nothing is kept in it
+# bytes, of a cluster that is started here: about the least that Ray accepts, as nothing is stored in it
 OBJECT_STORE = 80 * 2**20
-# what a lost run may take to leave its directory: a process that is still dying, a network file system's lease
+# the time that a lost run may keep its directory: a dying process, a lease of a network file system
 SECONDS_IN_USE = 120.0
-# how runs end that are stopped from outside: with the machine they are on, or for want of memory
+# exit statuses of runs that are stopped from outside: the machine went down, or ran out of memory
 STOPPED = (-signal.SIGTERM, -signal.SIGKILL, 128 + signal.SIGTERM)
-# A Ray worker starts this in place of a script, with its process id before the command: have the kernel kill this process when
-# the worker dies, however it dies, then become the script. A worker that died before the call is seen by the parent's id.
+# A Ray worker starts this in place of a script, with its process id before the command. It has the kernel kill this process
+# when the worker dies, then becomes the script. The parent's id shows whether the worker died before the call.
 BOUND_TO_PARENT = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
@@ -60,7 +60,7 @@ class Task(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a task ended: the run directories that are finished, and what went wrong, if something did."""
+    """The result of a task: the finished run directories, and the failure, if any."""
 
     finished: list[Path]
     failure: str | None
@@ -68,62 +68,42 @@ class Outcome(NamedTuple):
 
 def add_engine_flags(parser: cli.Parser) -> None:
     """The flags that `run_all` reads: where runs are started, and how many at a time."""
-    group = parser.add_argument_group("where the runs are started")
-    group.add_argument(
-        "--engine",
-        choices=["local", "ray"],
-        default="local",
-        help="this machine, or a Ray cluster, whose machines need the clone and --out at the same path on a shared file system",
+    add = parser.add_argument_group("where the runs are started").add_argument
+    number = {"type": cli.count, "metavar": "N"}
+    engine = "this machine, or a Ray cluster, whose machines need the clone and --out at the same path on a shared file system"
+    jobs = "local: runs at a time; by default one per core on digits, else one"
+    address = (
+        "ray: the cluster to join; by default the variable RAY_ADDRESS, else one is started on this machine"
     )
-    group.add_argument(
-        "--jobs",
-        type=cli.count,
-        metavar="N",
-        help="local: runs at a time; by default one per core on digits, else one",
+    cpus = (
+        "ray: CPUs of a run; by default 1 on digits, else a machine's share for a run per GPU, or for one run"
     )
-    group.add_argument(
-        "--ray_address",
-        metavar="HOST:PORT",
-        help="ray: the cluster to join; by default the variable RAY_ADDRESS, else one is started on this machine",
-    )
-    group.add_argument(
-        "--cpus_per_cell",
-        type=cli.count,
-        metavar="N",
-        help="ray: CPUs of a run; by default 1 on digits, else a machine's share for a run per GPU, or for one run",
-    )
-    group.add_argument(
-        "--gpus_per_cell",
-        type=cli.non_negative,
-        metavar="N",
-        help="ray: GPUs of a run, or a part of one such as 0.5; by default 1 if the cluster has GPUs, else 0",
-    )
-    group.add_argument(
-        "--retries",
-        type=cli.count_or_zero,
-        metavar="N",
-        help=f"ray: how often a run goes on elsewhere after its worker is lost, {RETRIES} by default; "
-        "a script that fails is not run again",
-    )
+    gpus = "ray: GPUs of a run, or a part of one such as 0.5; by default 1 if the cluster has GPUs, else 0"
+    retries = f"ray: how often a run is resumed elsewhere after its worker is lost, {RETRIES} by default; a failed script is not"
+    add("--engine", choices=["local", "ray"], default="local", help=engine)
+    add("--jobs", **number, help=jobs)
+    add("--ray_address", metavar="HOST:PORT", help=address)
+    add("--cpus_per_cell", **number, help=cpus)
+    add("--gpus_per_cell", type=cli.non_negative, metavar="N", help=gpus)
+    add("--retries", type=cli.count_or_zero, metavar="N", help=retries)
 
 
 def run_all(tasks: list[Task], args: Namespace, one_thread: bool) -> list[Path]:
-    """Run the tasks: the finished run directories, in the order of the tasks. Exits with status 1 where any run failed.
+    """Run the tasks; returns the finished run directories, in the order of the tasks. Exits with status 1 if any run failed.
 
     args: the flags of `add_engine_flags`. one_thread: the runs use one thread each, so that their figures do not depend on
-    the number of cores. A run that its own result.json calls finished is not done again, one cut short goes on. SIGTERM
+    the number of cores. A run that its own result.json calls finished is not run again, an interrupted one resumes. SIGTERM
     (exit status 143) and Ctrl-C end the runs under way; their checkpoints stay. UserError: flags of the other engine, no Ray,
-    no cluster, or none of its machines has what a run is to get.
+    no cluster, or no machine of it has what a run needs.
     """
-    for name in (
-        ("jobs",) if args.engine == "ray" else ("ray_address", "cpus_per_cell", "gpus_per_cell", "retries")
-    ):
+    ray, of_ray = args.engine == "ray", ("ray_address", "cpus_per_cell", "gpus_per_cell", "retries")
+    for name in ("jobs",) if ray else of_ray:
         if getattr(args, name) is not None:
-            other = "local" if args.engine == "ray" else "ray"
+            other = "local" if ray else "ray"
             raise UserError(f"--{name} is for --engine {other}: leave it out, or choose that engine")
     before = signal.signal(signal.SIGTERM, _end)
     try:
-        outcomes = (_run_with_ray if args.engine == "ray" else _run_here)(tasks, args, one_thread)
+        outcomes = (_run_with_ray if ray else _run_here)(tasks, args, one_thread)
     finally:
         signal.signal(signal.SIGTERM, before)
     failures = [outcome.failure for outcome in outcomes if outcome.failure]
@@ -139,7 +119,7 @@ def _end(number: int, _frame) -> None:
 
 
 def is_finished(folder: Path, command: list[str]) -> bool:
-    """Whether the run directory's result.json says that this very command came to its end; all else is the script's to judge."""
+    """Whether the run directory's result.json says that this command finished; the script judges everything else."""
     try:
         ended = json.loads((folder / "result.json").read_text())["command"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -150,7 +130,7 @@ def is_finished(folder: Path, command: list[str]) -> bool:
 def follow(
     child: subprocess.Popen, folder: Path, on_line: Callable[[str], None] = lambda _: None
 ) -> str | None:
-    """Keep a process's output in <folder>/console.txt until it ends: None, or its exit status and the last line it wrote."""
+    """Write a process's output to <folder>/console.txt until it ends: None, or its exit status and its last line."""
     last, path = "", folder / "console.txt"
     try:
         append(path, b"")
@@ -166,12 +146,12 @@ def follow(
 
 
 def run_name(task: Task, folder: Path) -> str:
-    """What a run of a task is called in messages."""
+    """The name of a task's run in messages."""
     return task.name if folder == task.folder else f"{task.name} {folder.name}"
 
 
 def headline(folder: Path) -> str:
-    """What a finished run came to, in a line."""
+    """The result of a finished run, in a line."""
     rows = read_results(folder / "result.csv").set_index("metric").to_dict("index")
     best, last = (rows[metric]["value"] for metric in ("best", "last"))
     return f"{rows['last']['method']} best {best:.2f}, last {last:.2f} in {rows['last']['seconds']} s"
@@ -181,7 +161,7 @@ def headline(folder: Path) -> str:
 
 
 class Runner:
-    """Starts the runs of tasks side by side, shows how far they are, and ends them all when it is ended itself."""
+    """Starts the runs of tasks side by side, shows their progress, and ends them all when it is ended itself."""
 
     def __init__(self, total: int, environment: dict[str, str]):
         self.environment = environment
@@ -259,7 +239,7 @@ class Machine(NamedTuple):
 
 
 def cell_resources(args: Namespace, one_thread: bool, machines: list[Machine]) -> Machine:
-    """What every run is to get. UserError: no machine has as much, or more than one GPU and a part of another are asked for."""
+    """The resources of every run. UserError: no machine has as much, or the flags ask for 1.5 GPUs."""
     gpus = args.gpus_per_cell
     if gpus is None:
         gpus = 1 if any(machine.gpus for machine in machines) else 0
@@ -267,9 +247,8 @@ def cell_resources(args: Namespace, one_thread: bool, machines: list[Machine]) -
         raise UserError(f"--gpus_per_cell {gpus:g} cannot be: give a whole number, or a part of one GPU")
     cpus = args.cpus_per_cell or 1
     if args.cpus_per_cell is None and not one_thread:
-        shares = [
-            m.cpus // max(1, m.gpus // gpus if gpus else 1) for m in machines if m.cpus and m.gpus >= gpus
-        ]
+        fitting = [machine for machine in machines if machine.cpus and machine.gpus >= gpus]
+        shares = [machine.cpus // max(1, machine.gpus // gpus if gpus else 1) for machine in fitting]
         cpus = max(1, min(shares, default=1))
     if not any(machine.cpus >= cpus and machine.gpus >= gpus for machine in machines):
         has = "; ".join(f"{m.cpus:g} and {m.gpus:g}" for m in sorted(set(machines), reverse=True)[:5])
@@ -281,7 +260,7 @@ def cell_resources(args: Namespace, one_thread: bool, machines: list[Machine]) -
 
 
 def _run_with_ray(tasks: list[Task], args: Namespace, one_thread: bool) -> list[Outcome]:
-    """Every run is a Ray task; a baseline's takes the outcome of its method's, so Ray starts it after that one."""
+    """Every run is a Ray task. A baseline takes the outcome of its method's run, so Ray starts it after that run."""
     outcomes = [Outcome([], None) for _ in tasks]
     todo = []
     for i, task in enumerate(tasks):
@@ -294,7 +273,7 @@ def _run_with_ray(tasks: list[Task], args: Namespace, one_thread: bool) -> list[
     if not todo:
         return outcomes
     ray = _connect(args.ray_address)
-    # not raised in the handler, as Ray's calls change the exit status of what is raised within them
+    # not raised in the handler: Ray's calls change the exit status of what is raised within them
     asked_to_end: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: asked_to_end.append(number))
     refs = _submit(ray, todo, args, one_thread)
@@ -319,11 +298,9 @@ def _run_with_ray(tasks: list[Task], args: Namespace, one_thread: bool) -> list[
 
 def _connect(address: str | None) -> ModuleType:
     """Ray, connected to the cluster at the address, else to that of RAY_ADDRESS, else to a new one on this machine."""
-    # results are said by us; what Ray has to say about lost workers, it says in its own log files
+    # this script prints the results; Ray reports lost workers in its own log files
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "^"}
-    os.environ.setdefault(
-        "RAY_worker_niceness", "0"
-    )  # of a cluster started here: the runs are no background work
+    os.environ.setdefault("RAY_worker_niceness", "0")  # the runs are no background work
     try:
         import ray  # noqa: PLC0415  only this engine needs it
     except ModuleNotFoundError:
@@ -340,43 +317,41 @@ def _connect(address: str | None) -> ModuleType:
     except (OSError, RuntimeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"no Ray cluster at {address} ({reason}): start one with `ray start --head`, or mend --ray_address or "
-            "RAY_ADDRESS; one that wants a token, as it says when it starts, needs RAY_AUTH_MODE=token here too"
+            f"no Ray cluster at {address} ({reason}): start one with `ray start --head`, or fix --ray_address or "
+            "RAY_ADDRESS; one that asks for a token when it starts needs RAY_AUTH_MODE=token here too"
         ) from None
     return ray
 
 
 def _reach(address: str) -> None:
-    """OSError where nobody listens at host:port: Ray itself would try for minutes."""
+    """OSError if nothing listens at host:port: Ray itself would try for minutes."""
     host, separator, port = address.rpartition(":")
     if separator and port.isdigit() and "/" not in host:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _submit(ray: ModuleType, runs: list[tuple], args: Namespace, one_thread: bool) -> dict[Any, tuple]:
-    """Hand the runs to Ray: by what ray.wait takes, the run. The runs of a task follow one another."""
+    """Give the runs to Ray; returns the run by what ray.wait takes. The runs of a task follow one another."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     machines = [Machine(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
     cpus, gpus = cell_resources(args, one_thread, machines)
     environment = {"OMP_NUM_THREADS": "1"} if one_thread else {}
     if not gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ""  # of a run that was given none
-    retries = RETRIES if args.retries is None else args.retries
-    remote = ray.remote(
-        num_cpus=cpus, num_gpus=gpus, max_retries=retries, retry_exceptions=[InterruptedError]
-    )(_shipped())  # fmt: skip
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    options = {"num_cpus": cpus, "num_gpus": gpus, "retry_exceptions": [InterruptedError]}
+    options["max_retries"] = RETRIES if args.retries is None else args.retries
+    remote = ray.remote(**options)(_shipped())
     refs: dict[Any, tuple] = {}
     before: dict[int, Any] = {}
-    for run in runs:
-        i, folder, command = run
+    for i, folder, command in runs:
         folder.mkdir(parents=True, exist_ok=True)
         before[i] = remote.remote(str(ROOT), str(folder), command, environment, before.get(i))
-        refs[before[i]] = run
+        refs[before[i]] = (i, folder, command)
     return refs
 
 
 def _shipped() -> Callable:
-    """The function of a Ray task, made here so that Ray ships it whole: it can say even that the clone is missing."""
+    """The function of a Ray task, defined here so that Ray ships its code: it can report even that the clone is missing."""
 
     def start(root: str, folder: str, command: list[str], environment: dict[str, str], before: tuple | None):
         import os  # noqa: PLC0415
@@ -400,14 +375,14 @@ def _shipped() -> Callable:
 def run_on_worker(
     folder: str | Path, command: list[str], environment: dict[str, str], before: tuple[bool, str] | None
 ) -> tuple[bool, str]:
-    """On a Ray worker, do a run, unless the one before it failed: whether it is finished, and its headline or what failed.
+    """On a Ray worker, do a run, unless the one before it failed; returns whether it finished, and its headline or failure.
 
-    The process dies with this one, so that the run can go on elsewhere. InterruptedError: it was stopped from outside.
+    The process dies with this one, so that the run can be resumed elsewhere. InterruptedError: it was stopped from outside.
     """
     folder = Path(folder)
     if before is not None and not before[0]:
         return before
-    try:  # what a lost worker has left behind may still be dying
+    try:  # the process of a lost worker may still be dying
         lock = Lock(folder / ".lock", "choose another --out")
         lock.acquire(SECONDS_IN_USE)
         lock.release()
@@ -417,7 +392,7 @@ def run_on_worker(
         return True, headline(folder)
     begins = f"{time.strftime('%F %T')} on {socket.gethostname()}, Ray worker {os.getpid()}\n"
     append(folder / "console.txt", begins.encode())
-    # the thread that starts it waits for it: the kernel takes the end of that thread for the end of the parent
+    # the thread that starts it waits for it: for the kernel the parent ends with that thread
     child = subprocess.Popen(
         [command[0], "-c", BOUND_TO_PARENT, str(os.getpid()), *command],
         cwd=ROOT, env={**os.environ, **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -429,7 +404,7 @@ def run_on_worker(
 
 
 def _result(ray: ModuleType, ref: Any) -> tuple[bool, str]:
-    """What run_on_worker returned, or that no worker came to its end."""
+    """The result of run_on_worker, or the failure of all workers."""
     try:
         return ray.get(ref)
     except ray.exceptions.RayError as error:
@@ -437,7 +412,7 @@ def _result(ray: ModuleType, ref: Any) -> tuple[bool, str]:
 
 
 def _after(outcome: Outcome, task: Task, folder: Path, finished: bool, text: str) -> Outcome:
-    """The outcome of a task after one more of its runs, which is reported; what follows a failure fails with it, unsaid."""
+    """The outcome of a task after one more of its runs, which is reported; runs after a failure are not."""
     if outcome.failure is not None:
         return outcome
     tqdm.write(f"{run_name(task, folder)}: {text}")
@@ -447,11 +422,10 @@ def _after(outcome: Outcome, task: Task, folder: Path, finished: bool, text: str
 
 
 def _latest(folders: Iterable[Path]) -> str:
-    """The last epoch that any of the runs has finished."""
+    """The last epoch that any of the runs has finished, as text."""
     consoles = [folder / "console.txt" for folder in folders]
-    latest = max(
-        (path for path in consoles if path.exists()), key=lambda path: path.stat().st_mtime, default=None
-    )
+    existing = [path for path in consoles if path.exists()]
+    latest = max(existing, key=lambda path: path.stat().st_mtime, default=None)
     if latest is None:
         return "waiting for the cluster"
     epochs = [line for line in latest.read_text().splitlines() if line.startswith("epoch ")]
@@ -459,7 +433,7 @@ def _latest(folders: Iterable[Path]) -> str:
 
 
 def _cancel(ray: ModuleType, refs: list) -> None:
-    """End the workers, and with them their runs; their checkpoints are those of the last epochs they finished."""
+    """End the workers and their runs; checkpoints of the last finished epochs stay."""
     for ref in refs:
         ray.cancel(ref, force=True)
     if refs:

@@ -3,9 +3,9 @@
     python -m benchmarks.report                       # benchmarks/reference/*.csv, results/*.csv and results/runs, if any
     python -m benchmarks.report a.csv b.csv --runs results/runs --out report.html
 
-The page needs no network and no server. A difference to a published figure is coloured where the row is of the profile
-`paper` and the figure's source could be read; in all other cases it is grey and says why, and an unconfirmed figure gets none.
-A run directory is shown with a row where its figures are those of the row, so never that of a later run of the same command.
+The page needs no network and no server. A difference to a published figure is coloured if the row has the profile `paper`
+and the figure's source could be read. Otherwise it is grey and says why; an unconfirmed figure gets none. A run directory is
+shown with a row if it has the same figures, so a later run of the same command is not.
 """
 
 import base64
@@ -28,7 +28,7 @@ from jinja2 import Environment, StrictUndefined
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.cells import CLAIMS, PAPERS, ROOT, cells
+from benchmarks.cells import CLAIMS, PAPERS, ROOT, cells, presets_of
 from benchmarks.published import SETTING as PUBLISHED_SETTING
 from benchmarks.published import read_published
 from benchmarks.results import (
@@ -46,7 +46,7 @@ from benchmarks.results import (
 )
 from benchmarks.tables import METRICS, REFERENCE
 from benchmarks.verdicts import CLAIMS_CSV, HEADING, lines, outcomes, read_claims
-from common.runs.cli import Parser, UserError, exit_cleanly, read_presets
+from common.runs.cli import Parser, UserError, exit_cleanly
 from common.runs.figures import naming
 from common.runs.results import COLUMNS
 
@@ -92,7 +92,7 @@ class RunDirectory(NamedTuple):
 
 
 def shown_path(path: Path) -> str:
-    """A path relative to the repository or the working directory where it lies in one of them."""
+    """A path relative to the repository or the working directory if it is in one of them."""
     path = path.resolve()
     for base in (ROOT, Path.cwd().resolve()):
         if path.is_relative_to(base):
@@ -107,7 +107,7 @@ def read_source(path: Path) -> Source:
 
 
 def default_files() -> tuple[list[Path], list[Path], list[str]]:
-    """The reference files and the user's own: result files, speed files, and what is neither and left out, as text."""
+    """The reference files and the user's own: result files, speed files, and notes about files that are neither."""
     own, speed, other = [], [], []
     for path in sorted(RESULTS.glob("*.csv")):
         with naming(path), path.open(newline="", encoding="utf-8-sig") as file:
@@ -127,11 +127,8 @@ def read_table(path: Path) -> dict:
         columns, *rows = csv.reader(file, strict=True)
         if any(len(row) != len(columns) for row in rows):
             raise ValueError("not every line has as many fields as the first")
-    return {
-        "name": shown_path(path),
-        "columns": columns,
-        "rows": [[_plain(field) for field in row] for row in rows],
-    }
+    rows = [[_plain(field) for field in row] for row in rows]
+    return {"name": shown_path(path), "columns": columns, "rows": rows}
 
 
 def _plain(text: str) -> float | int | str | None:
@@ -158,12 +155,12 @@ def read_run_directory(folder: Path) -> RunDirectory:
 
 
 def read_runs(runs: Path) -> tuple[list[RunDirectory], list[str]]:
-    """All run directories below a folder in the order of their names, and what is wrong with those that are damaged."""
+    """All run directories below a folder in the order of their names, and a note about each damaged one."""
     found, damaged = [], []
     for path in sorted(runs.rglob("args.json")):
         try:
             found.append(read_run_directory(path.parent))
-        except UserError as error:  # one damaged run is no reason to show none: it is named on the page
+        except UserError as error:  # the page names a damaged run and shows the others
             damaged.append(str(error))
     return found, damaged
 
@@ -286,18 +283,18 @@ def _sample(metric: dict) -> Sample:
 
 
 def plain_name(method: str) -> str:
-    """A method's name without what writers vary: capitals, blanks, signs."""
+    """A method's name without capitals, blanks and signs, which papers vary."""
     return re.sub(r"[^a-z0-9]", "", method.lower())
 
 
 def same_method(ours: str, published: str) -> bool:
-    """Whether a published figure is of the method that one of our rows is of."""
+    """Whether a published figure and one of our rows are of the same method."""
     ours, published = plain_name(ours), plain_name(published)
     return ours == published or published in ALIASES.get(ours, ())
 
 
 def metric_of(published: str) -> str | None:
-    """Which of our metrics a published one is: its name, "" where the source leaves it open, None where it is another."""
+    """Which of our metrics a published one is: its name, "" if the source does not say, None if it is another."""
     text = published.lower()
     kinds = {"top-5": None, "last 10": "last10", "best": "best", "peak": "best", "highest": "best"}
     kinds |= {"final": "last", "last": "last"}
@@ -325,11 +322,11 @@ def add_published(rows: list[dict]) -> list[dict]:
 
 
 def beside(row: dict, figures: dict[int, dict]) -> dict:
-    """Which published figure to show beside a row, `shown`; which of our metrics it is set against, `ours`; the difference.
+    """Which published figure to show beside a row, `shown`; with which of our metrics it is compared, `ours`; the difference.
 
-    One whose source could be read comes before an unconfirmed one, which gets no difference; one that says which epoch it is
-    of before one that does not, which is set against the epoch best on validation, where the row has it, else the last.
-    comparable: whether the row is of the published protocol; `why` says what the difference suffers from.
+    A figure whose source could be read comes first; an unconfirmed one gets no difference. Then comes one that names its
+    epoch; others are compared with the epoch best on validation if the row has it, else with the last.
+    comparable: whether the row is of the published protocol; `why` says what limits the comparison.
     """
     own = [
         (STATUSES.index(figure["status"]), said == "", place)
@@ -356,7 +353,7 @@ def beside(row: dict, figures: dict[int, dict]) -> dict:
 
 
 def not_measured(rows: list[dict]) -> list[dict]:
-    """Entries without metrics for the cells of the published protocols that no row of the profile paper is of."""
+    """Entries without metrics for the cells of the published protocols without a row of the profile paper."""
     known = {
         (row["paper"], preset)
         for row in rows
@@ -366,7 +363,7 @@ def not_measured(rows: list[dict]) -> list[dict]:
     }
     found = []
     for paper in PAPERS:
-        presets = read_presets(ROOT / paper / "presets.toml")
+        presets = presets_of(ROOT / paper / "presets.toml")
         for cell in cells(paper, "paper"):
             if (paper, cell.preset) in known:
                 continue
@@ -386,11 +383,11 @@ def not_measured(rows: list[dict]) -> list[dict]:
 
 
 def add_runs(rows: list[dict], runs: list[RunDirectory], logs: list[dict]) -> list[RunDirectory]:
-    """Give every run of the rows the directory whose figures it has, and list the finished ones that no row is of.
+    """Give every run of the rows the directory with the same figures; returns the finished directories without a row.
 
-    The directory is one of the row's own command or, where there is none, of its setting, method and seed; a row of the table
-    `cross` names the setting otherwise than its runs do, so that there the command alone decides. logs: to be filled with the
-    logs; a run then holds its place in this list. A run that lies in a row's run, as its pre-training, is a part of that.
+    The directory has the row's command or, if none has, its setting, method and seed. A row of the table `cross` names the
+    setting differently from its runs, so there the command alone decides. logs: this list is filled with the logs, and a run
+    gets its place in it. A run inside the directory of a row's run, such as its pre-training, belongs to that run.
     """
     places: dict[object, list[RunDirectory]] = {}
     for run in runs:
@@ -431,7 +428,7 @@ def _attach(entry: dict, name: str, log: dict, logs: list[dict]) -> None:
 
 
 def add_reference_logs(rows: list[dict], folder: Path, logs: list[dict]) -> list[str]:
-    """Give the reference rows the logs kept beside them, by the paper in the file's name and by the figures; what fits none."""
+    """Give the reference rows their logs, by the paper in the file's name and by the figures; returns notes on the others."""
     notes = []
     for path in sorted(folder.rglob("*.csv")):
         log = read_table(path)
@@ -472,9 +469,9 @@ def runs_as_source(runs: list[RunDirectory]) -> Source:
 
 
 def pivot(rows: list[dict]) -> dict:
-    """The rows of the table `cross`: settings down, methods across. Each line has, by metric, the column that is best, if any.
+    """The rows of the table `cross`: settings down, methods across. Each line has, by metric, the best column, if any.
 
-    A second row of the same method in a setting, as of another file, gets a line of its own.
+    A second row of the same method in a setting, such as one of another file, gets a line of its own.
     """
     crossed = [row for row in rows if row["table"] == CROSS and row["metrics"]]
     columns = list(dict.fromkeys((row["paper"], row["method"], row["fidelity"]) for row in crossed))
@@ -535,7 +532,7 @@ def claims_of(sources: Iterable[Source]) -> list[dict]:
 
 
 def without_shared(source: Source) -> Source:
-    """The file of the claims' runs without the rows of cells that other files have, too; every other file as it is."""
+    """The file of the claims' runs without the rows that other files have, too; every other file unchanged."""
     if Path(source.name).name != CLAIMS_CSV:
         return source
     return source._replace(rows=source.rows[source.rows["table"] == CLAIMS])
@@ -545,7 +542,7 @@ def without_shared(source: Source) -> Source:
 
 
 def collect(files: Sequence[str], runs: Path | None) -> dict:
-    """All that the page shows, as plain data. files: result files; none: the reference and the user's own.
+    """Everything on the page, as plain data. files: result files; without any, the reference and the user's own.
 
     runs: the folder of run directories, None for none. UserError: a file that is missing or damaged, or no rows at all.
     """
@@ -595,7 +592,7 @@ def collect(files: Sequence[str], runs: Path | None) -> dict:
 
 
 def title(paper: str) -> str:
-    """The heading of a paper's README, or its directory's name where there is none."""
+    """The heading of a paper's README, or the name of its directory without a README."""
     path = ROOT / paper / "README.md"
     if paper not in PAPERS or not path.is_file():
         return paper or "(no paper)"
@@ -604,7 +601,7 @@ def title(paper: str) -> str:
 
 
 def page(data: dict) -> str:
-    """The HTML page. No text of the data can end the script element it stands in, or be read as a tag."""
+    """The HTML page. No text of the data can end its script element or become a tag."""
     html, style, script = (
         (TEMPLATE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
     )
@@ -617,19 +614,15 @@ def page(data: dict) -> str:
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument(
-        "files",
-        nargs="*",
-        metavar="FILE.csv",
-        help=f"result files; without any, the reference files and those in {RESULTS}/ if there are any",
-    )
-    parser.add_argument("--runs", metavar="DIR", help=f"folder of run directories; {RUNS} if it is there")
+    files = f"result files; without any, the reference files and those in {RESULTS}/ if there are any"
+    parser.add_argument("files", nargs="*", metavar="FILE.csv", help=files)
+    parser.add_argument("--runs", metavar="DIR", help=f"folder of run directories; {RUNS} if it exists")
     parser.add_argument("--out", default=str(OUT), metavar="FILE.html", help="the page")
     return parser
 
 
 def runs_folder(given: str | None) -> Path | None:
-    """The folder of --runs, or the default where it is there. UserError: the given one is no folder."""
+    """The folder of --runs, or the default one if it exists. UserError: the given one is no folder."""
     if given is None:
         return RUNS if RUNS.is_dir() else None
     if not Path(given).is_dir():
@@ -641,7 +634,7 @@ def main(argv=None) -> None:
     """Collect and write the page."""
     args = make_parser().parse_args(argv)
     out = Path(args.out)
-    if out.suffix.lower() not in (".html", ".htm"):  # so it is none of the files to read, either
+    if out.suffix.lower() not in (".html", ".htm"):  # so it cannot be one of the files to read
         raise UserError(f"--out {out}: give the page a name that ends in .html")
     data = collect(args.files, runs_folder(args.runs))
     for note in data["notes"]:

@@ -3,9 +3,9 @@
     python -m benchmarks.run afm                                     # the embedded profile: digits, minutes on a laptop
     python -m benchmarks.run sfa --profile paper --table grid --seeds 123 --data_path ./data --fidelity released
 
-Every run is a process of its own, started through its command line as a user would; flags that are not listed here are
-handed to the paper's script. A run whose own result.json says that the same command came to its end is not done again, one
-cut short goes on. If any run fails, so does this command.
+Every run is a separate process, started by its command line as a user would. Flags that are not listed here go to the
+paper's script. A run whose result.json says that the same command finished is not run again; an interrupted run resumes. If
+any run fails, this command fails.
 """
 
 import itertools
@@ -36,7 +36,7 @@ def make_task(
 ) -> Task:
     """The run directories and command lines of a cell with a seed; extra flags are part of the directories' names.
 
-    baseline: run cross-entropy on the same labels beside it, where the paper wants that.
+    baseline: also run cross-entropy on the same labels, if the paper has a baseline.
     """
     suffix = re.sub(r"[^A-Za-z0-9_.-]+", "_", "".join(f"-{word.lstrip('-')}" for word in extra))
     folder, encoder = (
@@ -49,7 +49,7 @@ def make_task(
         words += ["--pretrained", from_root(encoder / "encoder.safetensors")]
     commands = [(folder, cell.command(seed, from_root(folder), words))]
     if baseline and paper.baseline == cell.preset.rpartition("/")[2] and cell.script == paper.scripts[""]:
-        # whatever chooses the device must choose it for the baseline too
+        # the baseline runs on the same device
         shared = ["--data_path", data, *_only(extra, ("--device", "--precision"))]
         words = [sys.executable, "-m", "benchmarks.baseline", "--like", from_root(folder), *shared]
         commands.append((folder / "baseline", words))
@@ -57,7 +57,7 @@ def make_task(
 
 
 def from_root(path: Path) -> str:
-    """A path as the runs are told it: relative to the repository where it lies in it, so that commands can be shared."""
+    """A path as the runs get it: relative to the repository if it is in it, so that commands can be shared."""
     path = path.resolve()
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 

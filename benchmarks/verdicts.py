@@ -1,22 +1,21 @@
-"""What the papers claim (claims.toml), and what result rows say about it: intervals, verdicts, tables.
+"""The claims of the papers (claims.toml), tested on result rows: intervals, verdicts, tables.
 
-holds: the 95 % interval of the difference lies on the side of the bound that the claim names. contradicted: it lies on the other
-side. undecided: it contains the bound, or there is one seed. not run: a cell has no row. The interval is Welch's, of a difference
-of two means over seeds; against a value it is Student's.
+holds: the 95 % interval of the difference is on the side of the bound that the claim names. contradicted: it is on the other
+side. undecided: it contains the bound, or there is one seed. not run: a cell has no row. For a difference of two means over
+seeds the interval is Welch's; for a difference to a value it is Student's.
 """
 
 import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
-from benchmarks.cells import PAPERS, ROOT
+from benchmarks.cells import PAPERS, ROOT, presets_of
 from benchmarks.results import Sample, figure, markdown_table, summarise, welch_interval
-from common.runs.cli import UserError, read_presets
+from common.runs.cli import UserError
 
 CLAIMS, CLAIMS_CSV = ROOT / "benchmarks" / "claims.toml", "claims.csv"
 DIRECTIONS = ("above", "below", "differs")
@@ -31,30 +30,30 @@ class ClaimTest(NamedTuple):
 
     data: str  # in words
     metric: str
-    direction: str  # where the difference lies by the claim: one of DIRECTIONS
-    value: float  # of what: of the metric, or of the difference of two cells; in the unit of the rows
+    direction: str  # on which side the difference is according to the claim: one of DIRECTIONS
+    value: float  # the bound of the metric, or of the difference of two cells; in the unit of the rows
     cell: str  # paper/preset
     than: str | None
     seeds: tuple[int, ...]
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """Those that it needs."""
+        """The cells that it compares."""
         return (self.cell,) if self.than is None else (self.than, self.cell)
 
     @property
     def embedded(self) -> bool:
-        """Whether it needs no data: all its cells are on digits."""
+        """Whether it needs no data: all its cells use digits."""
         return all(preset_of(cell)["dataset"] == "digits" for cell in self.cells)
 
     @property
     def scale(self) -> float:
-        """What makes percent of the metric's unit: 1 for accuracies, 100 for shares and areas under curves."""
+        """The factor from the metric's unit to percent: 1 for accuracies, 100 for shares and areas under curves."""
         return 1.0 if self.metric in IN_PERCENT or self.metric.endswith("_accuracy") else 100.0
 
 
 class Claim(NamedTuple):
-    """What a paper claims, in our words, and where it says so."""
+    """A claim of a paper, in our words, with its source."""
 
     name: str
     paper: str
@@ -83,7 +82,7 @@ class Outcome(NamedTuple):
 
 
 def read_claims(path: Path = CLAIMS) -> list[Claim]:
-    """The claims of claims.toml. ValueError: an entry that is misspelt, missing, or names no preset."""
+    """The claims of claims.toml. ValueError: an entry is misspelt, missing, or names no preset."""
     description = tomllib.loads(path.read_text(encoding="utf-8"))
     usual = {"direction": "above", "value": 0, "than": None, "seeds": description["seeds"]}
     claims = []
@@ -107,23 +106,18 @@ def _test(name: str, entries: dict) -> ClaimTest:
 
 
 def preset_of(cell: str) -> dict:
-    """The section of a cell's preset. ValueError: there is none."""
+    """The section of a cell's preset. ValueError: it does not exist."""
     paper, _, name = cell.partition("/")
-    sections = _presets(ROOT / paper / "presets.toml") if paper in PAPERS else {}
+    sections = presets_of(ROOT / paper / "presets.toml") if paper in PAPERS else {}
     if name not in sections:
         raise ValueError(f"{cell} is no paper/preset of a presets.toml")
     return sections[name]
 
 
-@cache
-def _presets(file: Path) -> dict[str, dict]:
-    return read_presets(file)
-
-
 def chosen(claims: Sequence[Claim], names: Sequence[str] | None, only: str | None) -> list[Claim]:
-    """The named claims, all by default, with their tests on digits ("embedded") or on other data ("real") alone.
+    """The named claims, all by default. only: keep the tests on digits ("embedded") or on other data ("real").
 
-    UserError: a name that is none of a claim.
+    UserError: no claim has this name.
     """
     known = [claim.name for claim in claims]
     for name in names or ():

@@ -1,6 +1,6 @@
 """The claims: what is listed, what is run once, what a verdict follows from, and the table, the figure and the files."""
 
-import csv
+import math
 import re
 import sys
 
@@ -12,10 +12,10 @@ import sfa.Train_cifar
 from benchmarks import claims, forest, tables, verdicts
 from benchmarks.cells import PAPERS
 from benchmarks.claims import main, missing, read_prepared, runs_of
-from benchmarks.compare import Sample, read_results
+from benchmarks.results import read_results
 from benchmarks.verdicts import Claim, ClaimTest, chosen, outcomes, preset_of, read_claims, verdict
 from common.runs.cli import UserError
-from common.runs.results import COLUMNS
+from tests.benchmarks.files import frame, read, write
 
 EVERY, PREPARED = read_claims(), read_prepared()
 TESTS = [(claim, test) for claim in EVERY for test in claim.tests]
@@ -131,7 +131,7 @@ def test_claims_are_chosen_by_name_and_by_kind():
         (-2, -0.1, "contradicted", "holds", "holds"),
         (-1, 1, "undecided", "undecided", "undecided"),
         (0, 1, "undecided", "undecided", "undecided"),
-        (None, None, "undecided", "undecided", "undecided"),
+        (math.nan, math.nan, "undecided", "undecided", "undecided"),
     ],
 )
 def test_the_verdict_follows_from_the_interval(low, high, above, below, differs):
@@ -141,7 +141,7 @@ def test_the_verdict_follows_from_the_interval(low, high, above, below, differs)
 
 def row(preset: str, seed: int, metric: str, value: float) -> dict:
     command = f"python sfa/Train_cifar.py --preset {preset} --seed {seed}"
-    return dict.fromkeys(COLUMNS, "") | {
+    return {
         **{"paper": "sfa", "table": "claims", "cell": "x", "method": preset.rpartition("/")[2]},
         **{"seed": str(seed), "metric": metric, "value": value, "command": command},
     }
@@ -149,7 +149,7 @@ def row(preset: str, seed: int, metric: str, value: float) -> dict:
 
 def outcome_of(test: ClaimTest, *rows: dict) -> verdicts.Outcome:
     claim = Claim("name", "sfa", "A sentence.", "abstract", (test,))
-    return outcomes([claim], rows)["name"][0]
+    return outcomes([claim], frame(rows) if rows else frame([row("a/b/x", 1, "none", 0)]))["name"][0]
 
 
 def test_of_two_methods_the_interval_is_welchs_in_points():
@@ -157,7 +157,7 @@ def test_of_two_methods_the_interval_is_welchs_in_points():
     values = {"a/b/m": (0.90, 0.92, 0.94), "a/b/base": (0.80, 0.82, 0.84)}
     rows = [row(p, s, "recall", v) for p, own in values.items() for s, v in enumerate(own)]
     found = outcome_of(test, *rows, row("a/b/other", 1, "recall", 0), row("a/b/m", 1, "last", 0))
-    assert found.cell == pytest.approx(Sample(3, 92, 2)) and found.than == pytest.approx(Sample(3, 82, 2))
+    assert found.values == pytest.approx([90, 92, 94]) and found.than == pytest.approx([80, 82, 84])
     # two samples of three, deviation 2 each: 10 -+ 2.776 * sqrt(4/3 + 4/3)
     assert (found.difference, found.low, found.high) == pytest.approx((10, 5.467, 14.533), abs=1e-3)
     assert found.verdict == "holds"
@@ -178,11 +178,11 @@ def test_one_seed_is_undecided_and_no_row_is_not_run():
     test = ClaimTest("digits", "last", "above", 0.0, "sfa/a/b/m", "sfa/a/b/base", (1,))
     one, other = row("a/b/m", 1, "last", 90.0), row("a/b/base", 1, "last", 80.0)
     found = outcome_of(test, one, other)
-    assert (found.difference, found.low, found.verdict) == (10, None, "undecided")
+    assert (found.difference, found.verdict) == (10, "undecided") and math.isnan(found.low)
     assert verdicts._line(found)[2:] == ("80.00 (1)", "90.00 (1)", "+10.00", "", "undecided")
     for rows in ([], [one], [other]):
         found = outcome_of(test, *rows)
-        assert found.verdict == "not run" and found.difference is None
+        assert found.verdict == "not run" and math.isnan(found.difference)
     assert verdicts._line(outcome_of(test, other))[2:] == ("80.00 (1)", "", "", "", "not run")
 
 
@@ -191,7 +191,7 @@ def test_the_short_table_counts_verdicts():
     digits = test._replace(cell="sfa/embedded/digits-if0.1-imb0.5/sfa")
     claim = Claim("name", "sfa", "A sentence.", "abstract", (digits, test, test))
     rows = [row("embedded/digits-if0.1-imb0.5/sfa", seed, "last", 90.0 + seed) for seed in (1, 2)]
-    found = outcomes([claim], rows)
+    found = outcomes([claim], frame(rows))
     assert verdicts.short_table([claim], found)[2:] == ["| sfa | A sentence. | holds | not run 2 of 2 |"]
     assert len(verdicts.plain_table([claim], found)) == 1 + 2 + 3
 
@@ -245,7 +245,6 @@ def tiny(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "presets.toml").write_text(presets)
     (tmp_path / "claims.toml").write_text(TINY)
-    monkeypatch.setattr(verdicts, "_sections", {})
     monkeypatch.setattr(verdicts, "ROOT", tmp_path / "root")
     monkeypatch.setattr("benchmarks.cells.ROOT", tmp_path / "root")
     monkeypatch.setattr(sfa.flags, "PRESETS", folder / "presets.toml")
@@ -291,26 +290,26 @@ def test_claims_from_start_to_end(tiny, in_this_process, capsys):
     assert "It finds them." in printed
     assert f"not run: 1 of 3 tests, for want of cifar10 in {tiny / 'none'}" in printed
     rows = read_results(out / "claims.csv")
-    assert {(row["table"], row["cell"], row["profile"]) for row in rows} == {
+    assert set(zip(rows["table"], rows["cell"], rows["profile"], strict=True)) == {
         ("claims", "digits-x", "embedded+limit_train=120")
     }
-    assert {(row["method"], row["seed"]) for row in rows} == {(m, s) for m in ("SFA", "GMM") for s in "12"}
+    runs = {(method, seed) for method in ("SFA", "GMM") for seed in "12"}
+    assert set(zip(rows["method"], rows["seed"], strict=True)) == runs
     table = (out / "claims.md").read_text()
-    recall = [float(r["value"]) for r in rows if (r["method"], r["metric"]) == ("SFA", "last_net1_recall")]
+    recall = rows["value"][(rows["method"] == "SFA") & (rows["metric"] == "last_net1_recall")]
     mean = f"{100 * np.mean(recall):.2f} ± {100 * np.std(recall, ddof=1):.2f} (2)"
     assert f"| digits, a bound | last_net1_recall | above 1 | {mean} |" in table
     assert table.count("| not run |") == 1 and table.count("It finds them.") == 2
     assert (out / "claims.png").stat().st_size > 5000
     logs = sorted(path.name for path in (out / "claims_logs").iterdir())
     assert logs == [f"sfa_digits-x_{name}_seed{seed}.csv" for name in ("gmm", "sfa") for seed in (1, 2)]
-    with (out / "claims_logs" / logs[2]).open(newline="") as file:
-        log = list(csv.DictReader(file))
+    log = read(out / "claims_logs" / logs[2])
     assert len(log) == 2 and {"epoch", "test_accuracy", "net1_recall"} <= log[0].keys()
     assert not any(name.startswith("net2_") or name == "loss" for name in log[0])
     # again, with another choice: nothing is run, nothing is lost
     assert run(*words, "--seeds", "1", "--collect") == 0
     assert run(*words) == 0
-    assert len(in_this_process) == 4 and read_results(out / "claims.csv") == rows
+    assert len(in_this_process) == 4 and read_results(out / "claims.csv").equals(rows)
 
 
 def test_a_run_that_fails_does_not_keep_the_table_of_the_others(tiny, monkeypatch, capsys):
@@ -338,23 +337,15 @@ def test_a_run_that_fails_does_not_keep_the_table_of_the_others(tiny, monkeypatc
 # where it is shown ----------------------------------------------------------------------------------------------------
 
 
-def write(path, rows):
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def test_the_pages_show_the_claims_of_the_reference_file(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "REFERENCE", tmp_path)
-    assert "Not measured yet." in tables.claims_section()
     rows = [row("embedded/digits-if0.1-imb0.5/sfa", s, "last_few_accuracy", 90.0 + s) for s in (1, 2)]
     rows += [row("embedded/digits-if0.1-imb0.5/gmm", s, "last_few_accuracy", 10.0 + s) for s in (1, 2)]
     write(tmp_path / "claims.csv", rows)
-    text = "\n".join(tables.claims_section())
+    text = tables.page()
     assert "| 11.50 ± 0.71 (2) | 91.50 ± 0.71 (2) | +80.00 | [+76.96, +83.04] | holds |" in text
     assert "(reference/claims.png)" in text and all(claim.sentence in text for claim in EVERY)
-    assert "sfa" not in tables.measured(), "rows of claims are no rows of a table of a paper"
+    assert "reference/claims.csv) |" not in text, "rows of claims are no rows of a table of a paper"
     monkeypatch.setattr(tables, "FRONT", tmp_path / "README.md")
     tables.FRONT.write_text("\n".join(["before", tables.MARKS[0], "OUTDATED", tables.MARKS[1], "after"]))
     front = tables.front()
@@ -366,10 +357,10 @@ def test_the_pages_show_the_claims_of_the_reference_file(tmp_path, monkeypatch):
 
 
 def test_the_figure_is_of_the_tests_that_were_run(tmp_path):
-    found = outcomes(EVERY, [])
+    found = outcomes(EVERY, frame([row("a/b/x", 1, "none", 0)]))
     forest.draw(EVERY, found, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
     rows = [row("embedded/digits-if0.1-imb0.5/sfa", s, "last_net1_auc", 0.9) for s in (1, 2)]
     rows += [row("embedded/digits-if0.1-imb0.5/gmm", s, "last_net1_auc", 0.7 + s / 10) for s in (1, 2)]
-    forest.draw(EVERY, outcomes(EVERY, rows), tmp_path / "one.png")
+    forest.draw(EVERY, outcomes(EVERY, frame(rows)), tmp_path / "one.png")
     assert (tmp_path / "one.png").is_file()
