@@ -257,7 +257,7 @@ def by_itself(rank: int) -> dict[str, Any]:
     return seen | {"numbers_afterwards": numbers()}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param("two", marks=pytest.mark.slow)])
 def launch(tmp_path_factory) -> tuple[list[dict], subprocess.CompletedProcess]:
     """What each of two processes saw, and what they printed."""
     folder = tmp_path_factory.mktemp("processes")

@@ -111,6 +111,7 @@ def widths(weights: dict[str, torch.Tensor]) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paper", RUNS)
 def test_a_run_with_the_narrow_network_ends_and_says_so(paper, eta, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -143,6 +144,7 @@ def test_a_run_with_the_narrow_network_ends_and_says_so(paper, eta, tmp_path, mo
         assert (tmp_path / "sanm.png").is_file()
 
 
+@pytest.mark.slow
 def test_manifold_dividemix_begins_from_the_narrow_encoder_and_no_other_network_does(
     eta, tmp_path, capsys, monkeypatch
 ):

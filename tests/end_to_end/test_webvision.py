@@ -214,7 +214,9 @@ def test_a_network_in_each_process_is_the_very_same_run(base, alone, ends):
 def test_two_processes_of_which_one_is_killed_end_as_if_nothing_had_happened(base, ends):
     statuses = ends["in_two"].result()["networks_killed"]
     out, err = log_of(base, "networks_killed")
-    assert statuses == [[-9, -9]] * len(BY_TWO) + [[0, 0]], err
+    # the survivor may meet the closed connection before it is killed too
+    assert all(first == -9 and second in (-9, 1) for first, second in statuses[:-1]), (statuses, err)
+    assert len(statuses) == len(BY_TWO) + 1 and statuses[-1] == [0, 0], err
     assert gone_on(out) == GONE_ON_BY_TWO
     assert_same_run(base / "networks_killed" / "run", base / "networks" / "run")
 
@@ -230,7 +232,9 @@ def test_two_processes_that_are_stopped_go_on(base, ends):
 def test_a_run_may_go_on_with_another_number_of_processes(base, alone, ends):
     """From two with a network each to one: the very same run. From one to two that share all: the same to the last digits."""
     statuses = ends["in_two"].result()
-    assert statuses["moved"] == [[-9, -9], [0]] and gone_on(log_of(base, "moved")[0]) == (2,)
+    assert statuses["moved"] in ([[-9, -9], [0]], [[-9, 1], [0]]) and gone_on(log_of(base, "moved")[0]) == (
+        2,
+    )
     assert_same_training(base / "moved" / "run", alone)
     assert statuses["back"] == [[-9], [0, 0]] and gone_on(log_of(base, "back")[0]) == (2,)
     assert_nearly_same(base / "back" / "run", alone)
