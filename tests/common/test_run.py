@@ -442,14 +442,6 @@ def test_a_run_stopped_in_an_epoch_goes_on_as_if_nothing_had_happened(stop_after
     assert found[0] == found[1]
 
 
-def test_half_a_row_in_the_log_does_no_harm(start, tmp_path):
-    train(start(tmp_path), stop_after=3)
-    log = tmp_path / "log.csv"
-    log.write_bytes(log.read_bytes()[:-9])
-    train(start(tmp_path))
-    assert [row["count"] for row in table(log)] == ["1", "3", "6"]
-
-
 def test_the_global_generator_goes_on_where_the_checkpoint_was_made(start, tmp_path):
     torch.manual_seed(5)
     run = start(tmp_path)
