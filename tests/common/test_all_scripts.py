@@ -1,30 +1,50 @@
-"""What all training scripts have alike: spellings of flags, and the precision of --fidelity released."""
+"""What all training scripts have alike: flags with help, in both spellings, and the precision of --fidelity released."""
 
+import importlib
 import json
 
 import numpy as np
 import pytest
 
-from afm import train
 from benchmarks import baseline
 from common.gpu import device as gpu
-from manifold_dividemix import pretrain as manifold_pretrain
-from manifold_dividemix import train_semisup, train_semisup_miniimagenet
-from me_momentum import Clothing, main
-from sanm import Train_cifar as sanm_cifar
-from sanm import Train_clothing1M, pretrain
-from sfa import Train_cifar, Train_webvision
+from common.runs import cli
 
 SCRIPTS = (
-    *(train, Train_cifar, Train_webvision, main, Clothing, train_semisup, train_semisup_miniimagenet),
-    *(manifold_pretrain, sanm_cifar, Train_clothing1M, pretrain),
+    *("afm.train", "sfa.Train_cifar", "sfa.Train_webvision", "me_momentum.main", "me_momentum.Clothing"),
+    *("manifold_dividemix.pretrain", "manifold_dividemix.train_semisup"),
+    *("manifold_dividemix.train_semisup_miniimagenet", "sanm.pretrain", "sanm.Train_cifar"),
+    "sanm.Train_clothing1M",
+)
+every_script = pytest.mark.parametrize(
+    "script", [importlib.import_module(name) for name in SCRIPTS], ids=SCRIPTS
 )
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_every_flag_can_be_typed_with_hyphens_and_with_underscores(script):
-    parser, options = script.make_parser(), []
+def parser_of(script, monkeypatch) -> cli.Parser:
+    """What the script parses its command line with."""
+
+    def parse(parser, *_):
+        raise LookupError(parser)
+
+    with monkeypatch.context() as patch, pytest.raises(LookupError) as stop:
+        patch.setattr(cli, "parse_args", parse)
+        script.parse_args([])
+    return stop.value.args[0]
+
+
+@every_script
+def test_every_flag_has_help_both_spellings_and_the_type_of_a_place_where_it_names_one(
+    script, monkeypatch, capsys
+):
+    parser, options = parser_of(script, monkeypatch), []
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
     for action in parser._actions:
+        assert action.help and action.help.strip() and "\n" not in action.help, action.option_strings
+        assert all(option in text for option in action.option_strings)
         words = [] if action.nargs == 0 else [str([*(action.choices or "1")][-1])]
         for option in action.option_strings:
             if option.startswith("--") and option not in ("--help", "--preset"):
@@ -32,6 +52,9 @@ def test_every_flag_can_be_typed_with_hyphens_and_with_underscores(script):
                 own, *others = (parser.parse_known_args([typed, *words]) for typed in spellings)
                 assert others == [own, own] and not own[1], option
             options.append(option.replace("_", "-"))
+        described = str(action.metavar) + (action.default if isinstance(action.default, str) else "")
+        names_a_place = any(word in described for word in ("DIR", "FILE", "PATH", "/"))
+        assert (action.type is cli.place) == names_a_place, action.option_strings
     assert len(options) == len({*options}), "a doubled spelling"
     assert {"--noise-file", "--limit-train"} < {*options}
 
@@ -46,8 +69,8 @@ def picking(monkeypatch):
     monkeypatch.setattr(gpu, "pick", pick)
 
 
+@every_script
 @pytest.mark.parametrize("fidelity", ["paper", "released"])
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_the_precision_follows_fidelity(script, fidelity, picking):
     with pytest.raises(LookupError) as stop:
         script.main(["--device", "cpu", "--fidelity", fidelity])

@@ -148,14 +148,6 @@ def test_a_user_error_becomes_one_line_and_status_2(capsys, monkeypatch):
     assert one_line(capsys.readouterr().err) == "script.py: error: x.npy is no file"
 
 
-def test_other_errors_keep_their_traceback():
-    def main(argv):
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        cli.exit_cleanly(main, [])
-
-
 DEAD = "DataLoader worker (pid 7) is killed by signal: "
 
 

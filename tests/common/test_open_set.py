@@ -145,16 +145,10 @@ def test_rate_0_is_a_copy_and_draws_nothing(noise_type):
 @pytest.mark.parametrize(("ood_ratio", "count"), [(0.2, 9831), (0.4, 19870), (0.6, 29845)])
 def test_the_benchmark_replaces_the_specifications_number_of_50000_images(ood_ratio, count):
     chosen = noise.open_set(50000, ood_ratio, 1_281_167, RandomState(noise.OPEN_SET_SEED))
-    assert len(chosen.positions) == len(chosen.source) == count
-    assert (np.diff(chosen.positions) > 0).all() and 0 <= chosen.positions[0] <= chosen.positions[-1] < 50000
-    assert (
-        len(np.unique(chosen.source)) == count and 0 <= chosen.source.min() <= chosen.source.max() < 1_281_167
-    )
-    # another pool takes the same places, and a larger ratio more of them
+    assert len(chosen.positions) == len(np.unique(chosen.source)) == count
+    # another pool takes the same places
     other = noise.open_set(50000, ood_ratio, 60000, RandomState(noise.OPEN_SET_SEED))
     assert np.array_equal(other.positions, chosen.positions) and other.source.max() < 60000
-    more = noise.open_set(50000, 0.7, 60000, RandomState(noise.OPEN_SET_SEED))
-    assert np.isin(chosen.positions, more.positions).all()
 
 
 @pytest.mark.parametrize(
@@ -167,53 +161,47 @@ def test_shares_that_make_up_the_whole_leave_no_image_as_it_was(rate, ood_ratio)
 
 
 def test_ratio_1_replaces_every_image_and_leaves_the_labels():
-    chosen, noisy = draw("sym", LABELS[10], 0, 1, 10)
-    assert np.array_equal(chosen.positions, np.arange(N))
-    assert np.array_equal(noisy, LABELS[10])
-    with pytest.raises(
-        ValueError, match=r"rate 0\.1 and ood ratio 1 are fractions of all images: their sum is more than 1"
-    ):
-        draw("sym", LABELS[10], 0.1, 1, 10)
-    assert np.array_equal(draw("sym", LABELS[10], 1e-12, 1, 10)[1], LABELS[10]), (
-        "there is no image left to be noisy"
-    )
-
-
-@pytest.mark.parametrize(("rate", "ood_ratio"), [(0.7, 0.4), (1, 0.1), (0.5, 0.5001)])
-def test_shares_of_more_than_the_whole_are_refused(rate, ood_ratio):
-    with pytest.raises(ValueError, match=f"noise rate {rate} and ood ratio {ood_ratio} are .* more than 1"):
-        draw("sym", LABELS[10], rate, ood_ratio, 10)
+    for rate in (0, 1e-12):  # no image is left to be noisy
+        chosen, noisy = draw("sym", LABELS[10], rate, 1, 10)
+        assert np.array_equal(chosen.positions, np.arange(N)) and np.array_equal(noisy, LABELS[10])
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.1, float("nan")])
 def test_a_rate_outside_0_to_1_is_refused_by_name(wrong):
-    with pytest.raises(ValueError, match=rf"^noise rate must be in \[0, 1\], got {wrong}$"):
-        noise.in_distribution_noise("sym", LABELS[10], np.arange(2), wrong, 0.2, 10, RandomState(0))
-    with pytest.raises(ValueError, match=rf"^ood ratio must be in \[0, 1\], got {wrong}$"):
-        noise.in_distribution_noise("sym", LABELS[10], np.arange(2), 0.2, wrong, 10, RandomState(0))
-    with pytest.raises(ValueError, match=rf"^ood ratio must be in \[0, 1\], got {wrong}$"):
-        noise.open_set(N, wrong, 10, RandomState(0))
-    for matrix in (noise.look_alike_matrix, lambda rate: noise.next_in_group([0, 0], rate)):
-        with pytest.raises(ValueError, match=rf"^noise rate must be in \[0, 1\], got {wrong}$"):
-            matrix(wrong)
+    def in_distribution(rate, ood_ratio):
+        noise.in_distribution_noise("sym", LABELS[10], np.arange(2), rate, ood_ratio, 10, RandomState(0))
+
+    uses = {
+        "noise rate": [
+            lambda: in_distribution(wrong, 0.2),
+            lambda: noise.look_alike_matrix(wrong),
+            lambda: noise.next_in_group([0, 0], wrong),
+        ],
+        "ood ratio": [
+            lambda: in_distribution(0.2, wrong),
+            lambda: noise.open_set(N, wrong, 10, RandomState(0)),
+        ],
+    }
+    for name, own in uses.items():
+        for use in own:
+            with pytest.raises(ValueError, match=rf"^{name} must be in \[0, 1\], got {wrong}$"):
+                use()
 
 
 @pytest.mark.parametrize(
-    ("noise_type", "classes", "offending"),
+    ("noise_type", "labels", "rate", "ood_ratio", "classes", "offending"),
     [
-        ("no", 10, "unknown noise type 'no': choose from sym, asym, superclass"),
-        ("superclass", 10, "superclass noise has no rule for 10 classes"),
-        ("superclass", 15, "superclass noise has no rule for 15 classes"),
-        ("asym", 101, "asym noise has no rule for 101 classes"),
-        ("sym", 9, r"labels must be in 0\.\.8, got 0\.\.9"),
+        ("no", 10, 0.2, 0.2, 10, "unknown noise type 'no': choose from sym, asym, superclass"),
+        ("superclass", 10, 0.2, 0.2, 10, "superclass noise has no rule for 10 classes"),
+        ("asym", 10, 0.2, 0.2, 101, "asym noise has no rule for 101 classes"),
+        ("sym", 10, 0.2, 0.2, 9, r"labels must be in 0\.\.8, got 0\.\.9"),
+        *(("sym", 10, rate, ratio, 10, f"noise rate {rate} and ood ratio {ratio} are .* more than 1")
+          for rate, ratio in ((0.7, 0.4), (0.1, 1), (0.5, 0.5001))),
     ],
-)
-def test_noise_without_a_rule_is_refused(noise_type, classes, offending):
+)  # fmt: skip
+def test_noise_that_cannot_be_is_refused(noise_type, labels, rate, ood_ratio, classes, offending):
     with pytest.raises(ValueError, match=offending):
-        draw(noise_type, LABELS[10], 0.2, 0.2, classes)
-
-
-def test_matrix_noise_needs_its_generator():
+        draw(noise_type, LABELS[labels], rate, ood_ratio, classes)
     with pytest.raises(ValueError, match="asym noise of 100 classes needs matrix_rng"):
         noise.in_distribution_noise("asym", LABELS[100], np.arange(2), 0.2, 0.2, 100, RandomState(0))
 
@@ -229,24 +217,15 @@ def test_a_pool_with_fewer_images_than_places_is_refused_and_one_with_as_many_is
 
 
 @pytest.mark.parametrize(
-    ("noise_type", "classes", "label_rng"),
-    [
-        ("sym", 10, "python"),
-        ("sym", 10, "numpy"),
-        ("asym", 10, "python"),
-        ("asym", 100, "python"),
-        ("superclass", 100, "python"),
-    ],
+    ("noise_type", "classes"), [("sym", 10), ("asym", 10), ("asym", 100), ("superclass", 100)]
 )
-def test_input_and_global_generators_are_left_alone(noise_type, classes, label_rng):
+def test_input_and_global_generators_are_left_alone(noise_type, classes):
     labels = LABELS[classes].astype(np.uint8)
-    before = random.getstate(), np.random.get_state()
-    noisy = draw(noise_type, labels, 0.4, 0.2, classes, label_rng=label_rng)[1]
-    after = random.getstate(), np.random.get_state()
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    noisy = draw(noise_type, labels, 0.4, 0.2, classes)[1]
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
     assert noisy.dtype == np.int64 and not np.array_equal(noisy, labels)
     assert np.array_equal(labels, LABELS[classes])
-    assert before[0] == after[0]
-    assert all(np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True))
 
 
 def test_the_next_class_of_a_group_is_the_first_after_its_last():
@@ -346,33 +325,19 @@ def test_noise_from_a_posterior_is_drawn_for_the_images_that_stay(root):
 
 
 def test_labels_decide_neither_places_nor_images_and_seeds_only_labels(root):
-    first = corrupt(small(), IMAGENET, root)
-    others = small()
+    first, others = corrupt(small(), IMAGENET, root), small()
     others = others._replace(train=Split(others.train.images, (others.train.labels + 1) % 10))
-    different = [
-        corrupt(others, IMAGENET, root),
-        corrupt(small(), IMAGENET._replace(noise_seed=1), root),
-        corrupt(small(), IMAGENET._replace(label_rng="numpy"), root),
-        corrupt(small(), IMAGENET._replace(noise_type="asym"), root),
-    ]
-    for found in different:
+    changes = ({"noise_seed": 1}, {"label_rng": "numpy"}, {"noise_type": "asym"})
+    different = [corrupt(small(), IMAGENET._replace(**change), root) for change in changes]
+    for found in (corrupt(others, IMAGENET, root), *different):
         assert np.array_equal(found.images, first.images) and np.array_equal(found.ood, first.ood)
         assert found.sha256 == first.sha256
         assert not np.array_equal(found.observed, first.observed)
-    changed = {
-        corrupt(small(), corruption, root).sha256
-        for corruption in (IMAGENET, IMAGENET._replace(ood_ratio=0.2), IMAGENET._replace(pool="place365"))
-    }
-    assert len(changed) == 3 and first.sha256 in changed
-
-
-def test_the_sha256_is_of_the_images_and_of_their_places(root):
-    first = corrupt(small(), IMAGENET, root)
     assert corrupt(small(seed=1), IMAGENET, root).sha256 == first.sha256, "the other images do not matter"
+    for change in ({"ood_ratio": 0.2}, {"pool": "place365"}):
+        assert corrupt(small(), IMAGENET._replace(**change), root).sha256 != first.sha256
     ood = np.flatnonzero(first.ood)
-    images = first.images[ood]
-    assert first.sha256 == open_set._sha256(ood, images)
-    assert open_set._sha256(ood + 1, images) != first.sha256 != open_set._sha256(ood, images ^ 1)
+    assert open_set._sha256(ood + 1, first.images[ood]) != first.sha256
 
 
 def test_numpy_labels_have_no_seed_of_their_own(root):
@@ -411,23 +376,17 @@ def test_without_images_from_elsewhere_no_pool_is_needed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "pool", "pool_shape"),
-    [
-        *(("mnist", (28, 28, 1), "other", SHAPE), ("digits", (8, 8, 1), "imagenet32", SHAPE)),
-        *(("own", (84, 84, 3), "imagenet32", SHAPE), ("own", (20, 12, 3), "place365", SHAPE)),
-        *(("cifar10", SHAPE, "mnist", (28, 28, 1)), ("mnist", (28, 28, 1), "fashion_mnist", (28, 28, 1))),
-    ],
+    ("shape", "pool"),
+    [((8, 8, 1), "imagenet32"), ((84, 84, 3), "imagenet32"), ((20, 12, 3), "place365"), (SHAPE, "mnist")],
     ids=str,
 )
-def test_images_take_the_shape_of_those_whose_place_they_take(root, name, shape, pool, pool_shape):
-    if pool.endswith("mnist"):
-        save(small(shape=pool_shape, size=POOL_SIZE), root / f"{pool}.npz")
-    data = small(shape=shape, name=name)
+def test_images_take_the_shape_of_those_whose_place_they_take(root, shape, pool):
+    save(small(shape=(28, 28, 1), size=POOL_SIZE), root / "mnist.npz")
+    data = small(shape=shape)
     found = corrupt(data, Corruption(pool, 0.3, "sym", 0.2), root)
     source = draw("sym", data.train.labels, 0.2, 0.3, 10, pool_size=POOL_SIZE)[0].source
-    assert np.array_equal(
-        found.images[found.ood], pools.resized(pools.open_pool(pool, root).take(source), shape)
-    )
+    expected = pools.resized(pools.open_pool(pool, root).take(source), shape)
+    assert np.array_equal(found.images[found.ood], expected)
     assert found.images.shape == data.train.images.shape
 
 
@@ -459,22 +418,14 @@ def test_a_corruption_that_cannot_be_is_refused_in_one_line(root, corruption, of
 
 
 def test_labels_of_a_file_take_the_place_of_drawn_ones(root):
-    data, labels = small(), (np.arange(SIZE) * 7) % 10
-    np.save(root / "labels.npy", labels)
-    file = str(root / "labels.npy")
-    for corruption in (
-        IMAGENET,
-        IMAGENET._replace(noise_type="no"),
-        IMAGENET._replace(noise_type="superclass", noise_rate=1),
-    ):
-        found = corrupt(data, corruption, root, noise_file=file)
+    data, labels, file = small(), (np.arange(SIZE) * 7) % 10, str(root / "labels.npy")
+    np.save(file, labels)
+    for change in ({}, {"noise_type": "no"}, {"noise_type": "superclass", "noise_rate": 1}):
+        found = corrupt(data, IMAGENET._replace(**change), root, noise_file=file)
         assert np.array_equal(found.observed, labels)
         assert np.array_equal(found.images, corrupt(data, IMAGENET, root).images)
-    np.save(root / "labels.npy", labels[1:])
-    text = message(data, IMAGENET, root, noise_file=file)
-    assert (
-        text == f"--noise_file {file}: holds 89 labels, the training set needs 90, one per image in its order"
-    )
+    np.save(file, labels[1:])
+    assert f"--noise_file {file}: holds 89 labels, " in message(data, IMAGENET, root, noise_file=file)
 
 
 def test_one_process_of_several_speaks_and_writes(root, capsys, monkeypatch):
@@ -507,28 +458,22 @@ def files(root: Path) -> list[str]:
 
 @pytest.mark.parametrize("pool", ["imagenet32", "place365"])
 def test_a_pool_of_files_is_read_once(root, capsys, pool):
-    corruption = IMAGENET._replace(pool=pool)
+    corruption, file = IMAGENET._replace(pool=pool), root / "cache" / f"own-{pool}-0.3.npz"
     expected = corrupt(small(), corruption, root)
     assert_same(cached(root, corruption), expected)
-    assert files(root) == [f"own-{pool}-0.3.npz"]
-    content = (root / "cache" / f"own-{pool}-0.3.npz").read_bytes()
+    assert files(root) == [file.name]
+    content = file.read_bytes()
     capsys.readouterr()
     for folder in ("imagenet32", "places365"):
         shutil.rmtree(root / folder)
     assert_same(cached(root, corruption), expected)
-    said = capsys.readouterr().out
-    assert f"{expected.ood.sum()} images of {pool} from {root / 'cache' / f'own-{pool}-0.3.npz'}" in said
+    assert f"{expected.ood.sum()} images of {pool} from {file}" in capsys.readouterr().out
     # the images serve other labels too, and the draws that follow them are the same
-    for other in (
-        corruption._replace(label_rng="numpy"),
-        corruption._replace(noise_type="asym", noise_rate=0.5),
-    ):
-        found = cached(root, other).observed
-        noisy = draw(
-            other.noise_type, small().train.labels, other.noise_rate, 0.3, 10, 0, other.label_rng, POOL_SIZE
-        )[1]
-        assert np.array_equal(found, noisy)
-    assert (root / "cache" / f"own-{pool}-0.3.npz").read_bytes() == content
+    for change in ({"label_rng": "numpy"}, {"noise_type": "asym", "noise_rate": 0.5}):
+        other = corruption._replace(**change)
+        drawn = other.noise_type, small().train.labels, other.noise_rate, 0.3, 10, 0, other.label_rng
+        assert np.array_equal(cached(root, other).observed, draw(*drawn, POOL_SIZE)[1])
+    assert file.read_bytes() == content
 
 
 def test_a_pool_given_by_its_folder_is_kept_under_the_same_name(root):
@@ -636,8 +581,7 @@ def damages(content: bytes) -> Iterator[bytes]:
         *(content[:keep] for keep in (10, 300, len(content) // 2, len(content) - 1)),
     )
     for position in (*range(0, 40), *range(len(content) - 200, len(content))):
-        for value in (1, 64, 255):
-            yield content[:position] + bytes([content[position] ^ value]) + content[position + 1 :]
+        yield content[:position] + bytes([content[position] ^ 255]) + content[position + 1 :]
 
 
 def test_a_damaged_cache_is_refused_in_one_line_or_as_good_as_whole(tmp_path):
@@ -653,30 +597,23 @@ def test_a_damaged_cache_is_refused_in_one_line_or_as_good_as_whole(tmp_path):
             assert str(error).startswith(f"{path} is damaged (") and "\n" not in str(error)
             refused += 1
         else:  # a byte that nobody reads, as the time of day
-            assert found.pool_size == 50
-            assert np.array_equal(found.source, kept.source) and np.array_equal(found.images, kept.images)
-    assert refused > 300
+            assert all(np.array_equal(a, b) for a, b in zip(found, kept, strict=True))
+    assert refused > 100
 
 
 def test_a_cache_that_cannot_be_written_is_told_and_gone_round(root, capsys, monkeypatch):
-    expected = corrupt(small(), IMAGENET, root)
-    capsys.readouterr()
-    (root / "cache").write_text("a file where the folder should be")
-    assert_same(cached(root), expected)
-    said = capsys.readouterr().out
-    path = root / "cache" / "own-imagenet32-0.3.npz"
-    assert f"note: {path} cannot be written (" in said and "the next run will read the pool again" in said
-    (root / "cache").unlink()
-
-    path.mkdir(parents=True)  # a folder where the file should be
-    assert_same(cached(root), expected)
-    assert f"note: {path} cannot be written (Is a directory)" in capsys.readouterr().out
-    assert list(path.iterdir()) == [] and files(root) == [path.name]
-    path.rmdir()
+    expected, path = corrupt(small(), IMAGENET, root), root / "cache" / "own-imagenet32-0.3.npz"
 
     def full(_) -> None:
         raise OSError(28, "No space left on device")
 
+    (root / "cache").write_text("a file where the folder should be")
+    assert_same(cached(root), expected)
+    printed = capsys.readouterr().out
+    assert (
+        f"note: {path} cannot be written (" in printed and "the next run will read the pool again" in printed
+    )
+    (root / "cache").unlink()
     monkeypatch.setattr("common.runs.files.os.fsync", full)
     assert_same(cached(root), expected)
     assert f"note: {path} cannot be written (No space left on device)" in capsys.readouterr().out

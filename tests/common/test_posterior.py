@@ -2,10 +2,8 @@
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
 
-from common import noise
-from common.datasets import Data, Split, load, posterior
+from common.datasets import Data, Split, posterior
 from common.datasets.posterior import out_of_fold, posterior_for, read_posterior
 from common.runs.cli import UserError
 
@@ -131,16 +129,3 @@ def test_files_that_do_not_fit_are_named_with_the_reason(tmp_path, content, reas
         file.write_bytes(content)
     with pytest.raises(UserError, match=rf"^--posterior {file}: .*{reason}.*: give a .npy file"):
         read_posterior(file, SIZE, CLASSES)
-
-
-def test_images_reveal_hard_and_margin_noise_and_do_not_reveal_symmetric_noise(tmp_path):
-    """Detector: the margin of a regression fitted to noisy labels of other images. It sees no true label, and not its own."""
-    digits = load("digits")
-    train = Split(digits.train.images[:700], digits.train.labels[:700])
-    eta = posterior_for("hard", digits._replace(train=train), tmp_path / "none")
-    auc = {}
-    for kind in ("hard", "margin1", "symmetric"):
-        noisy = noise.add_noise(kind, train.labels, 0.2, 10, 1, posterior=eta)
-        best = np.sort(out_of_fold(train._replace(labels=noisy), 10)[0], axis=1)
-        auc[kind] = roc_auc_score(noisy == train.labels, best[:, -1] - best[:, -2])
-    assert auc["hard"] > 0.9 and auc["margin1"] > 0.65 and auc["symmetric"] == pytest.approx(0.5, abs=0.1)

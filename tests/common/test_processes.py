@@ -264,7 +264,7 @@ def by_itself(rank: int) -> dict[str, Any]:
     return seen | {"numbers_afterwards": numbers()}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param("two", marks=pytest.mark.slow)])
 def launch(tmp_path_factory) -> tuple[list[dict], subprocess.CompletedProcess]:
     """What each of two processes saw, and what they printed."""
     folder = tmp_path_factory.mktemp("processes")
@@ -282,8 +282,7 @@ def both(launch) -> list[dict]:
     return launch[0]
 
 
-def test_in_one_process_everything_hands_back_what_it_was_given(capsys):
-    assert numbers() == (False, 1, 1, 0)
+def assert_everything_hands_back_what_it_was_given() -> None:
     tensor = torch.arange(7.0, requires_grad=True)
     for function in (processes.gather_rows, processes.total, processes.piece):
         assert function(tensor) is tensor
@@ -297,13 +296,20 @@ def test_in_one_process_everything_hands_back_what_it_was_given(capsys):
     assert processes.synchronised(network) is network and type(network[0]) is nn.BatchNorm2d
     processes.share_buffers(network)
     made = object()
-    assert processes.from_first(lambda: made) is made and processes.first_alone(lambda: made) is made
+    for source in (0, 1):
+        assert processes.from_first(lambda: made, source) is made
+    assert processes.first_alone(lambda: made) is made
     processes.wait()
     processes.stop()
-    processes.say("a word")
-    assert capsys.readouterr().out == "a word\n"
-    with pytest.raises(UserError, match="refused by 0"):
+    with pytest.raises(UserError, match=f"refused by {dist.get_rank() if dist.is_initialized() else 0}"):
         processes.from_first(refuse)
+    processes.say("a word")
+
+
+def test_in_one_process_everything_hands_back_what_it_was_given(capsys):
+    assert numbers() == (False, 1, 1, 0)
+    assert_everything_hands_back_what_it_was_given()
+    assert capsys.readouterr().out == "a word\n"
 
 
 def test_only_torchrun_makes_a_process_one_of_several(monkeypatch):
@@ -334,25 +340,7 @@ def test_alone_nothing_waits_for_another_process_and_everything_hands_back_what_
     assert (processes.world(), processes.rank()) == (2, 1)
     with processes.alone():
         assert (processes.world(), processes.rank()) == (1, 1)
-        tensor = torch.arange(7.0, requires_grad=True)
-        for function in (processes.gather_rows, processes.total, processes.piece):
-            assert function(tensor) is tensor
-        tensor.grad = torch.arange(7.0)
-        processes.average_gradients([tensor])
-        assert torch.equal(tensor.grad, torch.arange(7.0))
-        network = nn.Sequential(nn.BatchNorm2d(2))
-        assert processes.parallel(network, CPU) is network
-        assert processes.synchronised(network) is network and type(network[0]) is nn.BatchNorm2d
-        processes.share_buffers(network)
-        made = object()
-        for source in (0, 1):
-            assert processes.from_first(lambda: made, source) is made
-        assert processes.first_alone(lambda: made) is made
-        processes.wait()
-        processes.stop()
-        with pytest.raises(UserError, match="refused by 1"):
-            processes.from_first(refuse)
-        processes.say("a word")
+        assert_everything_hands_back_what_it_was_given()
     assert capsys.readouterr().out == "", "the first process alone speaks"
 
 

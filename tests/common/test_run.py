@@ -220,20 +220,19 @@ def test_result_csv_has_a_row_per_metric_in_the_common_schema(start, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("preset", "table_and_cell"),
+    ("preset", "expected"),
     [
         ("clothing1m/noisy+clean/afm", ("clothing1m", "noisy+clean")),
-        ("embedded/digits", ("embedded", "digits")),
         ("alone", ("alone", "run")),
         (None, ("", "run")),
     ],
 )
-def test_table_and_cell_are_the_first_two_parts_of_the_preset(preset, table_and_cell, start, tmp_path):
+def test_table_and_cell_are_the_first_two_parts_of_the_preset(preset, expected, start, tmp_path):
     train(start(tmp_path / "run", preset=preset))
     kept = json.loads((tmp_path / "run" / "args.json").read_text())["cell"]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     for row in (kept, result, *table(tmp_path / "run" / "result.csv")):
-        assert (row["table"], row["cell"]) == table_and_cell
+        assert (row["table"], row["cell"]) == expected
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -441,14 +440,6 @@ def test_a_run_stopped_in_an_epoch_goes_on_as_if_nothing_had_happened(stop_after
     for result in found:
         del result["timing"], result["environment"]["git"]  # a commit may come between the two runs
     assert found[0] == found[1]
-
-
-def test_half_a_row_in_the_log_does_no_harm(start, tmp_path):
-    train(start(tmp_path), stop_after=3)
-    log = tmp_path / "log.csv"
-    log.write_bytes(log.read_bytes()[:-9])
-    train(start(tmp_path))
-    assert [row["count"] for row in table(log)] == ["1", "3", "6"]
 
 
 def test_the_global_generator_goes_on_where_the_checkpoint_was_made(start, tmp_path):
@@ -690,29 +681,20 @@ def test_a_damaged_args_json_is_named(start, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("world", "local", "starter"),
+    ("world", "starter"),
+    [(1, "python"), (4, "torchrun --nproc_per_node=4"), (8, "torchrun --nnodes=2 --nproc_per_node=4")],
+)
+@pytest.mark.parametrize(
+    ("script", "module", "words"),
     [
-        (1, "1", "python"),
-        (4, "4", "torchrun --nproc_per_node=4"),
-        (8, "4", "torchrun --nnodes=2 --nproc_per_node=4"),
+        (ROOT / "afm" / "train.py", None, "afm/train.py"),
+        (ROOT / "afm" / "train.py", "common.runs.run", "-m common.runs.run"),
+        (Path("/elsewhere/own.py"), None, "/elsewhere/own.py"),
     ],
 )
-@pytest.mark.parametrize("module", [False, True], ids=["path", "module"])
-def test_the_command_under_torchrun_is_one_that_starts_as_many_processes(
-    world, local, starter, module, monkeypatch
-):
+def test_the_command_is_one_that_starts_as_many_processes(world, starter, script, module, words, monkeypatch):
     monkeypatch.setattr(processes, "world", lambda: world)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    monkeypatch.setattr("sys.argv", [str(ROOT / "afm" / "train.py"), "--dataset", "a b"])
-    spec = importlib.util.find_spec("common.runs.run") if module else None
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
-    assert command() == f"{starter} {'-m common.runs.run' if module else 'afm/train.py'} --dataset 'a b'"
-
-
-@pytest.mark.parametrize(("dirs", "name"), [((), "afm/train.py"), (("elsewhere",), None)])
-def test_a_script_is_named_from_the_repository_where_it_lies_in_it(dirs, name, monkeypatch, tmp_path):
-    script = tmp_path.joinpath(*dirs, "own.py") if name is None else ROOT / name
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", [str(script)])
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
-    assert command() == f"python {name or script}"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr("sys.argv", [str(script), "--dataset", "a b"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", module and importlib.util.find_spec(module))
+    assert command() == f"{starter} {words} --dataset 'a b'"

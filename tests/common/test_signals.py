@@ -71,18 +71,3 @@ def test_the_first_signal_is_noted_and_the_former_handlers_come_back():
     stop.close()
     assert ([signal.getsignal(number) for number in SIGNALS], signal.set_wakeup_fd(-1)) == before
     assert "signals" not in [thread.name for thread in threading.enumerate()]
-
-
-def test_in_another_thread_it_leaves_the_signals_alone():
-    before, found = [signal.getsignal(number) for number in SIGNALS], []
-
-    def work():
-        stop = StopSignals(str)
-        stop.start()
-        found.append([signal.getsignal(number) for number in SIGNALS])
-        stop.close()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert found == [before]

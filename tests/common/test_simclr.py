@@ -1,7 +1,6 @@
 """SimCLR's loss, schedule, head and the kNN diagnostic; its epochs, with a small encoder and images of noise."""
 
 import json
-import math
 import signal
 from pathlib import Path
 
@@ -48,20 +47,6 @@ def unit_embeddings(images: int, dimensions: int = 16, seed: int = 0) -> torch.T
     return F.normalize(torch.randn(images, 2, dimensions, generator=generator), dim=2)
 
 
-def plain_nt_xent(embeddings: np.ndarray, temperature: float) -> float:
-    """The definition, anchor by anchor, in float64; without the factor of SupContrast."""
-    views = [(i, v) for v in (0, 1) for i in range(len(embeddings))]
-    terms = []
-    for i, v in views:
-        similar = {
-            (j, w): math.exp(float(embeddings[i, v] @ embeddings[j, w]) / temperature)
-            for j, w in views
-            if (j, w) != (i, v)
-        }
-        terms.append(-math.log(similar[i, 1 - v] / sum(similar.values())))
-    return sum(terms) / len(terms)
-
-
 def test_golden_loss_and_gradient(golden):
     for case in golden("sanm", "simclr_loss"):
         embeddings = torch.from_numpy(case["embeddings"]).requires_grad_()
@@ -71,14 +56,6 @@ def test_golden_loss_and_gradient(golden):
         torch.testing.assert_close(
             embeddings.grad, torch.from_numpy(case["gradient"]), rtol=1e-4, atol=1e-5, msg=case.name
         )
-
-
-@pytest.mark.parametrize(("images", "temperature"), [(2, 0.5), (7, 0.5), (5, 0.07), (3, 2.0)])
-def test_the_loss_is_the_definition_times_the_factor(images, temperature):
-    embeddings = unit_embeddings(images, seed=images)
-    expected = plain_nt_xent(embeddings.double().numpy(), temperature)
-    assert nt_xent(embeddings, temperature).item() == pytest.approx(expected * temperature / 0.07, rel=1e-5)
-    assert nt_xent(embeddings, temperature, temperature).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_loss_is_finite_at_extreme_temperatures_and_float32_under_autocast():
@@ -99,28 +76,20 @@ def test_one_image_alone_has_no_loss_and_no_gradient():
     assert loss.item() == 0 and not embeddings.grad.any()
 
 
-def test_views_that_agree_cost_less_and_a_temperature_must_be_positive():
+def test_the_factor_is_of_the_temperatures_and_a_temperature_must_be_positive():
     embeddings = unit_embeddings(8)
-    same = torch.stack([embeddings[:, 0]] * 2, dim=1)
-    assert nt_xent(same, 0.5) < nt_xent(embeddings, 0.5)
+    same_temperature = nt_xent(embeddings, 0.5, 0.5).item()
+    assert nt_xent(embeddings, 0.5).item() == pytest.approx(same_temperature * 0.5 / 0.07, rel=1e-5)
     with pytest.raises(ValueError, match="temperature must be > 0, got 0"):
         nt_xent(embeddings, 0)
 
 
 def test_golden_learning_rates(golden):
     for case in golden("sanm", "simclr_lr"):
-        base, epochs, size = float(case["base_lr"]), int(case["epochs"]), int(case["batches_per_epoch"])
-        found = [
-            learning_rate(
-                int(epoch),
-                int(batch),
-                base=base,
-                epochs=epochs,
-                batches_per_epoch=size,
-                warm=int(case["batch_size"]) > 256,
-            )
-            for epoch, batch in zip(case["epoch"], case["batch"], strict=True)
-        ]
+        settings = {"base": float(case["base_lr"]), "warm": int(case["batch_size"]) > 256}
+        settings |= {"epochs": int(case["epochs"]), "batches_per_epoch": int(case["batches_per_epoch"])}
+        steps = zip(case["epoch"].tolist(), case["batch"].tolist(), strict=True)
+        found = [learning_rate(epoch, batch, **settings) for epoch, batch in steps]
         np.testing.assert_allclose(found, case["lr"], rtol=1e-12, err_msg=case.name)
 
 
@@ -138,19 +107,6 @@ def test_without_cosine_the_rate_drops_after_the_given_epochs():
     assert rates(4, 1, cosine=False, warm=False, decay_epochs=[2], decay_rate=0.5) == [0.5, 0.5, 0.25, 0.25]
     warmed = rates(12, 2, cosine=False)
     assert warmed[0] == 0.01 and warmed[10] == pytest.approx(0.255) and warmed[20:] == [0.5] * 4
-
-
-@pytest.mark.parametrize("epochs", [2, 3, 8, 9, 20, 100])
-def test_warm_up_rises_step_by_step_then_the_cosine_falls(epochs):
-    found = rates(epochs)
-    warm = 4 * (10 if epochs >= 10 else epochs // 2)
-    assert found[0] == 0.01
-    rises = np.diff(found[:warm])
-    assert (rises > 0).all() and np.allclose(rises, rises[0])
-    target = learning_rate(warm // 4, 0, base=0.5, epochs=epochs, batches_per_epoch=4, warm=False)
-    assert found[warm - 1] + rises[0] == pytest.approx(target)
-    assert (np.diff(found[warm:]) <= 0).all() and found[-1] == pytest.approx(0.0005)
-    assert found[warm:] == rates(epochs, warm=False)[warm:]
 
 
 @pytest.mark.parametrize(
@@ -256,11 +212,7 @@ def test_a_last_batch_of_one_image_costs_nothing_and_teaches_nothing():
     optimizer = SGD(network.parameters(), 1.0)
     assert train_epoch(network, optimizer, small_batches(1, 4), lambda batch: 1.0, 0.5, CPU) == 0
     assert all(torch.equal(value, before[name]) for name, value in network.named_parameters())
-    loss = train_epoch(network, optimizer, small_batches(5, 4), lambda batch: 1e-3, 0.5, CPU)
-    whole = train_epoch(
-        small_network(), optimizer, small_batches(5, 4, drop_last=True), lambda _: 0, 0.5, CPU
-    )
-    assert np.isfinite(loss) and loss > 0 and whole > 0
+    assert train_epoch(network, optimizer, small_batches(5, 4), lambda batch: 1e-3, 0.5, CPU) > 0
 
 
 def assert_holds(path: Path, encoder: nn.Module) -> None:

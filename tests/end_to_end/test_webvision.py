@@ -176,7 +176,9 @@ def test_a_run_by_one_process_learns(base, runs):
 def test_however_it_is_run_it_ends_as_the_run_that_nothing_disturbed(name, base, runs):
     _, starts, statuses, resumed = RUNS[name]
     out, err = ((base / name / f"log.{stream}").read_text() for stream in ("out", "err"))
-    assert runs[name] == statuses, err
+    # beside a killed process the other one may end by the closed connection, before it is killed
+    ended = [[-9 if -9 in start and status == 1 else status for status in start] for start in runs[name]]
+    assert ended == statuses, err
     assert tuple(int(n) for n in re.findall(r"going on after epoch (\d+)\n", out)) == resumed
     stopped = "SIGTERM: stopped; the same command resumes after epoch"
     assert err.count(stopped) == err.count("\n") == name.count("stopped")
