@@ -93,13 +93,13 @@ def test_manifold_dividemix_warns_at_its_only_split(tmp_path, capsys, monkeypatc
         lost = labels[0][labelled] == LOST
         return labelled[~lost], torch.cat([unlabelled, labelled[lost]]).sort().values
 
-    def look(network, batches, observed, device):
+    def embed(network, batches, observed, device):
         labels.append(observed)
-        return train_semisup_look(network, batches, observed, device)
+        return train_semisup_embed(network, batches, observed, device)
 
-    train_semisup_look = train_semisup.look
+    train_semisup_embed = train_semisup.embed
     monkeypatch.setattr(train_semisup, "divide", without)
-    monkeypatch.setattr(train_semisup, "look", look)
+    monkeypatch.setattr(train_semisup, "embed", embed)
     words = split("--pretrained none --ood-ratio 0.2 --warmup-epoch 1 --epochs 3 --batch-size 32")
     train_semisup.main([*DATA, *words, "--out", str(tmp_path / "run")])
     streams = capsys.readouterr()
