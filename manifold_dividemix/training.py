@@ -1,4 +1,4 @@
-"""The passes over the data of both training scripts: warm-up, MixEMatch, embeddings, test (README, sections 4 and 6).
+"""The passes over the data of both training scripts: warm-up, MixEMatch, embeddings, test (README, section 4).
 
 Batches are (views, index): a tuple of [B, C, H, W] tensors and the samples' positions, int [B]. Labels, clean probabilities and
 masks are tensors by position, on the device of the images.

@@ -174,7 +174,7 @@ MANIFOLD_DIVIDEMIX = {
     "CE (pre-trained)": "cross-entropy from the encoder",
     "CE": "cross-entropy",
 }
-OUTLIERS = ("last_removal_precision", "last_removal_recall", "last_labelled_precision", "last_labelled_ood")
+OUTLIERS = ("last_removal_precision", "last_removal_recall")
 
 
 def test_manifold_dividemix_beats_cross_entropy_on_digits_by_the_margins_we_claim():
@@ -206,7 +206,7 @@ def test_the_row_of_every_method_in_manifold_dividemixs_text_is_that_of_the_file
         for metric in OUTLIERS:
             known = any((r["method"], r["metric"]) == (method, metric) for r in rows)
             shown.append(summary(file, method, metric, 100, fidelity) if known else "")
-        assert f"| {name} | {' | '.join(shown)} | [`{file}`]" in text, method
+        assert f"| {name} | {' | '.join(shown)} |\n" in text, method
 
 
 def test_what_manifold_dividemixs_text_says_of_the_encoder_is_in_the_file():
@@ -220,38 +220,13 @@ def test_what_manifold_dividemixs_text_says_of_the_encoder_is_in_the_file():
     assert first in text and last in text
 
 
-@pytest.mark.parametrize(
-    ("file", "methods"),
-    [
-        ("manifold_dividemix_40epochs.csv", 4),
-        ("manifold_dividemix_40epochs_k10.csv", 3),
-    ],
-)
-def test_what_manifold_dividemixs_text_says_of_40_epochs_is_in_the_file(file, methods):
-    text, rows = (ROOT / "manifold_dividemix" / "README.md").read_text(), read_results(REFERENCE / file)
-    found = {row["method"] for row in rows}
-    assert len(found) == methods and {row["epochs"] for row in rows} == {"40"}
-    for method in found:
-        shown = [summary(file, method, "last"), summary(file, method, "last_ood_auroc", 100)]
-        known = any((r["method"], r["metric"]) == (method, "last_removal_precision") for r in rows)
-        shown.append(summary(file, method, "last_removal_precision", 100) if known else "")
-        assert f" | {' | '.join(shown)} | [`{file}`]" in text, method
-
-
-def test_what_manifold_dividemixs_text_says_of_the_contrastive_loss_is_in_the_files():
-    text = (ROOT / "manifold_dividemix" / "README.md").read_text()
-    for k, files in {
-        10: ("manifold_dividemix_k10.csv", "manifold_dividemix_k10.csv"),
-        50: ("manifold_dividemix.csv", "manifold_dividemix_contrastive.csv"),
-    }.items():
-        for file, method in zip(files, ("", " without contrastive loss"), strict=True):
-            first, last = (
-                summary(file, f"Manifold DivideMix{method}", f"{which}_ood_auroc", 100)
-                for which in ("first", "last")
-            )
-            accuracy = summary(file, f"Manifold DivideMix{method}", "last")
-            assert f"| {k} | {0 if method else 1} | {first} |" in text
-            assert f" | {last} | {accuracy} | [`{file}`]" in text
+def test_what_manifold_dividemixs_text_says_of_40_epochs_and_of_the_contrastive_loss_is_in_the_files():
+    text, method = (ROOT / "manifold_dividemix" / "README.md").read_text(), "Manifold DivideMix"
+    for part in ("", " without OOD removal"):
+        assert summary("manifold_dividemix_40epochs.csv", method + part, "last") in text, part
+    part = " without contrastive loss"
+    last = summary("manifold_dividemix_contrastive.csv", method + part, "last_ood_auroc", 100)
+    assert f"`--lambda_c 0` it ends at {last}" in text
 
 
 def test_the_outlier_score_decays_less_without_contrastive_loss_in_every_pair_of_runs():

@@ -53,18 +53,23 @@ class MortalRun(killed.MortalRun):
 
 common.runs.run.Run = MortalRun
 # after the class is replaced, which the scripts import by its name
-from manifold_dividemix import pretrain, train_semisup, train_semisup_miniimagenet  # noqa: E402, F401
+from manifold_dividemix import (  # noqa: E402
+    pretrain,  # noqa: F401
+    train_semisup,
+    train_semisup_miniimagenet,  # noqa: F401
+    training,
+)
 
 
 def in_float64() -> None:
     """Compute in float64 throughout; and of a few images as of many: sides of a split of whole batches, for several processes
     drop the rest; and passes over all samples of several batches, which are dealt out."""
-    normalise, divide, batches = augment.normalise, train_semisup.divide, train_semisup.Batches
+    normalise, divide, batches = augment.normalise, train_semisup.divide, training.Batches
     augment.normalise = lambda *arguments: normalise(*arguments).double()
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double  # what is taken out of the autocast, embeddings among them
     train_semisup.divide = lambda *arguments: tuple(side[: len(side) // 8 * 8] for side in divide(*arguments))
-    train_semisup.Batches = lambda images, size, **more: batches(images, min(size, 10), **more)
+    training.Batches = lambda images, size, **more: batches(images, min(size, 10), **more)
 
 
 def run(job: Job) -> None:

@@ -172,7 +172,7 @@ def test_the_first_finished_run_with_two_looks_and_a_removal_is_shown(run, tmp_p
 @pytest.mark.parametrize(("clustering", "epoch"), [(True, 7), (False, 4)])
 def test_a_look_is_named_by_the_epoch_that_begins_with_it(clustering, epoch, tmp_path):
     run = read_run(write_finished(tmp_path / "run", clustering=clustering))
-    first, last = visualize.read_looks(run, N)
+    first, last = visualize.read_removals(run, N)
     assert (first.title, last.title) == ("first look (epoch 1)", f"last look (epoch {epoch})")
     assert first.kept.sum() == N - 6
     assert last.kept.sum() == N - 12
