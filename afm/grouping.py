@@ -27,16 +27,16 @@ def form_groups(
     groups = []
     if order == "halves":
         pieces = torch.arange(rows, device=generator.device).chunk(chunks)
-        groups = [piece[groups_by_halves(len(piece), group_size).to(piece.device)] for piece in pieces]
+        groups = [piece[groups_by_halves(len(piece), group_size, piece.device)] for piece in pieces]
     random_rounds = rounds - (order == "halves")
     groups += [random_groups(rows, group_size, generator) for _ in range(random_rounds)]
     return torch.cat(groups)
 
 
-def groups_by_halves(rows: int, group_size: int) -> Tensor:
+def groups_by_halves(rows: int, group_size: int, device: torch.device | str = "cpu") -> Tensor:
     """Group g is rows g, g + M, ..., g + (K - 1) M with M = rows // K: int64 [M, K]; for K = 2 the release's pairs."""
     count = rows // group_size
-    return torch.arange(count * group_size).view(group_size, count).T
+    return torch.arange(count * group_size, device=device).view(group_size, count).T
 
 
 def random_groups(rows: int, group_size: int, generator: Generator) -> Tensor:

@@ -1,5 +1,8 @@
 """Augmentations of image batches on their device, each parameter drawn per sample from the generator passed in.
 
+The generator is on the CPU, wherever the images are, and so are draws: a card gets what it needs of them in one copy, which
+the host does not wait for.
+
 Batches are [B, C, H, W] of any dtype. The distribution is that of torchvision's transforms applied image by image.
 (torchvision's transforms draw one parameter per call, so all images of a batch would get the same crop.)
 
@@ -12,14 +15,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from common.gpu.image_operations import affine_nearest, brightness, color, contrast, luminance
-from common.gpu.image_operations import hue as shift_hue
+from common.gpu.image_operations import (
+    KINDS,
+    affine_nearest,
+    apply_in_turn,
+    hue_steps,
+    luminance,
+    per_image,
+    to_device,
+)
 
-JITTER = (brightness, contrast, color, shift_hue)  # ColorJitter's operations, as its `order` numbers them
+JITTER = ("brightness", "contrast", "color", "hue")  # ColorJitter's operations, as its `order` numbers them
 
 
 def random_crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
@@ -28,25 +39,44 @@ def random_crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
     The (2 padding + 1)^2 positions are equally likely, as in torchvision's RandomCrop(size, padding=padding).
     The result has channels-last strides.
     """
-    count, _, height, width = images.shape
-    device = images.device
-    top, left = torch.randint(2 * padding + 1, (2, count, 1), generator=generator, device=device)
-    rows = top + torch.arange(height, device=device)  # [B, H]
-    columns = left + torch.arange(width, device=device)  # [B, W]
-    sample = torch.arange(count, device=device)
+    top, left = draw_crop(len(images), padding, generator)
+    return cut_out(images, padding, top, left)
+
+
+def draw_crop(count: int, padding: int, generator: Generator) -> Tensor:
+    """Top and left of `random_crop`: int64 [2, count, 1]."""
+    return torch.randint(2 * padding + 1, (2, count, 1), generator=generator)
+
+
+def cut_out(
+    images: Tensor, padding: int, top: Tensor, left: Tensor, mirrored: Tensor | None = None
+) -> Tensor:
+    """Cut the original size out of images padded with zeros, then mirror: top and left int64 [B, 1], mirrored bool [B]."""
+    height, width = images.shape[2:]
+    rows, columns = top + torch.arange(height), left + torch.arange(width)  # [B, H], [B, W]
+    if mirrored is not None:
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    sample = torch.arange(len(images))
+    sample, rows, columns = to_device(images.device, sample, rows, columns)
     padded = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)  # [B, H + 2p, W + 2p, C]
     return padded[sample[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def random_flip(images: Tensor, generator: Generator, p: float = 0.5) -> Tensor:
     """Mirror each image left to right with probability p, as torchvision's RandomHorizontalFlip."""
-    mirrored = torch.rand(len(images), generator=generator, device=images.device) < p
-    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    (mirrored,) = to_device(images.device, draw_flip(len(images), generator, p))
+    return torch.where(per_image(mirrored), images.flip(3), images)
+
+
+def draw_flip(count: int, generator: Generator, p: float = 0.5) -> Tensor:
+    """Which images `random_flip` mirrors: bool [count]."""
+    return torch.rand(count, generator=generator) < p
 
 
 def crop_and_flip(images: Tensor, generator: Generator, padding: int = 4) -> Tensor:
     """The CIFAR training transform of SFA and Me-Momentum: random crop with zero padding, then horizontal flip."""
-    return random_flip(random_crop(images, padding, generator), generator)
+    top, left = draw_crop(len(images), padding, generator)
+    return cut_out(images, padding, top, left, draw_flip(len(images), generator))
 
 
 class ColorJitterDraws(NamedTuple):
@@ -79,20 +109,25 @@ def draw_color_jitter(
     order = uniform((count, len(JITTER)), generator).argsort(dim=1)
     omitted = uniform((count, 1), generator) >= p
     if hue == 0:  # the others do nothing at strength 0, but a hue shift by 0 rounds
-        omitted = omitted | (order == JITTER.index(shift_hue))
+        omitted = omitted | (order == JITTER.index("hue"))
     return ColorJitterDraws(strength, order.masked_fill(omitted, len(JITTER)))
 
 
 def apply_color_jitter(images: Tensor, draws: ColorJitterDraws) -> Tensor:
     """Colour jitter with given parameters. uint8 [B, C, H, W]; of grey images saturation and hue change nothing."""
-    by_position = F.one_hot(draws.order, len(JITTER) + 1).sum(0)
-    images = images.clone()
-    for position, counts in enumerate(by_position.tolist()):  # the only wait for the device
-        rows = draws.order[:, position].argsort().split(counts)
-        for i, operation in enumerate(JITTER):
-            if counts[i]:
-                images[rows[i]] = operation(images[rows[i]], draws.strength[rows[i], i])
-    return images
+    order = draws.order.numpy()
+    hue, none = JITTER.index("hue"), len(JITTER)
+    # the hues of all images in one step, the other operations in as many as come before and after them
+    shifted = (order == hue).any(1)
+    position = np.where(shifted, (order == hue).argmax(1), none)[:, None]
+    places = np.arange(order.shape[1])
+    before, after = (np.where(chosen, order, none).T for chosen in (places < position, places > position))
+    steps = np.concatenate([before, np.where(shifted, hue, none)[None], after])  # [9, B]
+    steps = steps[(steps != none).any(1)]
+    kind = np.array([KINDS.index(name) for name in (*JITTER, "none")])[steps]
+    factor = F.pad(draws.strength, (0, 1)).float().numpy()[np.arange(len(images)), steps]
+    turn = hue_steps(draws.strength[:, hue]).expand(steps.shape).numpy()
+    return apply_in_turn(images, kind, turn, factor)
 
 
 def color_jitter(
@@ -160,7 +195,7 @@ def apply_affine(images: Tensor, draws: AffineDraws) -> Tensor:
     x, y = width * 0.5, height * 0.5
     c = a * (-x - draws.right) + b * (-y - draws.down) + x
     f = d * (-x - draws.right) + e * (-y - draws.down) + y
-    return affine_nearest(images, torch.stack([a, b, c, d, e, f], dim=1), fill=0)
+    return affine_nearest(images, torch.stack([a, b, c, d, e, f], dim=1))
 
 
 def random_affine(
@@ -183,8 +218,9 @@ def random_affine(
 
 def random_grayscale(images: Tensor, generator: Generator, p: float = 0.2) -> Tensor:
     """Make each image grey with probability p, in three equal channels, as torchvision's RandomGrayscale. uint8 [B, C, H, W]."""
-    grey = torch.rand(len(images), generator=generator, device=images.device) < p
-    return torch.where(grey[:, None, None, None], luminance(images), images)
+    (rows,) = to_device(images.device, (torch.rand(len(images), generator=generator) < p).nonzero()[:, 0])
+    grey = luminance(images.index_select(0, rows)).expand(-1, images.shape[1], -1, -1)
+    return images.index_copy(0, rows, grey)
 
 
 class CropDraws(NamedTuple):
@@ -230,39 +266,62 @@ def draw_resized_crop(
     )
 
 
-def apply_resized_crop(images: Tensor, draws: CropDraws) -> Tensor:
-    """Each image's box, resized to the size of the image as PIL does, bilinear. uint8 [B, C, H, W], channels-last."""
-    count, channels, height, width = images.shape
-    across = triangle_weights(draws.left, draws.width, width)  # [B, W, W]
-    down = triangle_weights(draws.top, draws.height, height)  # [B, H, H]
-    # integers throughout, below 2^31: exact in float64 whatever the order of the sums
-    rows = images.reshape(count, channels * height, width).double()
-    rows = fixed_to_uint8(rows @ across.mT)
-    columns = rows.view(count, channels, height, width).permute(0, 2, 3, 1)
-    columns = fixed_to_uint8(down @ columns.reshape(count, height, width * channels))
-    return columns.view(count, height, width, channels).to(torch.uint8).permute(0, 3, 1, 2)
+def apply_resized_crop(images: Tensor, draws: CropDraws, mirrored: Tensor | None = None) -> Tensor:
+    """Each image's box, resized to the whole size of the image as PIL does, bilinear, and mirrored left to right: bool [B].
 
-
-def triangle_weights(start: Tensor, length: Tensor, size: int) -> Tensor:
-    """PIL's bilinear weights that resize the part [start, start + length) of a line of `size` pixels to `size` pixels.
-
-    start, length: int64 [B], in pixels. Returns float64 [B, size, size], output by input: integers, in parts of 2^22.
+    uint8 [B, C, H, W], channels-last.
     """
-    pixel = torch.arange(size, device=start.device, dtype=torch.float64)
+    count, channels, height, width = images.shape
+    device = images.device
+    across, down = (
+        triangle_places(draws.left, draws.width, width),
+        triangle_places(draws.top, draws.height, height),
+    )
+    if mirrored is not None:
+        across = across._replace(centre=torch.where(mirrored[:, None], across.centre.flip(1), across.centre))
+    if height == width:
+        both = to_device(device, *map(torch.cat, zip(across, down, strict=True)))
+        across, down = triangle_weights(*both).chunk(2)  # [B, W, W], [B, H, H]
+    else:
+        sent = to_device(device, *across, *down)
+        across, down = triangle_weights(*sent[: len(across)]), triangle_weights(*sent[len(across) :])
+    # multiples of 2^-22 throughout, below 2^9: exact in float64 whatever the order of the sums
+    half = torch.full((), 0.5, dtype=torch.float64, device=device)
+    rows = images.reshape(count, channels * height, width).double()
+    rows = torch.baddbmm(half, rows, across.mT).floor_().view(count, channels, height, width)
+    columns = rows.permute(0, 2, 3, 1).reshape(count, height, width * channels)
+    columns = torch.baddbmm(half, down, columns).to(torch.uint8)
+    return columns.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+class TrianglePlaces(NamedTuple):
+    """What PIL's bilinear weights depend on, for the pixels of a line, float64 [B, size] each."""
+
+    place: Tensor  # of the inputs, counted from the start of the part
+    centre: Tensor  # of the outputs, on the same scale
+    inside: Tensor  # whether an input is in the part, 1 or 0
+    width: Tensor  # [B, 1], of half a triangle
+
+
+def triangle_places(start: Tensor, length: Tensor, size: int) -> TrianglePlaces:
+    """Places by which PIL resizes the part [start, start + length) of a line of `size` pixels to the whole of it.
+
+    start, length: int64 [B], in pixels.
+    """
+    pixel = torch.arange(size, dtype=torch.float64)
     scale = (length.double() / size)[:, None]
-    centre = (pixel + 0.5) * scale
-    place = pixel - start[:, None] + 0.5  # of the inputs, counted from the start of the part
-    # the triangle is wider if a line is shrunk
-    distance = (place[:, None, :] - centre[:, :, None]).abs_() / scale.clamp_min(1)[:, None]
-    weights = (1 - distance).clamp_(min=0)
-    weights *= ((place > 0) & (place < length[:, None]))[:, None, :]
+    place = pixel - start[:, None] + 0.5
+    inside = (place > 0) & (place < length[:, None])
+    # the triangle grows with the pixels where a line is shrunk
+    return TrianglePlaces(place, (pixel + 0.5) * scale, inside.double(), scale.clamp_min(1))
+
+
+def triangle_weights(place: Tensor, centre: Tensor, inside: Tensor, width: Tensor) -> Tensor:
+    """PIL's bilinear weights, see `TrianglePlaces`: float64 [B, size, size], output by input, whole parts of 2^22."""
+    distance = (place[:, None, :] - centre[:, :, None]).abs_().div_(width[:, None])
+    weights = (1 - distance).clamp_(min=0).mul_(inside[:, None, :])
     weights /= weights.sum(dim=2, keepdim=True)
-    return weights.mul_(2**22).add_(0.5).floor_()
-
-
-def fixed_to_uint8(sums: Tensor) -> Tensor:
-    """Sums in parts of 2^22 to integers 0 to 255, halves up; float64 and in place."""
-    return sums.add_(2**21).mul_(2.0**-22).floor_().clamp_(0, 255)
+    return weights.mul_(2**22).add_(0.5).floor_().mul_(2.0**-22)
 
 
 def random_resized_crop(
@@ -280,8 +339,8 @@ def random_resized_crop(
 
 
 def uniform(shape: int | tuple[int, ...], generator: Generator, low: float = 0, high: float = 1) -> Tensor:
-    """Draws from [low, high) in float64, on the device of the generator."""
-    draws = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
+    """Draws from [low, high) in float64."""
+    draws = torch.rand(shape, generator=generator, dtype=torch.float64)
     return low + (high - low) * draws
 
 
@@ -291,9 +350,9 @@ def simclr_view(images: Tensor, generator: Generator, flip: bool = True) -> Tens
     A resized crop, colour jitter with probability 0.8, grayscale with probability 0.2. flip: mirror half of the images, not for
     handwritten digits.
     """
-    images = random_resized_crop(images, generator, scale=(0.2, 1.0))
-    if flip:
-        images = random_flip(images, generator)
+    box = draw_resized_crop(len(images), *images.shape[2:], generator, scale=(0.2, 1.0))
+    mirrored = draw_flip(len(images), generator) if flip else None
+    images = apply_resized_crop(images, box, mirrored)
     images = color_jitter(images, generator, 0.4, 0.4, 0.4, 0.1, p=0.8)
     return random_grayscale(images, generator, p=0.2)
 
@@ -319,8 +378,13 @@ def training_augmentation(dataset: str, size: int) -> Callable[[Tensor, Generato
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 [B, C, H, W] to float32 (x / 255 - mean) / std, as ToTensor and Normalize; mean and std are [C]."""
-    scale = 1 / (255 * std)
-    return images.float() * scale[:, None, None] - (mean / std)[:, None, None]
+    scale, shift = scale_and_shift(mean, std)
+    return images.float() * scale - shift
+
+
+def scale_and_shift(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """What `normalise` multiplies with, then subtracts: [C, 1, 1] each."""
+    return (1 / (255 * std))[:, None, None], (mean / std)[:, None, None]
 
 
 def random_resized_crop_and_flip(size: int = 224) -> Callable[[Tensor], Tensor]:

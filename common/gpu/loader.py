@@ -15,6 +15,7 @@ from common.datasets.images import in_workers
 from common.datasets.in_memory import Data, Split
 from common.datasets.limit import limited_test
 from common.gpu import augment
+from common.gpu.image_operations import to_device
 from common.runs.cli import UserError
 
 
@@ -29,6 +30,7 @@ class Images:
         self.pixels = pixels.permute(0, 3, 1, 2)  # [N, C, H, W], channels-last in memory
         self.mean = torch.tensor(mean, device=device)
         self.std = torch.tensor(std, device=device)
+        self._scale, self._shift = augment.scale_and_shift(self.mean, self.std)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -43,12 +45,12 @@ class Images:
     ) -> Tensor:
         """The images at index [B], augmented by augmentation(batch, generator) if given: float32 [B, C, H, W].
 
-        An augmentation that returns k views at once, [k, B, C, H, W], gives all of them.
+        generator: on the CPU. An augmentation that returns k views at once, [k, B, C, H, W], gives all of them.
         """
         batch = self.pixels[index]
         if augmentation is not None:
             batch = augmentation(batch, generator)
-        return augment.normalise(batch, self.mean, self.std)
+        return batch.float() * self._scale - self._shift  # augment.normalise
 
 
 class Batches:
@@ -76,7 +78,8 @@ class Batches:
         rank: int = 0,
         world: int = 1,
     ):
-        """generator: needed to shuffle or augment, on the device of the images.
+        """generator: needed to shuffle or augment. On the CPU it draws order and augmentation. On a card it draws a seed at the
+        beginning of each pass, for a generator on the CPU that draws them.
 
         ValueError: batches that cannot be cut into equal pieces.
         """
@@ -96,22 +99,31 @@ class Batches:
         return batches if self.shuffle else len(range(self.rank, batches, self.world))
 
     def __iter__(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-        order = self.subset
+        order, generator = self.subset, self._on_cpu()
         if self.shuffle:
-            order = order[torch.randperm(len(order), generator=self.generator, device=order.device)]
+            (shuffled,) = to_device(order.device, torch.randperm(len(order), generator=generator))
+            order = order[shuffled]
         if self.drop_last:
             order = order[: len(order) // self.batch_size * self.batch_size]
         for number, index in enumerate(order.split(self.batch_size) if len(order) else ()):
             if not self.shuffle and number % self.world != self.rank:
                 continue
-            views = self._views(index)
+            views = self._views(index, generator)
             if self.shuffle and self.world > 1:
                 views = [view.chunk(self.world)[self.rank] for view in views]
                 index = index.chunk(self.world)[self.rank]  # noqa: PLW2901
             yield tuple(views), index
 
-    def _views(self, index: Tensor) -> list[Tensor]:
-        views = [self.images.view(index, self.augmentation, self.generator) for _ in range(self.views)]
+    def _on_cpu(self) -> Generator | None:
+        """The generator of a pass."""
+        drawn = self.generator
+        if drawn is None or drawn.device.type == "cpu":
+            return drawn
+        seed = torch.randint(2**63 - 1, (), generator=drawn, device=drawn.device)
+        return torch.Generator().manual_seed(int(seed))  # waits for the card, once in a pass
+
+    def _views(self, index: Tensor, generator: Generator | None) -> list[Tensor]:
+        views = [self.images.view(index, self.augmentation, generator) for _ in range(self.views)]
         if views[0].dim() < 5:
             return views
         if self.views > 1:

@@ -1,6 +1,7 @@
 """AutoAugment (CIFAR-10 policy) and FixMatch's RandAugment of uint8 batches [B, C, H, W], drawn per image, and the papers' views.
 
-Drawing is separate from applying. The images equal PIL's bit for bit: see `image_operations`.
+Drawing is separate from applying. The images equal PIL's bit for bit: see `image_operations`. Generators and draws are on the
+CPU, wherever the images are: a card gets what it needs of them in one copy, which the host does not wait for.
 """
 
 from collections.abc import Callable
@@ -12,18 +13,16 @@ import torch
 from torch import Generator, Tensor
 
 from common.gpu.image_operations import (
+    KINDS,
+    Tables,
     affine_nearest,
-    autocontrast,
-    brightness,
-    color,
-    contrast,
-    equalize,
+    apply_in_turn,
     invert,
     posterize,
     rotation,
-    sharpness,
-    shear_bicubic,
+    shear_taps,
     solarize,
+    to_device,
 )
 
 # The policy for CIFAR-10 (AutoAugment, Cubuk et al. 2019): operation, probability, index of the magnitude
@@ -71,32 +70,23 @@ AUTO_AUGMENT_MAGNITUDES = {
 }
 AUTO_AUGMENT_FILL = 128
 
-# a batch, the magnitude and the sign of each image (float64 [B]) to the batch; rotate has no sign, its angle is positive
+# magnitude and sign (float64 [n]), height and width to one of KINDS and its parameter: a matrix of `affine_nearest`, the shears
+# of `shear_bicubic`, a table of values, or a factor [n]; rotate has no sign, its angle is positive
 AUTO_AUGMENT_OPERATIONS = {
-    "shearX": lambda images, amount, sign: shear_bicubic(
-        images, sign * amount, 0 * amount, AUTO_AUGMENT_FILL
-    ),
-    "shearY": lambda images, amount, sign: shear_bicubic(
-        images, 0 * amount, sign * amount, AUTO_AUGMENT_FILL
-    ),
-    "translateX": lambda images, amount, sign: affine_nearest(
-        images, affine(c=sign * amount * images.shape[3]), AUTO_AUGMENT_FILL
-    ),
-    "translateY": lambda images, amount, sign: affine_nearest(
-        images, affine(f=sign * amount * images.shape[2]), AUTO_AUGMENT_FILL
-    ),
-    "rotate": lambda images, amount, sign: affine_nearest(
-        images, rotation(amount, *images.shape[2:]), AUTO_AUGMENT_FILL
-    ),
-    "color": lambda images, amount, sign: color(images, 1 + sign * amount),
-    "posterize": lambda images, amount, sign: posterize(images, amount),
-    "solarize": lambda images, amount, sign: solarize(images, amount),
-    "contrast": lambda images, amount, sign: contrast(images, 1 + sign * amount),
-    "sharpness": lambda images, amount, sign: sharpness(images, 1 + sign * amount),
-    "brightness": lambda images, amount, sign: brightness(images, 1 + sign * amount),
-    "autocontrast": lambda images, amount, sign: autocontrast(images),
-    "equalize": lambda images, amount, sign: equalize(images),
-    "invert": lambda images, amount, sign: invert(images),
+    "shearX": lambda amount, sign, height, width: ("bicubic", (sign * amount, 0 * amount)),
+    "shearY": lambda amount, sign, height, width: ("bicubic", (0 * amount, sign * amount)),
+    "translateX": lambda amount, sign, height, width: ("nearest", affine(c=sign * amount * width)),
+    "translateY": lambda amount, sign, height, width: ("nearest", affine(f=sign * amount * height)),
+    "rotate": lambda amount, sign, height, width: ("nearest", rotation(amount, height, width)),
+    "color": lambda amount, sign, height, width: ("color", 1 + sign * amount),
+    "posterize": lambda amount, sign, height, width: ("table", posterize(all_values(amount), amount)),
+    "solarize": lambda amount, sign, height, width: ("table", solarize(all_values(amount), amount)),
+    "contrast": lambda amount, sign, height, width: ("contrast", 1 + sign * amount),
+    "sharpness": lambda amount, sign, height, width: ("sharpness", 1 + sign * amount),
+    "brightness": lambda amount, sign, height, width: ("brightness", 1 + sign * amount),
+    "autocontrast": lambda amount, sign, height, width: ("autocontrast", None),
+    "equalize": lambda amount, sign, height, width: ("equalize", None),
+    "invert": lambda amount, sign, height, width: ("table", invert(all_values(amount))),
 }
 
 # level 0 to 9 to the magnitude, in the float64 arithmetic of FixMatch (Sohn et al. 2020), whose pool of operations this is
@@ -117,25 +107,28 @@ RAND_AUGMENT_MAGNITUDES = {
 
 # as above, in the order of the numbers that are drawn
 RAND_AUGMENT_OPERATIONS = {
-    "AutoContrast": lambda images, amount, sign: autocontrast(images),
-    "Brightness": lambda images, amount, sign: brightness(images, amount),
-    "Color": lambda images, amount, sign: color(images, amount),
-    "Contrast": lambda images, amount, sign: contrast(images, amount),
-    "Equalize": lambda images, amount, sign: equalize(images),
-    "Identity": lambda images, amount, sign: images,
-    "Posterize": lambda images, amount, sign: posterize(images, amount),
-    "Rotate": lambda images, amount, sign: affine_nearest(images, rotation(sign * amount, *images.shape[2:])),
-    "Sharpness": lambda images, amount, sign: sharpness(images, amount),
-    "ShearX": lambda images, amount, sign: affine_nearest(images, affine(b=sign * amount)),
-    "ShearY": lambda images, amount, sign: affine_nearest(images, affine(d=sign * amount)),
-    "Solarize": lambda images, amount, sign: solarize(images, amount),
-    "TranslateX": lambda images, amount, sign: affine_nearest(
-        images, affine(c=(sign * amount * images.shape[3]).trunc())
+    "AutoContrast": lambda amount, sign, height, width: ("autocontrast", None),
+    "Brightness": lambda amount, sign, height, width: ("brightness", amount),
+    "Color": lambda amount, sign, height, width: ("color", amount),
+    "Contrast": lambda amount, sign, height, width: ("contrast", amount),
+    "Equalize": lambda amount, sign, height, width: ("equalize", None),
+    "Identity": lambda amount, sign, height, width: ("none", None),
+    "Posterize": lambda amount, sign, height, width: ("table", posterize(all_values(amount), amount)),
+    "Rotate": lambda amount, sign, height, width: ("nearest", rotation(sign * amount, height, width)),
+    "Sharpness": lambda amount, sign, height, width: ("sharpness", amount),
+    "ShearX": lambda amount, sign, height, width: ("nearest", affine(b=sign * amount)),
+    "ShearY": lambda amount, sign, height, width: ("nearest", affine(d=sign * amount)),
+    "Solarize": lambda amount, sign, height, width: ("table", solarize(all_values(amount), amount)),
+    "TranslateX": lambda amount, sign, height, width: (
+        "nearest",
+        affine(c=(sign * amount * width).trunc()),
     ),
-    "TranslateY": lambda images, amount, sign: affine_nearest(
-        images, affine(f=(sign * amount * images.shape[2]).trunc())
+    "TranslateY": lambda amount, sign, height, width: (
+        "nearest",
+        affine(f=(sign * amount * height).trunc()),
     ),
 }
+FILLS = (0, AUTO_AUGMENT_FILL)
 
 
 def affine(**entries: Tensor) -> Tensor:
@@ -147,30 +140,96 @@ def affine(**entries: Tensor) -> Tensor:
     return matrix
 
 
-def apply_operations(
-    images: Tensor, operations: dict[str, Callable], operation: Tensor, amount: Tensor, sign: Tensor
-) -> Tensor:
-    """Apply to each image the operation of that number: int [B], len(operations) for none; amount and sign: float64 [B]."""
-    functions = [*operations.values(), lambda images, amount, sign: images]
-    numbers = torch.arange(len(functions), device=images.device)
-    # one wait for the device, for any number of operations
-    sizes = (operation == numbers[:, None]).sum(1).tolist()
-    order = operation.argsort()
-    groups = zip(
-        *(values.index_select(0, order).split(sizes) for values in (images, amount, sign)), strict=True
-    )
-    results = [
-        function(*group) for function, group in zip(functions, groups, strict=True) if len(group[0]) > 0
+def all_values(amount: Tensor) -> Tensor:
+    """Images of the values 0 to 255 for amounts [n]: uint8 [n, 1, 1, 256]."""
+    return torch.arange(256, dtype=torch.uint8).expand(len(amount), 1, 1, 256)
+
+
+class Operations(NamedTuple):
+    """Operations with their magnitudes and signs, for images of one size, in the terms of `apply_in_turn`."""
+
+    kind: np.ndarray  # int [k]
+    row: np.ndarray  # int64 [k]
+    factor: np.ndarray  # float32 [k]
+    tables: Tables
+
+    def apply(self, images: Tensor, numbers: np.ndarray) -> Tensor:
+        """The operations of these numbers, int [n, B], one row after the other: uint8 [B, C, H, W] to uint8 [B, C, H, W]."""
+        return apply_in_turn(images, self.kind[numbers], self.row[numbers], self.factor[numbers], self.tables)
+
+
+def make_operations(
+    chosen: list[tuple[dict[str, Callable], str, float, float]], shape: torch.Size, device: torch.device
+) -> Operations:
+    """Operations in the order of `chosen`: of which policy, by name, magnitude and sign. shape: [C, H, W] of the images.
+
+    Outside of the image AutoAugment's show grey 128, RandAugment's black.
+    """
+    channels, height, width = shape
+    kind, row = (np.zeros(len(chosen), dtype=np.int64) for _ in range(2))
+    factor = np.zeros(len(chosen), dtype=np.float32)
+    tables = {  # row 0 is of those that look nothing up
+        "nearest": [torch.zeros(1, height * width, dtype=torch.int64)],
+        "bicubic": [torch.zeros(1, 5 * height * width, dtype=torch.int64)],
+        "table": [torch.zeros(1, channels, 256, dtype=torch.uint8)],
+    }
+    groups: dict[tuple[bool, str], list[int]] = {}
+    for i, (operations, name, _, _) in enumerate(chosen):
+        groups.setdefault((operations is AUTO_AUGMENT_OPERATIONS, name), []).append(i)
+    pixels = torch.arange(height * width).view(1, 1, height, width)
+    for (auto, name), members in groups.items():
+        amount, sign = (torch.tensor([chosen[i][k] for i in members], dtype=torch.float64) for k in (2, 3))
+        found, parameter = chosen[members[0]][0][name](amount, sign, height, width)
+        kind[members] = KINDS.index(found)
+        outside = height * width + auto
+        if found == "nearest":
+            # where the pixels of an image of their numbers go
+            moved = affine_nearest(pixels.expand(len(members), -1, -1, -1), parameter, fill=outside)
+            parameter = moved.flatten(1)
+        elif found == "bicubic":
+            taps, fraction = shear_taps(*parameter, height, width)
+            taps[taps == height * width] = outside
+            parameter = torch.cat([taps, fraction.view(torch.int64)], dim=1)
+        elif found == "table":
+            parameter = parameter.view(-1, 1, 256).expand(-1, channels, -1)
+        if found in tables:
+            row[members] = np.arange(len(members)) + sum(map(len, tables[found]))
+            tables[found].append(parameter)
+        elif parameter is not None:
+            factor[members] = parameter
+    made = [*map(torch.cat, tables.values()), torch.tensor(FILLS, dtype=torch.uint8)]
+    return Operations(kind, row, factor, Tables(*(table.to(device) for table in made)))
+
+
+@cache
+def all_operations(shape: torch.Size, device: torch.device) -> Operations:
+    """Nothing, then AutoAugment's [25, 2, 2] and RandAugment's [14, 10, 2], the last of each by sign, -1 first."""
+    auto = [
+        (AUTO_AUGMENT_OPERATIONS, name, AUTO_AUGMENT_MAGNITUDES.get(name, 0 * LEVEL)[index], sign)
+        for pair in CIFAR10_POLICY
+        for name, _, index in pair
+        for sign in (-1, 1)
     ]
-    return torch.cat([images[:0], *results]).index_select(0, order.argsort())
+    rand = [
+        (RAND_AUGMENT_OPERATIONS, name, RAND_AUGMENT_MAGNITUDES.get(name, 0 * LEVEL)[level], sign)
+        for name in RAND_AUGMENT_OPERATIONS
+        for level in LEVEL
+        for sign in (-1, 1)
+    ]
+    nothing = (RAND_AUGMENT_OPERATIONS, "Identity", 0, 1)
+    return make_operations([nothing, *auto, *rand], shape, device)
 
 
-def check_batch(images: Tensor, draws: Tensor) -> None:
-    """Raise ValueError for images that are not uint8 [B, 1 or 3, H, W], and for draws of another number of images."""
+def apply_numbers(images: Tensor, numbers: np.ndarray) -> Tensor:
+    """Operations of `all_operations` by their numbers, int [n, B], one row after the other.
+
+    ValueError for images that are no uint8 [B, 1 or 3, H, W], and for draws of another number of images.
+    """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must be uint8 [B, 1 or 3, H, W], got {images.dtype} {list(images.shape)}")
-    if len(images) != len(draws):
-        raise ValueError(f"{len(images)} images, but draws for {len(draws)}")
+    if len(images) != numbers.shape[1]:
+        raise ValueError(f"{len(images)} images, but draws for {numbers.shape[1]}")
+    return all_operations(images.shape[1:], images.device).apply(images, numbers)
 
 
 # AutoAugment ------------------------------------------------------------------------------------------------------------
@@ -184,37 +243,20 @@ class AutoAugmentDraws(NamedTuple):
     sign: Tensor  # int [B, 2], 1 or -1; of no effect on operations without a sign
 
 
-@cache
-def cifar10_policy(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The policy as three tensors [25, 2]: the number of the operation, its probability, its magnitude (float64)."""
-    names = list(AUTO_AUGMENT_OPERATIONS)
-    operation = [[names.index(name) for name, _, _ in pair] for pair in CIFAR10_POLICY]
-    probability = [[p for _, p, _ in pair] for pair in CIFAR10_POLICY]
-    magnitude = [
-        [
-            AUTO_AUGMENT_MAGNITUDES[name][index] if name in AUTO_AUGMENT_MAGNITUDES else 0
-            for name, _, index in pair
-        ]
-        for pair in CIFAR10_POLICY
-    ]
-    return (
-        torch.tensor(operation, device=device),
-        torch.tensor(probability, device=device),
-        torch.tensor(magnitude, device=device, dtype=torch.float64),
-    )
-
-
 def draw_auto_augment(count: int, generator: Generator) -> AutoAugmentDraws:
-    """One of the 25 sub-policies for each of `count` images, each of its operations with its probability, and fair signs.
-
-    The draws are on the generator's device.
-    """
-    device = generator.device
-    _, probability, _ = cifar10_policy(device)
-    sub_policy = torch.randint(len(CIFAR10_POLICY), (count,), generator=generator, device=device)
-    applied = torch.rand(count, 2, generator=generator, device=device) < probability[sub_policy]
-    sign = 2 * torch.randint(2, (count, 2), generator=generator, device=device) - 1
+    """One of the 25 sub-policies for each of `count` images, each of its operations with its probability, and fair signs."""
+    probability = torch.tensor([[p for _, p, _ in pair] for pair in CIFAR10_POLICY])
+    sub_policy = torch.randint(len(CIFAR10_POLICY), (count,), generator=generator)
+    applied = torch.rand(count, 2, generator=generator) < probability[sub_policy]
+    sign = 2 * torch.randint(2, (count, 2), generator=generator) - 1
     return AutoAugmentDraws(sub_policy, applied, sign)
+
+
+def auto_augment_numbers(draws: AutoAugmentDraws) -> np.ndarray:
+    """The numbers of the drawn operations in `all_operations`: int [2, B]."""
+    sub_policy, applied, sign = (values.numpy() for values in draws)
+    number = 1 + 4 * sub_policy[:, None] + [0, 2] + (sign > 0)
+    return np.where(applied, number, 0).T
 
 
 def apply_auto_augment(images: Tensor, draws: AutoAugmentDraws) -> Tensor:
@@ -224,19 +266,7 @@ def apply_auto_augment(images: Tensor, draws: AutoAugmentDraws) -> Tensor:
     rotations and translations nearest, translations by fractions of a pixel. Raises ValueError for another kind of batch and for
     draws of another number of images.
     """
-    check_batch(images, draws.sub_policy)
-    operation, _, magnitude = cifar10_policy(images.device)
-    result = images.contiguous()
-    for slot in range(2):
-        chosen = operation[draws.sub_policy, slot].where(draws.applied[:, slot], len(AUTO_AUGMENT_OPERATIONS))
-        result = apply_operations(
-            result,
-            AUTO_AUGMENT_OPERATIONS,
-            chosen,
-            magnitude[draws.sub_policy, slot],
-            draws.sign[:, slot].double(),
-        )
-    return result
+    return apply_numbers(images, auto_augment_numbers(draws))
 
 
 def auto_augment(images: Tensor, generator: Generator) -> Tensor:
@@ -257,34 +287,31 @@ class RandAugmentDraws(NamedTuple):
     cutout_centre: Tensor  # float64 [B, 2], x and y in pixels
 
 
-@cache
-def rand_augment_magnitudes(device: torch.device) -> Tensor:
-    """The magnitude of each operation at each level, float64 [14, 10]."""
-    rows = [RAND_AUGMENT_MAGNITUDES.get(name, 0 * LEVEL) for name in RAND_AUGMENT_OPERATIONS]
-    return torch.tensor(np.array(rows), device=device, dtype=torch.float64)
-
-
 def draw_rand_augment(
     count: int, height: int, width: int, generator: Generator, n: int = 2, m: int = 10
 ) -> RandAugmentDraws:
     """n of the 14 operations, with replacement, for each of `count` images, each with a level of 1 to m - 1.
 
     Each is applied with probability 1/2, and negated with probability 1/2; the centre of the cutout is uniform over the image.
-    Raises ValueError for n < 1 and for m outside 2 to 10. The draws are on the generator's device.
+    Raises ValueError for n < 1 and for m outside 2 to 10.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     if not 2 <= m <= len(LEVEL):
         raise ValueError(f"m must be from 2 to {len(LEVEL)}, got {m}")
-    device = generator.device
-    operation = torch.randint(len(RAND_AUGMENT_OPERATIONS), (count, n), generator=generator, device=device)
-    level = torch.randint(1, m, (count, n), generator=generator, device=device)
-    applied, negated = torch.rand(2, count, n, generator=generator, device=device) < 0.5
-    centre = torch.rand(count, 2, generator=generator, device=device, dtype=torch.float64)
-    # a column at a time: a tensor made of (width, height) would be copied to the device
-    centre[:, 0] *= width
-    centre[:, 1] *= height
+    operation = torch.randint(len(RAND_AUGMENT_OPERATIONS), (count, n), generator=generator)
+    level = torch.randint(1, m, (count, n), generator=generator)
+    applied, negated = torch.rand(2, count, n, generator=generator) < 0.5
+    centre = torch.rand(count, 2, generator=generator, dtype=torch.float64)
+    centre *= torch.tensor([width, height])
     return RandAugmentDraws(operation, level, applied, negated, centre)
+
+
+def rand_augment_numbers(draws: RandAugmentDraws) -> np.ndarray:
+    """The numbers of the drawn operations in `all_operations`: int [n, B]."""
+    operation, level, applied, negated = (values.numpy() for values in draws[:4])
+    number = 1 + 4 * len(CIFAR10_POLICY) + 20 * operation + 2 * level + ~negated
+    return np.where(applied, number, 0).T
 
 
 def apply_rand_augment(images: Tensor, draws: RandAugmentDraws, side: int | None = None) -> Tensor:
@@ -294,18 +321,7 @@ def apply_rand_augment(images: Tensor, draws: RandAugmentDraws, side: int | None
     cutout, in pixels; 16 of 32 in the release. By default half of the image's height, our choice for other sizes.
     Raises ValueError for another kind of batch and for draws of another number of images.
     """
-    check_batch(images, draws.operation)
-    magnitudes = rand_augment_magnitudes(images.device)
-    result = images.contiguous()
-    for slot in range(draws.operation.shape[1]):
-        operation = draws.operation[:, slot]
-        result = apply_operations(
-            result,
-            RAND_AUGMENT_OPERATIONS,
-            operation.where(draws.applied[:, slot], len(RAND_AUGMENT_OPERATIONS)),
-            magnitudes[operation, draws.level[:, slot]],
-            1 - 2 * draws.negated[:, slot].double(),
-        )
+    result = apply_numbers(images, rand_augment_numbers(draws))
     return cutout(result, draws.cutout_centre, images.shape[2] // 2 if side is None else side)
 
 
@@ -323,14 +339,13 @@ def cutout(images: Tensor, centres: Tensor, side: int = 16, fill: int = 127) -> 
     right and bottom edge it is cut off.
     """
     height, width = images.shape[2:]
-    left, top = (centres - side / 2).clamp_min(0).long().unbind(1)
-    x, y = torch.arange(width, device=images.device), torch.arange(height, device=images.device)
-    columns = (x >= left[:, None]) & (x <= left[:, None] + side)  # [B, W]
-    rows = (y >= top[:, None]) & (y <= top[:, None] + side)  # [B, H]
+    left, top = (centres - side / 2).clamp_min(0).long()[:, :, None].unbind(1)
+    x, y = torch.arange(width), torch.arange(height)
+    columns, rows = (x >= left) & (x <= left + side), (y >= top) & (y <= top + side)  # [B, W], [B, H]
     # bits of a byte: on a CPU twenty times as fast as a masked_fill
-    rows, columns = rows.to(torch.uint8) * 255, columns.to(torch.uint8) * 255
+    rows, columns = to_device(images.device, *(inside.to(torch.uint8) * 255 for inside in (rows, columns)))
     painted = (rows[:, :, None] & columns[:, None, :])[:, None]
-    return (images & ~painted).bitwise_or_(painted & fill)
+    return (images ^ fill).bitwise_and_(painted).bitwise_xor_(images)
 
 
 # views ------------------------------------------------------------------------------------------------------------------
@@ -347,11 +362,16 @@ def six_views(
     AA and REF are cropped and AutoAugment, RA cropped and RandAugment with cutout, each with its own draws.
     crop(batch, generator) is the random crop and flip of a batch. weak_reference: REF are only cropped.
     """
-    cropped = crop(images.repeat(6, 1, 1, 1), generator)
-    rand, auto, plain = cropped.split([n * len(images) for n in ((2, 2, 2) if weak_reference else (2, 4, 0))])
-    views = torch.cat([auto_augment(auto, generator), plain]).view(4, *images.shape)
-    rand = rand_augment(rand, generator).view(2, *images.shape)
-    return torch.cat([views[:2], rand, views[2:]])
+    count, (height, width) = len(images), images.shape[2:]
+    cropped = crop(images.repeat(6, 1, 1, 1), generator)  # RA, AA, REF
+    auto = draw_auto_augment((2 if weak_reference else 4) * count, generator)
+    rand = draw_rand_augment(2 * count, height, width, generator)
+    numbers = np.zeros((2, 6 * count), dtype=np.int64)
+    numbers[:, : 2 * count] = rand_augment_numbers(rand)
+    numbers[:, 2 * count :][:, : len(auto.sub_policy)] = auto_augment_numbers(auto)
+    rand_views, auto_views, reference = apply_numbers(cropped, numbers).split([2 * count] * 3)
+    rand_views = cutout(rand_views, rand.cutout_centre, height // 2)
+    return torch.cat([auto_views, rand_views, reference]).view(6, *images.shape)
 
 
 def four_views(images: Tensor, generator: Generator, crop: Callable[[Tensor, Generator], Tensor]) -> Tensor:

@@ -59,8 +59,9 @@ def test_every_operation_is_the_releases(golden, kind, operations, magnitudes, i
                 assert amounts.tolist() == case["magnitude"][i].tolist()
             for s, sign in enumerate((1.0, -1.0)):
                 batch = image.expand(len(amounts), -1, -1, -1)
-                signs = torch.full((len(amounts),), sign, dtype=torch.float64)
-                ours = operations[name](batch, torch.from_numpy(amounts), signs)
+                chosen = [(operations, name, amount, sign) for amount in amounts]
+                made = policies.make_operations(chosen, batch.shape[1:], batch.device)
+                ours = made.apply(batch, np.arange(len(chosen))[None])
                 assert torch.equal(ours, from_hwc(case["outputs"][i, :, s])), (case.name, name, sign)
 
 

@@ -142,11 +142,9 @@ def test_auto_augment(golden):
             magnitudes = policies.AUTO_AUGMENT_MAGNITUDES.get(operation, np.zeros(10))
             amount = float(magnitudes[int(level)])
             assert amount == pytest.approx(float(case[f"mag_{operation}_{level}"]), rel=1e-12)
-            ours = policies.AUTO_AUGMENT_OPERATIONS[operation](
-                image,
-                torch.tensor([amount], dtype=torch.float64),
-                torch.tensor([1.0 if sign == "pos" else -1.0], dtype=torch.float64),
-            )
+            chosen = [(policies.AUTO_AUGMENT_OPERATIONS, operation, amount, 1 if sign == "pos" else -1)]
+            made = policies.make_operations(chosen, image.shape[1:], image.device)
+            ours = made.apply(image, np.zeros((1, 1), dtype=np.int64))
             assert torch.equal(ours[0].movedim(0, -1), torch.from_numpy(case[name])), (case.name, name)
         seeds = case["policy_python_seeds"].tolist()
         draws = [_drawn_policy(random.Random(seed)) for seed in seeds]
