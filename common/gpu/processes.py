@@ -35,10 +35,10 @@ def planned() -> int:
 
 
 def start(device: torch.device) -> None:
-    """Join the other processes: NCCL between cards, gloo between CPUs."""
+    """Join the other processes: NCCL between cards, gloo between CPUs and for what is on the CPU anyway."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
 
 
 def stop() -> None:
@@ -83,6 +83,15 @@ def wait() -> None:
     """Go on when every process is here."""
     if world() > 1:
         dist.barrier()
+
+
+def largest(number: int) -> int:
+    """The largest of the numbers of all processes. On the CPU: no process waits for its card."""
+    if world() == 1:
+        return number
+    everywhere = torch.tensor(number)
+    dist.all_reduce(everywhere, dist.ReduceOp.MAX)
+    return int(everywhere)
 
 
 def from_first(make: Callable[[], Any], source: int = 0) -> Any:

@@ -319,8 +319,9 @@ class Run:
         self._saved = len(self.rows)
 
     def _stop_if_asked(self) -> None:
-        number = self._signals.number if self._signals else None
-        if number is not None:
+        """End this process if a signal asked for it: of several processes all of them, after the same step."""
+        number = processes.largest((self._signals.number if self._signals else None) or 0)
+        if number:
             if processes.rank() == 0:
                 print(f"{signal.Signals(number).name}: stopped; {self._resumes()}", file=sys.stderr)
             sys.exit(128 + number)
@@ -353,7 +354,10 @@ class Run:
         """
         quiet = not sys.stderr.isatty() or processes.rank() > 0
         for batch in tqdm(batches, description, leave=False, disable=quiet):
-            self._stop_if_asked()
+            if (
+                training or processes.world() == 1
+            ):  # processes may have different numbers of batches to evaluate
+                self._stop_if_asked()
             if training:
                 self.images += len(batch[1]) * (1 if whole else processes.world())
             yield batch
