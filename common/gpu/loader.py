@@ -50,6 +50,12 @@ class Images:
         batch = self.pixels[index]
         if augmentation is not None:
             batch = augmentation(batch, generator)
+        if (
+            batch.is_cuda
+        ):  # channels-last, for its convolutions; on a CPU these take either form, and float() is faster
+            batch = (
+                batch.movedim(-3, -1).to(torch.float32, memory_format=torch.contiguous_format).movedim(-1, -3)
+            )
         return batch.float() * self._scale - self._shift  # augment.normalise
 
 

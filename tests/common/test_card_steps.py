@@ -13,37 +13,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.optim import SGD
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from afm.networks import make_network as afm_network
-from afm.train import groups_of_batch
-from afm.train import parse_args as afm_args
-from afm.training import train_epoch as afm_epoch
 from common.gpu import augment, policies
 from common.gpu.device import Device
-from common.gpu.loader import Batches, Images
-from common.pretraining import simclr
-from manifold_dividemix import training as manifold
-from manifold_dividemix.mixematch import Lambdas
-from manifold_dividemix.networks import Network, make_encoder
-from me_momentum.networks import SmallNet
-from me_momentum.training import predict
-from me_momentum.training import train_epoch as plain_epoch
-from sanm import training as sanm
-from sanm.masking import MaskRule, draw_masks, mask
-from sanm.networks import make_network as sanm_network
-from sanm.networks import make_simclr
-from sanm.Train_cifar import six_as_samples
+from common.gpu.image_operations import cubic
 from sfa import training as sfa
-from sfa.networks import preact_resnet_narrow
+from tests import card_steps
+from tests.card_steps import STEPS, Bench
 from tests.pretend_card import CardError, PretendCard, usable
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not usable(), reason="a card is there, or this torch has no CUDA in it")
-
 CARD = Device(torch.device("cuda", 0), "bf16", "tests")
-SIZE, CLASSES, COUNT = 8, 10, 16  # batches of 8: two steps
-UPLOAD, DOWNLOAD = "copy to the card, blocking", "copy to the CPU"
+CPU = Device(torch.device("cpu"), "fp32", "tests")
+
+# operators that start kernels in a step with its augmentation: ResNet-18, two images of 32 x 32 in colour a batch
+OPERATORS = {
+    "AFM": 285,
+    "SFA warm-up": 227,
+    "SFA": 833,
+    "Me-Momentum": 221,
+    "Manifold DivideMix warm-up": 229,
+    "Manifold DivideMix": 1897,
+    "SANM warm-up": 315,
+    "SANM": 1299,
+    "SimCLR": 455,
+}
 
 
 @pytest.fixture
@@ -52,176 +48,55 @@ def card():
         yield pretend
 
 
-class Bench:
-    """Images, labels and the like on the card, and batches that tell when the second of two steps begins and ends."""
+class Watch:
+    """What the second of two steps starts and waits for. What the first makes once (tables, momentum) is not counted."""
 
-    def __init__(self, card: PretendCard, channels: int = 1):
-        rng = np.random.default_rng(0)
-        pixels = rng.integers(0, 256, (COUNT, SIZE, SIZE, channels), dtype=np.uint8)
-        self.card, self.channels = card, channels
-        self.images = Images(pixels, (0.5,) * channels, (0.2,) * channels, CARD.device)
-        self.labels = torch.from_numpy(rng.integers(0, CLASSES, COUNT)).to(CARD.device)
-        self.clean = torch.from_numpy(rng.random(COUNT)).to(CARD.device)
-        self.generator = CARD.generator(1)
-        self.waits: Counter = Counter()  # of the second step
-        self.kernels = 0
+    def __init__(self, card: PretendCard):
+        self.card, self.marks = card, []
 
-    def batches(self, augmentation=None, views: int = 1, watched: bool = True):
-        made = Batches(
-            self.images, 8, views=views, augmentation=augmentation, shuffle=True, generator=self.generator
-        )
-        return self.watched(made) if watched else made
+    def __call__(self) -> None:
+        self.marks.append((len(self.card.syncs), self.card.operators.total()))
 
-    def watched(self, batches):
-        """Two steps: of the second, what is waited for and how many operators start kernels."""
-        source = iter(batches)
-        yield next(source)
-        waits, kernels = len(self.card.syncs), self.card.operators.total()
-        yield next(source)
-        found = self.card.syncs[waits:]
-        self.waits = Counter((f"{s.place.rpartition(':')[0]}", s.reason) for s in found)
-        self.kernels = self.card.operators.total() - kernels
+    def waits(self) -> Counter:
+        (before, _), (after, _) = self.marks
+        return Counter((s.place.rpartition(":")[0], s.reason) for s in self.card.syncs[before:after])
 
-    def permutation(self, rows: int):
-        return torch.randperm(rows, generator=self.generator, device=CARD.device)
-
-    def optimizer(self, network, fused: bool = False):
-        return SGD(network.parameters(), 0.01, 0.9, weight_decay=5e-4, fused=fused or None)
+    def operators(self) -> int:
+        return self.marks[1][1] - self.marks[0][1]
 
 
-CROP = partial(augment.random_crop, padding=1)
-
-
-def crop(images, generator):
-    return augment.random_crop(images, 1, generator)
-
-
-def step_of_afm(b: Bench) -> None:
-    args = afm_args(["--preset", "embedded/digits-sym0.5/afm-k3", "--group-rounds", "2"])
-    network = CARD.prepare(afm_network(args, CLASSES, SIZE, b.channels))
-    grouping = partial(
-        groups_of_batch, args=args, mixing=True, generator=b.generator, rng=np.random.default_rng(0)
-    )
-    done = afm_epoch(
-        network,
-        b.optimizer(network),
-        b.batches(crop),
-        b.labels,
-        grouping,
-        loss_weights=(1.5, 0.5),
-        device=CARD,
-    )
-    assert np.isfinite(done.loss)
-
-
-def step_of_sfa_warm_up(b: Bench) -> None:
-    network = CARD.prepare(preact_resnet_narrow(CLASSES, b.channels))
-    counts = torch.bincount(b.labels, minlength=CLASSES)
-    losses = sfa.warm_up(network, b.optimizer(network), b.batches(crop), b.labels, counts, CARD)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_on_a_card_waits_for_nothing_and_starts_few_operators(name, card):
+    cubic(CARD.device)  # a table that is made once
+    watch = Watch(card)
+    losses = STEPS[name](Bench(CARD, 32, 3, 2, watch))
     assert losses.isfinite().all()
+    assert not watch.waits()
+    assert 0.8 * OPERATORS[name] <= watch.operators() <= 1.05 * OPERATORS[name]
 
 
-def step_of_sfa(b: Bench) -> None:
-    network, peer = (CARD.prepare(preact_resnet_narrow(CLASSES, b.channels)) for _ in range(2))
-    losses = sfa.train_semi(
-        network, peer, b.optimizer(network), b.batches(crop, views=2), b.batches(crop, 2, watched=False).endless(),
-        labels=b.labels, clean=b.clean, class_counts=torch.bincount(b.labels, minlength=CLASSES),
-        weight=lambda step: 1.0, draw_lam=lambda: 0.7, draw_permutation=b.permutation, temperature=0.5, device=CARD,
-    )  # fmt: skip
-    assert losses.isfinite().all()
-    features, confidence = sfa.features_and_confidence(network, Batches(b.images, 8), b.labels, CARD)
-    assert features.dtype == confidence.dtype == torch.float32
+@pytest.mark.parametrize("name", STEPS)
+def test_networks_see_float32_channels_last_images_on_a_card(name, card):
+    found = set()
+
+    def look(module, arguments):
+        images = arguments[0]
+        if isinstance(module, torch.nn.Conv2d) and images.shape[1] == 3:
+            found.add((images.dtype, images.is_contiguous(memory_format=torch.channels_last)))
+
+    handle = register_module_forward_pre_hook(look)
+    watch = Watch(card)
+    STEPS[name](Bench(CARD, 8, 3, watch=watch))
+    handle.remove()
+    assert found == {(torch.float32, True)}
+    assert not [wait for wait in watch.waits() if wait[0] != "common/gpu/image_operations.py"]
 
 
-def step_of_me_momentum(b: Bench) -> None:
-    network = CARD.prepare(SmallNet(CLASSES, b.channels))
-    CARD.replay(network, (8, b.channels, SIZE, SIZE))
-    loss, _ = plain_epoch(network, b.optimizer(network, fused=True), b.batches(), b.labels, CARD)
-    assert np.isfinite(loss) and b.card.notes["graph replayed"] == 2
-    assert predict(network, Batches(b.images, 8), COUNT, CARD).device == CARD.device
-
-
-def step_of_manifold_warm_up(b: Bench) -> None:
-    network = CARD.prepare(_manifold_network(b)).train()
-    kept = torch.ones(COUNT, dtype=torch.bool, device=CARD.device)
-    manifold.warm_up(network, b.optimizer(network), b.batches(crop), b.labels, kept, CARD)
-
-
-def _manifold_network(b: Bench) -> Network:
-    encoder = make_encoder("resnet18", b.channels, SIZE)
-    return Network(encoder, encoder.width, CLASSES)
-
-
-def step_of_manifold(b: Bench) -> None:
-    network = CARD.prepare(_manifold_network(b)).train()
-    view = partial(policies.four_views, crop=crop)
-    step = manifold.Step(
-        lambda: 0.7, b.permutation, lambda n: 0.5, Lambdas(), 0.5, 0.9, "RL", "released", CARD
-    )
-    losses = manifold.train_divided(
-        network, b.optimizer(network), b.batches(view), b.batches(view, watched=False).endless(), step,
-        labels=b.labels, clean=b.clean,
-    )  # fmt: skip
-    assert losses.isfinite().all()
-
-
-def step_of_sanm_warm_up(b: Bench) -> None:
-    network = CARD.prepare(sanm_network("dividemix", CLASSES, b.channels, SIZE))
-    view = partial(augment.warm_up_view, crop=crop)
-    sanm.warm_up(
-        network, b.optimizer(network), b.batches(view), b.labels, CARD, penalise_confidence=True, clip=1.0
-    )
-
-
-def step_of_sanm(b: Bench) -> None:
-    network, peer = (CARD.prepare(sanm_network("dividemix", CLASSES, b.channels, SIZE)) for _ in range(2))
-    view = partial(policies.six_views, crop=crop)
-    step = sanm.Step(
-        six_as_samples, sanm.Masks(draw_masks, mask, MaskRule(), b.generator), lambda: 0.7, b.permutation, lambda n: 1.0,
-        0.5, 0.02, CARD,
-    )  # fmt: skip
-    losses = sanm.train_divided(
-        network, peer, b.optimizer(network), b.batches(view), b.batches(view, watched=False).endless(), step,
-        labels=b.labels, clean=b.clean,
-    )  # fmt: skip
-    assert losses.isfinite().all()
-
-
-def step_of_simclr(b: Bench) -> None:
-    network = CARD.prepare(make_simclr(b.channels, SIZE))
-    batches = b.batches(partial(augment.simclr_view, flip=False), views=2)
-    simclr.train_epoch(network, b.optimizer(network, fused=True), batches, lambda batch: 0.1, 0.5, CARD)
-
-
-# what is waited for in a step: by file and reason, at most so many times
-ALLOWED = {
-    step_of_afm: {},
-    step_of_sfa_warm_up: {},
-    step_of_sfa: {},
-    step_of_me_momentum: {},
-    step_of_manifold_warm_up: {},
-    step_of_manifold: {},
-    step_of_sanm_warm_up: {},
-    step_of_sanm: {},
-    step_of_simclr: {},
-}
-
-
-@pytest.mark.parametrize("step", ALLOWED, ids=lambda step: step.__name__.removeprefix("step_of_"))
-def test_a_step_runs_on_a_card_and_waits_for_nothing_else(step, card):
-    torch.manual_seed(0)
-    bench = Bench(card)
-    step(bench)
-    assert bench.kernels > 10
-    unasked = {key: count for key, count in bench.waits.items() if count > ALLOWED[step].get(key, 0)}
-    assert not unasked, f"{unasked} of {bench.waits}"
-
-
-@pytest.mark.parametrize(
-    "step", [step_of_simclr, step_of_sanm_warm_up], ids=lambda s: s.__name__.removeprefix("step_of_")
-)
-def test_a_step_on_colour_images(step, card):
-    step(Bench(card, channels=3))
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_has_the_same_losses_on_a_card(name, card):
+    exact = CARD._replace(precision="fp32")
+    torch.testing.assert_close(STEPS[name](Bench(exact)), STEPS[name](Bench(CPU)), rtol=1e-4, atol=1e-6)
 
 
 def test_the_cpu_is_as_it_was():
@@ -267,12 +142,14 @@ def test_an_augmentation_waits_for_nothing_and_starts_few_operators(name, card):
 
 
 def test_a_pass_on_a_card_draws_from_a_generator_of_the_cpu_that_the_cards_own_seeds(card):
-    bench = Bench(card)
-    passes = [[index.tolist() for _, index in bench.batches(crop, watched=False)] for _ in range(2)]
-    assert passes[0] != passes[1]
-    bench.generator = CARD.generator(1)
-    again = [[index.tolist() for _, index in bench.batches(crop, watched=False)] for _ in range(2)]
-    assert again == passes
+    bench = Bench(CARD)
+
+    def two_passes():
+        bench.generator = CARD.generator(1)
+        return [[index.tolist() for _, index in bench.batches(bench.crop)] for _ in range(2)]
+
+    passes = two_passes()
+    assert passes[0] != passes[1] and two_passes() == passes
 
 
 # planted faults -----------------------------------------------------------------------------------------------------------
@@ -283,7 +160,7 @@ def test_a_cpu_tensor_inside_a_step_is_an_error(card, monkeypatch):
         sfa, "warm_up_loss", lambda s, a, given, counts, loss: (s * torch.ones(len(s), 1)).sum()
     )
     with pytest.raises(CardError, match=r"Expected all tensors to be on the same device.* cuda:0 and cpu"):
-        step_of_sfa_warm_up(Bench(card))
+        card_steps.of_sfa_warm_up(Bench(CARD))
 
 
 def test_a_mask_on_the_wrong_device_is_an_error(card, monkeypatch):
@@ -292,14 +169,13 @@ def test_a_mask_on_the_wrong_device_is_an_error(card, monkeypatch):
         torch, "eye", lambda n, device=None, **rest: itself(n, **rest)
     )  # the device is forgotten
     with pytest.raises(CardError, match="Expected all tensors to be on the same device"):
-        step_of_simclr(Bench(card))
+        card_steps.of_simclr(Bench(CARD))
 
 
 def test_a_generator_on_the_wrong_device_is_an_error(card):
-    bench = Bench(card)
-    bench.generator = torch.Generator().manual_seed(1)  # batches take it, a permutation on the card does not
+    bench = Bench(CARD)
     with pytest.raises(CardError, match="Expected a 'cuda' device type for generator but found 'cpu'"):
-        step_of_sfa(bench)
+        torch.randperm(4, generator=bench.generator, device=CARD.device)
     with pytest.raises(CardError, match="Expected a 'cpu' device type for generator but found 'cuda'"):
         augment.crop_and_flip(bench.images.pixels, CARD.generator(1))
 
@@ -312,9 +188,9 @@ def test_an_item_inside_a_step_is_seen_with_its_line(card, monkeypatch):
         float(loss.detach())
 
     monkeypatch.setattr(sfa, "_step", step)
-    bench = Bench(card)
-    step_of_sfa_warm_up(bench)
-    assert bench.waits[("sfa/training.py", "item, float, int or bool of a tensor")] == 1
+    watch = Watch(card)
+    card_steps.of_sfa_warm_up(Bench(CARD, watch=watch))
+    assert watch.waits()[("sfa/training.py", "item, float, int or bool of a tensor")] == 1
 
 
 def test_bfloat16_features_into_a_float32_buffer_are_an_error(card, monkeypatch):
@@ -323,7 +199,7 @@ def test_bfloat16_features_into_a_float32_buffer_are_an_error(card, monkeypatch)
     with pytest.raises(
         RuntimeError, match=r"Index put requires the source and destination dtypes match|dtype"
     ):
-        step_of_sfa(Bench(card))
+        card_steps.of_sfa(Bench(CARD))
 
 
 def test_numpy_of_a_tensor_on_the_card_is_an_error(card):
