@@ -21,6 +21,7 @@ from afm.train import parse_args as afm_args
 from afm.training import train_epoch as afm_epoch
 from common.gpu import augment, policies
 from common.gpu.device import Device
+from common.gpu.image_operations import to_device
 from common.gpu.loader import Batches, Images
 from common.pretraining import simclr
 from manifold_dividemix import training as manifold
@@ -256,6 +257,21 @@ def test_an_augmentation_waits_for_nothing_and_starts_few_operators(name, card):
     with torch.random.fork_rng(devices=[]):
         own = call(torch.from_numpy(pixels), torch.Generator().manual_seed(1))
     assert torch.equal(views.cpu(), own)
+
+
+def test_tensors_of_all_types_get_to_a_card_in_one_copy_without_a_wait(card):
+    tensors = [
+        torch.tensor([True, False, True]), torch.rand(2, 3, dtype=torch.float64), torch.empty(0, dtype=torch.int64),
+        torch.arange(10, dtype=torch.uint8)[::2], torch.rand(3, 1).T, torch.arange(4),
+    ]  # fmt: skip
+    before = card.operators.total()
+    with card.no_syncs():
+        sent = to_device(CARD.device, *tensors)
+    assert card.operators.total() - before == 1
+    for found, own in zip(sent, tensors, strict=True):
+        assert found.device == CARD.device and found.dtype == own.dtype
+        assert torch.equal(found.cpu(), own)
+    assert to_device(torch.device("cpu"), *tensors) == tuple(tensors)
 
 
 def test_a_pass_on_a_card_draws_from_a_generator_of_the_cpu_that_the_cards_own_seeds(card):
