@@ -1,8 +1,9 @@
 """PIL's image operations on uint8 batches [B, C, H, W], C = 1 (mode L) or 3 (RGB), with one parameter per image.
 
 The results are PIL's bit for bit (compared with Pillow 13), so a policy written for PIL runs on batches, on their device. No
-function changes its input, loops over the images or waits for the device; all keep the shape and return uint8. Empty batches
-and images of any size from 1 x 1 are allowed.
+operation changes its input, loops over the images or waits for the device; all keep the shape and return uint8. `apply_in_turn`
+applies to each image its own operations, and starts those of a family together. Empty batches and images of any size from 1 x 1
+are allowed.
 """
 
 from functools import cache
@@ -414,7 +415,7 @@ def turn_hue(images: Tensor, steps: Tensor) -> Tensor:
         return images.float()
     tables = hue_tables(images.device)
     images = images.float()
-    value, primary = images.max(dim=1, keepdim=True)
+    value, primary = images.max(dim=1, keepdim=True)  # of two highest channels either gives the same hue
     chroma = value - images.amin(dim=1, keepdim=True)
     circle = torch.cat([images, images[:, :2]], dim=1)
     k = (circle[:, 1:4] - circle[:, 2:5]).gather(1, primary)

@@ -176,29 +176,34 @@ def make_operations(
     groups: dict[tuple[bool, str], list[int]] = {}
     for i, (operations, name, _, _) in enumerate(chosen):
         groups.setdefault((operations is AUTO_AUGMENT_OPERATIONS, name), []).append(i)
-    pixels = torch.arange(height * width).view(1, 1, height, width)
     for (auto, name), members in groups.items():
         amount, sign = (torch.tensor([chosen[i][k] for i in members], dtype=torch.float64) for k in (2, 3))
         found, parameter = chosen[members[0]][0][name](amount, sign, height, width)
         kind[members] = KINDS.index(found)
-        outside = height * width + auto
-        if found == "nearest":
-            # where the pixels of an image of their numbers go
-            moved = affine_nearest(pixels.expand(len(members), -1, -1, -1), parameter, fill=outside)
-            parameter = moved.flatten(1)
-        elif found == "bicubic":
-            taps, fraction = shear_taps(*parameter, height, width)
-            taps[taps == height * width] = outside
-            parameter = torch.cat([taps, fraction.view(torch.int64)], dim=1)
-        elif found == "table":
-            parameter = parameter.view(-1, 1, 256).expand(-1, channels, -1)
         if found in tables:
             row[members] = np.arange(len(members)) + sum(map(len, tables[found]))
-            tables[found].append(parameter)
+            tables[found].append(table_rows(found, parameter, shape, outside=height * width + auto))
         elif parameter is not None:
             factor[members] = parameter
     made = [*map(torch.cat, tables.values()), torch.tensor(FILLS, dtype=torch.uint8)]
     return Operations(kind, row, factor, Tables(*(table.to(device) for table in made)))
+
+
+def table_rows(
+    kind: str, parameter: Tensor | tuple[Tensor, Tensor], shape: torch.Size, outside: int
+) -> Tensor:
+    """Rows of `Tables` for the parameter of an operation. outside: the number of the value of what lies outside."""
+    channels, height, width = shape
+    if kind == "nearest":
+        # where the pixels of an image of their numbers go
+        pixels = torch.arange(height * width).view(1, 1, height, width).expand(len(parameter), -1, -1, -1)
+        return affine_nearest(pixels, parameter, fill=outside).flatten(1)
+    if kind == "bicubic":
+        taps, fraction = shear_taps(*parameter, height, width)
+        return torch.cat(
+            [taps.masked_fill_(taps == height * width, outside), fraction.view(torch.int64)], dim=1
+        )
+    return parameter.view(-1, 1, 256).expand(-1, channels, -1)
 
 
 @cache

@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from common.gpu import augment, policies
 from common.gpu.device import Device
-from common.gpu.image_operations import cubic
+from common.gpu.image_operations import cubic, to_device
 from sfa import training as sfa
 from tests import card_steps
 from tests.card_steps import STEPS, Bench
@@ -139,6 +139,25 @@ def test_an_augmentation_waits_for_nothing_and_starts_few_operators(name, card):
     with torch.random.fork_rng(devices=[]):
         own = call(torch.from_numpy(pixels), torch.Generator().manual_seed(1))
     assert torch.equal(views.cpu(), own)
+
+
+def test_tensors_of_all_types_get_to_a_card_in_one_copy_without_a_wait(card):
+    tensors = [
+        torch.tensor([True, False, True]),
+        torch.rand(2, 3, dtype=torch.float64),
+        torch.empty(0, dtype=torch.int64),
+        torch.arange(10, dtype=torch.uint8)[::2],
+        torch.rand(3, 1).T,
+        torch.arange(4),
+    ]
+    before = card.operators.total()
+    with card.no_syncs():
+        sent = to_device(CARD.device, *tensors)
+    assert card.operators.total() - before == 1
+    for found, own in zip(sent, tensors, strict=True):
+        assert found.device == CARD.device and found.dtype == own.dtype
+        assert torch.equal(found.cpu(), own)
+    assert to_device(torch.device("cpu"), *tensors) == tuple(tensors)
 
 
 def test_a_pass_on_a_card_draws_from_a_generator_of_the_cpu_that_the_cards_own_seeds(card):
