@@ -59,13 +59,6 @@ def test_agrees_with_a_loop_over_groups(group_size, interaction, attention, attn
     assert weights.std() > 1e-3  # or there would be nothing to see
 
 
-@pytest.mark.parametrize(("width", "hidden", "count"), [(512, 96, 98593), (2048, 384, 1574017)])
-def test_the_released_attention_has_its_sizes(width, hidden, count):
-    attention = GroupAttention(width, attention="complement")
-    assert [layer.out_features for layer in attention.projections] == [hidden, hidden]
-    assert sum(p.numel() for p in attention.parameters()) == count
-
-
 def test_members_are_not_interchangeable():
     attention, members = attention_of(8, attention="sigmoid"), members_of(5, 2, 8)
     exchanged = attention(members.flip(1)).flip(1)

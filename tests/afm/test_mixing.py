@@ -26,9 +26,9 @@ def test_mixtures_of_features_and_of_images(shape):
     assert mixed_features(members[:0], weights[:0]).shape == (0, *shape)
 
 
-@pytest.mark.parametrize("group_size", [2, 3, 6])
-def test_the_soft_target_is_the_weighted_label(group_size):
-    logits, labels, weights = case(group_size=group_size)  # a class more than once in a group of six of four
+@pytest.mark.parametrize(("groups", "group_size"), [(6, 2), (1, 3), (6, 6)])
+def test_the_soft_target_is_the_weighted_label(groups, group_size):
+    logits, labels, weights = case(groups, group_size)  # a class more than once in a group of six of four
     expected = F.cross_entropy(logits, mixed_features(F.one_hot(labels, 4).float(), weights))
     found = mixed_loss(logits, labels, target_weights(weights))
     torch.testing.assert_close(found, expected)
