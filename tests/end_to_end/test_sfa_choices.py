@@ -176,6 +176,7 @@ def watched(monkeypatch, tmp_path) -> Callable[..., SimpleNamespace]:
 
     def train_semi(network, peer, optimizer, labelled, unlabelled, **options):
         labelled, own = list(labelled), {"network": network, "peer": peer, "optimizer": optimizer}
+        own["lr"] = optimizer.param_groups[0]["lr"]
         training = SimpleNamespace(**own, options=options, labelled=labelled, unlabelled=set())
         seen.trainings.append(training)
 
@@ -206,7 +207,8 @@ def test_each_network_learns_from_the_selection_of_the_other(selection, watched,
         return clean_probability(losses, seed)
 
     monkeypatch.setattr(Train_cifar.small_loss, "clean_probability", recorded)
-    seen = watched("--selection", selection, *split("--loss gce --gce_q 0.4 --p_threshold 0.4"))
+    flags = split("--loss gce --gce_q 0.4 --p_threshold 0.4 --lr_drop 2 --lambda_u 16")
+    seen = watched("--selection", selection, *flags)
     first, second = seen.nets
     assert [one.network for one in seen.selections] == [first, second] * 2
     assert [(one.network, one.peer) for one in seen.trainings] == [(first, second), (second, first)] * 2
@@ -220,6 +222,11 @@ def test_each_network_learns_from_the_selection_of_the_other(selection, watched,
         assert index.sort().values.tolist() == split_.selected.nonzero()[:, 0].tolist()
         assert training.unlabelled and not split_.selected[list(training.unlabelled)].any()
         assert training.options["loss"].keywords == {"q": 0.4}
+        epoch, steps = number // 2 + 2, len(index) // 32 + 1
+        assert training.lr == pytest.approx(0.02 if epoch == 2 else 0.002)
+        assert [training.options["weight"](step) for step in (0, 1)] == pytest.approx(
+            [epoch - 1, epoch - 1 + 1 / steps]
+        )
         owned = {id(parameter) for group in training.optimizer.param_groups for parameter in group["params"]}
         assert owned == {id(parameter) for parameter in training.network.parameters()}
     # small losses are those of the plain images, with a seed of each selection

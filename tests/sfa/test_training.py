@@ -176,7 +176,6 @@ def evaluated(size: int, order: Tensor) -> dict[str, Tensor]:
 
 SCENARIOS = {
     "warm_up": warmed_up,
-    "all forwarded": trained,
     "all forwarded ldam": partial(trained, loss=LDAM),
     "labelled forwarded": partial(trained, forward_unlabelled=False),
     "all labelled": partial(trained, unlabelled=False),
@@ -277,7 +276,6 @@ def plain_training(unlabelled: bool = True, forward_unlabelled: bool = True, los
 
 PLAIN = {
     "warm_up": plain_warm_up,
-    "all forwarded": plain_training,
     "all forwarded ldam": partial(plain_training, loss=LDAM),
     "labelled forwarded": partial(plain_training, forward_unlabelled=False),
     "all labelled": partial(plain_training, unlabelled=False),
