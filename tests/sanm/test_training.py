@@ -1,4 +1,4 @@
-"""Passes over the data against plain loops: training on a split, losses and scores by position. Warm-up is a recorded case."""
+"""Passes over the data against plain loops: warm-up, training on a split, losses and scores by position."""
 
 import copy
 
@@ -22,6 +22,7 @@ from sanm.training import (
     network_scores,
     sample_losses,
     train_divided,
+    warm_up,
 )
 
 CPU, BF16 = (Device(torch.device("cpu"), precision, "tests") for precision in ("fp32", "bf16"))
@@ -55,6 +56,27 @@ def pass_over(views: int, order: Tensor, size: int) -> list:
 
 def test_the_learning_rate_drops_once_to_a_tenth():
     assert [learning_rate(epoch, 0.02, 3) for epoch in range(6)] == pytest.approx([0.02] * 3 + [0.002] * 3)
+
+
+@pytest.mark.parametrize("penalise", [False, True])
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_warm_up_adds_the_negative_entropy_and_clips_gradients_only_if_asked(clip, penalise):
+    network, order = narrow(), torch.randperm(N, generator=seeded(5))
+    before, ((batch,), index) = copy.deepcopy(network).train(), pass_over(1, order, N)[0]
+    log_p = before(batch).scores.log_softmax(dim=1)
+    expected = -log_p[range(N), labels()[order]].mean()
+    if penalise:
+        expected = expected + (log_p.exp() * log_p).sum(dim=1).mean()
+    expected.backward()
+    optimizer, options = SGD(network.parameters(), 1.0), {"penalise_confidence": penalise, "clip": clip}
+    found = warm_up(network.eval(), optimizer, [((batch,), index)], labels(), CPU, **options)
+    assert found.tolist() == pytest.approx([float(expected.detach())], rel=1e-5)
+    trained = [name for name, parameter in before.named_parameters() if parameter.grad is not None]
+    of = lambda part: torch.cat([part(name).flatten() for name in trained])  # noqa: E731
+    gradient = of(lambda name: before.get_parameter(name).grad)
+    moved = of(lambda name: before.get_parameter(name) - network.get_parameter(name))
+    factor = 1 if clip is None else clip / gradient.norm()
+    torch.testing.assert_close(moved, factor * gradient, rtol=1e-3, atol=1e-6)
 
 
 # training on a split ----------------------------------------------------------------------------------------------------
