@@ -1,8 +1,8 @@
 """sanm/Train_clothing1M.py with a small network in float64: [EPOCH:WHERE ...] FLAGS.
 
-Two processes differ from one by the last digits then; in float32 gradients agree to one to three digits, and a division can tip
-over. With moments, as killed.py has them, it is started once for each, killed there, and once more to run to its end; two
-moments of our own: 0:start, before the first checkpoint, and LAST:weights, in the test of the best weights.
+Two processes then differ from one by the last digits; in float32 gradients agree to one to three digits, and a division can
+change. With moments, as in killed.py, it is started once for each, killed there, and once more to run to its end. Two more
+moments: 0:start, before the first checkpoint, and LAST:weights, in the test of the best weights.
 """
 
 import os

@@ -59,32 +59,6 @@ def maps_of(kind: str, depth: int, height: int, width: int, count: int = 4) -> T
 # the loops --------------------------------------------------------------------------------------------------------------
 
 
-def nearest_two(place: int, size: int, source: int) -> tuple[int, int, float]:
-    """Between which entries of a line a pixel of its enlargement lies, and how far on, half-pixel centres."""
-    at = (place + 0.5) * source / size - 0.5
-    low = math.floor(at)
-    return min(max(low, 0), source - 1), min(max(low + 1, 0), source - 1), at - low
-
-
-def plain_quantised(maps: np.ndarray, height: int, width: int) -> np.ndarray:
-    """q of one image's map [D, h, w]."""
-    energy, large = (maps.astype(np.float64) ** 2).sum(axis=0), np.zeros((height, width))
-    for i in range(height):
-        above, below, down = nearest_two(i, height, energy.shape[0])
-        for j in range(width):
-            left, right, across = nearest_two(j, width, energy.shape[1])
-            top = (1 - across) * energy[above, left] + across * energy[above, right]
-            bottom = (1 - across) * energy[below, left] + across * energy[below, right]
-            large[i, j] = (1 - down) * top + down * bottom
-    return np.floor(255 * (large - large.min()) / (large.max() - large.min() + 1e-12) + 1e-3)
-
-
-def plain_extrema(quantised: np.ndarray) -> list[tuple[int, int]]:
-    """The first place of the largest and of the smallest entry, row by row."""
-    places = [(i, j) for i in range(quantised.shape[0]) for j in range(quantised.shape[1])]
-    return [next(place for place in places if quantised[place] == of(quantised)) for of in (np.max, np.min)]
-
-
 def plain_corner(
     at: tuple[int, int], sides: tuple[int, int], size: tuple[int, int], anchor: str
 ) -> list[int]:
@@ -112,7 +86,8 @@ def plain_mask(form: str, image: np.ndarray, maps: np.ndarray, clean: float, tar
     """
     (channels, *size), copies, targets = image.shape, [], []
     shapes, fills = (2 * [draws[:2]], draws[2:]) if form == "cifar" else ((draws[:2], draws[2:4]), draws[4:])
-    for number, at in enumerate(plain_extrema(plain_quantised(maps, *size))):
+    *at_max, row, column = (int(place) for place in extrema(torch.from_numpy(maps)[None], *size))
+    for number, at in enumerate((at_max, (row, column))):
         base, aspect = shapes[number]
         ratio = base + rule.quality * (1 - clean)
         area = ratio * size[0] * size[1] * (0.5 if form == "cifar" else 1)
@@ -129,19 +104,15 @@ def plain_mask(form: str, image: np.ndarray, maps: np.ndarray, clean: float, tar
 # where the activation is ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", SIZES)
-def test_activations_are_resized_scaled_and_searched_as_pixel_by_pixel(size, kind):
-    _, height, width, *map_size = SIZES[size]
-    maps = maps_of(kind, *map_size)
-    quantised, at = (
-        quantised_activation(maps, height, width),
-        torch.stack(extrema(maps, height, width), dim=1),
-    )
-    for i, own in enumerate(maps.numpy()):
-        plain = plain_quantised(own, height, width)
-        assert np.array_equal(quantised[i].numpy(), plain)
-        assert at[i].tolist() == [place for of in plain_extrema(plain) for place in of]
+def test_the_extrema_are_the_first_pixels_of_the_plateaus_at_the_ends_of_an_enlarged_map():
+    """Of a map of 3 x 5 on 12 x 20 pixels the last place has its centre at 9.5, 17.5: from pixel 10, 18 on it is alone."""
+    maps = torch.full((3, 2, 3, 5), 1.0)
+    maps[0, 0, 2, 4], maps[0, :, 0, 4] = 2.0, 0.0
+    maps[1, 0, 1, 2], maps[1, :, 2, 0] = -2.0, 0.0
+    maps[2] = 1.7  # constant: the first pixel
+    found = torch.stack(extrema(maps, 12, 20), dim=1).tolist()
+    assert found == [[10, 18, 0, 18], [5, 9, 10, 0], [0, 0, 0, 0]]
+    assert quantised_activation(maps, 12, 20).amax(dim=(1, 2)).tolist() == [255, 255, 0]
 
 
 def test_the_smallest_place_is_the_first_below_a_255th_of_the_range():
