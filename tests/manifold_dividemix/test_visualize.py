@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb, to_rgba
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from common.runs import cli
@@ -248,83 +248,64 @@ def truth(run):
     return dict(zip(map(to_rgb, colors), members, strict=True)), ood
 
 
-def test_outlier_scores_are_drawn_by_kind_with_the_removed_ones_marked(run, drawn, truth):
+def test_scores_and_clean_probabilities_are_drawn_by_kind(run, drawn, truth):
     kinds, ood = truth
     panels = draw(drawn, run)
+    counts = {color: members.sum() for color, members in kinds.items()}
     for name, title in (("first", "first look (epoch 1)"), ("last", "last look (epoch 7)")):
         axes = panels[f"Outlier score, {title}"]
         with np.load(run / f"outliers_{name}.npz") as file:
-            score, kept = file["score"], file["kept"]
-        assert filled(axes) == {color: members.sum() for color, members in kinds.items()}
+            score, kept, clean = file["score"], file["kept"], file.get("clean_probability")
+        assert filled(axes) == counts
         (line,) = axes.get_lines()
         assert line.get_xdata()[0] == score[~kept].max()
         assert line.get_label() == f"up to here {(~kept).sum()} removed"
         pairs = score[ood][:, None] < score[~ood]  # the area under the curve, by its definition
         assert axes.get_title().split("\n")[1] == f"AUROC against true OOD {pairs.mean():.3f}"
-
-
-def test_clean_probabilities_are_drawn_by_kind_with_the_threshold(run, drawn, truth):
-    kinds, _ = truth
-    axes = draw(drawn, run)["Clean probability, last look (epoch 7)"]
-    assert filled(axes) == {color: members.sum() for color, members in kinds.items()}
-    assert axes.get_lines()[0].get_xdata()[0] == 0.3
-    with np.load(run / "outliers_last.npz") as file:
-        clean = file["clean_probability"]
+    axes = panels["Clean probability, last look (epoch 7)"]
+    assert filled(axes) == counts and axes.get_lines()[0].get_xdata()[0] == 0.3
     right, wrong, _ = kinds.values()
     area = (clean[right][:, None] > clean[wrong]).mean()
     assert axes.get_title().split("\n")[1] == f"AUC {area:.3f} of clean against noisy labels"
+    (legend,) = drawn[0].subfigs[1].legends
+    names = ("clean", "noisy label, in distribution", "out of distribution")
+    numbers = [f"{name}: {count}" for name, count in zip(names, counts.values(), strict=True)]
+    assert [text.get_text() for text in legend.get_texts()] == [*numbers, "kept", "removed"]
 
 
-def test_embeddings_are_coloured_by_kind_and_removed_ones_have_another_marker(run, drawn, truth):
+def test_embeddings_are_coloured_by_kind_and_precision_stands_beside_chance(run, drawn, truth):
     kinds, _ = truth
-    axes = draw(drawn, run)["Embeddings, last look (epoch 7)"]
+    panels = draw(drawn, run)
+    axes = panels["Embeddings, last look (epoch 7)"]
     assert axes.get_title().split("\n")[1] == f"{SHOWN} of {N} samples"
     with np.load(run / "outliers_last.npz") as file:
         kept, shown, embedding = file["kept"], file["shown"], file["embedding"].astype(np.float32)
     points = visualize.project(embedding, "pca")
-    crosses = axes.collections[1].get_paths()[0].vertices
-    assert not np.array_equal(axes.collections[0].get_paths()[0].vertices, crosses)
-    for drawn_points, chosen in zip(axes.collections, (kept[shown], ~kept[shown]), strict=True):
-        assert 0 < chosen.sum() == len(drawn_points.get_offsets())
-        assert np.allclose(drawn_points.get_offsets(), points[chosen])
-        shades = np.broadcast_to(drawn_points.get_facecolors(), (chosen.sum(), 4))
+    markers = [marks.get_paths()[0].vertices for marks in axes.collections]
+    assert not np.array_equal(*markers)  # removed ones have another
+    for marks, chosen in zip(axes.collections, (kept[shown], ~kept[shown]), strict=True):
+        assert 0 < chosen.sum() == len(marks.get_offsets())
+        assert np.allclose(marks.get_offsets(), points[chosen])
+        shades = np.broadcast_to(marks.get_facecolors(), (chosen.sum(), 4))
         expected = [next(c for c, members in kinds.items() if members[i]) for i in shown[chosen]]
         assert np.allclose(shades[:, :3], expected)
-
-
-def test_precision_and_recall_stand_beside_those_of_chance_over_one_legend(run, drawn, truth):
-    lines = {line.get_label(): line for line in draw(drawn, run)["Removal against true OOD"].get_lines()}
+    lines = {line.get_label(): line for line in panels["Removal against true OOD"].get_lines()}
     assert lines["precision"].get_xdata().tolist() == [*range(1, 9)]
     assert np.allclose(lines["precision"].get_ydata(), [50] * 4 + [np.nan] * 4, equal_nan=True)
     assert lines["recall"].get_ydata().tolist() == [25] * 4 + [75] * 4
     assert np.allclose(lines["precision at random: OOD ratio 20 %"].get_ydata(), 20)
-    (legend,) = drawn[0].subfigs[1].legends
-    numbers = [members.sum() for members in truth[0].values()]
-    assert [text.get_text() for text in legend.get_texts()] == [
-        f"clean: {numbers[0]}",
-        f"noisy label, in distribution: {numbers[1]}",
-        f"out of distribution: {numbers[2]}",
-        *("kept", "removed"),
-    ]
     assert np.allclose(lines["recall at random"].get_ydata(), [100 * 6 / N] * 4 + [100 * 12 / N] * 4)
 
 
 def test_if_true_labels_are_unknown_there_is_one_colour_and_no_precision(tmp_path, drawn):
     panels = draw(drawn, write_finished(tmp_path / "run", known=False))
-    assert list(panels)[1:] == [
-        "Outlier score, first look (epoch 1)",
-        "Outlier score, last look (epoch 7)",
-        "Clean probability, last look (epoch 7)",
-        "Embeddings, first look (epoch 1)",
-        "Embeddings, last look (epoch 7)",
-    ]
-    for name in list(panels)[1:4]:
-        assert filled(panels[name]) == {to_rgb("tab:blue"): N}
-        assert "AU" not in panels[name].get_title()
-    kept, removed = panels["Embeddings, last look (epoch 7)"].collections
-    assert len(kept.get_offsets()) + len(removed.get_offsets()) == SHOWN
-    for points in (kept, removed):
-        assert np.allclose(points.get_facecolors()[:, :3], to_rgba("tab:blue")[:3])
+    first, last = "first look (epoch 1)", "last look (epoch 7)"
+    scores = [f"Outlier score, {first}", f"Outlier score, {last}", f"Clean probability, {last}"]
+    assert list(panels)[1:] == [*scores, f"Embeddings, {first}", f"Embeddings, {last}"]
+    for name in scores:
+        assert filled(panels[name]) == {to_rgb("tab:blue"): N} and "AU" not in panels[name].get_title()
+    for points in panels[f"Embeddings, {last}"].collections:
+        assert np.allclose(points.get_facecolors()[:, :3], to_rgb("tab:blue"))
 
 
 def test_a_run_without_splits_has_one_removal_and_a_split_without_warm_up_is_the_first(tmp_path, drawn):
@@ -346,27 +327,18 @@ def test_without_ood_images_there_is_no_precision_and_without_removal_no_line(ru
     assert first.get_title() == "Outlier score, first look (epoch 1)" and not first.get_lines()
 
 
-def test_runs_that_are_not_finished_give_curves_alone(run, drawn):
-    (run / "result.json").unlink()
-    assert list(draw(drawn, run)) == ["Test accuracy: digits with 20 % photographs"]
-
-
-def test_the_figure_is_written_whole(run, tmp_path, monkeypatch, capsys):
+def test_the_figure_is_written_whole_with_t_sne_by_default(run, tmp_path, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
     monkeypatch.chdir(tmp_path)
+    write, figures_ = visualize.figures.write, []
+    monkeypatch.setattr(visualize.figures, "write", lambda *given: figures_.append(given[0]) or write(*given))
     visualize.main([str(run)])
     with Image.open(tmp_path / "manifold_dividemix.png") as image:
-        assert image.width > 1000
-        assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 100
+        assert image.width > 1000 and len(image.convert("RGB").getcolors(maxcolors=2**24)) > 100
+    assert {axes.get_xlabel() for axes in figures_[0].axes if axes.get_title()[:3] == "Emb"} == {"t-SNE 1"}
     assert capsys.readouterr().out == "figure in manifold_dividemix.png\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifold_dividemix.png", "run"]
     assert before == {path: path.stat().st_mtime_ns for path in run.iterdir()}, "the run is left as it is"
-
-
-def test_the_projection_is_t_sne_by_default(run, drawn):
-    visualize.main([str(run), "--out", "figure.png"])
-    panels = [axes for axes in drawn[0].axes if axes.get_title().startswith("Embeddings")]
-    assert [axes.get_xlabel() for axes in panels] == ["t-SNE 1"] * 2
 
 
 # mistakes ---------------------------------------------------------------------------------------------------------------
@@ -382,60 +354,46 @@ def test_a_run_of_another_paper_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
-        ("args.json", b"{", "is damaged"),
         ("args.json", b'{"paper": "manifold_dividemix", "method": "CE", "arguments": {}}', "it has no dataset"),
-        ("log.csv", None, "is no run directory: log.csv is missing"),
-        ("log.csv", b"epoch,loss\n1,0.5\n", "is damaged"),
         ("log.csv", b"epoch,test_accuracy\n1,50\n", "log.csv is damaged: it has no removed"),
         ("log.csv", f"{COLUMNS}\n1,50,6,much,0.5\n".encode(), "log.csv is damaged (could not convert"),
-        ("samples.npz", b"half", "samples.npz is damaged"),
         ("samples.npz", None, "samples.npz is damaged"),
         ("outliers_first.npz", b"half", "outliers_first.npz is damaged"),
         ("outliers_last.npz", b"half", "outliers_last.npz is damaged"),
+        ("samples.npz", {"observed": None}, "it has no observed"),
+        ("samples.npz", {"ood": None}, "observed, clean of shapes"),
+        ("samples.npz", {"clean": np.zeros(3, int)}, "of shapes"),
+        ("samples.npz", {"ood": np.zeros(N, int)}, "ood is not boolean"),
+        ("outliers_last.npz", {"score": None}, "it has no score"),
+        ("outliers_last.npz", {"score": np.full(N, np.nan)}, "finite"),
+        ("outliers_last.npz", {"score": np.full(N, "a")}, "finite numbers"),
+        ("outliers_last.npz", {"clean_probability": np.full(N, np.inf)}, "finite"),
+        ("outliers_last.npz", {"kept": np.ones(N - 1, bool)}, f"it is not of the {N} samples"),
+        ("outliers_last.npz", {"kept": np.ones(N)}, "of another kind"),
+        ("outliers_last.npz", {"shown": np.arange(SHOWN) * 1.0}, "of another kind"),
+        ("outliers_last.npz", {"embedding": np.ones(SHOWN)}, "of another kind"),
+        ("outliers_last.npz", {"shown": np.arange(SHOWN - 1)}, "not the positions"),
+        ("outliers_last.npz", {"shown": np.arange(SHOWN) + N - SHOWN + 1}, "not the positions"),
+        ("args.json", "p_threshold", "args.json is damaged: it has no p_threshold"),
+        ("args.json", "warmup_epoch", "args.json is damaged: it has no warmup_epoch"),
     ],
 )  # fmt: skip
 def test_a_damaged_run_is_refused_in_one_line(name, content, line, run, tmp_path, capsys):
-    (run / name).unlink()
-    if content is not None:
-        (run / name).write_bytes(content)
+    """content: of the file, None: it is missing; arrays that change in it; a flag that is missing."""
+    path = run / name
+    if isinstance(content, dict):
+        change(path, **content)
+    elif isinstance(content, str):
+        description = json.loads(path.read_text())
+        del description["arguments"][content]
+        path.write_text(json.dumps(description))
+    elif content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
     message = refused(capsys, run, "--out", tmp_path / "figure.png")
-    assert line in message
-    assert str(run) in message
+    assert line in message and str(run) in message
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-@pytest.mark.parametrize(
-    ("name", "arrays", "line"),
-    [
-        ("samples", {"observed": None}, "it has no observed"),
-        ("samples", {"ood": None}, "observed, clean of shapes"),
-        ("samples", {"clean": np.zeros(3, int)}, "of shapes"),
-        ("samples", {"ood": np.zeros(N, int)}, "ood is not boolean"),
-        ("outliers_last", {"score": None}, "it has no score"),
-        ("outliers_last", {"score": np.full(N, np.nan)}, "finite"),
-        ("outliers_last", {"score": np.full(N, "a")}, "finite numbers"),
-        ("outliers_last", {"clean_probability": np.full(N, np.inf)}, "finite"),
-        ("outliers_last", {"kept": np.ones(N - 1, bool)}, f"it is not of the {N} samples"),
-        ("outliers_last", {"kept": np.ones(N)}, "of another kind"),
-        ("outliers_last", {"shown": np.arange(SHOWN) * 1.0}, "of another kind"),
-        ("outliers_last", {"embedding": np.ones(SHOWN)}, "of another kind"),
-        ("outliers_last", {"shown": np.arange(SHOWN - 1)}, "not the positions"),
-        ("outliers_last", {"shown": np.arange(SHOWN) + N - SHOWN + 1}, "not the positions"),
-    ],
-)
-def test_arrays_that_do_not_fit_are_refused(name, arrays, line, run, capsys):
-    change(run / f"{name}.npz", **arrays)
-    message = refused(capsys, run)
-    assert f"{run / name}.npz is damaged" in message
-    assert line in message
-
-
-@pytest.mark.parametrize("flag", ["p_threshold", "warmup_epoch"])
-def test_a_flag_that_is_missing_is_named(flag, run, capsys):
-    description = json.loads((run / "args.json").read_text())
-    del description["arguments"][flag]
-    (run / "args.json").write_text(json.dumps(description))
-    assert f"args.json is damaged: it has no {flag}" in refused(capsys, run)
 
 
 @pytest.mark.parametrize("flags", [["--out", "figure.gif"], ["--projection", "umap"]])
