@@ -1,4 +1,4 @@
-"""A training set with wrong labels and OOD images (out of distribution): the benchmark of DSOS, SNCF, PLS and Manifold DivideMix."""
+"""A training set with wrong labels and out-of-distribution (OOD) images: the benchmark of DSOS, SNCF and PLS."""
 
 import hashlib
 import io
