@@ -1,6 +1,6 @@
-"""manifold_dividemix/train_semisup.py as a user starts it, killed and started again, by two processes; and in its variants.
+"""manifold_dividemix/train_semisup.py as a user starts it, killed and resumed, by two processes; and in its variants.
 
-A process start costs seconds, so the processes that several tests look at are run once, two at a time.
+A process start costs seconds, so processes that several tests use are run once, two at a time.
 """
 
 import json
@@ -47,8 +47,8 @@ FLAGS = split(
     "--limit_train 520 --lr-head 0.1 --lr-backbone 0.02 --eval-train"
 )
 EPOCHS = 6
-# before the first checkpoint; in the first look at all samples; in the warm-up; between a row and its checkpoint; in the look at
-# a split; in MixEMatch on a split of the epoch before; in MixEMatch on a new one; in the last test, and in the pass after it
+# before the first checkpoint; in the first embeddings; in the warm-up; between a row and its checkpoint; in the embeddings of a
+# split; in MixEMatch on a split of the epoch before; in MixEMatch on a new one; in the last test, and in the pass after it
 MOMENTS = (
     *("0:start", "1:embeddings", "1:warm-up", "2:log", "3:embeddings", "4:training", "5:training"),
     *("6:test", "6:training accuracy"),
@@ -72,24 +72,22 @@ TINY = split(
 
 
 def in_turn(base: Path) -> list[int]:
-    """As a module: left alone; killed again and again, then left alone, and once more when it is finished; and by two processes
-    without a pool."""
+    """As a module: to the end; killed at each moment and resumed, also when finished; two processes without a pool."""
     for name in ("whole", "killed"):
         (base / name).mkdir()
-    jobs = forked("train_semisup", base / "whole", FLAGS) + forked(
-        "train_semisup", base / "killed", FLAGS, *MOMENTS
-    )
+    jobs = forked("train_semisup", base / "whole", FLAGS)
+    jobs += forked("train_semisup", base / "killed", FLAGS, *MOMENTS)
     no_pool = forked("train_semisup", base / "no_pool", [*TINY, "--corruption", "nowhere"], processes=2)
     return run_jobs([*jobs, jobs[-1], *no_pool])
 
 
 def by_two(base: Path) -> Ended:
     """By path under torchrun, from another folder where other copies are installed."""
-    environment = wrong_copies(base / "by_two" / "elsewhere")
+    environment = wrong_copies(base / "by_two" / "other")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     script = ROOT / "manifold_dividemix" / "train_semisup.py"
     words = [*TINY, *split("--batch-size 20 --limit_train 160 --out ../run")]
-    return start(*torchrun, script, *words, cwd=base / "by_two" / "elsewhere", **environment)
+    return start(*torchrun, script, *words, cwd=base / "by_two" / "other", **environment)
 
 
 @pytest.fixture(scope="module")
@@ -152,27 +150,21 @@ def refused(capsys, *words: str) -> str:
     return line
 
 
-def write_npz(path: Path, count: int, side: int, seed: int) -> Path:
+def write_npz(path: Path, count: int, side: int, seed: int) -> None:
     """A data set of colour images in three classes, each in a colour of its own."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % 3
     images = rng.integers(0, 60, (count, side, side, 3), dtype=np.uint8)
     images[np.arange(count), :, :, labels] += 120
-    of_test = slice(0, 6)
-    np.savez(
-        path,
-        train_images=images,
-        train_labels=labels,
-        test_images=images[of_test],
-        test_labels=labels[of_test],
-    )
-    return path
+    test = {"test_images": images[:6], "test_labels": labels[:6]}
+    np.savez(path, train_images=images, train_labels=labels, **test)
 
 
 # a whole run ------------------------------------------------------------------------------------------------------------
 
 
-def test_it_runs_to_the_end_and_leaves_its_files(base, run):
+@pytest.mark.slow
+def test_it_leaves_its_files_and_the_log_has_no_split_in_the_warm_up(base, run):
     out, err = ((base / f"whole.{name}").read_text() for name in ("out", "err"))
     assert all(line.startswith("warning: class ") for line in err.splitlines())
     assert f"epoch {EPOCHS}/{EPOCHS}  " in out and "\nfinished: test_accuracy best " in out
@@ -182,14 +174,10 @@ def test_it_runs_to_the_end_and_leaves_its_files(base, run):
         "train_index.npy",
     }  # fmt: skip
     assert list((run / "tensorboard").iterdir())
-
-
-def test_the_log_has_a_row_per_epoch_and_no_split_in_warm_up(run):
     rows = table(run)
     assert list(rows[0]) == COLUMNS
     assert [int(row["epoch"]) for row in rows] == list(range(1, EPOCHS + 1))
-    assert all(row[name] == "" for row in rows[:2] for name in OF_SPLIT)
-    assert all(row[name] != "" for row in rows[2:] for name in OF_SPLIT)
+    assert all((row[name] == "") == (row in rows[:2]) for row in rows for name in OF_SPLIT)
     assert [row["ood_auroc"] != "" for row in rows] == [True, False, True, False, True, False]
     assert column(run, "removed") == REMOVED
     cosine = [0.05 * (1 + math.cos(math.pi * epoch / EPOCHS)) for epoch in range(EPOCHS)]
@@ -204,8 +192,19 @@ def test_the_log_has_a_row_per_epoch_and_no_split_in_warm_up(run):
         factor = (float(row["loss"]) - labelled - part["contrastive"] - part["penalty"]) / ramped
         since = int(row["epoch"]) - 3  # epochs since the warm-up: the ramp takes sixteen
         assert since / 16 - 1e-3 <= factor <= (since + 1) / 16 + 1e-3
+    found = result(run)
+    expected = {
+        "paper": "manifold_dividemix", "method": "Manifold DivideMix", "dataset": "digits", "noise_type": "sym + photographs",
+        "noise_rate": 0.2, "ood_ratio": 0.2, "profile": "embedded+limit_train=520", "fidelity": "paper", "seed": 123,
+        "epochs": EPOCHS,
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == expected
+    assert found["command"].startswith("python -m manifold_dividemix.train_semisup --dataset digits ")
+    # labelled samples alone count as trained on, of an epoch on a split
+    assert found["images"] == 2 * 520 + sum(column(run, "labelled"))
 
 
+@pytest.mark.slow
 def test_the_statistics_of_the_last_split_are_those_of_what_is_kept_of_it(run):
     arrays, samples, last = np.load(run / "outliers_last.npz"), np.load(run / "samples.npz"), table(run)[-2]
     ood, right = samples["ood"], (samples["observed"] == samples["clean"]) & ~samples["ood"]
@@ -240,21 +239,21 @@ def test_the_statistics_of_the_last_split_are_those_of_what_is_kept_of_it(run):
     assert float(table(run)[0]["ood_auroc"]) == pytest.approx(roc_auc_score(ood, -first["score"]))
 
 
+@pytest.mark.slow
 def test_images_and_labels_are_the_benchmarks(run):
     data, rng = datasets.load("digits", "."), np.random.RandomState(2718)
     replaced = np.flatnonzero(rng.random_sample(1437) < 0.2)
-    index = datasets.limited(np.arange(1437), 520, 123)
-    samples = np.load(run / "samples.npz")
+    index, samples = datasets.limited(np.arange(1437), 520, 123), np.load(run / "samples.npz")
     assert np.array_equal(np.load(run / "train_index.npy"), index)
     assert np.array_equal(samples["ood"], np.isin(index, replaced))
     assert np.array_equal(samples["clean"], data.train.labels[index])
     assert np.array_equal(samples["observed"], np.load(run / "noisy_labels.npy"))
-    assert np.array_equal(samples["observed"][samples["ood"]], samples["clean"][samples["ood"]])
-    own = ~samples["ood"]
-    assert (samples["observed"] != samples["clean"])[own].mean() == pytest.approx(0.25 * 0.9, abs=0.06)
+    wrong, own = samples["observed"] != samples["clean"], ~samples["ood"]
+    assert not wrong[~own].any() and wrong[own].mean() == pytest.approx(0.25 * 0.9, abs=0.06)
     assert json.loads((run / "images.json").read_text())["replaced"] == len(replaced)
 
 
+@pytest.mark.slow
 def test_accuracies_are_those_of_the_last_checkpoints_network(run):
     data, index = datasets.load("digits", "."), np.load(run / "train_index.npy")
     network = Network(make_encoder("resnet18", 1, 8), 64, 10).eval()
@@ -265,7 +264,7 @@ def test_accuracies_are_those_of_the_last_checkpoints_network(run):
     hits, last = best == data.test.labels[:, None], table(run)[-1]
     assert float(last["test_accuracy"]) == pytest.approx(100 * hits[:, 0].mean(), abs=0.3)  # a tie of 360
     assert float(last["test_top5"]) == pytest.approx(100 * hits.any(axis=1).mean(), abs=0.3)
-    # the images that are not from elsewhere, which are as they are in the data set
+    # the images in distribution, which are as they are in the data set
     samples = np.load(run / "samples.npz")
     train = Images(data.train.images[index][~samples["ood"]], data.mean, data.std, torch.device("cpu"))
     with torch.no_grad():
@@ -280,19 +279,7 @@ def test_accuracies_are_those_of_the_last_checkpoints_network(run):
         assert metrics[f"last_{name}"] == float(last[name])
 
 
-def test_the_result_says_what_was_run(run):
-    expected = {
-        "paper": "manifold_dividemix", "method": "Manifold DivideMix", "dataset": "digits", "noise_type": "sym + photographs",
-        "noise_rate": 0.2, "ood_ratio": 0.2, "profile": "embedded+limit_train=520", "fidelity": "paper", "seed": 123,
-        "epochs": EPOCHS,
-    }  # fmt: skip
-    found = result(run)
-    assert {name: found[name] for name in expected} == expected
-    assert found["command"].startswith("python -m manifold_dividemix.train_semisup --dataset digits ")
-    # labelled samples alone count as trained on, of an epoch on a split
-    assert found["images"] == 2 * 520 + sum(column(run, "labelled"))
-
-
+@pytest.mark.slow
 def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, run, ends):
     out, err = ((base / f"killed.{name}").read_text() for name in ("out", "err"))
     assert ends["in_turn"].result()[1:-1] == [-9] * len(MOMENTS) + [0, 0]
@@ -304,6 +291,7 @@ def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(bas
     assert_same_run(base / "killed" / "run", run)
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_digits_to_the_end(base, ends):
     end, run = ends["by_two"].result(), base / "by_two" / "run"
     assert end.status == 0, end.err
@@ -311,15 +299,11 @@ def test_two_processes_train_on_digits_to_the_end(base, ends):
     rows, found = table(run), result(run)
     assert rows[1]["labelled_loss"] != ""  # it has come to MixEMatch
     assert found["environment"]["processes"] == 2
-    assert found["command"].startswith(
-        "torchrun --nproc_per_node=2 manifold_dividemix/train_semisup.py --dataset "
-    )
-    assert (
-        found["images"] == 160 + int(rows[1]["labelled"]) // 20 * 20
-    )  # an image counts once, not in each process
-
-
-def test_data_that_two_processes_lack_are_told_of_once(base, ends):
+    torchrun = "torchrun --nproc_per_node=2 manifold_dividemix/train_semisup.py --dataset "
+    assert found["command"].startswith(torchrun)
+    # an image counts once, not in each process
+    assert found["images"] == 160 + int(rows[1]["labelled"]) // 20 * 20
+    # data that both lack give one line
     assert ends["in_turn"].result()[-1] == 2
     (line,) = (base / "no_pool.err").read_text().splitlines()
     assert "--corruption nowhere: unknown data set nowhere" in line and not (base / "no_pool").exists()
@@ -328,6 +312,7 @@ def test_data_that_two_processes_lack_are_told_of_once(base, ends):
 # what it learns ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pre_trained_it_learns_digits(tmp_path):
     """Seeds 1, 2, 3 ended at 71, 76 and 75 percent."""
     data = split("--dataset digits --device cpu --limit_train 500 --seed 1")
@@ -344,7 +329,7 @@ def test_pre_trained_it_learns_digits(tmp_path):
 def test_the_oracle_of_the_readme_removes_ood_images_only(tmp_path, monkeypatch):
     text = (ROOT / "manifold_dividemix" / "README.md").read_text()
     (code,) = re.findall(r"^    import sys, torch\n(?:    .*\n)+", text, re.MULTILINE)
-    for name in ("judge", "knn_scores"):  # what the code replaces is put back
+    for name in ("select", "knn_scores"):  # what the code replaces is put back
         monkeypatch.setattr(train_semisup, name, getattr(train_semisup, name))
     monkeypatch.setattr("sys.argv", ["oracle.py", *TINY, "--out", str(tmp_path / "run")])
     exec(dedent(code), {})
@@ -355,6 +340,7 @@ def test_the_oracle_of_the_readme_removes_ood_images_only(tmp_path, monkeypatch)
 # seeds ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_run_and_another_seed_another(tmp_path, tiny):
     again = small(tmp_path / "again" / "run")
     assert_same_run(again, tiny)
@@ -408,17 +394,7 @@ def test_frozen_batch_norms_keep_all_statistics_while_weights_are_trained(tmp_pa
     assert result(run)["fidelity"] == ("released" if released else "paper")
 
 
-def test_a_frozen_encoder_stays_as_it_is_and_the_rest_is_trained(tmp_path, encoder):
-    run = small(tmp_path / "run", "--pretrained", str(encoder), "--weights", "freeze")
-    weights, before = state(run)["network"], safetensors.torch.load_file(encoder)
-    own = {name.removeprefix("encoder."): v for name, v in weights.items() if name.startswith("encoder.")}
-    assert differences(own, before) == []
-    assert weights["projection_bn.num_batches_tracked"] > 0  # it is in train mode
-    assert len(state(run)["optimizer"]["param_groups"]) == 1
-    one_epoch = small(tmp_path / "one", "--pretrained", str(encoder), "--weights", "freeze", "--epochs", "1")
-    assert not torch.equal(weights["classifier.weight"], state(one_epoch)["network"]["classifier.weight"])
-
-
+@pytest.mark.slow
 def test_scores_of_the_encoder_before_training_are_kept_and_survive_a_kill(
     tmp_path, tiny, encoder, monkeypatch
 ):
@@ -452,15 +428,6 @@ def test_scores_of_the_encoder_before_training_are_kept_and_survive_a_kill(
     # the lock of a killed run is freed with its process
     shutil.copytree(tmp_path / "killed" / "run", tmp_path / "resumed" / "run")
     assert_same_run(small(tmp_path / "resumed" / "run", *words), run)
-
-
-def test_removing_none_keeps_all(tmp_path):
-    run = small(tmp_path / "run", "--remove-ood", "0")
-    assert column(run, "removed") == [0, 0] and column(run, "removal_recall") == [0, 0]
-    assert column(run, "removal_precision") == []
-    assert state(run)["memory"]["kept"].all()
-    assert result(run)["method"] == "Manifold DivideMix without OOD removal"
-    assert column(run, "labelled")[0] + column(run, "unlabelled")[0] == 160
 
 
 def test_without_a_split_there_is_cross_entropy_to_the_end(tmp_path):
@@ -518,33 +485,30 @@ def test_last_batches_of_one_are_trained_on_but_for_unlabelled_ones(tmp_path, mo
     assert len(column(run, "contrastive_loss")) == 1
 
 
-def test_without_noise_the_labels_are_right_whatever_the_ratio(tmp_path, tiny):
-    run = small(tmp_path / "run", "--noise-type", "no")
-    samples = np.load(run / "samples.npz")
+def test_without_noise_and_without_removal(tmp_path, tiny):
+    run = small(tmp_path / "run", "--noise-type", "no", "--remove-ood", "0")
+    samples, found = np.load(run / "samples.npz"), result(run)
     assert np.array_equal(samples["observed"], samples["clean"])
-    assert (result(run)["noise_type"], result(run)["noise_rate"]) == ("no + photographs", 0)
-    assert result(run)["noise"]["realised_rate"] == 0
+    assert (found["noise_type"], found["noise_rate"]) == ("no + photographs", 0)
+    assert found["noise"]["realised_rate"] == 0 and found["method"].endswith("without OOD removal")
     assert column(run, "clean_auc") == []  # none is wrong
+    assert column(run, "removed") == [0, 0] and column(run, "removal_recall") == [0, 0]
+    assert column(run, "removal_precision") == [] and state(run)["memory"]["kept"].all()
+    assert column(run, "labelled")[0] + column(run, "unlabelled")[0] == 160
     assert (run / "images.json").read_bytes() == (tiny / "images.json").read_bytes()
 
 
-def test_without_images_from_elsewhere_there_is_label_noise_alone(tmp_path):
-    run = small(tmp_path / "run", "--ood-ratio", "0", "--corruption", "nowhere")
-    assert json.loads((run / "images.json").read_text())["replaced"] == 0
-    assert not np.load(run / "samples.npz")["ood"].any()
-    assert (result(run)["noise_type"], result(run)["ood_ratio"]) == ("sym", 0)
-    assert column(run, "ood_auroc") == [] and column(run, "removal_recall") == []
-    assert column(run, "removal_precision") == [0, 0] and column(run, "labelled_ood") == [0]
-
-
-def test_asymmetric_noise_follows_the_map(tmp_path, tiny):
-    run = small(tmp_path / "run", "--noise-type", "asym", "--noise-ratio", "0.4")
-    samples = np.load(run / "samples.npz")
+def test_without_ood_images_there_is_asymmetric_label_noise_alone(tmp_path):
+    words = split("--ood-ratio 0 --corruption nowhere --noise-type asym --noise-ratio 0.4")
+    run = small(tmp_path / "run", *words)
+    samples, found = np.load(run / "samples.npz"), result(run)
+    assert json.loads((run / "images.json").read_text())["replaced"] == 0 and not samples["ood"].any()
     wrong = samples["observed"] != samples["clean"]
     pairs = set(zip(samples["clean"][wrong].tolist(), samples["observed"][wrong].tolist(), strict=True))
-    assert pairs == set(noise.CIFAR10_LOOK_ALIKES.items()) and not wrong[samples["ood"]].any()
-    assert result(run)["noise_type"] == "asym + photographs"
-    assert (run / "images.json").read_bytes() == (tiny / "images.json").read_bytes()
+    assert pairs == set(noise.CIFAR10_LOOK_ALIKES.items())
+    assert (found["noise_type"], found["ood_ratio"]) == ("asym", 0)
+    assert column(run, "ood_auroc") == [] and column(run, "removal_recall") == []
+    assert column(run, "removal_precision") == [0, 0] and column(run, "labelled_ood") == [0]
 
 
 def test_colour_images_of_an_npz_with_those_of_another_in_the_released_network(tmp_path):
@@ -552,23 +516,13 @@ def test_colour_images_of_an_npz_with_those_of_another_in_the_released_network(t
     write_npz(tmp_path / "other.npz", 40, 20, 1)
     words = split("--dataset mine --corruption other --epochs 1 --batch-size 5 --limit_train 10")
     run = small(tmp_path / "run", *words, "--data-dir", str(tmp_path))
-    found = result(run)
+    found, weights = result(run), state(run)["network"]
     assert (found["dataset"], found["noise_type"]) == ("mine", "sym + other")
-    assert found["profile"] == "short+limit_train=10"
-    weights = state(run)["network"]
-    assert (
-        sum(
-            value.numel()
-            for name, value in weights.items()
-            if "running" not in name and "tracked" not in name
-        )
-        > 11e6
-    )
+    assert found["profile"] == "short+limit_train=10" and len(np.load(run / "train_index.npy")) == 10
+    assert weights["encoder.layer4.1.conv2.weight"].shape == (512, 512, 3, 3)
     assert weights["classifier.weight"].shape == (3, 512)
-    index, images = np.load(run / "train_index.npy"), json.loads((run / "images.json").read_text())
-    assert (
-        len(index) == 10 and images["replaced"] == (np.random.RandomState(2718).random_sample(24) < 0.2).sum()
-    )
+    replaced = json.loads((run / "images.json").read_text())["replaced"]
+    assert replaced == (np.random.RandomState(2718).random_sample(24) < 0.2).sum()
 
 
 # refused ----------------------------------------------------------------------------------------------------------------
@@ -587,65 +541,18 @@ def test_a_run_that_began_with_other_images_labels_or_arguments_is_refused(tmp_p
     before = content_of(run)
 
     def refused_again(*more: str) -> str:
-        copy = (
-            tmp_path / f"copy{len(list(tmp_path.iterdir()))}"
-        )  # the lock of a refused run is freed with its process
+        copy = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"  # a process frees its locks at its end
         shutil.copytree(run, copy)
         line = refused(capsys, *words, *more, "--out", str(copy))
         assert content_of(copy) == before
         return line
 
     write_npz(pool, 400, 8, 1)
-    assert re.search(
-        "began with other images: the pool or the list changed .*choose another --out", refused_again()
-    )
+    assert "began with other images: the pool or the list changed" in refused_again()
     write_npz(pool, 400, 8, 0)
     np.save(file, np.roll(labels, 2))
-    assert re.search(
-        "began with other labels: the data, --noise_file or the posterior changed", refused_again()
-    )
+    assert "began with other labels: the data, --noise_file or the posterior changed" in refused_again()
     np.save(file, np.roll(labels, 1))
     assert "alpha was 4, now 2.0" in refused_again("--alpha", "2")
     small(run, *words)  # with everything as it was, it is finished
     assert content_of(run) == before
-
-
-@pytest.mark.parametrize(
-    ("words", "pattern"),
-    [
-        ("--corruption nowhere", r"--corruption nowhere: unknown data set nowhere: .* photographs"),
-        ("--corruption imagenet32", r"ImageNet 32x32 not found in .*imagenet32 for train_data_batch_1, .*--ood-dir"),
-        ("--corruption place365", r"no images found in .*places365: .* --ood-dir"),
-        ("--corruption digits", "--corruption digits: these are the training images themselves"),
-        ("--corruption cifar10", r"cifar10 not found in .*; looked in .* fetch it with: "),
-        ("--dataset cifar100", r"cifar100 not found in .*; looked in .* fetch it with: "),
-        ("--noise-ratio 0.6 --ood-ratio 0.5", r"0\.6 and .*0\.5 are shares of "),
-        ("--noise-type superclass", "superclass noise has no rule for 10 classes"),
-        ("--batch-size 1", r"argument --batch-size: must be at least 2, got 1 \(see --help\)"),
-        ("--remove-ood 0.09", r"--remove-ood 0\.09: 159 of 160 images would be removed in the end"),
-        ("--limit_train 1", "one training image has no neighbours"),
-        ("--pretrained missing.pth", r"--pretrained missing\.pth: no such file; make an encoder with python .*pretrain\.py"),
-        ("--noise_file missing.npy", r"missing\.npy"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_ends_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, words, pattern):
-    monkeypatch.chdir(tmp_path)
-    assert re.search(pattern, refused(capsys, *words.split(), "--out", "run"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_encoder_of_other_images_ends_in_one_line_and_leaves_nothing(tmp_path, capsys):
-    file = tmp_path / "encoder.safetensors"
-    safetensors.torch.save_file(make_encoder("resnet18", 3, 8).state_dict(), file)
-    line = refused(capsys, "--pretrained", str(file), "--out", str(tmp_path / "run"))
-    assert f"--pretrained {file}: conv1.weight has shape [16, 3, 3, 3], expected [16, 1, 3, 3]" in line
-    safetensors.torch.save_file(make_encoder("resnet18", 1, 32).state_dict(), file)
-    line = refused(capsys, "--pretrained", str(file), "--out", str(tmp_path / "run"))
-    assert "has shape [64, 1, 3, 3], expected [16, 1, 3, 3]" in line
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_a_loss_that_is_not_finite_ends_in_one_line(tmp_path, capsys):
-    words = ("--lr-head", "1e12", "--lr-backbone", "1e12", "--out", str(tmp_path / "run"))
-    assert "loss is nan at epoch 1: lower the learning rates or try" in refused(capsys, *words)
-    assert not (tmp_path / "run" / "result.json").exists()

@@ -2,21 +2,17 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb, to_rgba
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from common.runs import cli
 from manifold_dividemix import visualize
 from manifold_dividemix.visualize import figures, read_run
 
-ROOT = Path(__file__).resolve().parents[2]
-OPEN_SET = {
+DIGITS = {
     "dataset": "digits",
     "corruption": "photographs",
     "ood_ratio": 0.2,
@@ -31,9 +27,8 @@ TRAINING = {
     "clustering": True,
     "selection": "gmm",
     "remove_ood": 0.05,
-    "p_threshold": 0.3,
-    "seed": 1,
 }
+TRAINING |= {"p_threshold": 0.3, "seed": 1}
 N, SHOWN = 60, 40
 COLUMNS = "epoch,test_accuracy,removed,removal_precision,removal_recall"
 
@@ -41,7 +36,7 @@ COLUMNS = "epoch,test_accuracy,removed,removal_precision,removal_recall"
 def write_run(folder, method, values, column="test_accuracy", paper="manifold_dividemix", **arguments):
     """A run directory as far as curves are read of it."""
     folder.mkdir()
-    content = {"paper": paper, "method": method, "arguments": {**OPEN_SET, **arguments}}
+    content = {"paper": paper, "method": method, "arguments": {**DIGITS, **arguments}}
     (folder / "args.json").write_text(json.dumps(content))
     rows = [f"{epoch},{value}" for epoch, value in enumerate(values, start=1)]
     (folder / "log.csv").write_text("\n".join([f"epoch,{column}", *rows]) + "\n")
@@ -49,7 +44,7 @@ def write_run(folder, method, values, column="test_accuracy", paper="manifold_di
 
 
 def outliers(seed, removed, split):
-    """What train_semisup keeps of one look at the samples."""
+    """What train_semisup writes at one removal."""
     rng = np.random.default_rng(seed)
     score = rng.uniform(0.5, 1, N).astype(np.float32)
     shown = np.sort(rng.permutation(N)[:SHOWN])
@@ -59,7 +54,7 @@ def outliers(seed, removed, split):
 
 
 def write_finished(folder, method="Manifold DivideMix", known=True, last=True, **arguments):
-    """A finished run of eight epochs; known: whether its samples' true labels are; last: whether it looked twice."""
+    """A finished run of eight epochs. known: whether true labels are; last: whether there was a second removal."""
     data = {} if known else MINI_IMAGENET
     write_run(folder, method, [50], **{**TRAINING, **data, **arguments})
     rng = np.random.default_rng(7)
@@ -120,7 +115,7 @@ def refused(capsys, *words) -> str:
 @pytest.mark.parametrize(
     ("arguments", "images", "noise"),
     [
-        (OPEN_SET, "digits with 20 % photographs", "25 % symmetric noise"),
+        (DIGITS, "digits with 20 % photographs", "25 % symmetric noise"),
         ({"noise_type": "asym", "noise_ratio": 0.125}, "digits with 20 % photographs", "12.5 % asymmetric noise"),
         ({"noise_type": "superclass", "ood_ratio": 0}, "digits", "25 % superclass noise"),
         ({"noise_type": "no"}, "digits with 20 % photographs", "no label noise"),
@@ -134,21 +129,16 @@ def test_a_setting_is_named_by_images_and_noise(arguments, images, noise, tmp_pa
     assert (visualize.images(run), visualize.noise(run)) == (images, noise)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "method"),
-    [
-        ({}, "SimCLR on digits with 20 % photographs"),
-        (MINI_IMAGENET, "SimCLR on mini_imagenet at 32 pixels, 40 % red noise"),
-    ],
-)
-def test_pretraining_is_named_by_its_images(arguments, method, tmp_path):
-    """On which the list of mini-ImageNet decides, but no other label noise."""
-    run = read_run(write_run(tmp_path / "run", "SimCLR", ["", 50], "knn_accuracy", **arguments))
-    assert (run.curve.method, run.pretraining) == (method, True)
-    assert run.epochs.tolist() == [2]
+def test_pretraining_is_named_by_its_images_and_of_mini_imagenet_by_its_list(tmp_path):
+    for name, arguments, method in (
+        ("a", {}, "SimCLR on digits with 20 % photographs"),
+        ("b", MINI_IMAGENET, "SimCLR on mini_imagenet at 32 pixels, 40 % red noise"),
+    ):
+        run = read_run(write_run(tmp_path / name, "SimCLR", ["", 50], "knn_accuracy", **arguments))
+        assert (run.curve.method, run.pretraining, run.epochs.tolist()) == (method, True, [2])
 
 
-def test_the_first_finished_run_with_two_looks_and_a_removal_is_shown(run, tmp_path):
+def test_the_first_finished_run_with_two_removals_is_shown(run, tmp_path):
     unfinished = write_finished(tmp_path / "unfinished")
     (unfinished / "result.json").unlink()
     runs = [
@@ -170,25 +160,22 @@ def test_the_first_finished_run_with_two_looks_and_a_removal_is_shown(run, tmp_p
 
 
 @pytest.mark.parametrize(("clustering", "epoch"), [(True, 7), (False, 4)])
-def test_a_look_is_named_by_the_epoch_that_begins_with_it(clustering, epoch, tmp_path):
+def test_a_removal_is_named_by_its_epoch(clustering, epoch, tmp_path):
     run = read_run(write_finished(tmp_path / "run", clustering=clustering))
     first, last = visualize.read_removals(run, N)
     assert (first.title, last.title) == ("first look (epoch 1)", f"last look (epoch {epoch})")
-    assert first.kept.sum() == N - 6
-    assert last.kept.sum() == N - 12
+    assert (first.kept.sum(), last.kept.sum()) == (N - 6, N - 12)
 
 
-def test_samples_are_of_three_kinds_or_of_those_that_there_are():
+def test_samples_are_of_three_kinds_without_empty_ones():
     samples = {"observed": np.array([0, 1, 2, 3]), "clean": np.array([0, 1, 1, 1])}
-    samples["ood"] = np.array([False, True, False, True])
-    kinds = {kind.name: kind.members.tolist() for kind in visualize.make_kinds(samples)}
-    assert kinds == {
-        "clean": [True, False, False, False],
-        "noisy label, in distribution": [False, False, True, False],
-        "out of distribution": [False, True, False, True],
-    }
-    samples["ood"] = np.zeros(4, bool)
-    assert [kind.name for kind in visualize.make_kinds(samples)] == ["clean", "noisy label, in distribution"]
+    for ood, wanted in (
+        ([1, 3], {"clean": [0], "noisy label, in distribution": [2], "out of distribution": [1, 3]}),
+        ([], {"clean": [0, 1], "noisy label, in distribution": [2, 3]}),
+    ):
+        samples["ood"] = np.isin(np.arange(4), ood)
+        kinds = visualize.make_kinds(samples)
+        assert {kind.name: np.flatnonzero(kind.members).tolist() for kind in kinds} == wanted
     (everything,) = visualize.make_kinds({"observed": samples["observed"]})
     assert everything.members.all()
 
@@ -197,35 +184,22 @@ def test_samples_are_of_three_kinds_or_of_those_that_there_are():
 
 
 @pytest.mark.parametrize("projection", ["tsne", "pca"])
-@pytest.mark.parametrize("size", [2, 3, 5])
-def test_few_samples_are_projected_too(size, projection):
-    embedding = np.random.default_rng(0).normal(size=(size, 8)).astype(np.float32)
-    points = visualize.project(embedding, projection)
-    assert points.shape == (size, 2)
-    assert np.isfinite(points).all()
-    assert len(np.unique(points, axis=0)) == size
-
-
-@pytest.mark.parametrize("projection", ["tsne", "pca"])
 def test_a_projection_is_the_same_each_time_and_keeps_neighbours(projection):
-    """Two directions, at lengths that are no concern of the outlier score."""
+    """Two directions, at lengths that do not matter to the outlier score; few samples, and equal ones."""
     rng = np.random.default_rng(0)
-    side = np.arange(60) % 2
-    directions = np.eye(8)[side] + rng.normal(scale=0.05, size=(60, 8))
-    embedding = (directions * rng.uniform(0.1, 10, (60, 1))).astype(np.float32)
+    side = np.arange(40) % 2
+    directions = np.eye(8)[side] + rng.normal(scale=0.05, size=(40, 8))
+    embedding = (directions * rng.uniform(0.1, 10, (40, 1))).astype(np.float32)
     points = visualize.project(embedding, projection)
     assert np.array_equal(points, visualize.project(embedding, projection))
-    distances = np.linalg.norm(points[:, None] - points, axis=2) + np.diag(np.full(60, np.inf))
+    distances = np.linalg.norm(points[:, None] - points, axis=2) + np.diag(np.full(40, np.inf))
     assert (side[distances.argmin(axis=1)] == side).all()
-    spread = [points[side == k].std(axis=0).max() for k in (0, 1)]
-    assert np.linalg.norm(points[side == 0].mean(0) - points[side == 1].mean(0)) > 2 * max(spread)
-
-
-@pytest.mark.parametrize("projection", ["tsne", "pca"])
-@pytest.mark.parametrize("value", [0, 3])
-def test_embeddings_that_are_all_alike_meet_in_a_point(value, projection):
-    points = visualize.project(np.full((20, 8), value, np.float32), projection)
-    assert points.tolist() == [[0, 0]] * 20
+    for size in (2, 3, 5):
+        points = visualize.project(embedding[:size], projection)
+        assert (
+            points.shape == (size, 2) and np.isfinite(points).all() and len(np.unique(points, axis=0)) == size
+        )
+    assert visualize.project(np.full((20, 8), 3, np.float32), projection).tolist() == [[0, 0]] * 20
 
 
 # the figure -------------------------------------------------------------------------------------------------------------
@@ -266,63 +240,56 @@ def filled(axes):
 
 @pytest.fixture
 def truth(run):
-    """Which samples are of each kind, by colour; which are from elsewhere."""
+    """Which samples are of each kind, by colour; which are OOD."""
     with np.load(run / "samples.npz") as file:
         right, ood = file["observed"] == file["clean"], file["ood"]
-    kinds = {
-        "tab:blue": right & ~ood,
-        "tab:orange": ~right & ~ood,
-        visualize.COLORS["out of distribution"]: ood,
-    }
-    return {to_rgb(color): members for color, members in kinds.items()}, ood  # fmt: skip
+    members = right & ~ood, ~right & ~ood, ood
+    colors = "tab:blue", "tab:orange", visualize.COLORS["out of distribution"]
+    return dict(zip(map(to_rgb, colors), members, strict=True)), ood
 
 
-def test_outlier_scores_are_drawn_by_kind_with_the_removed_ones_marked(run, drawn, truth):
+def test_scores_and_clean_probabilities_are_drawn_by_kind(run, drawn, truth):
     kinds, ood = truth
     panels = draw(drawn, run)
+    counts = {color: members.sum() for color, members in kinds.items()}
     for name, title in (("first", "first look (epoch 1)"), ("last", "last look (epoch 7)")):
         axes = panels[f"Outlier score, {title}"]
         with np.load(run / f"outliers_{name}.npz") as file:
-            score, kept = file["score"], file["kept"]
-        assert filled(axes) == {color: members.sum() for color, members in kinds.items()}
+            score, kept, clean = file["score"], file["kept"], file.get("clean_probability")
+        assert filled(axes) == counts
         (line,) = axes.get_lines()
         assert line.get_xdata()[0] == score[~kept].max()
         assert line.get_label() == f"up to here {(~kept).sum()} removed"
         pairs = score[ood][:, None] < score[~ood]  # the area under the curve, by its definition
         assert axes.get_title().split("\n")[1] == f"AUROC against true OOD {pairs.mean():.3f}"
-
-
-def test_clean_probabilities_are_drawn_by_kind_with_the_threshold(run, drawn, truth):
-    kinds, _ = truth
-    axes = draw(drawn, run)["Clean probability, last look (epoch 7)"]
-    assert filled(axes) == {color: members.sum() for color, members in kinds.items()}
-    assert axes.get_lines()[0].get_xdata()[0] == 0.3
-    with np.load(run / "outliers_last.npz") as file:
-        clean = file["clean_probability"]
+    axes = panels["Clean probability, last look (epoch 7)"]
+    assert filled(axes) == counts and axes.get_lines()[0].get_xdata()[0] == 0.3
     right, wrong, _ = kinds.values()
     area = (clean[right][:, None] > clean[wrong]).mean()
     assert axes.get_title().split("\n")[1] == f"AUC {area:.3f} of clean against noisy labels"
+    (legend,) = drawn[0].subfigs[1].legends
+    names = ("clean", "noisy label, in distribution", "out of distribution")
+    numbers = [f"{name}: {count}" for name, count in zip(names, counts.values(), strict=True)]
+    assert [text.get_text() for text in legend.get_texts()] == [*numbers, "kept", "removed"]
 
 
-def test_embeddings_are_coloured_by_kind_and_removed_ones_have_another_marker(run, drawn, truth):
+def test_embeddings_are_coloured_by_kind_and_precision_stands_beside_chance(run, drawn, truth):
     kinds, _ = truth
-    axes = draw(drawn, run)["Embeddings, last look (epoch 7)"]
+    panels = draw(drawn, run)
+    axes = panels["Embeddings, last look (epoch 7)"]
     assert axes.get_title().split("\n")[1] == f"{SHOWN} of {N} samples"
     with np.load(run / "outliers_last.npz") as file:
         kept, shown, embedding = file["kept"], file["shown"], file["embedding"].astype(np.float32)
     points = visualize.project(embedding, "pca")
-    crosses = axes.collections[1].get_paths()[0].vertices
-    assert not np.array_equal(axes.collections[0].get_paths()[0].vertices, crosses)
-    for drawn_points, chosen in zip(axes.collections, (kept[shown], ~kept[shown]), strict=True):
-        assert 0 < chosen.sum() == len(drawn_points.get_offsets())
-        assert np.allclose(drawn_points.get_offsets(), points[chosen])
-        shades = np.broadcast_to(drawn_points.get_facecolors(), (chosen.sum(), 4))
+    markers = [marks.get_paths()[0].vertices for marks in axes.collections]
+    assert not np.array_equal(*markers)  # removed ones have another
+    for marks, chosen in zip(axes.collections, (kept[shown], ~kept[shown]), strict=True):
+        assert 0 < chosen.sum() == len(marks.get_offsets())
+        assert np.allclose(marks.get_offsets(), points[chosen])
+        shades = np.broadcast_to(marks.get_facecolors(), (chosen.sum(), 4))
         expected = [next(c for c, members in kinds.items() if members[i]) for i in shown[chosen]]
         assert np.allclose(shades[:, :3], expected)
-
-
-def test_precision_and_recall_stand_beside_those_of_chance(run, drawn):
-    lines = {line.get_label(): line for line in draw(drawn, run)["Removal against true OOD"].get_lines()}
+    lines = {line.get_label(): line for line in panels["Removal against true OOD"].get_lines()}
     assert lines["precision"].get_xdata().tolist() == [*range(1, 9)]
     assert np.allclose(lines["precision"].get_ydata(), [50] * 4 + [np.nan] * 4, equal_nan=True)
     assert lines["recall"].get_ydata().tolist() == [25] * 4 + [75] * 4
@@ -330,171 +297,103 @@ def test_precision_and_recall_stand_beside_those_of_chance(run, drawn):
     assert np.allclose(lines["recall at random"].get_ydata(), [100 * 6 / N] * 4 + [100 * 12 / N] * 4)
 
 
-def test_one_legend_says_how_many_samples_are_of_each_kind(run, drawn, truth):
-    draw(drawn, run)
-    (legend,) = drawn[0].subfigs[1].legends
-    numbers = [members.sum() for members in truth[0].values()]
-    assert [text.get_text() for text in legend.get_texts()] == [
-        f"clean: {numbers[0]}",
-        f"noisy label, in distribution: {numbers[1]}",
-        f"out of distribution: {numbers[2]}",
-        *("kept", "removed"),
-    ]
-
-
-def test_where_nobody_knows_the_truth_there_is_one_colour_and_no_precision(tmp_path, drawn):
+def test_if_true_labels_are_unknown_there_is_one_colour_and_no_precision(tmp_path, drawn):
     panels = draw(drawn, write_finished(tmp_path / "run", known=False))
-    assert list(panels)[1:] == [
-        "Outlier score, first look (epoch 1)",
-        "Outlier score, last look (epoch 7)",
-        "Clean probability, last look (epoch 7)",
-        "Embeddings, first look (epoch 1)",
-        "Embeddings, last look (epoch 7)",
-    ]
-    for name in list(panels)[1:4]:
-        assert filled(panels[name]) == {to_rgb("tab:blue"): N}
-        assert "AU" not in panels[name].get_title()
-    kept, removed = panels["Embeddings, last look (epoch 7)"].collections
-    assert len(kept.get_offsets()) + len(removed.get_offsets()) == SHOWN
-    for points in (kept, removed):
-        assert np.allclose(points.get_facecolors()[:, :3], to_rgba("tab:blue")[:3])
+    first, last = "first look (epoch 1)", "last look (epoch 7)"
+    scores = [f"Outlier score, {first}", f"Outlier score, {last}", f"Clean probability, {last}"]
+    assert list(panels)[1:] == [*scores, f"Embeddings, {first}", f"Embeddings, {last}"]
+    for name in scores:
+        assert filled(panels[name]) == {to_rgb("tab:blue"): N} and "AU" not in panels[name].get_title()
+    for points in panels[f"Embeddings, {last}"].collections:
+        assert np.allclose(points.get_facecolors()[:, :3], to_rgb("tab:blue"))
 
 
-def test_a_run_without_splits_has_one_look(tmp_path, drawn):
-    panels = draw(drawn, write_finished(tmp_path / "run", "SCE", last=False, selection="none"))
+def test_a_run_without_splits_has_one_removal_and_a_split_without_warm_up_is_the_first(tmp_path, drawn):
+    panels = draw(drawn, write_finished(tmp_path / "a", "SCE", last=False, selection="none"))
     names = ["Outlier score, first look (epoch 1)", "Embeddings, first look (epoch 1)"]
     assert list(panels)[1:] == [*names, "Removal against true OOD"]
-
-
-def test_without_warm_up_the_first_look_can_have_the_split(tmp_path, drawn):
-    folder = write_finished(tmp_path / "run", last=False, warmup_epoch=0, clustering=False)
+    folder = write_finished(tmp_path / "b", last=False, warmup_epoch=0, clustering=False)
     np.savez(folder / "outliers_first.npz", **outliers(1, 6, split=True))
     assert "Clean probability, first look (epoch 1)" in draw(drawn, folder)
 
 
-def test_without_images_from_elsewhere_there_is_no_precision_and_without_removal_no_line(run, drawn):
+def test_without_ood_images_there_is_no_precision_and_without_removal_no_line(run, drawn):
     with np.load(run / "samples.npz") as file:
         change(run / "samples.npz", ood=np.zeros_like(file["ood"]))
     change(run / "outliers_first.npz", kept=np.ones(N, bool))
     panels = draw(drawn, run)
     assert "Removal against true OOD" not in panels
     first = panels["Outlier score, first look (epoch 1)"]
-    assert first.get_title() == "Outlier score, first look (epoch 1)"
-    assert not first.get_lines()
-    assert panels["Outlier score, last look (epoch 7)"].get_lines()
+    assert first.get_title() == "Outlier score, first look (epoch 1)" and not first.get_lines()
 
 
-def test_runs_that_are_not_finished_give_curves_alone(run, drawn):
-    (run / "result.json").unlink()
-    assert list(draw(drawn, run)) == ["Test accuracy: digits with 20 % photographs"]
-
-
-def test_the_figure_is_written_whole(run, tmp_path, monkeypatch, capsys):
+def test_the_figure_is_written_whole_with_t_sne_by_default(run, tmp_path, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
     monkeypatch.chdir(tmp_path)
+    write, figures_ = visualize.figures.write, []
+    monkeypatch.setattr(visualize.figures, "write", lambda *given: figures_.append(given[0]) or write(*given))
     visualize.main([str(run)])
     with Image.open(tmp_path / "manifold_dividemix.png") as image:
-        assert image.width > 1000
-        assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 100
+        assert image.width > 1000 and len(image.convert("RGB").getcolors(maxcolors=2**24)) > 100
+    assert {axes.get_xlabel() for axes in figures_[0].axes if axes.get_title()[:3] == "Emb"} == {"t-SNE 1"}
     assert capsys.readouterr().out == "figure in manifold_dividemix.png\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifold_dividemix.png", "run"]
     assert before == {path: path.stat().st_mtime_ns for path in run.iterdir()}, "the run is left as it is"
 
 
-@pytest.mark.parametrize(
-    ("flags", "name", "label"),
-    [([], "tsne", "t-SNE 1"), (["--projection", "pca"], "pca", "principal component 1")],
-)
-def test_the_projection_is_chosen_by_flag(flags, name, label, run, drawn):
-    visualize.main([str(run), *flags, "--out", "figure.png"])
-    panels = [axes for axes in drawn[0].axes if axes.get_title().startswith("Embeddings")]
-    assert [axes.get_xlabel() for axes in panels] == [label, label]
-    for axes, file in zip(panels, ("outliers_first.npz", "outliers_last.npz"), strict=True):
-        with np.load(run / file) as arrays:
-            points = visualize.project(arrays["embedding"].astype(np.float32), name)
-        offsets = np.concatenate([marks.get_offsets() for marks in axes.collections])
-        assert np.allclose(np.sort(offsets, axis=0), np.sort(points, axis=0))
-
-
 # mistakes ---------------------------------------------------------------------------------------------------------------
 
 
-def test_by_path_too_what_is_no_run_directory_is_refused(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "manifold_dividemix" / "visualize.py", "nosuch"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr == "visualize.py: error: nosuch is no run directory: args.json is missing\n"
-
-
 def test_a_run_of_another_paper_is_refused(tmp_path, capsys):
-    folder = write_run(tmp_path / "run", "SANM(C2D)", [50], paper="sanm")
-    assert "is a run of sanm, not of manifold_dividemix" in refused(capsys, folder)
-    pretraining = write_run(tmp_path / "knn", "SimCLR", [50], "knn_accuracy", paper="sanm")
-    assert "is a run of sanm, not of manifold_dividemix" in refused(capsys, pretraining)
+    for name, values, column in (("run", [50], "test_accuracy"), ("knn", ["", 50], "knn_accuracy")):
+        folder = write_run(tmp_path / name, "SimCLR", values, column, paper="sanm")
+        assert "is a run of sanm, not of manifold_dividemix" in refused(capsys, folder)
+    assert "nosuch is no run directory: args.json is missing" in refused(capsys, "nosuch")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
-        ("args.json", b"{", "is damaged"),
         ("args.json", b'{"paper": "manifold_dividemix", "method": "CE", "arguments": {}}', "it has no dataset"),
-        ("log.csv", None, "is no run directory: log.csv is missing"),
-        ("log.csv", b"epoch,loss\n1,0.5\n", "is damaged"),
         ("log.csv", b"epoch,test_accuracy\n1,50\n", "log.csv is damaged: it has no removed"),
         ("log.csv", f"{COLUMNS}\n1,50,6,much,0.5\n".encode(), "log.csv is damaged (could not convert"),
-        ("samples.npz", b"half", "samples.npz is damaged"),
         ("samples.npz", None, "samples.npz is damaged"),
         ("outliers_first.npz", b"half", "outliers_first.npz is damaged"),
         ("outliers_last.npz", b"half", "outliers_last.npz is damaged"),
+        ("samples.npz", {"observed": None}, "it has no observed"),
+        ("samples.npz", {"ood": None}, "observed, clean of shapes"),
+        ("samples.npz", {"clean": np.zeros(3, int)}, "of shapes"),
+        ("samples.npz", {"ood": np.zeros(N, int)}, "ood is not boolean"),
+        ("outliers_last.npz", {"score": None}, "it has no score"),
+        ("outliers_last.npz", {"score": np.full(N, np.nan)}, "finite"),
+        ("outliers_last.npz", {"score": np.full(N, "a")}, "finite numbers"),
+        ("outliers_last.npz", {"clean_probability": np.full(N, np.inf)}, "finite"),
+        ("outliers_last.npz", {"kept": np.ones(N - 1, bool)}, f"it is not of the {N} samples"),
+        ("outliers_last.npz", {"kept": np.ones(N)}, "of another kind"),
+        ("outliers_last.npz", {"shown": np.arange(SHOWN) * 1.0}, "of another kind"),
+        ("outliers_last.npz", {"embedding": np.ones(SHOWN)}, "of another kind"),
+        ("outliers_last.npz", {"shown": np.arange(SHOWN - 1)}, "not the positions"),
+        ("outliers_last.npz", {"shown": np.arange(SHOWN) + N - SHOWN + 1}, "not the positions"),
+        ("args.json", "p_threshold", "args.json is damaged: it has no p_threshold"),
+        ("args.json", "warmup_epoch", "args.json is damaged: it has no warmup_epoch"),
     ],
 )  # fmt: skip
 def test_a_damaged_run_is_refused_in_one_line(name, content, line, run, tmp_path, capsys):
-    (run / name).unlink()
-    if content is not None:
-        (run / name).write_bytes(content)
+    """content: of the file, None: it is missing; arrays that change in it; a flag that is missing."""
+    path = run / name
+    if isinstance(content, dict):
+        change(path, **content)
+    elif isinstance(content, str):
+        description = json.loads(path.read_text())
+        del description["arguments"][content]
+        path.write_text(json.dumps(description))
+    elif content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
     message = refused(capsys, run, "--out", tmp_path / "figure.png")
-    assert line in message
-    assert str(run) in message
+    assert line in message and str(run) in message
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-@pytest.mark.parametrize(
-    ("name", "arrays", "line"),
-    [
-        ("samples", {"observed": None}, "it has no observed"),
-        ("samples", {"ood": None}, "observed, clean of shapes"),
-        ("samples", {"clean": np.zeros(3, int)}, "of shapes"),
-        ("samples", {"ood": np.zeros(N, int)}, "ood is not boolean"),
-        ("outliers_last", {"score": None}, "it has no score"),
-        ("outliers_last", {"score": np.full(N, np.nan)}, "finite"),
-        ("outliers_last", {"score": np.full(N, "a")}, "finite numbers"),
-        ("outliers_last", {"clean_probability": np.full(N, np.inf)}, "finite"),
-        ("outliers_last", {"kept": np.ones(N - 1, bool)}, f"it is not of the {N} samples"),
-        ("outliers_last", {"kept": np.ones(N)}, "of another kind"),
-        ("outliers_last", {"shown": np.arange(SHOWN) * 1.0}, "of another kind"),
-        ("outliers_last", {"embedding": np.ones(SHOWN)}, "of another kind"),
-        ("outliers_last", {"shown": np.arange(SHOWN - 1)}, "not the positions"),
-        ("outliers_last", {"shown": np.arange(SHOWN) + N - SHOWN + 1}, "not the positions"),
-    ],
-)
-def test_arrays_that_do_not_fit_are_refused(name, arrays, line, run, capsys):
-    change(run / f"{name}.npz", **arrays)
-    message = refused(capsys, run)
-    assert f"{run / name}.npz is damaged" in message
-    assert line in message
-
-
-@pytest.mark.parametrize("flag", ["p_threshold", "warmup_epoch"])
-def test_a_flag_that_is_missing_is_named(flag, run, capsys):
-    description = json.loads((run / "args.json").read_text())
-    del description["arguments"][flag]
-    (run / "args.json").write_text(json.dumps(description))
-    assert f"args.json is damaged: it has no {flag}" in refused(capsys, run)
 
 
 @pytest.mark.parametrize("flags", [["--out", "figure.gif"], ["--projection", "umap"]])
