@@ -271,7 +271,7 @@ def launch(tmp_path_factory) -> tuple[list[dict], subprocess.CompletedProcess]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
-        [*command, str(folder)], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [*command, str(folder)], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert ended.returncode == 0, ended.stderr
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)], ended
