@@ -1,6 +1,5 @@
 """The table of all methods: the same images, labels, backbone and epochs for each, and rows that say so."""
 
-import csv
 import json
 import tomllib
 from pathlib import Path
@@ -20,6 +19,7 @@ from common import datasets, noise
 from common.datasets.posterior import posterior_for
 from common.runs.cli import UserError
 from common.runs.results import COLUMNS
+from tests.benchmarks.files import read
 
 DESCRIPTION = tomllib.loads(cross.DESCRIPTION.read_text(encoding="utf-8"))
 DATA = [name for name in DESCRIPTION if name != "settings"]
@@ -220,10 +220,10 @@ def finished(tmp_path_factory) -> tuple[Path, list[dict]]:
         patch.setattr(cross, "DESCRIPTION", short)
         cross.main(["--seeds", "2", "--limit_train", "250", "--settings", "if0.1-imb0.5", "--out", str(out)])
         cross.main(["--seeds", "2", "--settings", "sym0.5", "--methods", "ce", "--out", str(out / "whole")])
-    with (out / "cross_digits.csv").open(newline="") as file:
-        return out, list(csv.DictReader(file))
+    return out, read(out / "cross_digits.csv")
 
 
+@pytest.mark.slow
 def test_the_result_is_one_csv_of_all_methods_in_the_schema(finished):
     _, rows = finished
     assert tuple(rows[0]) == COLUMNS
@@ -237,6 +237,7 @@ def test_the_result_is_one_csv_of_all_methods_in_the_schema(finished):
         assert sum(row["metric"] == metric for row in rows) == len(METHODS)
 
 
+@pytest.mark.slow
 def test_every_run_of_a_setting_had_the_same_images_with_the_same_labels(finished):
     out, _ = finished
     runs = [path.parent for path in out.glob("runs/cross/digits/if0.1-imb0.5-limit250/*/seed2/result.json")]
@@ -248,6 +249,7 @@ def test_every_run_of_a_setting_had_the_same_images_with_the_same_labels(finishe
     assert len(kept[0]) == 250 and all(one == kept[0] for one in kept)
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_method_holds_its_pre_training(finished):
     out, rows = finished
     run = out / "runs/cross/digits/if0.1-imb0.5-limit250/manifold_dividemix/seed2"
@@ -260,6 +262,7 @@ def test_the_cost_of_a_method_holds_its_pre_training(finished):
     assert float(own["last"]["images_per_second"]) == pytest.approx(speed, abs=0.1)
 
 
+@pytest.mark.slow
 def test_a_whole_data_set_comes_with_a_file_of_labels(finished):
     out, _ = finished
     labels = np.load(out / "whole/runs/cross/digits/sym0.5/ce/seed2/noisy_labels.npy")
