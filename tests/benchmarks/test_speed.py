@@ -67,14 +67,14 @@ def test_views_are_timed_on_the_device_and_by_pil(tmp_path, capsys):
 @pytest.mark.parametrize("pipeline", view_pipelines())
 def test_both_pipelines_make_as_many_views_and_about_as_bright(pipeline):
     ours, count, theirs = view_pipelines()[pipeline]
-    images = make_small_images(300)
+    images = make_small_images(150)
     random.seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         by_pil = np.array([[np.asarray(view(Image.fromarray(image))) for view in theirs] for image in images])
     batch = torch.from_numpy(images).permute(0, 3, 1, 2)
     generator = torch.Generator().manual_seed(0)
-    views = torch.stack([ours(batch, generator) for _ in range(count)]).reshape(-1, 300, 3, 32, 32)
+    views = torch.stack([ours(batch, generator) for _ in range(count)]).reshape(-1, 150, 3, 32, 32)
     assert len(views) == len(theirs) == by_pil.shape[1]
     # as samples of the same law: the mean and the standard deviation of each image
     for view, other in zip(views.double(), torch.from_numpy(by_pil).swapaxes(0, 1).double(), strict=True):
