@@ -246,14 +246,17 @@ def test_every_run_is_given_its_share(given, one_thread, machines, expected):
     assert cell_resources(flags(**given), one_thread, [Machine(*m) for m in machines]) == Machine(*expected)
 
 
-def test_what_no_machine_has_is_refused():
-    machines = [Machine(2, 0), Machine(8, 1)]
-    with pytest.raises(UserError, match=r"has 16 CPUs and 1 GPUs for a run \(they have 8 and 1; 2 and 0\)"):
-        cell_resources(flags(cpus_per_cell=16), True, machines)
-    with pytest.raises(UserError, match=r"has 1 CPUs and 2 GPUs"):
-        cell_resources(flags(gpus_per_cell=2.0), False, machines)
-    with pytest.raises(UserError, match=r"--gpus_per_cell 1.5 cannot be"):
-        cell_resources(flags(gpus_per_cell=1.5), True, machines)
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"cpus_per_cell": 16}, r"has 16 CPUs and 1 GPUs for a run \(they have 8 and 1; 2 and 0\)"),
+        ({"cpus_per_cell": 1, "gpus_per_cell": 2.0}, "has 1 CPUs and 2 GPUs"),
+        ({"gpus_per_cell": 1.5}, "--gpus_per_cell 1.5 cannot be"),
+    ],
+)
+def test_what_no_machine_has_is_refused(given, said):
+    with pytest.raises(UserError, match=said):
+        cell_resources(flags(**given), True, [Machine(2, 0), Machine(8, 1)])
 
 
 @pytest.mark.parametrize(
@@ -285,14 +288,11 @@ def test_a_directory_that_stays_in_use_is_a_failure(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_stopped_from_outside_has_not_failed(tmp_path, number):
-    ends = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(number)})"]
+    ends = [sys.executable, "-S", "-c", f"import os; os.kill(os.getpid(), {int(number)})"]
     with pytest.raises(InterruptedError):
         run_on_worker(tmp_path, ends, {}, None)
-
-
-def test_a_baseline_does_not_run_after_its_method_failed(tmp_path):
-    before = (False, "exit status 2")
-    assert run_on_worker(tmp_path / "none", [sys.executable, "-c", ""], {}, before) == before
+    before = (False, "exit status 2")  # a baseline does not run after its method failed
+    assert run_on_worker(tmp_path / "none", ends, {}, before) == before
 
 
 def test_no_run_begins_whose_worker_is_gone(tmp_path):
