@@ -281,6 +281,7 @@ def run(*words: str) -> int:
     return stop.value.code
 
 
+@pytest.mark.slow
 def test_claims_from_start_to_end(tiny, in_this_process, capsys):
     out = tiny / "results"
     words = ("--out", str(out), "--data_path", str(tiny / "none"))

@@ -1,6 +1,5 @@
 """Where runs are started: on this machine or by Ray, whose workers may be lost; both come to the same results."""
 
-import csv
 import os
 import re
 import secrets
@@ -20,6 +19,7 @@ from benchmarks.cells import ROOT, cells
 from benchmarks.engines import Machine, cell_resources, run_on_worker
 from common.runs.cli import UserError
 from common.runs.locks import Lock
+from tests.benchmarks.files import read
 
 PRESET = "embedded/digits-if0.1-imb0.5/sfa"
 SHORT = ["--num_epochs", "3", "--warm_up", "1"]
@@ -78,12 +78,11 @@ def comparable(rows: list[dict], out: Path) -> list[dict]:
     return [row | {"command": row["command"].replace(str(out), "OUT")} for row in kept]
 
 
-def log(folder: Path) -> str:
+def log(folder: Path) -> list[dict]:
     """log.csv but for its seconds."""
-    with (folder / "log.csv").open(newline="") as file:
-        heading, *rows = list(csv.reader(file))
-    kept = [i for i, name in enumerate(heading) if name not in MEASURED]
-    return "\n".join(",".join(row[i] for i in kept) for row in [heading, *rows])
+    return [
+        {name: text for name, text in row.items() if name not in MEASURED} for row in read(folder / "log.csv")
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +111,7 @@ def cluster() -> Iterator[str]:
     os.environ.update(environment)
 
 
+@pytest.mark.slow
 def test_a_lost_worker_takes_its_run_along_and_another_ends_it_as_if_nothing_had_happened(cluster, tmp_path):
     import ray  # noqa: PLC0415  the fixture has found it
 
@@ -137,13 +137,13 @@ def test_a_lost_worker_takes_its_run_along_and_another_ends_it_as_if_nothing_had
         f"{PRESET} seed 4 baseline: CE",
     ]
     assert "raylet" not in output, "Ray's own messages are kept off"
-    rows = comparable(run.collect(folders), tmp_path / "local")
-    with (out / "sfa.csv").open(newline="") as file:
-        assert comparable(list(csv.DictReader(file)), out) == rows
+    rows = comparable(run.collect(folders).to_dict("records"), tmp_path / "local")
+    assert comparable(read(out / "sfa.csv"), out) == rows
     for folder in (RUN, RUN / "baseline"):
         assert log(out / folder) == log(tmp_path / "local" / folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ended_it_ends_its_runs_and_leaves_their_checkpoints(cluster, tmp_path, number, status):
     process = start("--engine", "ray", "--ray_address", cluster, "--out", str(tmp_path), *CELL)
@@ -160,6 +160,7 @@ def test_ended_it_ends_its_runs_and_leaves_their_checkpoints(cluster, tmp_path, 
     assert not (tmp_path / "sfa.csv").exists()
 
 
+@pytest.mark.slow
 def test_a_script_that_fails_is_named_and_not_run_again(cluster, tmp_path):
     words = ("--cells", PRESET, "--seeds", "7", "--p_threshold", "2")
     process = start("--engine", "ray", "--ray_address", cluster, "--out", str(tmp_path), *words)
@@ -173,6 +174,7 @@ def test_a_script_that_fails_is_named_and_not_run_again(cluster, tmp_path):
     assert not (tmp_path / "sfa.csv").exists()
 
 
+@pytest.mark.slow
 def test_without_ray_the_engine_names_the_remedy(tmp_path):
     code = (
         "import sys; sys.modules['ray'] = None; from benchmarks import run; from common import cli; "
@@ -188,6 +190,7 @@ def test_without_ray_the_engine_names_the_remedy(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_where_there_is_no_cluster_one_line_says_so(tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed: the extra `ray` of pyproject.toml")
     words = ("--engine", "ray", "--ray_address", "127.0.0.1:1", "--out", str(tmp_path))
@@ -200,6 +203,7 @@ def test_where_there_is_no_cluster_one_line_says_so(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_local_engine_imports_no_ray(tmp_path):
     code = f"""
 import sys
@@ -242,14 +246,17 @@ def test_every_run_is_given_its_share(given, one_thread, machines, expected):
     assert cell_resources(flags(**given), one_thread, [Machine(*m) for m in machines]) == Machine(*expected)
 
 
-def test_what_no_machine_has_is_refused():
-    machines = [Machine(2, 0), Machine(8, 1)]
-    with pytest.raises(UserError, match=r"has 16 CPUs and 1 GPUs for a run \(they have 8 and 1; 2 and 0\)"):
-        cell_resources(flags(cpus_per_cell=16), True, machines)
-    with pytest.raises(UserError, match=r"has 1 CPUs and 2 GPUs"):
-        cell_resources(flags(gpus_per_cell=2.0), False, machines)
-    with pytest.raises(UserError, match=r"--gpus_per_cell 1.5 cannot be"):
-        cell_resources(flags(gpus_per_cell=1.5), True, machines)
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"cpus_per_cell": 16}, r"has 16 CPUs and 1 GPUs for a run \(they have 8 and 1; 2 and 0\)"),
+        ({"cpus_per_cell": 1, "gpus_per_cell": 2.0}, "has 1 CPUs and 2 GPUs"),
+        ({"gpus_per_cell": 1.5}, "--gpus_per_cell 1.5 cannot be"),
+    ],
+)
+def test_what_no_machine_has_is_refused(given, said):
+    with pytest.raises(UserError, match=said):
+        cell_resources(flags(**given), True, [Machine(2, 0), Machine(8, 1)])
 
 
 @pytest.mark.parametrize(
@@ -261,6 +268,7 @@ def test_a_flag_of_the_other_engine_is_refused(given, name):
         engines.run_all([], flags(**given), one_thread=True)
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_what_a_lost_worker_left_behind(tmp_path):
     lock = Lock(tmp_path / ".lock", "wait")
     lock.acquire()
@@ -280,14 +288,11 @@ def test_a_directory_that_stays_in_use_is_a_failure(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_stopped_from_outside_has_not_failed(tmp_path, number):
-    ends = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(number)})"]
+    ends = [sys.executable, "-S", "-c", f"import os; os.kill(os.getpid(), {int(number)})"]
     with pytest.raises(InterruptedError):
         run_on_worker(tmp_path, ends, {}, None)
-
-
-def test_a_baseline_does_not_run_after_its_method_failed(tmp_path):
-    before = (False, "exit status 2")
-    assert run_on_worker(tmp_path / "none", [sys.executable, "-c", ""], {}, before) == before
+    before = (False, "exit status 2")  # a baseline does not run after its method failed
+    assert run_on_worker(tmp_path / "none", ends, {}, before) == before
 
 
 def test_no_run_begins_whose_worker_is_gone(tmp_path):

@@ -1,6 +1,5 @@
 """The page of benchmarks.report in a browser: it draws itself, loads nothing, sorts, filters, opens, keeps its state."""
 
-import csv
 import json
 import shutil
 from collections.abc import Iterator
@@ -8,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks import report
-from common.runs.results import COLUMNS
+from tests.benchmarks.files import write
 
+pytestmark = pytest.mark.slow  # a browser
 playwright = pytest.importorskip("playwright.sync_api")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
@@ -24,8 +24,7 @@ CELL = {
 def rows(method, *values, **changed):
     """Rows of best and last, one pair per seed."""
     return [
-        dict.fromkeys(COLUMNS, "")
-        | CELL
+        CELL
         | {"method": method, "seed": str(seed), "metric": metric, "value": str(value)}
         | {"seconds": "9.5", "images_per_second": "1000", "command": f"python x.py --seed {seed}"}
         | changed
@@ -34,16 +33,13 @@ def rows(method, *values, **changed):
     ]
 
 
-def write(path, content):
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(content)
-
-
 def run_directory(folder, row, curve):
     folder.mkdir(parents=True)
-    result = row | {"metrics": {"best": float(row["value"]), "last": float(row["value"])}}
+    result = (
+        dict.fromkeys(report.KEY, "")
+        | row
+        | {"metrics": {"best": float(row["value"]), "last": float(row["value"])}}
+    )
     (folder / "args.json").write_text(json.dumps({"command": row["command"]}))
     (folder / "result.json").write_text(json.dumps(result))
     lines = [f"{epoch},{value},0.{epoch}" for epoch, value in enumerate(curve, start=1)]

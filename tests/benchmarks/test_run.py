@@ -1,6 +1,5 @@
 """The table runner: which cells there are, what it starts, and what it says when a run fails."""
 
-import csv
 import json
 import subprocess
 import sys
@@ -15,6 +14,9 @@ from benchmarks.engines import is_finished
 from common.runs.cli import UserError, read_presets
 from common.runs.results import COLUMNS
 from sfa import Train_cifar
+from tests.benchmarks.files import frame, read
+
+CELL = "embedded/digits-if0.1-imb0.5/sfa"
 
 
 @pytest.mark.parametrize("paper", PAPERS)
@@ -36,19 +38,30 @@ def test_only_a_published_protocol_is_shortened(paper):
     for profile in PROFILES:
         for cell in cells(paper, profile):
             shortened = profile == "short" and not cell.preset.startswith("short/")
-            assert cell.flags == (cell.script.short if shortened else ()), (
-                profile,
-                cell.preset,
-            )
+            assert cell.flags == (cell.script.short if shortened else ()), (profile, cell.preset)
 
 
-def test_afm_has_cells_of_its_own_in_the_profile_short():
+def test_cells_are_picked_by_name_and_by_table():
     assert "short/cifar10-sym0.5/afm-k2" in [cell.preset for cell in cells("afm", "short")]
-    assert "short/cifar10-sym0.5/afm-k2" not in [cell.preset for cell in cells("afm", "paper")]
     (cell,) = cells("afm", "short", ["food101n/food101n/afm"])
     assert cell.flags == ("--epochs", "10", "--schedule", "5", "8")
-    with pytest.raises(UserError, match=r"no cell short/cifar10-sym0\.5/afm-k2 in profile embedded of afm"):
-        cells("afm", "embedded", ["short/cifar10-sym0.5/afm-k2"])
+    found = {cell.preset for cell in cells("sfa", "paper", table="webvision")}
+    assert found == {"webvision/webvision/sfa", "webvision/webvision-resnet50/sfa"}
+    every = {cell.preset for cell in cells("sfa", "paper")}
+    assert found | {cell.preset for cell in cells("sfa", "paper", table="grid")} == every
+    for words, said in (
+        (("afm", "embedded", ["short/x/afm"]), r"no cell short/x/afm in profile embedded of afm: .*digits"),
+        (
+            ("sfa", "paper", None, "nosuch"),
+            "no table nosuch in profile paper of sfa: choose from grid, webvision",
+        ),
+        (
+            ("sfa", "paper", ["grid/cifar10-if0.1-imb0.2/sfa"], "webvision"),
+            r"no cell grid/cifar10-if0\.1-imb0\.2/sfa",
+        ),
+    ):
+        with pytest.raises(UserError, match=said):
+            cells(*words)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -82,16 +95,27 @@ def test_afm_has_its_cross_entropy_among_the_presets_and_no_run_beside_them(prof
             assert found == fewer.get(name, every)
 
 
-@pytest.mark.parametrize("profile", ["embedded", "short"])
-def test_the_methods_of_a_cell_share_everything_but_the_method(profile):
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("paper", ["afm", "sfa"])
+def test_the_methods_of_a_cell_share_everything_but_the_method(paper, profile):
     """A comparison is of methods alone: data, network, batch, schedule and rates are the same for all of a cell."""
-    own = {"preset", "weight_mixed", "weight_plain", "mix_at", "weights"}
+    if (paper, profile) == ("afm", "paper"):
+        return  # the papers' cells differ in more
+    own = {"preset", "weight_mixed", "weight_plain", "mix_at", "weights", "selection", "loss"}
     own |= {"group_size", "group_order", "group_rounds"}  # mixup has partners, not groups
-    settings = {}
-    for cell in cells("afm", profile):
-        args = vars(train.parse_args(["--preset", cell.preset, *cell.flags]))
-        shared = {name: value for name, value in args.items() if name not in own}
-        assert shared == settings.setdefault(cell.preset.rpartition("/")[0], shared)
+    script, settings, methods = {"afm": train, "sfa": Train_cifar}[paper], {}, {}
+    for cell in cells(paper, profile):
+        if cell.script.path != "sfa/Train_webvision.py":
+            args = script.parse_args(["--preset", cell.preset, *cell.flags])
+            shared = {name: value for name, value in vars(args).items() if name not in own}
+            name, _, short = cell.preset.rpartition("/")
+            assert shared == settings.setdefault(name, shared)
+            methods.setdefault(name, []).append(script.method(args))
+            if paper == "sfa":
+                assert short == "-".join([args.selection, *([args.loss] if args.loss != "ce" else [])])
+    for found in methods.values():
+        assert len(set(found)) == len(found)
+        assert paper == "afm" or {"SFA", "GMM", "no selection"} <= set(found)
 
 
 def test_sfa_has_its_cross_entropy_as_a_run_beside_that_of_sfa_alone(tmp_path):
@@ -107,30 +131,9 @@ def test_sfa_has_its_cross_entropy_as_a_run_beside_that_of_sfa_alone(tmp_path):
     assert len(settings) == 12  # two data sets, three long tails, two rates of noise
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_the_methods_of_a_cell_of_sfa_share_everything_but_the_method(profile):
-    settings, methods = {}, {}
-    for cell in cells("sfa", profile):
-        if cell.script.path == "sfa/Train_cifar.py":
-            args = Train_cifar.parse_args(["--preset", cell.preset, *cell.flags])
-            own = {"preset", "selection", "loss"}
-            shared = {name: value for name, value in vars(args).items() if name not in own}
-            name, _, short = cell.preset.rpartition("/")
-            assert shared == settings.setdefault(name, shared)
-            assert short == "-".join([args.selection, *([args.loss] if args.loss != "ce" else [])])
-            methods.setdefault(name, []).append(Train_cifar.method(args))
-    for found in methods.values():
-        assert {"SFA", "GMM", "no selection"} <= set(found) and len(set(found)) == len(found)
-
-
-def test_an_unknown_cell_is_refused_with_the_choices():
-    with pytest.raises(UserError, match=r"nosuch.*digits"):
-        cells("sfa", "embedded", ["nosuch"])
-
-
 def test_commands_name_paths_relative_to_the_repository_where_they_lie_in_it(tmp_path):
     cell = cells("sfa", "embedded")[0]
-    assert cell.preset == "embedded/digits-if0.1-imb0.5/sfa"
+    assert cell.preset == CELL
     inside = run.make_task(
         cell, 1, ROOT / "results" / "runs", ROOT / "data", ["--device", "cpu", "--lr", "0.1"]
     )
@@ -151,42 +154,45 @@ def start(*words: str, paper: str = "sfa") -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """A whole table at the size of a test: one cell, one seed, three epochs."""
+def finished(tmp_path_factory) -> tuple[Path, Path, subprocess.CompletedProcess]:
+    """A whole table at the size of a test: one cell, one seed, three epochs. With the directory of the method's run."""
     out = tmp_path_factory.mktemp("results")
-    words = ("--cells", "embedded/digits-if0.1-imb0.5/sfa", "--num_epochs", "3", "--warm_up", "1")
-    return out, start("--out", str(out), "--seeds", "4", *words)
+    process = start("--out", str(out), *SHORT)
+    (folder,) = (out / "runs/sfa" / CELL).iterdir()
+    return out, folder, process
 
 
+SHORT = ("--cells", CELL, "--seeds", "4", "--num_epochs", "3", "--warm_up", "1")
+
+
+@pytest.mark.slow
 def test_a_table_is_a_csv_a_comparison_and_a_figure(finished):
-    out, process = finished
+    out, folder, process = finished
     assert process.returncode == 0, process.stderr
-    with (out / "sfa.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(out / "sfa.csv")
     assert tuple(rows[0]) == COLUMNS
-    assert {(r["method"], r["metric"]) for r in rows} >= {
-        (m, n) for m in ("SFA", "CE") for n in ("best", "last", "last10")
-    }
-    assert {r["seed"] for r in rows} == {"4"} and {r["profile"] for r in rows} == {"embedded"}
-    assert {r["epochs"] for r in rows} == {"3"}, "the baseline takes the method's epochs"
+    metrics = {(m, n) for m in ("SFA", "CE") for n in ("best", "last", "last10")}
+    assert {(r["method"], r["metric"]) for r in rows} >= metrics
+    # the baseline takes the method's epochs, and its labels
+    assert {(r["seed"], r["profile"], r["epochs"]) for r in rows} == {("4", "embedded", "3")}
+    for name in ("noisy_labels.npy", "train_index.npy"):
+        assert (folder / name).read_bytes() == (folder / "baseline" / name).read_bytes()
     assert (out / "sfa.png").read_bytes().startswith(b"\x89PNG")
     assert "every method against cross-entropy" in process.stdout
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_started_again_and_a_changed_record_is(finished, tmp_path):
-    out, first = finished
-    words = ("--cells", "embedded/digits-if0.1-imb0.5/sfa", "--num_epochs", "3", "--warm_up", "1")
+    out, folder, first = finished
     before = (out / "sfa.csv").read_bytes()
-    folder = next((out / "runs/sfa/embedded/digits-if0.1-imb0.5/sfa").iterdir())
     consoles = [(f / "console.txt").read_bytes() for f in (folder, folder / "baseline")]
-    again = start("--out", str(out), "--seeds", "4", *words)
+    again = start("--out", str(out), *SHORT)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("finished before: ") == 2 and "finished before" not in first.stdout
     assert [(f / "console.txt").read_bytes() for f in (folder, folder / "baseline")] == consoles
     assert (out / "sfa.csv").read_bytes() == before
     command = json.loads((folder / "result.json").read_text())["command"].split()
-    assert is_finished(folder, command)
-    assert not is_finished(folder, [*command, "--lr", "1"])
+    assert is_finished(folder, command) and not is_finished(folder, [*command, "--lr", "1"])
     for damage in (b"{}", b"half", None):
         copy = tmp_path / str(damage)
         copy.mkdir()
@@ -196,108 +202,73 @@ def test_what_is_finished_is_not_started_again_and_a_changed_record_is(finished,
         assert not is_finished(copy, command)
 
 
-def test_a_table_is_picked_by_its_name():
-    found = {cell.preset for cell in cells("sfa", "paper", table="webvision")}
-    assert found == {"webvision/webvision/sfa", "webvision/webvision-resnet50/sfa"}
-    every = {cell.preset for cell in cells("sfa", "paper")}
-    assert found | {cell.preset for cell in cells("sfa", "paper", table="grid")} == every
-    with pytest.raises(
-        UserError, match="no table nosuch in profile paper of sfa: choose from grid, webvision"
-    ):
-        cells("sfa", "paper", table="nosuch")
-    with pytest.raises(UserError, match=r"no cell grid/cifar10-if0\.1-imb0\.2/sfa"):
-        cells("sfa", "paper", ["grid/cifar10-if0.1-imb0.2/sfa"], table="webvision")
-    dry = start("--profile", "paper", "--table", "webvision", "--seeds", "1", "--dry-run")
-    assert dry.returncode == 0 and dry.stdout.count("python sfa/Train_webvision.py ") == 2
-
-
-def test_the_baseline_trains_on_the_very_labels_of_the_method(finished):
-    (folder,) = (finished[0] / "runs" / "sfa" / "embedded" / "digits-if0.1-imb0.5" / "sfa").iterdir()
-    for name in ("noisy_labels.npy", "train_index.npy"):
-        assert (folder / name).read_bytes() == (folder / "baseline" / name).read_bytes()
-
-
+@pytest.mark.slow
 def test_a_failed_run_makes_the_command_fail_and_is_named(tmp_path):
-    words = ("--cells", "embedded/digits-if0.1-imb0.5/sfa", "--p_threshold", "2")
-    process = start("--out", str(tmp_path), "--seeds", "7", *words)
+    process = start("--out", str(tmp_path), "--seeds", "7", "--cells", CELL, "--p_threshold", "2")
     assert process.returncode == 1
     (line,) = process.stderr.strip().splitlines()
-    assert line.startswith("failed: embedded/digits-if0.1-imb0.5/sfa seed 7: exit status 2")
+    assert line.startswith(f"failed: {CELL} seed 7: exit status 2")
     assert "--p_threshold" in line and "between 0 and 1" in line
     assert not (tmp_path / "sfa.csv").exists()
 
 
-def test_afm_ends_in_a_table_a_comparison_with_its_own_cross_entropy_and_a_figure(tmp_path):
+@pytest.mark.slow
+def test_afm_ends_in_a_comparison_with_its_own_cross_entropy(tmp_path):
     """All methods of an embedded setting, with flags of the script handed on."""
     names = [cell.preset for cell in cells("afm", "embedded") if "/digits-sym0.5/" in cell.preset]
     words = ("--epochs", "2", "--schedule", "1", "--out", str(tmp_path))
     process = start("--cells", *names, "--seeds", "4", *words, paper="afm")
     assert process.returncode == 0, process.stderr
-    with (tmp_path / "afm.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == COLUMNS
-    assert {row["method"] for row in rows} == {"CE", "mixup", "AFM (K=2)", "AFM (K=3)"}
+    rows = read(tmp_path / "afm.csv")
+    methods = {"CE", "mixup", "AFM (K=2)", "AFM (K=3)"}
+    assert sorted(row["method"] for row in rows if row["metric"] == "last") == sorted(methods)
     for row in rows:
         assert (row["table"], row["cell"], row["dataset"]) == ("embedded", "digits-sym0.5", "digits")
         assert (row["seed"], row["epochs"], row["profile"]) == ("4", "2", "embedded")
         assert "--epochs 2 --schedule 1" in row["command"] and "--data-root data" in row["command"]
-    for metric in ("best", "last", "last10"):
-        assert sum(row["metric"] == metric for row in rows) == 4
-    assert (tmp_path / "afm.png").read_bytes().startswith(b"\x89PNG")
-    assert "every method against cross-entropy" in process.stdout
-    compared = process.stdout[process.stdout.index("every method against cross-entropy") :].splitlines()
-    for method in ("mixup", "AFM (K=2)", "AFM (K=3)"):
-        assert any(method in line for line in compared), method
-    labels = {path.read_bytes() for path in tmp_path.rglob("noisy_labels.npy")}
-    assert len(list(tmp_path.rglob("noisy_labels.npy"))) == 4 and len(labels) == 1, (
-        "all train on the same labels"
-    )
+    compared = process.stdout[process.stdout.index("every method against cross-entropy") :]
+    assert all(method in compared for method in methods)
+    labels = [path.read_bytes() for path in tmp_path.rglob("noisy_labels.npy")]
+    assert len(labels) == 4 and len(set(labels)) == 1, "all train on the same labels"
 
 
-def test_a_dry_run_of_afm_prints_each_command_and_the_published_figures_as_what_they_are():
-    process = start("--profile", "paper", "--seeds", "1", "--dry_run", paper="afm")
-    assert process.returncode == 0, process.stderr
-    lines = process.stdout.splitlines()
-    commands = [line for line in lines if line.startswith("python afm/train.py --preset ")]
-    assert len(commands) == len(cells("afm", "paper"))
-    assert all("--data-root data" in command for command in commands)
-    published = [line for line in lines if "published" in line]
-    assert published and all(line.startswith("# ") for line in lines if line not in commands and line != "#")
-    assert all("[unconfirmed: " in line or "[secondary: " in line for line in published)
+@pytest.mark.parametrize(
+    ("paper", "line"),
+    [
+        ("afm", "# Food-101N, real web noise: accuracy in percent"),
+        ("me_momentum", "#   90.86 ± 0.21  Me-Momentum, published [unconfirmed: recollection]"),
+    ],
+)
+def test_a_dry_run_prints_each_command_and_the_published_figures(paper, line, capsys):
+    run.main([paper, "--profile", "paper", "--seeds", "1", "--dry_run"])
+    lines = capsys.readouterr().out.splitlines()
+    commands = [text for text in lines if text.startswith(f"python {paper}/")]
+    assert len(commands) == len(cells(paper, "paper"))
+    assert all(text.startswith("#") for text in lines if text not in commands)
+    assert line in lines
+    assert all("[unconfirmed: " in text or "[secondary: " in text for text in lines if "published" in text)
 
 
 def test_a_preset_is_run_by_its_own_script_with_its_own_name_for_the_data(tmp_path):
     names = ["mnist/mnist-inst0.2/me-momentum", "clothing1m/clothing1m/me-momentum"]
-    commands = [
-        run.make_task(cell, 1, tmp_path, tmp_path, []).commands
-        for cell in cells("me_momentum", "paper", names)
-    ]
-    ((_, mnist),), ((_, clothing),) = commands
+    chosen = cells("me_momentum", "paper", names)
+    ((_, mnist),), ((_, clothing),) = (run.make_task(c, 1, tmp_path, tmp_path, []).commands for c in chosen)
     assert mnist[1] == "me_momentum/main.py" and "--data_path" in mnist and "--data_root" not in mnist
     assert clothing[1] == "me_momentum/Clothing.py" and "--data_root" in clothing
     short = [cell.flags for cell in cells("me_momentum", "short", names)]
     assert short[0] != short[1] and all("--n_epoch" in flags for flags in short)
 
 
-def test_a_dry_run_of_me_momentum_prints_every_cell_and_the_published_figures():
-    process = start("--profile", "paper", "--seeds", "1", "--dry_run", paper="me_momentum")
-    assert process.returncode == 0, process.stderr
-    lines = process.stdout.splitlines()
-    commands = [line for line in lines if line.startswith("python me_momentum/")]
-    assert len(commands) == len(cells("me_momentum", "paper")) == 2 * (3 * 2 * 2) + 2
-    assert sum("Clothing.py" in command for command in commands) == 2
-    assert "# cifar10, instance, 0.2: accuracy in percent" in lines
-    assert "#   90.86 ± 0.21  Me-Momentum, published [unconfirmed: recollection]" in lines
-    assert any("91.87  Me-Momentum, published [secondary: " in line for line in lines)
-
-
 def test_cells_without_cross_entropy_are_reported_without_a_comparison(tmp_path, capsys):
-    names = ("paper", "table", "cell", "method", "dataset", "profile", "fidelity", "seed", "epochs", "metric")
-    values = ("sanm", "embedded", "digits", "DivideMix", "digits", "embedded", "paper", "1", "2")
-    rows = [
-        dict(zip(names, (*values, metric), strict=True)) | {"value": 90.0}
-        for metric in ("best", "last", "last10")
-    ]
+    row = {
+        "paper": "sanm",
+        "table": "embedded",
+        "cell": "digits",
+        "method": "DivideMix",
+        "seed": "1",
+        "value": 90,
+    }
+    rows = frame(row | {"metric": metric} for metric in ("best", "last", "last10"))
     run.report("sanm", cells("sanm", "embedded")[:1], rows, tmp_path)
     assert "cross-entropy is not among these cells" in capsys.readouterr().out
-    assert len((tmp_path / "sanm.csv").read_text().splitlines()) == 4
+    assert len(read(tmp_path / "sanm.csv")) == 3

@@ -1,6 +1,5 @@
 """The speeds of reading images and of making views: a tiny run writes a row per source and number of workers."""
 
-import csv
 import random
 
 import numpy as np
@@ -13,6 +12,7 @@ from benchmarks.speed import main, make_photographs, view_pipelines
 from benchmarks.speed_inputs import RAND_AUGMENT, make_small_images, rand_augment, rand_augment_operation
 from common.gpu import policies
 from common.runs.cli import UserError
+from tests.benchmarks.files import read
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -21,8 +21,7 @@ def test_images_are_timed_from_files_and_cache(tmp_path, capsys):
     out = tmp_path / "new" / "speed.csv"
     words = ["images", "--images", "12", "--workers", "0", "1", "--passes", "3", "--device", "cpu"]
     main([*words, "--out", str(out)])
-    with out.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read(out)
     assert [(row["source"], row["workers"]) for row in rows] == [
         *(("files", "0"), ("cache", "0")),
         *(("files", "1"), ("cache", "1")),
@@ -53,8 +52,7 @@ def test_views_are_timed_on_the_device_and_by_pil(tmp_path, capsys):
     out = tmp_path / "speed.csv"
     words = ["views", "--images", "12", "--workers", "0", "1", "--passes", "3", "--device", "cpu"]
     main([*words, "--out", str(out)])
-    with out.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read(out)
     pipelines = ["SANM's six views", "SimCLR's pair of views", "SANM's warm-up view"]
     sources = [("float32 on the device", "0"), ("PIL", "0"), ("PIL", "1")]
     assert [(row["pipeline"], row["source"], row["workers"]) for row in rows] == [
@@ -69,14 +67,14 @@ def test_views_are_timed_on_the_device_and_by_pil(tmp_path, capsys):
 @pytest.mark.parametrize("pipeline", view_pipelines())
 def test_both_pipelines_make_as_many_views_and_about_as_bright(pipeline):
     ours, count, theirs = view_pipelines()[pipeline]
-    images = make_small_images(300)
+    images = make_small_images(150)
     random.seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         by_pil = np.array([[np.asarray(view(Image.fromarray(image))) for view in theirs] for image in images])
     batch = torch.from_numpy(images).permute(0, 3, 1, 2)
     generator = torch.Generator().manual_seed(0)
-    views = torch.stack([ours(batch, generator) for _ in range(count)]).reshape(-1, 300, 3, 32, 32)
+    views = torch.stack([ours(batch, generator) for _ in range(count)]).reshape(-1, 150, 3, 32, 32)
     assert len(views) == len(theirs) == by_pil.shape[1]
     # as samples of the same law: the mean and the standard deviation of each image
     for view, other in zip(views.double(), torch.from_numpy(by_pil).swapaxes(0, 1).double(), strict=True):

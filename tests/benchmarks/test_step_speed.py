@@ -1,6 +1,5 @@
 """The speed of training steps: what the timed scripts report, on images of 8 pixels, and the figures made of it."""
 
-import csv
 import json
 import runpy
 import sys
@@ -20,6 +19,7 @@ from common.gpu import augment, policies
 from common.gpu.device import Device
 from common.gpu.loader import Batches, Images
 from common.runs.cli import UserError
+from tests.benchmarks.files import read
 
 ROOT = Path(__file__).resolve().parents[2]
 SELECTING = ("sfa", "me_momentum", "manifold_dividemix", "sanm")
@@ -55,17 +55,20 @@ def report_of(name: str, path: str, workload: Workload, as_script, folder: Path,
     return json.loads((folder / "times.json").read_text())
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", METHODS)
+QUICK = [("ce", "ours"), ("me_momentum", "plain")]  # of the fast tests
+OTHERS = [(name, path) for name in METHODS for path in PATHS if (name, path) not in QUICK]
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)]
+)
 def test_every_method_is_timed_by_both_paths(name, path, workload, as_script, tmp_path):
     report = report_of(name, path, workload, as_script, tmp_path)
     assert report["batch_size"] == (8 if name in ("ce", "afm", "me_momentum") else 4)
     assert report["precision"] == "fp32"
     epochs = report["epochs"]
-    assert [epoch["warm_up"] for epoch in epochs][:3] == {
-        **dict.fromkeys(("ce", "afm"), [False] * 2),
-        "me_momentum": [False] * 3,
-    }.get(name, [True, False, False])
+    expected = {"ce": [False] * 2, "afm": [False] * 2, "me_momentum": [False] * 3}
+    assert [epoch["warm_up"] for epoch in epochs][:3] == expected.get(name, [True, False, False])
     assert len(step_speed.main_steps(report))
     for epoch in epochs:
         assert len(epoch["training"]) == (2 if name in ("sfa", "sanm") else 1)
@@ -83,13 +86,10 @@ def test_every_method_is_timed_by_both_paths(name, path, workload, as_script, tm
 
 
 def log_of(run: Path) -> list[dict]:
-    with (run / "log.csv").open() as file:
-        return [
-            {name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)
-        ]
+    return [{name: text for name, text in row.items() if name != "seconds"} for row in read(run / "log.csv")]
 
 
-@pytest.mark.parametrize("name", ["sanm", "me_momentum"])
+@pytest.mark.parametrize("name", [pytest.param("sanm", marks=pytest.mark.slow), "me_momentum"])
 def test_a_timed_script_gives_the_very_same_results(name, workload, as_script, tmp_path):
     flags = [*step_speed.flags_of(name, workload), "--device", "cpu", "--out"]
     as_script(METHODS[name].script, [*flags, str(tmp_path / "plainly")])
@@ -180,39 +180,20 @@ def test_an_unknown_augmentation_has_no_plain_counterpart():
 
 def a_step(seconds: float, images: int = 4, whole: bool = True) -> dict:
     parts = {"augment": 0.1, "forward": 0.3, "backward": 0.4, "optimiser": 0.1}
-    return {
-        "images": images,
-        "whole": whole,
-        "seconds": seconds,
-        **{name: share * seconds for name, share in parts.items()},
-    }
+    step = {"images": images, "whole": whole, "seconds": seconds}
+    return step | {name: share * seconds for name, share in parts.items()}
 
 
 def a_report(*seconds: float) -> dict:
     """An epoch for each number: steps of as many seconds, behind a first one and before a partial one."""
-    epochs = [
-        {
-            "seconds": 100 + 4 * each + 1,
-            "selection": 2.0,
-            "evaluation": 1.0,
-            "warm_up": number == 0,
-            "training": [
-                {
-                    "seconds": 98 + 3 * each,
-                    "length": 4,
-                    "steps": [a_step(98 - each), a_step(each), a_step(each), a_step(each, 4, whole=False)],
-                }
-            ],
-        }
-        for number, each in enumerate(seconds)
-    ]
-    return {
-        "precision": "fp32",
-        "batch_size": 4,
-        "peak_memory_mb": 500.0,
-        "flops": {"flops": 8e6, "images": 4},
-        "epochs": epochs,
-    }
+    epochs = []
+    for number, each in enumerate(seconds):
+        steps = [a_step(98 - each), a_step(each), a_step(each), a_step(each, 4, whole=False)]
+        training = [{"seconds": 98 + 3 * each, "length": 4, "steps": steps}]
+        epoch = {"seconds": 100 + 4 * each + 1, "selection": 2.0, "evaluation": 1.0, "warm_up": number == 0}
+        epochs.append(epoch | {"training": training})
+    report = {"precision": "fp32", "batch_size": 4, "peak_memory_mb": 500.0, "epochs": epochs}
+    return report | {"flops": {"flops": 8e6, "images": 4}}
 
 
 ARGS = Namespace(images=64, size=8, workers=2)
@@ -289,22 +270,21 @@ def test_the_two_take_turns_and_neither_is_always_first(workload, monkeypatch, t
     assert (tmp_path / "order").read_text() == "oppoop"
 
 
-def test_a_script_that_is_killed_while_it_waits_is_named(workload, monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import sys; print('first'); sys.exit('no such thing')", r"no such thing .exit status 1"),
+        (f"import os; print('begun'); print({timed_script.WAITING!r}, flush=True); os.kill(os.getpid(), 9)",
+         r"begun .exit status -9"),
+    ],
+)  # fmt: skip
+def test_a_script_that_fails_or_is_killed_is_named_by_its_last_line(code, said, workload, monkeypatch):
     def command_line(method, path, *_):
-        code = f"import os; print('begun'); print({timed_script.WAITING!r}, flush=True)"
-        return [sys.executable, "-c", code + ("; os.kill(os.getpid(), 9)" if path == "ours" else "; input()")]
+        waits = f"print({timed_script.WAITING!r}, flush=True); input()"
+        return [sys.executable, "-c", code if path == "ours" else waits]
 
     monkeypatch.setattr(step_speed, "command_line", command_line)
-    with pytest.raises(UserError, match=r"ce, ours path: begun .exit status -9 of python -c"):
-        step_speed.run_in_turns("ce", workload, ARGS, CPU)
-
-
-def test_a_script_that_fails_is_named_by_its_last_line(workload, monkeypatch):
-    def command_line(method, path, workload, args, device):
-        return [sys.executable, "-c", "import sys; print('first'); sys.exit('no such thing')"]
-
-    monkeypatch.setattr(step_speed, "command_line", command_line)
-    with pytest.raises(UserError, match=r"ce, ours path: no such thing .exit status 1 of python -c"):
+    with pytest.raises(UserError, match=f"ce, ours path: {said} of python -c"):
         step_speed.run_in_turns("ce", workload, ARGS, CPU)
 
 
@@ -337,12 +317,12 @@ def test_one_epoch_is_not_enough(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_whole_command(tmp_path, capsys):
     out = tmp_path / "steps.csv"
     words = ["steps", "--methods", "me_momentum", "--size", "8", "--images", "64", "--epochs", "2"]
     speed.main([*words, "--workers", "1", "--device", "cpu", "--out", str(out)])
-    with out.open() as file:
-        ours, plain = csv.DictReader(file)
+    ours, plain = read(out)
     assert [(row["method"], row["path"]) for row in (ours, plain)] == [
         ("me_momentum", "ours"),
         ("me_momentum", "plain"),
