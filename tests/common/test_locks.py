@@ -55,7 +55,9 @@ def test_one_holds_it_and_the_next_after_that(path):
 
 
 def test_a_lock_of_another_host_is_respected_as_long_as_it_has_a_heartbeat(path, monkeypatch):
-    monkeypatch.setattr(locks, "STALE", 1000.0)  # a busy machine may stop this process, and its beats, for a while
+    monkeypatch.setattr(
+        locks, "STALE", 1000.0
+    )  # a busy machine may stop this process, and its beats, for a while
     hold(path, "node017")
     stop = threading.Event()
     beats = threading.Thread(target=lambda: [os.utime(path) for _ in iter(lambda: stop.wait(0.05), True)])
