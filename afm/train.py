@@ -197,7 +197,9 @@ def main(argv=None) -> None:
     if args.sync_bn:
         network = processes.synchronised(network)
     parallel = processes.parallel(network, device.device, unused_parameters=args.train_on == "noisy+clean")
-    optimizer = SGD(network.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    optimizer = SGD(
+        network.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=device.on_cuda()
+    )
     groups, rng = device.generator(args.seed), np.random.default_rng(args.seed)
     run.resume({"network": network, "optimizer": optimizer, "loader": loader, "groups": groups, "rng": rng})
     grouping = partial(groups_of_batch, args=args, generator=groups, rng=rng)

@@ -65,7 +65,9 @@ STATISTICS = (
 def main(argv=None) -> None:
     """Train Manifold DivideMix and write its run directory."""
     args = parse_args(argv)
-    device = gpu.pick(args.device, args.precision, args.gpu, several=True, fidelity=args.fidelity)
+    device = gpu.pick(
+        args.device, args.precision, args.gpu, several=True, fidelity=args.fidelity, fixed_shapes=False
+    )
     dataset = data.load_open_set(args)
     start(dataset, args, device, cifar_directory(args), cifar_cell(args, dataset.name))
 
@@ -105,7 +107,8 @@ def make_optimizer(network: Network, args: Namespace) -> SGD:
         encoder = list(network.encoder.parameters())
         groups.append({"params": encoder, "initial_lr": args.lr_backbone, "lr": args.lr_backbone})
     network.encoder.requires_grad_(args.weights == "finetune")
-    return SGD(groups, momentum=args.momentum, weight_decay=args.weight_decay)
+    fused = next(network.parameters()).is_cuda
+    return SGD(groups, momentum=args.momentum, weight_decay=args.weight_decay, fused=fused)
 
 
 def warm_up_epoch(network: Network, optimizer: Optimizer, kept: Tensor, epoch: int, s: Setting) -> list:

@@ -26,7 +26,9 @@ from manifold_dividemix.train_semisup import start
 def main(argv=None) -> None:
     """Train Manifold DivideMix on mini-ImageNet and write its run directory."""
     args = parse_args(argv)
-    device = gpu.pick(args.device, args.precision, args.gpu, several=True, fidelity=args.fidelity)
+    device = gpu.pick(
+        args.device, args.precision, args.gpu, several=True, fidelity=args.fidelity, fixed_shapes=False
+    )
     dataset = data.load_mini_imagenet(args)
     start(dataset, args, device, mini_imagenet_directory(args), mini_imagenet_cell(args, dataset.name))
 

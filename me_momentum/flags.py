@@ -84,8 +84,9 @@ def make_parser() -> cli.Parser:
     further.add_argument(
         "--cuda_graphs",
         action=BooleanOptionalAction,
-        default=True,
-        help="on CUDA, replay recorded training steps, which saves launching each kernel; not with --compile",
+        default=False,
+        help="on CUDA, replay recorded training steps, which saves launching each kernel; the first 20 steps are checked against "
+        "eager ones; not with --compile",
     )
     released.add_argument(
         "--model_dir",

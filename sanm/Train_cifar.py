@@ -242,7 +242,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     for note in flags.cifar_notes(args):
         print(note)
-    device = gpu.pick(args.device, args.precision, args.gpuid, fidelity=args.fidelity)
+    device = gpu.pick(args.device, args.precision, args.gpuid, fidelity=args.fidelity, fixed_shapes=False)
     data = datasets.load(args.dataset, args.data_path)
     index = training_index(data, args)
     true_labels, observed = data.train.labels[index], observed_labels(data, index, args)
@@ -256,7 +256,9 @@ def main(argv=None) -> None:
     tests = test_batches(data, args.limit_test, args.seed, 512, device.device)
     labels, right = (torch.from_numpy(y).to(device.device) for y in (observed, observed == true_labels))
     nets = [device.prepare(net, args.compile) for net in nets]
-    optimizers = [SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4) for net in nets]
+    optimizers = [
+        SGD(net.parameters(), args.lr, 0.9, weight_decay=5e-4, fused=device.on_cuda()) for net in nets
+    ]
     loader, draws = device.generator(args.seed), np.random.default_rng(args.seed)
     memory = {"history": [[], []], "clean": [None, None]}
     memory["streaks"] = selection_report.no_streaks(2, data.num_classes)

@@ -209,7 +209,9 @@ def reported(nets: list[nn.Module], best: list[dict], s: Setting) -> dict[str, f
 def main(argv=None) -> None:
     """Train SANM on Clothing1M and write its run directory."""
     args = parse_args(argv)
-    device = gpu.pick(args.device, args.precision, args.gpuid, several=True, fidelity=args.fidelity)
+    device = gpu.pick(
+        args.device, args.precision, args.gpuid, several=True, fidelity=args.fidelity, fixed_shapes=False
+    )
     data = clothing.load(args, device)
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
     nets = [clothing_network(args.network, args.num_class, args.pretrained) for _ in range(2)]
@@ -223,7 +225,9 @@ def main(argv=None) -> None:
         nets = [processes.synchronised(net) for net in nets]
     # the warm-up has no use for the decoder
     parallel = [processes.parallel(net, device.device, unused_parameters=True) for net in nets]
-    optimizers = [SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=1e-3) for net in nets]
+    optimizers = [
+        SGD(net.parameters(), args.lr, 0.9, weight_decay=1e-3, fused=device.on_cuda()) for net in nets
+    ]
     draws, masks = np.random.default_rng(args.seed), device.generator(args.seed)
     memory = {"divisions": [None, None], "best": [{"accuracy": -1.0, "weights": {}} for _ in nets]}
     memory["streaks"] = selection_report.no_streaks(2, args.num_class)

@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train SFA and write its run directory."""
     args = parse_args(argv)
     note_schedule(args)
-    device = gpu.pick(args.device, args.precision, args.gpuid, fidelity=args.fidelity)
+    device = gpu.pick(args.device, args.precision, args.gpuid, fidelity=args.fidelity, fixed_shapes=False)
     data = datasets.load(args.dataset, args.data_path)
     index, clean, observed = long_tailed_noisy(data, args)
     names = {"name": cifar_directory(args), "cell": cifar_cell(args, data)}
@@ -252,7 +252,9 @@ def main(argv: list[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
     nets = [device.prepare(make_network(data, args), args.compile) for _ in range(2)]
-    optimizers = [SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4) for net in nets]
+    optimizers = [
+        SGD(net.parameters(), args.lr, 0.9, weight_decay=5e-4, fused=device.on_cuda()) for net in nets
+    ]
     loader, draws = device.generator(args.seed), np.random.default_rng(args.seed)
     memory = empty_memory(data.num_classes)
     run.resume({"nets": nets, "optimizers": optimizers, "loader": loader, "draws": draws, "memory": memory})

@@ -208,7 +208,9 @@ def main(argv: list[str] | None = None) -> None:
         with redirect_stdout(None):  # bad data ends this process, in one line, before two are started
             load(args, Device(torch.device("cpu"), "fp32", ""))
         start_two_processes(args, argv)
-    device = gpu.pick(args.device, args.precision, args.gpuid1, several=True, fidelity=args.fidelity)
+    device = gpu.pick(
+        args.device, args.precision, args.gpuid1, several=True, fidelity=args.fidelity, fixed_shapes=False
+    )
     data = load(args, device)
     names = {"name": webvision_directory(args), "cell": webvision_cell(args)}
     run = Run(args, device, paper="sfa", method="SFA", **names)

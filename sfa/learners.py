@@ -45,7 +45,7 @@ def make_learner(number: int, args: Namespace, device: Device) -> Learner:
     if args.parallel == "data":
         network = processes.synchronised(network)
         parallel = processes.parallel(network, device.device)
-    optimizer = SGD(network.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
+    optimizer = SGD(network.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, fused=device.on_cuda())
     images, partners, draws = np.random.SeedSequence((args.seed, number)).spawn(3)
     seeds = [int(sequence.generate_state(1, np.uint64)[0] >> 1) for sequence in (images, partners)]
     return Learner(
@@ -59,7 +59,10 @@ def make_learner(number: int, args: Namespace, device: Device) -> Learner:
 
 
 def start_two_processes(args: Namespace, argv: list[str]) -> None:
-    """Replace this process by two with a network each, on both cards: the same command under torchrun."""
+    """Replace this process by two with a network each, on both cards: the same command under torchrun, with --parallel typed.
+
+    The children cannot tell by themselves: under torchrun the default is data.
+    """
     cards = [str(i) for i in (args.gpuid1, args.gpuid2)]
     if "CUDA_VISIBLE_DEVICES" in os.environ:  # what is hidden stays hidden
         visible = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
@@ -67,7 +70,7 @@ def start_two_processes(args: Namespace, argv: list[str]) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     sys.stdout.flush()
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(cards)}
-    os.execve(sys.executable, [*launcher, str(SCRIPT), *argv], environment)
+    os.execve(sys.executable, [*launcher, str(SCRIPT), *argv, "--parallel", "networks"], environment)
 
 
 def train_one_each(

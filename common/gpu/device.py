@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from common.gpu import processes
+from common.gpu import graphs, processes
 from common.runs.cli import UserError
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -43,28 +43,13 @@ class Device(NamedTuple):
         return network
 
     def replay(self, network: nn.Module, batch_shape: tuple[int, ...]) -> None:
-        """On a GPU, training on float32 batches of this shape replays a recorded CUDA graph, one forward and one backward.
+        """On a GPU, let training on batches of this shape replay a recorded CUDA graph: see `graphs.replay`.
 
-        This saves the start of each kernel of a small network. Other batches, evaluation and the CPU do not change. Call it
-        after the network is on the device; weights and statistics do not change.
+        This saves the start of each kernel of a small network. Call it after the network is on the device.
         """
-        if not self.on_cuda():
-            return
-        before = {name: value.clone() for name, value in network.state_dict().items()}
-        plain, was_training = network.forward, network.training
-        network.train()
-        example = torch.zeros(batch_shape, device=self.device).contiguous(memory_format=torch.channels_last)
-        with self.autocast():  # without its cache of casts, which a recorded graph must not hold
-            torch.cuda.make_graphed_callables(network, (example,))
-        recorded = network.forward
-
-        def forward(images: torch.Tensor) -> torch.Tensor:
-            fits = network.training and torch.is_grad_enabled() and images.shape == example.shape
-            return (recorded if fits else plain)(images)
-
-        network.forward = forward
-        network.load_state_dict(before)  # recording changes the running statistics
-        network.train(was_training)
+        if self.on_cuda():
+            with self.autocast():  # without its cache of casts, which a recorded graph must not hold
+                graphs.replay(network, batch_shape, self.device)
 
     def generator(self, seed: int) -> torch.Generator:
         """A random generator on the device."""
@@ -93,12 +78,14 @@ def pick(
     *,
     several: bool = False,
     fidelity: str = "paper",
+    fixed_shapes: bool = True,
 ) -> Device:
     """Choose device (auto, cpu, cuda; index: of the GPU) and precision (auto, fp32, bf16), and print both with the reason.
 
     auto: the GPU if there is one; from compute capability 8.0 on bfloat16 autocast, with TF32 for float32 products; float32 on
     older GPUs and on CPU. fp32 on CUDA switches TF32 off. fidelity: with released, auto is fp32 everywhere. several: the script
-    supports several processes under torchrun; each uses the GPU of its local rank, or a CPU. UserError: a missing GPU; torchrun
+    supports several processes under torchrun; each uses the GPU of its local rank, or a CPU. fixed_shapes: whether
+    batches have the same shape in every step, so that cuDNN may time its algorithms once. UserError: a missing GPU; torchrun
     with a script for one process.
     """
     if processes.launched():
@@ -124,7 +111,7 @@ def pick(
         chosen, why = default_precision(index if on_cuda else None)
     if on_cuda:
         torch.cuda.set_device(index)
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = fixed_shapes
         torch.set_float32_matmul_precision("high" if chosen == "bf16" else "highest")
         torch.backends.cudnn.allow_tf32 = chosen == "bf16"
     picked = torch.device("cuda", index) if on_cuda else torch.device("cpu")

@@ -13,7 +13,7 @@ from me_momentum.flags import PRESETS, directory_name, loop_limits, make_parser,
 FLAGS = """
 -h/--help='==SUPPRESS==' --dataset='mnist' --data_path='./data' --noise_type='symmetric' --noise_rate=0.2
 --posterior=None --data_percent=0.9 --network='auto' --stem_padding=0 --lr=0.01 --weight_decay=0.0001
---batch_size=128 --n_epoch=100 --cuda_graphs/--no-cuda_graphs=True --model_dir=None
+--batch_size=128 --n_epoch=100 --cuda_graphs/--no-cuda_graphs=False --model_dir=None
 --selection='confident' --max_outer_loop=3 --max_inner_loop=20 --es_step=0.1 --es_limit=2.0
 --select_view='train' --val_view='train' --legacy_batch_mean/--no-legacy_batch_mean=None --out=None
 --seed=1 --device='auto' --precision='auto' --compile=False --fidelity='paper' --preset=None
