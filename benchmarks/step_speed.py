@@ -204,7 +204,7 @@ def command_line(name: str, path: str, workload: Workload, args: Namespace, devi
     words += [str(workload.folder / f"{path}.json"), method.script, *flags_of(name, workload)]
     words += ["--device", device.device.type, "--out", str(workload.folder / path)]
     words += ["--precision", "fp32"] if plain else []
-    return [*words, *(["--no-cuda_graphs"] if plain and method.graphs else [])]
+    return [*words, *(["--cuda_graphs"] if method.graphs and not plain else [])]
 
 
 class Process:

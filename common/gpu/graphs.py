@@ -14,7 +14,7 @@ TOLERANCE = 0.02  # largest difference of outputs and gradients, relative to the
 def replay(network: nn.Module, batch_shape: tuple[int, ...], device: torch.device) -> None:
     """Let training on float32 batches of this shape replay a recorded forward and backward pass.
 
-    Other batches and evaluation do not change. The first CHECKED steps are also made eagerly from the same weights and statistics.
+    Other batches and evaluation do not change. The first CHECKED steps are also made eagerly from the same state.
     If an output or a gradient differs by more than TOLERANCE, or recording fails, the graph is dropped with a warning. A
     gradient is compared at the next step, so the caller must clear gradients after the forward pass.
     """
@@ -47,20 +47,21 @@ def replay(network: nn.Module, batch_shape: tuple[int, ...], device: torch.devic
         wanted.clear()
         if left == 0 and good:
             return recorded(images)
-        statistics = [(buffer, buffer.clone()) for buffer in network.buffers()]
-        eager = plain(images)
         if not good:
             network.forward = plain
             _warn("its gradients differ from the eager ones")
-            return eager
-        for buffer, value in statistics:
-            buffer.copy_(value)
+            return plain(images)
+        network.forward = plain
+        statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        eager = torch.func.functional_call(network, statistics, (images,))
         replayed = recorded(images)
         if not _close(replayed, eager):
-            network.forward = plain
             _warn("its outputs differ from the eager ones")
             return eager
-        replayed.register_hook(lambda gradient: wanted.extend(torch.autograd.grad(eager, parameters, gradient)))
+        network.forward = forward
+        replayed.register_hook(
+            lambda gradient: wanted.extend(torch.autograd.grad(eager, parameters, gradient))
+        )
         left -= 1
         return replayed
 

@@ -94,35 +94,6 @@ def test_prepare_keeps_the_names_and_values_of_the_state(compiled):
     assert state["0.weight"].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_replay_takes_the_recorded_forward_for_training_batches_of_its_shape_alone(monkeypatch):
-    """Without a card: recording is stood in for by a forward that counts its calls and spoils the running statistics."""
-    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval()
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    plain, calls, device = network.forward, [], Device(torch.device("cpu"), "fp32", "tests")
-
-    def record(module, sample_args):
-        (sample,) = sample_args
-        assert module.training and sample.shape == (4, 1, 8, 8)
-        plain(sample)
-        module.forward = lambda images: calls.append(tuple(images.shape)) or plain(images)
-
-    device.replay(network, (4, 1, 8, 8))
-    assert network.forward == plain, "on a CPU nothing is recorded"
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
-    monkeypatch.setattr(Device, "on_cuda", lambda self: True)
-    device.replay(network, (4, 1, 8, 8))
-    assert not network.training
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    network(torch.zeros(4, 1, 8, 8))  # evaluation
-    network.train()
-    with torch.no_grad():
-        network(torch.zeros(4, 1, 8, 8))
-    network(torch.zeros(3, 1, 8, 8))  # a last, smaller batch
-    assert not calls
-    network(torch.zeros(4, 1, 8, 8))
-    assert calls == [(4, 1, 8, 8)]
-
-
 def test_exact_products_end_with_what_was_before_them_also_after_an_error():
     usual = torch.get_float32_matmul_precision()
     try:

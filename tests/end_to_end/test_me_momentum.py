@@ -380,7 +380,7 @@ def test_weights_that_never_won_are_still_there_for_the_selection(monkeypatch, t
     shapes = []
     monkeypatch.setattr(main.gpu.Device, "replay", lambda self, network, shape: shapes.append(tuple(shape)))
     monkeypatch.setattr(main, "balanced_accuracy", lambda *_: 0.0)
-    found = Recorder(tmp_path, "--n_epoch 2 --noise_type pairflip")
+    found = Recorder(tmp_path, "--n_epoch 2 --noise_type pairflip --cuda_graphs")
     assert shapes == [(64, 1, 8, 8)] and result(found.run)["noise_type"] == "pairflip"
     # a round that leaves zero is no progress, so each outer loop has one
     rows = table(found.run)
@@ -413,7 +413,7 @@ def test_if_fine_tuning_never_won_the_best_of_early_stopping_is_reported(fidelit
 
 @pytest.mark.slow
 def test_the_kept_weights_are_the_reported_ones_even_where_fine_tuning_never_won(digits, tmp_path):
-    run = Recorder(tmp_path, "--lr 0.01 --no-cuda_graphs").run
+    run = Recorder(tmp_path, "--lr 0.01").run
     assert all(row["new_best"] == "0" for row in table(run))
     hits = predicted(weights(run), digits.test) == digits.test_labels
     assert 100 * hits.mean() == pytest.approx(result(run)["metrics"]["at_best_validation"], rel=1e-12)

@@ -1,0 +1,118 @@
+"""Recorded training steps: which batches they serve, and that wrong ones are dropped. A stand-in records; no card is needed."""
+
+import pytest
+import torch
+from torch import nn
+
+from common.gpu import graphs
+from common.gpu.device import Device
+
+SHAPE = (4, 1, 8, 8)
+
+
+class Spoiled(torch.autograd.Function):
+    """The identity with a wrong gradient."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 1.5 * gradient
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """A small network; `calls` lists the batches that its recorded forward was given, `spoil` changes what that returns."""
+    monkeypatch.setattr(Device, "on_cuda", lambda self: True)
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval()
+    made.calls, made.spoil = [], lambda out: out
+
+    def record(module, sample_args):
+        plain = module.forward
+        assert module.training and sample_args[0].shape == SHAPE
+        plain(sample_args[0])  # changes the running statistics
+        module.forward = lambda images: (
+            module.calls.append(tuple(images.shape)) or module.spoil(plain(images))
+        )
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    return made
+
+
+def replay(network) -> None:
+    Device(torch.device("cpu"), "fp32", "tests").replay(network, SHAPE)
+
+
+def step(network, images=None) -> None:
+    """A training step that clears gradients after the forward pass."""
+    out = network(torch.rand(SHAPE) if images is None else images)
+    network.zero_grad()
+    out.square().mean().backward()
+
+
+def test_training_batches_of_the_shape_alone_are_replayed(network):
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    replay(network)
+    assert not network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    network(torch.zeros(SHAPE))  # evaluation
+    network.train()
+    with torch.no_grad():
+        network(torch.zeros(SHAPE))
+    network(torch.zeros(3, 1, 8, 8))  # a last, smaller batch
+    assert not network.calls
+    step(network)
+    assert network.calls == [SHAPE]
+
+
+def test_checked_steps_change_the_network_as_plain_ones_do(network, capsys):
+    replay(network.train())
+    twin = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    twin.load_state_dict(network.state_dict())
+    for number in range(graphs.CHECKED + 3):
+        images = torch.rand(SHAPE)
+        step(network, images)
+        step(twin, images)
+        assert len(network.calls) == number + 1
+        assert all(
+            torch.equal(p.grad, q.grad) for p, q in zip(network.parameters(), twin.parameters(), strict=True)
+        )
+    assert all(torch.equal(p, q) for p, q in zip(network.buffers(), twin.buffers(), strict=True))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why", "steps"),
+    [(lambda out: 1.1 * out, "outputs", 1), (Spoiled.apply, "gradients", 2)],
+)
+@pytest.mark.parametrize("good", [0, graphs.CHECKED - 1])
+def test_a_wrong_graph_is_dropped(network, capsys, spoil, why, steps, good):
+    replay(network.train())
+    for _ in range(good):
+        step(network)
+    network.spoil = spoil
+    for _ in range(steps):
+        step(network)
+    assert (
+        f"warning: the CUDA graph is not used: its {why} differ from the eager ones"
+        in capsys.readouterr().err
+    )
+    calls = len(network.calls)
+    step(network)
+    assert len(network.calls) == calls
+
+
+def test_without_a_recording_training_goes_on(network, capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("capture failed\nadvice")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
+    replay(network.train())
+    step(network)
+    assert not network.calls
+    assert (
+        "warning: the CUDA graph is not used: recording failed (capture failed); " in capsys.readouterr().err
+    )
