@@ -3,12 +3,13 @@
     python -m benchmarks.speed images       # training images per second from files and from the cache of small images
     python -m benchmarks.speed views        # images per second that get all their views, ours and PIL's
     python -m benchmarks.speed steps        # training steps of all methods, part by part, beside a plain reference path
+    python -m benchmarks.speed launches     # operators and waits of a training step on a GPU, counted without one
 
 images: JPEGs of 512 x 384 pixels, cut from the two photographs of scikit-learn, through the training pipeline of Food-101N
 (random resized crop to 224, flip, normalisation).
 views: 32 x 32 pixels of the same photographs, through SANM's pipelines for CIFAR (its six views, the SimCLR pair, the view
 of its warm-up): batches on the device, and PIL and torchvision image by image in the workers of a DataLoader.
-steps: see benchmarks/step_speed.py.
+steps, launches: see benchmarks/step_speed.py and benchmarks/launches.py.
 """
 
 import os
@@ -30,6 +31,7 @@ from torch.utils.data import DataLoader
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.launches import launch_line, launches
 from benchmarks.speed_inputs import PilViews, make_small_images, pil_loader, surroundings, views_by_pil
 from benchmarks.step_speed import add_step_flags, step_line, steps
 from common.datasets.file_lists import IMAGENET_MEAN, IMAGENET_STD, FileSplit, make_split
@@ -53,6 +55,7 @@ def main(argv=None):
     """Measure, print a table, write a CSV."""
     args = make_parser().parse_args(argv)
     kinds = {"images": (images, row_line), "views": (views, row_line), "steps": (steps, step_line)}
+    kinds["launches"] = (launches, launch_line)
     measure, line = kinds[args.what]
     out = Path(args.out or f"results/speed_{args.what}.csv")
     check_writable(out)  # before minutes of measuring
@@ -88,7 +91,7 @@ def row_line(row: dict) -> str:
 def make_parser() -> cli.Parser:
     """The command line: a measurement, and its own flags."""
     parser = cli.Parser(prog="python -m benchmarks.speed", description=__doc__)
-    measurements = parser.add_subparsers(dest="what", required=True, metavar="{images,views,steps}")
+    measurements = parser.add_subparsers(dest="what", required=True, metavar="{images,views,steps,launches}")
     for what, about in (("images", "images read from files and cache"), ("views", "views of small images")):
         flags = measurements.add_parser(what, help=about)
         add, count = flags.add_argument, {"type": cli.count, "metavar": "N"}
@@ -97,6 +100,9 @@ def make_parser() -> cli.Parser:
         add("--workers", **workers, help="processes that decode, or augment with PIL")
         add("--passes", **count, default=5, help="timed passes, after one that is not timed")
     add_step_flags(measurements.add_parser("steps", help="training steps of all methods"))
+    measurements.add_parser(
+        "launches", help="operators and waits of training steps on a GPU, counted on a pretend card"
+    )
     device = "where batches are augmented and normalised, and networks trained"
     for what, flags in measurements.choices.items():
         flags.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help=device)
