@@ -9,7 +9,7 @@ RUN     := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 DATASETS := cifar10 cifar100 mnist fashion_mnist
-.PHONY: help setup test test-all lint format lock reproduce-afm reproduce-manifold-dividemix reproduce-me-momentum reproduce-sanm reproduce-sfa reproduce-all cross claims tables report speed check-data $(DATASETS:%=data-%)
+.PHONY: help setup test test-all lint format lock reproduce-afm reproduce-manifold-dividemix reproduce-me-momentum reproduce-sanm reproduce-sfa reproduce-all cross claims tables report speed check-gpu check-data $(DATASETS:%=data-%)
 
 help:  ## list the targets
 	@awk -F':[^#]*## ' '/^[a-z0-9_ -]+:.*## /{n = split($$1, names, " "); for (i = 1; i <= n; i++) printf "%-29s %s\n", names[i], $$2}' Makefile
@@ -72,6 +72,9 @@ report: setup  ## one HTML page of all results, measured and published, in resul
 
 data-cifar10 data-cifar100 data-mnist data-fashion_mnist: setup  ## download a data set to DATA (torchvision's copy, md5 checked)
 	$(RUN) -m common.datasets download $(@:data-%=%) --data_path $(DATA)
+
+check-gpu: setup  ## on a machine with a GPU: does it compute what a CPU computes, and how fast; under 5 minutes
+	$(RUN) -m tests.check_gpu $(ARGS)
 
 check-data: setup  ## look whether a data set is whole: make check-data ARGS="food101n --images" DATA=./data/food
 	$(RUN) -m common.datasets check $(firstword $(ARGS)) --data_path $(DATA) $(wordlist 2, $(words $(ARGS)), $(ARGS))

@@ -84,6 +84,12 @@ def cross_table(
     return markdown_table(["setting", "profile", "epochs", "seeds", *methods], lines)
 
 
+def speed_rows(name: str) -> list[dict]:
+    """The rows of a file of reference/speed; none if it is not there."""
+    file = REFERENCE / "speed" / f"{name}.csv"
+    return pd.read_csv(file, dtype=str, keep_default_na=False).to_dict("records") if file.is_file() else []
+
+
 def speed_table(rows: list[dict]) -> list[str]:
     """What benchmarks.speed steps measured, as Markdown: each method beside the plain path."""
     heading = [
@@ -154,8 +160,7 @@ def page() -> str:
     every = reference_rows()
     rows = every[every["file"] != CLAIMS_CSV]  # other files may have rows of the claims, too
     crossed, own = rows[rows["table"] == CROSS], rows[rows["table"] != CROSS]
-    steps = REFERENCE / "speed" / "steps.csv"
-    speed = pd.read_csv(steps, dtype=str, keep_default_na=False).to_dict("records") if steps.is_file() else []
+    speed, launches = (speed_rows(name) for name in ("steps", "launches"))
     environment = Environment(
         trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, autoescape=False
     )
@@ -167,6 +172,11 @@ def page() -> str:
         cross_table=cross_table,
         speed=speed,
         speed_table=speed_table,
+        launches=launches,
+        launches_table=markdown_table(
+            ["step", "operators", "waits"],
+            [[row["step"], row["operators"], row["waits"]] for row in launches],
+        ),
         not_measured=[line for paper in PAPERS for line in not_measured(paper, own)],
         on_cards=(every["device"] != "cpu").any(),
         commands={paper: commands(paper) for paper in PAPERS},
