@@ -95,7 +95,7 @@ METHODS = {
         "manifold_dividemix/train_semisup.py",
         "--dataset squares --data_path {folder} --corruption photographs --open-set-cache none --pretrained none "
         "--batch-size {b64} --warmup-epoch 1 --epochs {more} --clustering --interval 1",
-        "outliers and split anew in every epoch; in the papers' cells every fifth",
+        "outliers and split again in every epoch; in the papers' cells every fifth",
     ),
     # epochs count from 0
     "sanm": Method(

@@ -213,7 +213,7 @@ def read_cache(path: Path, wanted: dict) -> Kept:
         intact = parameters["sha256"] == _sha256(kept.source, kept.images)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is damaged ({type(error).__name__}): remove it, and it is made anew"
+            f"{path} is damaged ({type(error).__name__}): remove it to make it again"
         ) from None
     differing = [
         name for name, value in wanted.items() if value is not None and parameters.get(name) != value
@@ -221,6 +221,6 @@ def read_cache(path: Path, wanted: dict) -> Kept:
     if differing or not intact:
         what = f"other {', '.join(differing)}" if differing else "its content does not match its sha256"
         raise UserError(
-            f"{path} was not made for this run ({what}): remove it, and it is made anew, or name another --open-set-cache"
+            f"{path} was not made for this run ({what}): remove it to make it again, or name another --open-set-cache"
         )
     return kept

@@ -78,4 +78,4 @@ def _close(found: Tensor | None, wanted: Tensor) -> bool:
 
 def _warn(why: str) -> None:
     if processes.rank() == 0:
-        print(f"warning: the CUDA graph is not used: {why}; training goes on without it", file=sys.stderr)
+        print(f"warning: the CUDA graph is not used: {why}; training continues without it", file=sys.stderr)

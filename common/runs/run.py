@@ -262,7 +262,7 @@ class Run:
             self._restore(saved)
             self.rows, self.images, self.seconds = saved["rows"], saved["images"], saved["seconds"]
             self._saved = len(self.rows)
-            processes.say(f"going on after epoch {len(self.rows)}")
+            processes.say(f"resuming after epoch {len(self.rows)}")
         else:
             remains = [name for name in ("log.csv", "result.json") if (self.folder / name).exists()]
             if remains:

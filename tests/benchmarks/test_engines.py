@@ -129,7 +129,7 @@ def test_a_lost_worker_takes_its_run_along_and_another_ends_it_as_if_nothing_had
 
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0 and errors == ""
-    assert re.search("^going on after epoch [12]$", (out / RUN / "console.txt").read_text(), re.MULTILINE)
+    assert re.search("^resuming after epoch [12]$", (out / RUN / "console.txt").read_text(), re.MULTILINE)
     assert len(workers(out / RUN)) == 2 and len(workers(out / RUN / "baseline")) == 1
     reported = [line for line in output.splitlines() if line.startswith("embedded/")]
     assert [line.split(" best ")[0] for line in reported] == [

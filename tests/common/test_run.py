@@ -1,4 +1,4 @@
-"""A run's directory: what is written, what is refused, and going on after a stop; with a loop that only counts."""
+"""A run's directory: what is written, what is refused, and resuming after a stop; with a loop that only counts."""
 
 import csv
 import hashlib

@@ -271,7 +271,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(data, scenarios):
     first, again = scenarios[f"{data}_killed"].ends
     assert first.status == -signal.SIGKILL, first.err
     assert 1 <= again.logged < EPOCHS[data]
-    assert again.status == 0 and again.err == "" and "going on after epoch " in again.out
+    assert again.status == 0 and again.err == "" and "resuming after epoch " in again.out
     logs = [log_without_seconds(run) for run in runs]
     assert logs[0] == logs[1] and len(logs[0]) == 1 + EPOCHS[data]
     assert result_without_time_and_place(runs[0]) == result_without_time_and_place(runs[1])

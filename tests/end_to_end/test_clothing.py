@@ -147,7 +147,7 @@ def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(bas
     killed, run = ends["killed"].result(), base / "killed" / "run"
     assert killed.returncode == 0, killed.stderr
     assert killed.stdout.count("status -9\n") == len(MOMENTS)
-    assert [f"going on after epoch {epoch}\n" in killed.stdout for epoch in (1, 4, 7, 12, 17)] == [True] * 5
+    assert [f"resuming after epoch {epoch}\n" in killed.stdout for epoch in (1, 4, 7, 12, 17)] == [True] * 5
     assert log_without_seconds(run) == log_without_seconds(alone)
     assert result_without_time_and_place(run) == result_without_time_and_place(alone)
     first, second = (torch.load(of / "model_best.pt", weights_only=True) for of in (run, alone))

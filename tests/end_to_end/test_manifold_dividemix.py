@@ -284,9 +284,9 @@ def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(bas
     out, err = ((base / f"killed.{name}").read_text() for name in ("out", "err"))
     assert ends["in_turn"].result()[1:-1] == [-9] * len(MOMENTS) + [0, 0]
     assert all(line.startswith("warning: class ") for line in err.splitlines()), err
-    assert [int(n) for n in re.findall(r"going on after epoch (\d+)\n", out)] == GONE_ON
+    assert [int(n) for n in re.findall(r"resuming after epoch (\d+)\n", out)] == GONE_ON
     # the last start had nothing to do
-    assert "\nepoch " not in out.rpartition(f"going on after epoch {EPOCHS}")[2]
+    assert "\nepoch " not in out.rpartition(f"resuming after epoch {EPOCHS}")[2]
     assert len(table(run)) == EPOCHS
     assert_same_run(base / "killed" / "run", run)
 

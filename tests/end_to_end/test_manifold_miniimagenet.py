@@ -213,7 +213,7 @@ def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(bas
     # this small run does lose a class, and says so at each of its starts that comes to the second split
     lost = r"warning: class \d+ has had no selected sample for 2 selections"
     assert all(re.match(lost, line) for line in err.splitlines()), err
-    assert tuple(int(n) for n in re.findall(r"going on after epoch (\d+)\n", out)) == GONE_ON
+    assert tuple(int(n) for n in re.findall(r"resuming after epoch (\d+)\n", out)) == GONE_ON
     assert len(table(alone)) == EPOCHS
     assert_same_run(base / "killed" / "run", alone)
 

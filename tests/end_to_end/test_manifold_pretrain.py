@@ -201,8 +201,8 @@ def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(bas
     found = ends["killed"].result()[:-1]
     err, out = ((base / f"killed.{name}").read_text() for name in ("err", "out"))
     assert found == [-9] * len(MOMENTS) + [0, 0] and err == "", err
-    assert [int(n) for n in re.findall(r"going on after epoch (\d+)\n", out)] == GONE_ON
-    assert "\nepoch " not in out.rpartition(f"going on after epoch {EPOCHS}")[2]
+    assert [int(n) for n in re.findall(r"resuming after epoch (\d+)\n", out)] == GONE_ON
+    assert "\nepoch " not in out.rpartition(f"resuming after epoch {EPOCHS}")[2]
     assert_same_run(base / "killed" / "run", run)
     encoders = [load_file(base / name / "run" / "encoder.safetensors") for name in ("killed", "whole")]
     assert differences(*encoders) == []

@@ -158,10 +158,10 @@ def test_by_path_from_another_folder_killed_in_every_kind_of_place_it_ends_as_if
     deaths = start("-m", "tests.end_to_end.killed", *MOMENTS, "--", *words, cwd=ROOT)
     lines = deaths.stdout.splitlines()
     assert lines.count("status -9") == len(MOMENTS), deaths.stderr
-    assert [int(line.split()[-1]) for line in lines if line.startswith("going on after")] == [2, 6, 12, 16]
+    assert [int(line.split()[-1]) for line in lines if line.startswith("resuming after")] == [2, 6, 12, 16]
     assert len(table(run)) == 21
     last = start(ROOT / "me_momentum" / "main.py", *words, cwd=tmp_path)
-    assert last.returncode == 0 and last.stderr == "" and "going on after epoch 21" in last.stdout
+    assert last.returncode == 0 and last.stderr == "" and "resuming after epoch 21" in last.stdout
     assert "\nfinished: test_accuracy best " in last.stdout
     assert log_without_seconds(run) == log_without_seconds(recorded.run)
     assert result_without_time_and_place(run) == result_without_time_and_place(recorded.run)

@@ -85,7 +85,7 @@ def assert_same_outcome(found: Path, wanted: Path) -> None:
 
 
 def resumed(end: Ended) -> list[int]:
-    return [int(epoch) for epoch in re.findall(r"going on after epoch (\d+)\n", end.text)]
+    return [int(epoch) for epoch in re.findall(r"resuming after epoch (\d+)\n", end.text)]
 
 
 def test_a_run_killed_at_several_moments_ends_as_if_nothing_had_happened(base, ends):

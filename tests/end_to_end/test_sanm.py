@@ -179,7 +179,7 @@ def test_a_run_killed_at_several_moments_ends_as_if_nothing_had_happened(run, tm
     went_on = [int(words[-1]) for words in lines if words[:4] == ["going", "on", "after", "epoch"]]
     assert went_on == [0, 1, 2, 2, 3, 3, 4]
     assert (
-        "\nepoch " not in end.out.rpartition("going on after epoch 4")[2]
+        "\nepoch " not in end.out.rpartition("resuming after epoch 4")[2]
     )  # the last start had nothing to do
     assert log_without_seconds(killed) == log_without_seconds(run)
     assert result_without_time_and_place(killed) == result_without_time_and_place(run)

@@ -105,7 +105,7 @@ def test_the_real_network_by_path_with_workers(base):
 def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, alone):
     end, killed = in_float64(base, "killed", *MOMENTS), base / "killed" / "run"
     assert end.status == 0 and end.out.count("status -9\n") == len(MOMENTS), end.err
-    assert [int(n) for n in re.findall(r"going on after epoch (\d+)\n", end.out)] == GONE_ON
+    assert [int(n) for n in re.findall(r"resuming after epoch (\d+)\n", end.out)] == GONE_ON
     assert log_without_seconds(killed) == log_without_seconds(alone)
     assert result_without_time_and_place(killed) == result_without_time_and_place(alone)
     for name in ("net1_best.pt", "net2_best.pt"):

@@ -181,7 +181,7 @@ def test_however_it_is_run_it_ends_as_the_run_that_nothing_disturbed(name, base,
     # beside a killed process the other one may end by the closed connection, before it is killed
     ended = [[-9 if -9 in start and status == 1 else status for status in start] for start in runs[name]]
     assert ended == statuses, err
-    assert tuple(int(n) for n in re.findall(r"going on after epoch (\d+)\n", out)) == resumed
+    assert tuple(int(n) for n in re.findall(r"resuming after epoch (\d+)\n", out)) == resumed
     if [-9, -9] not in statuses:
         stopped = "SIGTERM: stopped; the same command resumes after epoch"
         assert err.count(stopped) == err.count("\n") == name.count("stopped")
