@@ -1,6 +1,6 @@
 """SimCLR pre-training of Manifold DivideMix's encoder on the corrupted images, without labels; also on the embedded digits.
 
-    python manifold_dividemix/pretrain.py --preset embedded/digits/simclr      # a minute on a laptop, no data needed
+    python manifold_dividemix/pretrain.py --preset embedded/digits-ood0.2/simclr      # a minute on a laptop, no data needed
     python manifold_dividemix/pretrain.py --corruption imagenet32              # CIFAR-100 and the pool under ./data
     python manifold_dividemix/pretrain.py --dataset mini_imagenet --noise-type red --data-dir DIR
 

@@ -206,9 +206,8 @@ def _damaged_of(split: FileSplit, positions: np.ndarray) -> tuple[int, dict[int,
 def without_bad_images(data: FileData, root: Path, on_bad_image: str, workers: int) -> FileData:
     """The data set without bad images; `data` has all images of the lists.
 
-    on_bad_image: "error" raises UserError if an image is missing, or if an image to test on does not start as an image file;
-    "skip" leaves missing and damaged images out of every split. For "skip" all images are decoded once, and the outcome is kept
-    in root.
+    on_bad_image: "error" raises UserError if an image is missing; "skip" leaves missing and damaged images out of every
+    split. For "skip" all images are decoded once, and the outcome is kept in root.
     """
     if on_bad_image not in ("error", "skip"):
         raise ValueError(f"on_bad_image must be error or skip, got {on_bad_image}")
@@ -218,8 +217,6 @@ def without_bad_images(data: FileData, root: Path, on_bad_image: str, workers: i
         there = are_there(split, listings)
         if on_bad_image == "error":
             _require_all(data.name, root, split, there)
-            if split.part not in TRAINED_ON:
-                _require_heads(split)
             continue
         bad = {int(i): "missing" for i in np.flatnonzero(~there)}
         bad |= _damaged_images(data.name, root, split, there, workers)
@@ -249,8 +246,10 @@ def _require_all(name: str, root: Path, split: FileSplit, there: np.ndarray) -> 
         )
 
 
-def _require_heads(split: FileSplit) -> None:
-    """UserError: an image to test on has no image's head. A run would otherwise end on it after its first epoch."""
+def require_heads(split: FileSplit) -> None:
+    """UserError: a file of a part to test on does not start as an image. A run would otherwise end after its first epoch."""
+    if split.part in TRAINED_ON:
+        return
     paths = [split.path(i) for i in range(len(split.paths))]
     quiet = not sys.stderr.isatty() or processes.rank() > 0
     with ThreadPoolExecutor(THREADS) as pool:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from common.datasets.file_lists import FileSplit
+from common.datasets.file_lists import FileSplit, require_heads
 from common.datasets.image_cache import ImageCache
 from common.datasets.images import in_workers
 from common.datasets.in_memory import Data, Split
@@ -175,12 +175,15 @@ class FileBatches:
 
         batch_size: of all processes together. drop_last: leave out a last batch that is smaller. generator: on the CPU and in
         the same state in all processes; gives each pass its order and its draws; without it every pass has the same draws.
-        cache: read the images from it. UserError: batches that cannot be cut into equal pieces, or no batch.
+        cache: read the images from it. UserError: batches that cannot be cut into equal pieces, or no batch; a file to test on
+        that is no image.
         """
         if shuffle and generator is None:
             raise ValueError("shuffling needs a generator")
         if cache is not None and len(cache) != len(split.paths):
             raise ValueError(f"a cache of {len(cache)} images for a split of {len(split.paths)}")
+        if cache is None:
+            require_heads(split)
         self.count, self.batch_size, self.views = len(split.paths), batch_size, views
         self.shuffle, self.drop_last, self.generator = shuffle, drop_last, generator
         self.rank, self.world, self.device = rank, world, device

@@ -177,7 +177,7 @@ def test_a_script_that_fails_is_named_and_not_run_again(cluster, tmp_path):
 @pytest.mark.slow
 def test_without_ray_the_engine_names_the_remedy(tmp_path):
     code = (
-        "import sys; sys.modules['ray'] = None; from benchmarks import run; from common import cli; "
+        "import sys; sys.modules['ray'] = None; from benchmarks import run; from common.runs import cli; "
         "cli.exit_cleanly(run.main, sys.argv[1:])"
     )
     words = ["sfa", "--engine", "ray", "--out", str(tmp_path), *CELL]

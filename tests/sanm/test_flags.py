@@ -19,7 +19,7 @@ PRESETS = cli.read_presets(flags.PRESETS)
 # option = default : type or choices. Frozen: a change of a name or a default is a change for every user
 SHARED = """
     --out=None:place --seed=123:seed --device='auto':auto|cpu|cuda --precision='auto':auto|fp32|bf16 --compile=False
-    --fidelity='paper':paper|released --preset=None --noise_file=None:place -r,--resume='auto':auto|never
+    --fidelity='paper':paper|released --preset=None --noise_file=None:place -r,--resume='auto':auto|never|anyway
     --limit_train=None:count --limit_test=None:count --full_test_at_end=False"""
 FROZEN = {
     CIFAR: """-h,--help='==SUPPRESS==' --dataset='cifar10' --data_path='./data':place
