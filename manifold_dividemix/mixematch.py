@@ -56,7 +56,8 @@ def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
 def guess_labels(network: nn.Module, views: Sequence[Tensor], temperature: float) -> Tensor:
     """Targets [B, K] of unlabelled samples: the mean prediction on both views, sharpened."""
     predictions = [F.softmax(network.classify(h), dim=1) for h in encode(network, views)]
-    return sharpen(sum(predictions) / len(predictions), temperature)
+    mean: Tensor = sum(predictions) / len(predictions)
+    return sharpen(mean, temperature)
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ def refine_labels(
     labels int [B]; clean: clean probabilities w [B].
     """
     predictions = [F.softmax(network.classify(h), dim=1) for h in encode(network, views)]
-    mean = sum(predictions) / len(predictions)
+    mean: Tensor = sum(predictions) / len(predictions)
     observed = F.one_hot(labels, mean.shape[1]).to(mean.dtype)
     weight = clean.to(mean.dtype)[:, None]
     return sharpen(weight * observed + (1 - weight) * mean, temperature)

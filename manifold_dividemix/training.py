@@ -189,7 +189,8 @@ def embed(network: nn.Module, batches: Iterable, labels: Tensor, device: Device)
     Under torchrun each process passes over its batches, and all have the result.
     """
     network.eval()
-    embeddings = torch.zeros(len(labels), network.classifier.in_features, device=device.device)
+    width: int = network.classifier.in_features
+    embeddings = torch.zeros(len(labels), width, device=device.device)
     losses, hits = torch.zeros(2, len(labels), device=device.device)
     for (images,), index in batches:
         with device.autocast():

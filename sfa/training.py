@@ -107,7 +107,8 @@ def features_and_confidence(
 ) -> tuple[Tensor, Tensor]:
     """Features [N, D] and the auxiliary head's softmax at the observed label [N], of un-augmented ordered batches."""
     network.eval()
-    features = torch.zeros(len(labels), network.heads.feature_size, device=labels.device)
+    width: int = network.heads.feature_size
+    features = torch.zeros(len(labels), width, device=labels.device)
     confidence = torch.zeros(len(labels), device=labels.device)
     for (images,), index in batches:
         with device.autocast():
