@@ -94,14 +94,9 @@ def make_parser() -> cli.Parser:
         flags = measurements.add_parser(what, help=about)
         add = flags.add_argument
         count: dict[str, Any] = {"type": cli.count, "metavar": "N"}
-        workers: dict[str, Any] = {
-            "nargs": "+",
-            "type": cli.count_or_zero,
-            "default": [0, 1, 2],
-            "metavar": "N",
-        }
+        workers = "processes that decode, or augment with PIL"
         add("--images", **count, default=512, help="images to make")
-        add("--workers", **workers, help="processes that decode, or augment with PIL")
+        add("--workers", nargs="+", type=cli.count_or_zero, default=[0, 1, 2], metavar="N", help=workers)
         add("--passes", **count, default=5, help="timed passes, after one that is not timed")
     add_step_flags(measurements.add_parser("steps", help="training steps of all methods"))
     device = "where batches are augmented and normalised, and networks trained"
@@ -121,13 +116,8 @@ def images(args: Namespace) -> Iterator[dict]:
         for workers in args.workers:
             for source, own in (("files", None), ("cache", cache)):
                 generator = torch.Generator().manual_seed(1)
-                options: dict[str, Any] = {
-                    "mean": IMAGENET_MEAN,
-                    "std": IMAGENET_STD,
-                    "device": device,
-                    "shuffle": True,
-                }
-                options |= {"workers": workers, "generator": generator, "cache": own}
+                options: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "device": device}
+                options |= {"shuffle": True, "workers": workers, "generator": generator, "cache": own}
                 crop = augment.random_resized_crop_and_flip()
                 batches = FileBatches(split, min(BATCH, args.images), crop, **options)
                 yield measured(args, batches, device, source=source, workers=workers)

@@ -250,8 +250,8 @@ def main(argv=None) -> None:
     fresh_network = network_maker(args, data)
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
     network = device.prepare(fresh_network(), args.compile)
-    name, row = directory_name(args), cell(args, data)
-    run = Run(args, device, paper="me_momentum", method=method(args), name=name, cell=row)
+    name, columns = directory_name(args), cell(args, data)
+    run = Run(args, device, paper="me_momentum", method=method(args), name=name, cell=columns)
     run.save_labels(index, data.train.labels[index], observed, data.num_classes)
     run.save_arrays("split", train=index[parts.train], validation=index[parts.validation])
 

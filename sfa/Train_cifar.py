@@ -13,7 +13,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -241,8 +241,8 @@ def main(argv: list[str] | None = None) -> None:
     device = gpu.pick(args.device, args.precision, args.gpuid, fidelity=args.fidelity, fixed_shapes=False)
     data = datasets.load(args.dataset, args.data_path)
     index, clean, observed = long_tailed_noisy(data, args)
-    names: dict[str, Any] = {"name": cifar_directory(args), "cell": cifar_cell(args, data)}
-    run = Run(args, device, paper="sfa", method=method(args), **names)
+    name, cell = cifar_directory(args), cifar_cell(args, data)
+    run = Run(args, device, paper="sfa", method=method(args), name=name, cell=cell)
     run.save_labels(index, clean, observed, data.num_classes)
 
     train = Images(data.train.images[index], data.mean, data.std, device.device)

@@ -12,7 +12,7 @@ from argparse import Namespace
 from contextlib import redirect_stdout
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -213,8 +213,8 @@ def main(argv: list[str] | None = None) -> None:
         args.device, args.precision, args.gpuid1, several=True, fidelity=args.fidelity, fixed_shapes=False
     )
     data = load(args, device)
-    names: dict[str, Any] = {"name": webvision_directory(args), "cell": webvision_cell(args)}
-    run = Run(args, device, paper="sfa", method="SFA", **names)
+    name, cell = webvision_directory(args), webvision_cell(args)
+    run = Run(args, device, paper="sfa", method="SFA", name=name, cell=cell)
     run.save_labels(data.index, None, data.split.labels, args.num_class)
     run.save_skipped(data.skipped)
 
