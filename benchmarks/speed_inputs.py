@@ -150,7 +150,7 @@ def rand_augment_operation(image: Image.Image, name: str, level: int) -> Image.I
 
 def surroundings(device: torch.device) -> dict:
     """What a speed depends on beside the code."""
-    # from Python 3.13 on
+    # os.process_cpu_count is there from Python 3.13 on
     count_cpus = getattr(os, "process_cpu_count", lambda: len(os.sched_getaffinity(0)))
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
