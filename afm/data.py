@@ -3,7 +3,7 @@
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
     )
 
     size, channels = data.train.images.shape[2:]
-    shared = {"rank": processes.rank(), "world": processes.world()}
+    shared: dict[str, Any] = {"rank": processes.rank(), "world": processes.world()}
     images = Images(data.train.images[index], data.mean, data.std, device.device)
     training = {"shuffle": True, "drop_last": True, "generator": loader, **shared}
     train = Batches(images, args.train_batch, augmentation=training_augmentation(data.name, size), **training)

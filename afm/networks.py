@@ -124,7 +124,7 @@ def make_backbone(
         return narrow_resnet(channels), 64
     from torchvision import models  # noqa: PLC0415  (seconds of import that --help need not wait for)
 
-    network = imagenet_resnet(name) if pretrained == "imagenet" else models.get_model(name)
+    network: models.ResNet = imagenet_resnet(name) if pretrained == "imagenet" else models.get_model(name)
     width, network.fc = network.fc.in_features, nn.Identity()
     if image_size < 64:
         network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)

@@ -80,9 +80,10 @@ def train_epoch(
         mixing_weights.append(outputs.weights.detach())
         if outputs.scores is not None:
             dead.append(outputs.scores <= 0)
-    means = torch.stack(losses).mean(dim=0).tolist()
+    total, of_mixtures, of_plain = torch.stack(losses).mean(dim=0).tolist()
     accuracy = 100 * float(torch.stack(hits).mean())
-    return Epoch(*means, accuracy, torch.cat(members), torch.cat(mixing_weights), _share(dead))
+    weights = torch.cat(mixing_weights)
+    return Epoch(total, of_mixtures, of_plain, accuracy, torch.cat(members), weights, _share(dead))
 
 
 def train_epoch_mixing_inputs(
@@ -113,8 +114,8 @@ def train_epoch_mixing_inputs(
 
 
 def _share(flags: list[Tensor]) -> float | None:
-    flags = torch.cat([part.flatten() for part in flags]) if flags else torch.empty(0)
-    return float(flags.float().mean()) if len(flags) else None
+    joined = torch.cat([part.flatten() for part in flags]) if flags else torch.empty(0)
+    return float(joined.float().mean()) if len(joined) else None
 
 
 def _step(optimizer: Optimizer, loss: Tensor) -> None:

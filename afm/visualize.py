@@ -130,7 +130,7 @@ def draw(runs: list[RunResult], out: Path) -> None:
     figure = figures.plt.figure(figsize=(width, 9 if attentive else 4), layout="constrained")
     upper = figure
     if attentive:
-        upper, middle, lower = figure.subfigures(3, 1, height_ratios=[1.1, 0.9, 1])
+        upper, middle, lower = figure.subfigures(3, 1, squeeze=False, height_ratios=[1.1, 0.9, 1])[:, 0]
         panels = middle.subplots(1, len(attentive), squeeze=False)[0]
         for axes, run in zip(panels, attentive.values(), strict=True):
             draw_weights(axes, run)
@@ -159,7 +159,7 @@ def write_pairs(network: AttentiveFeatureMixup, listing: Path, images_root: Path
         raise UserError(f"--list {listing}: names no image")
     transform = resize_and_center_crop()
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-    features = []
+    rows = []
     for columns in lines:
         path = images_root / columns[min(1, len(columns) - 1)]
         try:
@@ -167,8 +167,8 @@ def write_pairs(network: AttentiveFeatureMixup, listing: Path, images_root: Path
         except (OSError, DamagedImage) as error:
             raise UserError(f"--list {listing}: {path} cannot be read ({error})") from None
         with torch.no_grad():
-            features.append(network.features(normalise(image[None], mean, std)))
-    features = torch.cat(features)
+            rows.append(network.features(normalise(image[None], mean, std)))
+    features = torch.cat(rows)
     for name, array in (("features.npy", features), ("weight.npy", pair_weights(network, features))):
         content = io.BytesIO()
         np.save(content, array.numpy())

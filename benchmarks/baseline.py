@@ -9,7 +9,9 @@ learning rate drops by 10x for the last quarter of the epochs.
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +66,8 @@ class Network(nn.Sequential):
 def make_parser() -> cli.Parser:
     """The baseline's flags."""
     parser = cli.Parser(prog="baseline.py", description=__doc__)
-    add, auto = parser.add_argument, {"default": "auto"}
+    add = parser.add_argument
+    auto: dict[str, Any] = {"default": "auto"}
     precision = "as in the scripts; auto: float32 if that run has --fidelity released"
     add("--like", required=True, metavar="RUN", help="run directory to take data and labels from")
     add("--data_path", metavar="DIR", help="where the data sets are; by default as in that run")
@@ -90,7 +93,7 @@ def read_run(folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, test: Batches, labels: Tensor, device: gpu.Device) -> float:
+def accuracy(network: nn.Module, test: Iterable, labels: Tensor, device: gpu.Device) -> float:
     """Top-1 accuracy in percent."""
     network.eval()
     predicted = []

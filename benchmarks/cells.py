@@ -55,10 +55,10 @@ class Cell(NamedTuple):
         """The setting of its published figures, if there are any."""
         return PAPERS[self.paper].published.get("/".join(self.preset.split("/")[:2]))
 
-    def command(self, seed: int, out: Path, extra: list[str]) -> list[str]:
+    def command(self, seed: int, out: str, extra: list[str]) -> list[str]:
         """The command line that runs the cell with one seed into the run directory `out`."""
         words = [sys.executable, self.script.path, "--preset", self.preset]
-        return [*words, *self.flags, "--seed", str(seed), "--out", str(out), *extra]
+        return [*words, *self.flags, "--seed", str(seed), "--out", out, *extra]
 
 
 @cache

@@ -20,7 +20,7 @@ import sys
 import tomllib
 from argparse import Namespace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -237,7 +237,7 @@ def make_parser(description: dict) -> cli.Parser:
     names = [name for name in description if name != "settings"]
     parser.add_argument("--dataset", choices=names, default="digits", help="the data set")
     only = "these only, such as sym0.5; by default all of the data set's"
-    seeds = {"nargs": "+", "type": cli.seed, "default": [1, 2, 3]}
+    seeds: dict[str, Any] = {"nargs": "+", "type": cli.seed, "default": [1, 2, 3]}
     given = "handed to the scripts"
     out = "for cross_DATASET.csv, cross_data/ and runs/"
     parser.add_argument("--settings", nargs="+", metavar="NAME", help=only)

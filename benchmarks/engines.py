@@ -69,7 +69,7 @@ class Outcome(NamedTuple):
 def add_engine_flags(parser: cli.Parser) -> None:
     """The flags that `run_all` reads: where runs are started, and how many at a time."""
     add = parser.add_argument_group("where the runs are started").add_argument
-    number = {"type": cli.count, "metavar": "N"}
+    number: dict[str, Any] = {"type": cli.count, "metavar": "N"}
     engine = "this machine, or a Ray cluster, whose machines need the clone and --out at the same path on a shared file system"
     jobs = "local: runs at a time; by default one per core on digits, else one"
     address = (
@@ -310,7 +310,9 @@ def _connect(address: str | None) -> ModuleType:
     if ray.is_initialized():
         return ray
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    new = {"include_dashboard": False, "object_store_memory": OBJECT_STORE} if address == "local" else {}
+    new: dict[str, Any] = (
+        {"include_dashboard": False, "object_store_memory": OBJECT_STORE} if address == "local" else {}
+    )
     try:
         _reach(address)
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **new)

@@ -20,7 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
@@ -124,10 +124,10 @@ def default_files() -> tuple[list[Path], list[Path], list[str]]:
 def read_table(path: Path) -> dict:
     """Any CSV as {name, columns, rows}, numbers as numbers of six digits. UserError: it is damaged."""
     with naming(path), path.open(newline="", encoding="utf-8-sig") as file:
-        columns, *rows = csv.reader(file, strict=True)
-        if any(len(row) != len(columns) for row in rows):
+        columns, *lines = csv.reader(file, strict=True)
+        if any(len(line) != len(columns) for line in lines):
             raise ValueError("not every line has as many fields as the first")
-    rows = [[_plain(field) for field in row] for row in rows]
+    rows = [[_plain(field) for field in line] for line in lines]
     return {"name": shown_path(path), "columns": columns, "rows": rows}
 
 
@@ -206,7 +206,7 @@ def _entry(identity: Sequence[str], rows: pd.DataFrame) -> dict:
         for name, own in rows.groupby("metric", sort=False)
     }
     identity = identity if identity[-1] else identity[:-1]
-    entry = {"id": _short_hash(identity), "origin": identity[0], "file": identity[1], **key}
+    entry: dict[str, Any] = {"id": _short_hash(identity), "origin": identity[0], "file": identity[1], **key}
     entry |= {"noise": noise_text(key), "metrics": metrics, "runs": runs}
     means = {name: [run[name] for run in runs if run[name] is not None] for name in MEASURED}
     return entry | {name: statistics.fmean(known) if known else None for name, known in means.items()}

@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -40,7 +41,7 @@ def make_task(
     """
     suffix = re.sub(r"[^A-Za-z0-9_.-]+", "_", "".join(f"-{word.lstrip('-')}" for word in extra))
     folder, encoder = (
-        preset and runs / preset.split("/", 1)[1] / f"seed{seed}{suffix}"
+        runs / preset.split("/", 1)[1] / f"seed{seed}{suffix}" if preset else None
         for preset in (cell.preset, cell.encoder)
     )
     paper, data = PAPERS[cell.paper], from_root(data_path)
@@ -77,7 +78,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--profile", choices=PROFILES, default="embedded", help=profiles)
     parser.add_argument("--cells", nargs="+", metavar="PRESET", help=only_cells)
     parser.add_argument("--table", metavar="NAME", help=only_table)
-    seeds = {"nargs": "+", "type": cli.seed, "default": [1, 2, 3]}
+    seeds: dict[str, Any] = {"nargs": "+", "type": cli.seed, "default": [1, 2, 3]}
     parser.add_argument("--seeds", **seeds, metavar="N", help="one run each")
     parser.add_argument("--data_path", default="./data", metavar="DIR", help="where the data sets are")
     parser.add_argument("--out", default="results", metavar="DIR", help="for the CSV, the figure and runs/")

@@ -20,6 +20,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,10 +95,11 @@ def make_parser() -> cli.Parser:
     measurements = parser.add_subparsers(dest="what", required=True, metavar="{images,views,steps,launches}")
     for what, about in (("images", "images read from files and cache"), ("views", "views of small images")):
         flags = measurements.add_parser(what, help=about)
-        add, count = flags.add_argument, {"type": cli.count, "metavar": "N"}
-        workers = {"nargs": "+", "type": cli.count_or_zero, "default": [0, 1, 2], "metavar": "N"}
+        add = flags.add_argument
+        count: dict[str, Any] = {"type": cli.count, "metavar": "N"}
+        workers = "processes that decode, or augment with PIL"
         add("--images", **count, default=512, help="images to make")
-        add("--workers", **workers, help="processes that decode, or augment with PIL")
+        add("--workers", nargs="+", type=cli.count_or_zero, default=[0, 1, 2], metavar="N", help=workers)
         add("--passes", **count, default=5, help="timed passes, after one that is not timed")
     add_step_flags(measurements.add_parser("steps", help="training steps of all methods"))
     measurements.add_parser(
@@ -120,8 +122,8 @@ def images(args: Namespace) -> Iterator[dict]:
         for workers in args.workers:
             for source, own in (("files", None), ("cache", cache)):
                 generator = torch.Generator().manual_seed(1)
-                options = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "device": device, "shuffle": True}
-                options |= {"workers": workers, "generator": generator, "cache": own}
+                options: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "device": device}
+                options |= {"shuffle": True, "workers": workers, "generator": generator, "cache": own}
                 crop = augment.random_resized_crop_and_flip()
                 batches = FileBatches(split, min(BATCH, args.images), crop, **options)
                 yield measured(args, batches, device, source=source, workers=workers)
@@ -139,7 +141,12 @@ def views(args: Namespace) -> Iterator[dict]:
     on_device = Images(small, mean, std, device)
     for pipeline, (ours, count, theirs) in view_pipelines().items():
         generator = torch.Generator(device).manual_seed(1)
-        options = {"views": count, "augmentation": ours, "shuffle": True, "generator": generator}
+        options: dict[str, Any] = {
+            "views": count,
+            "augmentation": ours,
+            "shuffle": True,
+            "generator": generator,
+        }
         batches = Batches(on_device, size, **options)
         yield measured(args, batches, device, pipeline=pipeline, source="float32 on the device", workers=0)
         for workers in args.workers:

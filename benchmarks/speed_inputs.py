@@ -99,8 +99,8 @@ class PilViews(Dataset):
 
 def pil_loader(views: PilViews, size: int, workers: int, device: torch.device, **options) -> DataLoader:
     """A DataLoader of batches of `size` whose workers stay from pass to pass."""
-    staying = {"persistent_workers": workers > 0, "pin_memory": device.type == "cuda"}
-    return DataLoader(views, size, num_workers=workers, **staying, **options)
+    options |= {"persistent_workers": workers > 0, "pin_memory": device.type == "cuda"}
+    return DataLoader(views, size, num_workers=workers, **options)
 
 
 def rand_augment(image: Image.Image) -> Image.Image:
@@ -150,10 +150,11 @@ def rand_augment_operation(image: Image.Image, name: str, level: int) -> Image.I
 
 def surroundings(device: torch.device) -> dict:
     """What a speed depends on beside the code."""
-    has_count = hasattr(os, "process_cpu_count")  # from Python 3.13 on
+    # os.process_cpu_count is there from Python 3.13 on
+    count_cpus = getattr(os, "process_cpu_count", lambda: len(os.sched_getaffinity(0)))
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cpu_count": os.process_cpu_count() if has_count else len(os.sched_getaffinity(0)),
+        "cpu_count": count_cpus(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "git": git_commit(),

@@ -25,7 +25,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -116,7 +116,8 @@ def flags_of(name: str, w: Workload) -> list[str]:
 
 def add_step_flags(parser: cli.Parser) -> None:
     """The flags of this measurement; a default of None depends on the device."""
-    add, count = parser.add_argument, {"type": cli.count, "metavar": "N"}
+    add = parser.add_argument
+    count: dict[str, Any] = {"type": cli.count, "metavar": "N"}
     divisor = "the papers' batch sizes are divided by it; by default 16 on a CPU, 1 on CUDA"
     cut = "cut a training pass short after that time; by default 2 on a CPU, 20 on CUDA"
     workers = "of each DataLoader of the plain path; by default one per core, 8 at most"
@@ -172,7 +173,7 @@ def make_workload(w: Workload) -> None:
     images = make_small_images(w.images + max(w.images // 5, CLASSES), w.size)
     labels = np.arange(len(images)) % CLASSES
     cut = w.images
-    arrays = {"train_images": images[:cut], "train_labels": labels[:cut]}
+    arrays: dict[str, Any] = {"train_images": images[:cut], "train_labels": labels[:cut]}
     arrays |= {"test_images": images[cut:], "test_labels": labels[cut:]}
     np.savez(w.folder / f"{DATASET}.npz", **arrays)
     like = w.folder / "like"

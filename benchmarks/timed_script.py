@@ -17,7 +17,7 @@ import json
 import runpy
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial, partialmethod
 from pathlib import Path
@@ -153,7 +153,7 @@ class Recorder:
         self,
         original: Callable,
         run: Run,
-        batches: Iterable,
+        batches: Batches,
         description: str,
         training: bool = True,
         whole: bool = False,
@@ -261,10 +261,11 @@ def plain_batches(batches: Batches, workers: int) -> Iterator[tuple[tuple[Tensor
     """What Batches.__iter__ yields, with the views made by PIL, one by one, in worker processes."""
     if not len(batches):
         return
-    if not hasattr(batches, "plain_loader"):  # its workers stay from pass to pass
-        batches.plain_loader = plain_loader(batches, workers)
+    attributes = vars(batches)
+    if "plain_loader" not in attributes:  # its workers stay from pass to pass
+        attributes["plain_loader"] = plain_loader(batches, workers)
     device = batches.images.device
-    for *views, index in batches.plain_loader:
+    for *views, index in attributes["plain_loader"]:
         yield tuple(view.to(device, non_blocking=True) for view in views), index.to(device)
 
 
@@ -328,7 +329,7 @@ def make_parser() -> cli.Parser:
     add = parser.add_argument
     cut = f"end a training pass after that time, but not before its step {LEAST_STEPS}"
     turns = f"print {WAITING!r} and wait for a line of standard input before each epoch"
-    workers = {"type": cli.count_or_zero, "default": 2, "metavar": "N"}
+    workers: dict[str, Any] = {"type": cli.count_or_zero, "default": 2, "metavar": "N"}
     add("--plain", action="store_true", help="views by PIL in workers, and PyTorch's own formats")
     add("--workers", **workers, help="those of --plain, for each loader")
     add("--pass_seconds", type=cli.positive, metavar="S", help=cut)

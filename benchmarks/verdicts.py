@@ -149,7 +149,7 @@ def outcome(test: ClaimTest, values: Mapping[tuple[str, str], Sequence[float]]) 
         for cell in (test.cell, test.than)
     )
     if not own or (test.than and not than):
-        return Outcome(test, own, than, *[math.nan] * 3, NOT_RUN)
+        return Outcome(test, own, than, math.nan, math.nan, math.nan, NOT_RUN)
     bound = test.scale * test.value
     # a value does not vary: Welch's interval is then Student's, of one sample
     reference, sample = summarise(than) if test.than else Sample(2, 0.0, 0.0), summarise(own)

@@ -2,7 +2,9 @@
 
 from argparse import BooleanOptionalAction, Namespace
 from argparse import _ArgumentGroup as ArgumentGroup
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from common.datasets import posterior
 from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
@@ -20,7 +22,7 @@ PRESETS = Path(__file__).with_name("presets.toml")
 ENCODER = "save/last.pth"
 LISTS = ("red", "blue")  # of mini-ImageNet
 # flags of the release that have no effect, there or here: type, default, and what decides in their place
-WITHOUT_EFFECT = {
+WITHOUT_EFFECT: dict[str, tuple[Callable[[str], Any], float | str, str]] = {
     "--num-class": (cli.count, 100, "the data set decides"),
     "--workers": (int, 8, "the images stay on the device"),  # train_semisup.py
     "--print-freq": (int, 100, "the log has a row per epoch"),

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.gpu import processes
 from manifold_dividemix.losses import balance_penalty, contrastive_loss, labelled_loss, unlabelled_loss
+from manifold_dividemix.networks import Network
 
 
 class Loss(NamedTuple):
@@ -53,22 +54,23 @@ def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
-def guess_labels(network: nn.Module, views: Sequence[Tensor], temperature: float) -> Tensor:
+def guess_labels(network: Network, views: Sequence[Tensor], temperature: float) -> Tensor:
     """Targets [B, K] of unlabelled samples: the mean prediction on both views, sharpened."""
     predictions = [F.softmax(network.classify(h), dim=1) for h in encode(network, views)]
-    return sharpen(sum(predictions) / len(predictions), temperature)
+    mean: Tensor = sum(predictions) / len(predictions)
+    return sharpen(mean, temperature)
 
 
 @torch.no_grad()
 def refine_labels(
-    network: nn.Module, views: Sequence[Tensor], labels: Tensor, clean: Tensor, temperature: float
+    network: Network, views: Sequence[Tensor], labels: Tensor, clean: Tensor, temperature: float
 ) -> Tensor:
     """Targets [B, K] of labelled samples: w onehot(observed) + (1 - w) own mean prediction, sharpened.
 
     labels int [B]; clean: clean probabilities w [B].
     """
     predictions = [F.softmax(network.classify(h), dim=1) for h in encode(network, views)]
-    mean = sum(predictions) / len(predictions)
+    mean: Tensor = sum(predictions) / len(predictions)
     observed = F.one_hot(labels, mean.shape[1]).to(mean.dtype)
     weight = clean.to(mean.dtype)[:, None]
     return sharpen(weight * observed + (1 - weight) * mean, temperature)
@@ -83,7 +85,7 @@ def mix(rows: Tensor, lam: float, permutation: Tensor) -> Tensor:
     return lam * rows + (1 - lam) * rows[permutation]
 
 
-def encode(network: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
+def encode(network: Network, views: Sequence[Tensor]) -> list[Tensor]:
     """Embeddings [B, D] of each view.
 
     In train mode each view is a batch of its own for the batch norms, as in the release. With frozen batch norms joining the
@@ -128,7 +130,7 @@ def semi_loss(
 
 
 def step_loss(
-    network: nn.Module,
+    network: Network,
     labelled: tuple[Views, Tensor, Tensor],
     unlabelled: Views,
     *,

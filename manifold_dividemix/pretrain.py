@@ -66,10 +66,11 @@ def main(argv=None) -> None:
         for pixels in (dataset.images, dataset.test_images)
     )
     # only kNN uses labels: the true ones if they are known, of images in distribution
-    labels = dataset.observed if dataset.clean is None else dataset.clean
-    bank = np.arange(size) if dataset.ood is None else np.flatnonzero(~dataset.ood)
+    compared = dataset.observed if dataset.clean is None else dataset.clean
+    in_distribution = np.arange(size) if dataset.ood is None else np.flatnonzero(~dataset.ood)
     labels, test_labels, bank = (
-        torch.from_numpy(array).to(device.device) for array in (labels, dataset.test_labels, bank)
+        torch.from_numpy(array).to(device.device)
+        for array in (compared, dataset.test_labels, in_distribution)
     )
 
     def measure(features: Tensor) -> dict[str, float | None]:

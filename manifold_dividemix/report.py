@@ -17,12 +17,12 @@ def save_outliers(
     run: Run, name: str, embedded: Embedded, scores: Tensor, kept: Tensor, clean: Tensor | None, seed: int
 ) -> None:
     """Write the first or the last removal and split to outliers_<name>.npz, with the embeddings of some samples."""
-    arrays = {"score": scores, "kept": kept, "loss": embedded.losses}
+    tensors = {"score": scores, "kept": kept, "loss": embedded.losses}
     if clean is not None:
-        arrays["clean_probability"] = clean
+        tensors["clean_probability"] = clean
     shown = np.sort(np.random.default_rng(seed).permutation(len(scores))[:SHOWN])
-    embedding = embedded.embeddings[torch.from_numpy(shown).to(scores.device)]
-    arrays = {key: value.cpu().numpy() for key, value in {**arrays, "embedding": embedding}.items()}
+    tensors["embedding"] = embedded.embeddings[torch.from_numpy(shown).to(scores.device)]
+    arrays = {key: value.cpu().numpy() for key, value in tensors.items()}
     run.save_arrays(f"outliers_{name}", **arrays, shown=shown)
 
 
@@ -34,7 +34,8 @@ def correctly_labelled(dataset: Dataset) -> np.ndarray | None:
 def removal_columns(kept: Tensor, ood: np.ndarray | None) -> dict[str, float | None]:
     """Removed samples: how many, how many of them are OOD (precision), how many OOD images are removed (recall)."""
     removed = ~kept.cpu().numpy()
-    columns = {"removed": int(removed.sum()), "removal_precision": None, "removal_recall": None}
+    columns: dict[str, float | None] = dict.fromkeys(("removed", "removal_precision", "removal_recall"))
+    columns["removed"] = int(removed.sum())
     if ood is not None and removed.any():
         columns["removal_precision"] = float(ood[removed].mean())
     if ood is not None and ood.any():

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
@@ -22,6 +22,7 @@ from common.gpu.loader import Batches, Images
 from common.runs.run import Run
 from manifold_dividemix.losses import symmetric_cross_entropy, warm_up_loss
 from manifold_dividemix.mixematch import Lambdas, Views, encode, step_loss
+from manifold_dividemix.networks import Network
 
 
 class Setting(NamedTuple):
@@ -85,7 +86,7 @@ class Embedded(NamedTuple):
     hits: Tensor  # bool [N]: whether the observed label is predicted
 
 
-def set_mode(network: nn.Module, mode: str, warming_up: bool, frozen_encoder: bool) -> None:
+def set_mode(network: Network, mode: str, warming_up: bool, frozen_encoder: bool) -> None:
     """Whether batch norms use batch statistics (README, difference 2). mode: train, always; frozen, never; warm-up, only then.
 
     An encoder that is not trained keeps its statistics.
@@ -95,7 +96,7 @@ def set_mode(network: nn.Module, mode: str, warming_up: bool, frozen_encoder: bo
         network.encoder.eval()
 
 
-def update(network: nn.Module, optimizer: Optimizer, loss: Tensor) -> None:
+def update(network: Network, optimizer: Optimizer, loss: Tensor) -> None:
     """One step of gradient descent."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -104,7 +105,7 @@ def update(network: nn.Module, optimizer: Optimizer, loss: Tensor) -> None:
 
 
 def warm_up(
-    network: nn.Module,
+    network: Network,
     optimizer: Optimizer,
     batches: Iterable,
     labels: Tensor,
@@ -146,7 +147,7 @@ def without_single(batches: Iterator) -> Iterator:
 
 
 def train_divided(
-    network: nn.Module,
+    network: Network,
     optimizer: Optimizer,
     labelled: Iterable,
     unlabelled: Iterator,
@@ -183,7 +184,7 @@ def train_divided(
 
 
 @torch.no_grad()
-def embed(network: nn.Module, batches: Iterable, labels: Tensor, device: Device) -> Embedded:
+def embed(network: Network, batches: Iterable, labels: Tensor, device: Device) -> Embedded:
     """Embeddings and losses of all plain training images in one pass, in eval mode; labels int [N].
 
     Under torchrun each process passes over its batches, and all have the result.
@@ -201,7 +202,7 @@ def embed(network: nn.Module, batches: Iterable, labels: Tensor, device: Device)
 
 
 @torch.no_grad()
-def all_logits(network: nn.Module, batches: Iterable, size: int, num_classes: int, device: Device) -> Tensor:
+def all_logits(network: Network, batches: Iterable, size: int, num_classes: int, device: Device) -> Tensor:
     """The logits of positions 0 .. size - 1, float32 [size, K], in eval mode."""
     network.eval()
     logits = torch.zeros(size, num_classes, device=device.device)

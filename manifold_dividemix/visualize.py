@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.artist import Artist
 from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -144,7 +145,7 @@ def read_samples(folder: Path) -> dict[str, np.ndarray]:
     path = folder / "samples.npz"
     with naming(path):
         arrays = read_npz(path)
-        samples = {name: arrays[name] for name in ("observed", "clean", "ood") if name in arrays}
+        samples: dict[str, np.ndarray] = {n: arrays[n] for n in ("observed", "clean", "ood") if n in arrays}
         shapes = {array.shape for array in samples.values()}
         if len(shapes) != 1 or samples["observed"].ndim != 1 or ("clean" in samples) != ("ood" in samples):
             raise ValueError(f"{', '.join(samples)} of shapes {sorted(shapes)}")
@@ -317,7 +318,9 @@ def draw_removal(axes, removal: Removal, ood: np.ndarray) -> None:
 def panels_of(shown: Shown, projection: str) -> list[Callable]:
     """The functions that draw the panels on the run: histograms, then projections and the removal."""
     kinds, removals = shown.kinds, shown.removals
-    panels = [partial(draw_scores, scored=scored, kinds=kinds, ood=shown.ood) for scored in removals]
+    panels: list[Callable] = [
+        partial(draw_scores, scored=scored, kinds=kinds, ood=shown.ood) for scored in removals
+    ]
     if removals[-1].clean is not None:
         threshold = shown.run.curve.arguments["p_threshold"]
         panels.append(partial(draw_clean, scored=removals[-1], kinds=kinds, threshold=threshold))
@@ -342,7 +345,9 @@ def draw_shown(figure, shown: Shown, panels: list[Callable]) -> None:
         panel(axes)
     for axes in grid[len(panels) :]:
         axes.axis("off")
-    marks = [Patch(color=kind.color, label=f"{kind.name}: {kind.members.sum()}") for kind in shown.kinds]
+    marks: list[Artist] = [
+        Patch(color=kind.color, label=f"{kind.name}: {kind.members.sum()}") for kind in shown.kinds
+    ]
     for marker, name in ((".", "kept"), ("x", "removed")):
         marks.append(Line2D([], [], color="black", marker=marker, linestyle="", label=name))
     figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize=9, frameon=False)

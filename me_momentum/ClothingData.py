@@ -137,8 +137,8 @@ def main(argv=None) -> None:
         "--data_root", default=DATA_ROOT, metavar="DIR", help="the lists are in it or in its annotations/"
     )
     root = Path(parser.parse_args(argv).data_root)
-    content = io.BytesIO()
-    np.savez(content, **build(root))
+    content, arrays = io.BytesIO(), build(root)
+    np.savez(content, **arrays)  # type: ignore[arg-type]  # no array is named allow_pickle
     try:
         write_atomic(root / INDEX, content.getvalue())
     except OSError as error:

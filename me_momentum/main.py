@@ -116,16 +116,23 @@ def make_setting(
 
     right = observed == data.train.labels[index]
     tested = data.test.only(datasets.limited_test(data.test.labels, args.limit_test, args.seed))
-    labels = (observed[parts.train], observed[parts.validation], tested.labels, right[parts.train])
+    arrays = (observed[parts.train], observed[parts.validation], tested.labels, right[parts.train])
+    labels, validation_labels, test_labels, is_right = (
+        torch.from_numpy(array).to(device.device) for array in arrays
+    )
     size, channels = data.train.images.shape[2:]
     return Setting(
         args,
         run,
         device,
         data.num_classes,
-        *(to_device(data.train.images[index[of_part]]) for of_part in parts),
+        to_device(data.train.images[index[parts.train]]),
+        to_device(data.train.images[index[parts.validation]]),
         to_device(tested.images),
-        *(torch.from_numpy(of_part).to(device.device) for of_part in labels),
+        labels,
+        validation_labels,
+        test_labels,
+        is_right,
         # random crop and flip of colour images, nothing for grey ones (README, section 2.1)
         training_augmentation(data.name, size) if channels == 3 else None,
         device.generator(args.seed),
@@ -243,14 +250,8 @@ def main(argv=None) -> None:
     fresh_network = network_maker(args, data)
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
     network = device.prepare(fresh_network(), args.compile)
-    run = Run(
-        args,
-        device,
-        paper="me_momentum",
-        method=method(args),
-        name=directory_name(args),
-        cell=cell(args, data),
-    )
+    name, columns = directory_name(args), cell(args, data)
+    run = Run(args, device, paper="me_momentum", method=method(args), name=name, cell=columns)
     run.save_labels(index, data.train.labels[index], observed, data.num_classes)
     run.save_arrays("split", train=index[parts.train], validation=index[parts.validation])
 

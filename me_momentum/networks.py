@@ -182,7 +182,7 @@ def clothing_network(num_classes: int, name: str = "resnet50", pretrained: str =
     """
     from torchvision import models  # noqa: PLC0415  (seconds of import that --help need not wait for)
 
-    network = imagenet_resnet(name) if pretrained == "imagenet" else models.get_model(name)
+    network: models.ResNet = imagenet_resnet(name) if pretrained == "imagenet" else models.get_model(name)
     if pretrained not in ("imagenet", "none"):
         weights, own = read_weights(Path(pretrained), "--pretrained"), network.state_dict()
         body = {key: value for key, value in weights.items() if not key.startswith("fc.")}

@@ -8,7 +8,7 @@ import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,14 +35,7 @@ from sanm.losses import ramp_up
 from sanm.masking import draw_masks, mask
 from sanm.mixmatch import Samples
 from sanm.networks import MaskedNetwork, make_network
-from sanm.selection import (
-    STATISTICS,
-    clean_probability,
-    divide,
-    normalised,
-    remember,
-    split_statistics,
-)
+from sanm.selection import STATISTICS, clean_probability, divide, normalised, remember, split_statistics
 from sanm.training import (
     Masks,
     Step,
@@ -260,7 +253,7 @@ def main(argv=None) -> None:
         SGD(net.parameters(), args.lr, 0.9, weight_decay=5e-4, fused=device.on_cuda()) for net in nets
     ]
     loader, draws = device.generator(args.seed), np.random.default_rng(args.seed)
-    memory = {"history": [[], []], "clean": [None, None]}
+    memory: dict[str, Any] = {"history": [[], []], "clean": [None, None]}
     memory["streaks"] = selection_report.no_streaks(2, data.num_classes)
     run.resume({"nets": nets, "optimizers": optimizers, "loader": loader, "draws": draws, "memory": memory})
     memory["history"] = [[losses.to(device.device) for losses in kept] for kept in memory["history"]]

@@ -10,8 +10,9 @@ import math
 import random
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -128,7 +129,12 @@ def two_samples(views: tuple[Tensor, ...], clean: Tensor) -> Samples:
 
 
 def co_divide(
-    networks: list[nn.Module], parallel: nn.Module, optimizer: SGD, peers: Division, name: str, s: Setting
+    networks: tuple[nn.Module, nn.Module],
+    parallel: nn.Module,
+    optimizer: SGD,
+    peers: Division,
+    name: str,
+    s: Setting,
 ) -> tuple[list[float], Selected]:
     """One epoch of the first network on the division by the second's losses (README, section 9): mean losses [5], selection."""
     args, device = s.args, s.device.device
@@ -164,13 +170,13 @@ def co_divide(
     return losses.mean(dim=0).tolist(), Selected(selected, s.labels(positions).cpu(), None)
 
 
-def scores(networks: list[nn.Module], split: Labelled, name: str, s: Setting) -> Tensor:
+def scores(networks: Sequence[nn.Module], split: Labelled, name: str, s: Setting) -> Tensor:
     """The scores of each network, [networks, N, K]."""
     batches = s.run.progress(split.batches, name, training=False)
     return network_scores(networks, batches, len(split.labels), s.args.num_class, s.device)
 
 
-def validate(nets: list[nn.Module], best: list[dict], name: str, s: Setting) -> dict[str, float]:
+def validate(nets: Sequence[nn.Module], best: list[dict], name: str, s: Setting) -> dict[str, float]:
     """Each network's validation accuracy. `best` keeps accuracy and weights of the best epoch so far, the first of equals."""
     report, own = {}, scores(nets, s.data.validation, name, s)
     for i, kept in enumerate(best):
@@ -185,7 +191,7 @@ def copy_of(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.to("cpu", copy=True) for name, value in network.state_dict().items()}
 
 
-def reported(nets: list[nn.Module], best: list[dict], s: Setting) -> dict[str, float]:
+def reported(nets: Sequence[nn.Module], best: list[dict], s: Setting) -> dict[str, float]:
     """The test accuracy that is reported: of both networks' sum, each with the weights that are best on validation."""
     for i, net in enumerate(nets):
         net.load_state_dict(best[i]["weights"])
@@ -214,7 +220,9 @@ def main(argv=None) -> None:
     )
     data = clothing.load(args, device)
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
-    nets = [clothing_network(args.network, args.num_class, args.pretrained) for _ in range(2)]
+    nets: list[nn.Module] = [
+        clothing_network(args.network, args.num_class, args.pretrained) for _ in range(2)
+    ]
     method, name = flags.clothing_method(args), flags.clothing_directory(args)
     run = Run(args, device, paper="sanm", method=method, name=name, cell=flags.clothing_cell(args))
     run.save_labels(data.index, None, data.split.labels, args.num_class)
@@ -229,7 +237,10 @@ def main(argv=None) -> None:
         SGD(net.parameters(), args.lr, 0.9, weight_decay=1e-3, fused=device.on_cuda()) for net in nets
     ]
     draws, masks = np.random.default_rng(args.seed), device.generator(args.seed)
-    memory = {"divisions": [None, None], "best": [{"accuracy": -1.0, "weights": {}} for _ in nets]}
+    memory: dict[str, Any] = {
+        "divisions": [None, None],
+        "best": [{"accuracy": -1.0, "weights": {}} for _ in nets],
+    }
     memory["streaks"] = selection_report.no_streaks(2, args.num_class)
     state = {"nets": nets, "optimizers": optimizers, "draws": draws, "masks": masks, "memory": memory}
     run.resume({**state, "images": data.generator})
@@ -238,18 +249,18 @@ def main(argv=None) -> None:
 
     for number in run.epochs(args.num_epochs + 1):
         epoch = number - 1  # the release counts from 0
-        parts, chosen = [None] * 5, []
+        chosen = []
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate(epoch, args.lr, args.lr_drop)
         if epoch == 0:
             pairs = zip(parallel, optimizers, strict=True)
-            parts[0] = sum(warm_up_epoch(*pair, "epoch 0 warm-up", s) for pair in pairs) / 2
+            parts = [sum(warm_up_epoch(*pair, "epoch 0 warm-up", s) for pair in pairs) / 2, *[None] * 4]
         else:
             # both divisions come from the end of the epoch before; net2's losses select what net1 is trained on
             divisions = [Division(*kept) for kept in memory["divisions"]]
             trained = [
                 co_divide(
-                    [nets[i], nets[1 - i]], parallel[i], optimizers[i], divisions[1 - i], f"epoch {epoch}", s
+                    (nets[i], nets[1 - i]), parallel[i], optimizers[i], divisions[1 - i], f"epoch {epoch}", s
                 )
                 for i in (0, 1)
             ]
@@ -259,7 +270,7 @@ def main(argv=None) -> None:
         for net in nets:
             processes.share_buffers(net)
         counts = [int(own.chosen.sum()) for own in chosen] or [None, None]
-        report = {"loss": parts[0], "net1_selected": counts[0], "net2_selected": counts[1]}
+        report: dict[str, float] = {"loss": parts[0], "net1_selected": counts[0], "net2_selected": counts[1]}
         report |= validate(nets, memory["best"], f"epoch {epoch} validation", s)
         if epoch < args.num_epochs:
             memory["divisions"] = [list(label_quality(net, f"epoch {epoch} losses", s)) for net in nets]

@@ -20,7 +20,7 @@ class Samples(NamedTuple):
     """A batch of one side of the split."""
 
     trained: tuple[Tensor, ...]  # the views that are mixed and trained on, [B, C, H, W] each
-    reference: tuple[Tensor, Tensor]  # the views that targets, maps and masked images come from
+    reference: tuple[Tensor, ...]  # the two views that targets, maps and masked images come from
     clean: Tensor  # [B] clean probabilities by the peer's losses
 
 
@@ -58,9 +58,10 @@ def guess_labels(network: nn.Module, peer: nn.Module, views: Sequence[Tensor], t
     """
     outputs = [network(view) for view in views]
     own = [F.softmax(out.scores, dim=1) for out in outputs]
-    other = F.softmax(peer(torch.cat(views)).scores, dim=1).chunk(len(views))
+    other = F.softmax(peer(torch.cat(list(views))).scores, dim=1).chunk(len(views))
     predictions = [*own, *other]
-    return Guess(sharpen(sum(predictions) / len(predictions), temperature), outputs[0].maps)
+    mean: Tensor = sum(predictions) / len(predictions)
+    return Guess(sharpen(mean, temperature), outputs[0].maps)
 
 
 @torch.no_grad()
@@ -73,7 +74,7 @@ def refine_labels(
     """
     outputs = [network(view) for view in views]
     predictions = [F.softmax(out.scores, dim=1) for out in outputs]
-    mean = sum(predictions) / len(predictions)
+    mean: Tensor = sum(predictions) / len(predictions)
     observed = F.one_hot(labels, mean.shape[1]).to(mean.dtype)
     weight = clean.to(mean.dtype)[:, None]
     return Guess(sharpen(weight * observed + (1 - weight) * mean, temperature), outputs[0].maps)
@@ -161,9 +162,9 @@ def step_loss(
         maps, clean = torch.cat([refined.maps, guessed.maps]), torch.cat([labelled.clean, unlabelled.clean])
         masked = masks(images, maps, clean, targets, (len(labelled.clean), len(unlabelled.clean)))
         copies = torch.cat([masked.at_max, masked.at_min])
-    inputs, targets = stack(labelled, unlabelled, targets, masked)
-    sizes = [len(part) for part in targets]
-    inputs, targets = processes.gather_parts(inputs), processes.gather_parts(targets)
+    input_parts, target_parts = stack(labelled, unlabelled, targets, masked)
+    sizes = [len(part) for part in target_parts]
+    inputs, targets = processes.gather_parts(input_parts), processes.gather_parts(target_parts)
     lam, permutation = draw_lam(), draw_permutation(len(targets))
     versions = len(sizes) // 2
     labelled_rows = processes.world() * sum(sizes[:versions])

@@ -96,7 +96,7 @@ def clothing_network(name: str, num_classes: int, pretrained: str = "none") -> M
     """
     from torchvision import models  # noqa: PLC0415 (seconds to import, of use only here)
 
-    resnet = imagenet_resnet(name) if pretrained == "imagenet" else models.get_model(name)
+    resnet: models.ResNet = imagenet_resnet(name) if pretrained == "imagenet" else models.get_model(name)
     width, encoder = resnet.fc.in_features, MapOf(resnet)
     if pretrained not in ("imagenet", "none"):
         load_encoder(encoder, pretrained)

@@ -4,7 +4,8 @@ Batches are (views, index): a tuple of [B, ...] tensors and the samples' positio
 are tensors on the device of the images, by those positions.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ from sanm.masking import Masked, MaskRule
 from sanm.mixmatch import Samples, step_loss
 
 
-class Masks(NamedTuple):
+@dataclass(frozen=True)
+class Masks:
     """Adversarial masking with its draws: CIFAR's functions of `masking`, or Clothing1M's."""
 
     draw: Callable[[int, int, MaskRule, Generator], Tensor]
@@ -152,7 +154,7 @@ def sample_losses(network: nn.Module, batches: Iterable, labels: Tensor, size: i
 
 @torch.no_grad()
 def network_scores(
-    networks: list[nn.Module], batches: Iterable, size: int, num_classes: int, device: Device
+    networks: Sequence[nn.Module], batches: Iterable, size: int, num_classes: int, device: Device
 ) -> Tensor:
     """The scores of each network for each position 0 .. size - 1, float32 [networks, size, K], in eval mode."""
     networks = [network.eval() for network in networks]

@@ -218,8 +218,8 @@ def read_samples(run: RunResult, split: dict[str, np.ndarray], count: int, data_
         torch.from_numpy(split["net2"][chosen]),
         rule,
     )
-    columns = (array[chosen] for array in (observed, split["clean"], split["net2"]))
-    return Shown(views, *columns, images.mean, images.std)
+    clean, probability = split["clean"][chosen], split["net2"][chosen]
+    return Shown(views, observed[chosen], clean, probability, images.mean, images.std)
 
 
 # drawing --------------------------------------------------------------------------------------------------------------
@@ -264,10 +264,12 @@ def outline(axes, before: Tensor, after: Tensor, color: str) -> None:
     """A frame around what the mask painted over."""
     rows, columns = (before != after).any(dim=0).nonzero(as_tuple=True)
     if len(rows):
-        corner = (columns.min() - 0.5, rows.min() - 0.5)
-        size = columns.max() - columns.min() + 1, rows.max() - rows.min() + 1
+        left, right, top, bottom = (int(edge) for edge in (*columns.aminmax(), *rows.aminmax()))
+        corner, width, height = (left - 0.5, top - 0.5), right - left + 1, bottom - top + 1
         axes.add_patch(
-            figures.plt.Rectangle(corner, *size, fill=False, edgecolor=color, linewidth=1.5, clip_on=False)
+            figures.plt.Rectangle(
+                corner, width, height, fill=False, edgecolor=color, linewidth=1.5, clip_on=False
+            )
         )
 
 

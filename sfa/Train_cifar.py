@@ -241,8 +241,8 @@ def main(argv: list[str] | None = None) -> None:
     device = gpu.pick(args.device, args.precision, args.gpuid, fidelity=args.fidelity, fixed_shapes=False)
     data = datasets.load(args.dataset, args.data_path)
     index, clean, observed = long_tailed_noisy(data, args)
-    names = {"name": cifar_directory(args), "cell": cifar_cell(args, data)}
-    run = Run(args, device, paper="sfa", method=method(args), **names)
+    name, cell = cifar_directory(args), cifar_cell(args, data)
+    run = Run(args, device, paper="sfa", method=method(args), name=name, cell=cell)
     run.save_labels(index, clean, observed, data.num_classes)
 
     train = Images(data.train.images[index], data.mean, data.std, device.device)
@@ -280,8 +280,8 @@ def main(argv: list[str] | None = None) -> None:
         memory["streaks"] = selection_report.follow(memory["streaks"], chosen, "a longer --warm_up")
         report = test(nets, tests.limited, observed_counts, device)
         report |= quality_columns(selections, observed, clean) | selection_report.columns(chosen)
-        losses = torch.cat(losses)
-        run.log(epoch, loss=float(losses.mean()) if len(losses) else None, **classes_last(report))
+        steps = torch.cat(losses)
+        run.log(epoch, loss=float(steps.mean()) if len(steps) else None, **classes_last(report))
 
     save_selections(run, memory, observed=observed, clean=clean)
     last = [*(f"{shot}_accuracy" for shot in SHOTS), *(f"net1_{name}" for name in NETWORK1)]

@@ -154,8 +154,9 @@ def select(
             min_draw_count=args.min_draw_count,
             p_threshold=args.p_threshold,
         )
-        *tensors, new_moments = selection
-        return Selection(*(tensor.cpu() for tensor in tensors), Moments(*(own.cpu() for own in new_moments)))
+        tensors = selection._asdict()
+        new_moments = Moments(*(own.cpu() for own in tensors.pop("moments")))
+        return Selection(**{name: tensor.cpu() for name, tensor in tensors.items()}, moments=new_moments)
 
     return processes.from_first(on_cpu)  # on a card the order of sums differs between processes
 
@@ -212,8 +213,8 @@ def main(argv: list[str] | None = None) -> None:
         args.device, args.precision, args.gpuid1, several=True, fidelity=args.fidelity, fixed_shapes=False
     )
     data = load(args, device)
-    names = {"name": webvision_directory(args), "cell": webvision_cell(args)}
-    run = Run(args, device, paper="sfa", method="SFA", **names)
+    name, cell = webvision_directory(args), webvision_cell(args)
+    run = Run(args, device, paper="sfa", method="SFA", name=name, cell=cell)
     run.save_labels(data.index, None, data.split.labels, args.num_class)
     run.save_skipped(data.skipped)
 

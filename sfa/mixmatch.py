@@ -41,9 +41,10 @@ def guess_labels(network: nn.Module, peer: nn.Module, views: Sequence[Tensor], t
     joining the views changes nothing.
     """
     own = [F.softmax(network(view)[1], dim=1) for view in views]
-    other = F.softmax(peer(torch.cat(views))[1], dim=1).chunk(len(views))
+    other = F.softmax(peer(torch.cat(list(views)))[1], dim=1).chunk(len(views))
     predictions = [*own, *other]
-    return sharpen(sum(predictions) / len(predictions), temperature)
+    mean: Tensor = sum(predictions) / len(predictions)
+    return sharpen(mean, temperature)
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ def refine_labels(
     labels int [B]; clean: clean probabilities w [B].
     """
     predictions = [F.softmax(network(view)[1], dim=1) for view in views]
-    mean = sum(predictions) / len(predictions)
+    mean: Tensor = sum(predictions) / len(predictions)
     observed = F.one_hot(labels, mean.shape[1]).to(mean.dtype)
     weight = clean.to(mean.dtype)[:, None]
     return sharpen(weight * observed + (1 - weight) * mean, temperature)
@@ -128,12 +129,12 @@ def step_loss(
     parallel: the network around which gradients are averaged, under torchrun.
     """
     views, labels, clean = labelled
-    inputs, targets = list(views), []
+    input_parts, target_parts = list(views), []
     if unlabelled is not None:
-        inputs += unlabelled
-        targets = [guess_labels(network, peer, unlabelled, temperature)] * len(unlabelled)
-    targets = [refine_labels(network, views, labels, clean, temperature)] * len(views) + targets
-    inputs, targets = gather(inputs), gather(targets)
+        input_parts += unlabelled
+        target_parts = [guess_labels(network, peer, unlabelled, temperature)] * len(unlabelled)
+    target_parts = [refine_labels(network, views, labels, clean, temperature)] * len(views) + target_parts
+    inputs, targets = gather(input_parts), gather(target_parts)
     labelled_rows = processes.world() * len(views) * len(labels)
     if not forward_unlabelled:
         permutation = permutation[:labelled_rows]

@@ -24,9 +24,10 @@ def remember(memory: dict, selections: Sequence[Selection | SmallLoss]) -> None:
     Also the centroids of the first network, the mean over draws, as float16 on the CPU.
     """
     memory["clean"] = [selection.clean for selection in selections]
-    if isinstance(selections[0], Selection):
-        memory["moments"] = [list(selection.moments) for selection in selections]
-        memory["centroids"].append(selections[0].centroids.mean(dim=0).half().cpu())
+    averaged = [selection for selection in selections if isinstance(selection, Selection)]
+    if averaged:
+        memory["moments"] = [list(selection.moments) for selection in averaged]
+        memory["centroids"].append(averaged[0].centroids.mean(dim=0).half().cpu())
 
 
 def save_selections(run: Run, memory: dict, **labels: np.ndarray) -> None:

@@ -69,11 +69,12 @@ def symmetric_cross_entropy(
 
 def standard_loss(args: Namespace) -> Callable[..., Tensor]:
     """The loss of the standard head that --loss names, with its flags."""
-    return {
+    losses: dict[str, Callable[..., Tensor]] = {
         "ce": cross_entropy,
         "ldam": partial(ldam, largest_margin=args.ldam_margin, scale=args.ldam_scale),
         "gce": partial(generalised_cross_entropy, q=args.gce_q),
         "sce": partial(symmetric_cross_entropy, ce_weight=args.sce_ce, rce_weight=args.sce_rce),
         "logit_adjusted": partial(logit_adjusted, tau=args.adjustment_tau),
         "balanced_softmax": balanced_softmax,
-    }[args.loss]
+    }
+    return losses[args.loss]

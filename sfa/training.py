@@ -16,6 +16,7 @@ from common.gpu import processes
 from common.gpu.device import Device
 from sfa.losses import cross_entropy, warm_up_loss
 from sfa.mixmatch import gather_logits, step_loss
+from sfa.networks import TwoHeads
 
 
 def warm_up(
@@ -107,7 +108,8 @@ def features_and_confidence(
 ) -> tuple[Tensor, Tensor]:
     """Features [N, D] and the auxiliary head's softmax at the observed label [N], of un-augmented ordered batches."""
     network.eval()
-    features = torch.zeros(len(labels), network.heads.feature_size, device=labels.device)
+    heads: TwoHeads = network.heads
+    features = torch.zeros(len(labels), heads.feature_size, device=labels.device)
     confidence = torch.zeros(len(labels), device=labels.device)
     for (images,), index in batches:
         with device.autocast():

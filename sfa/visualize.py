@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
@@ -219,7 +220,7 @@ def draw_selection(figure, shown: Shown) -> None:
     for axes in grid[len(shown.classes) :]:
         axes.axis("off")
     arguments, colors = shown.run.curve.arguments, WITHOUT_TRUTH if shown.clean is None else WITH_TRUTH
-    marks = [Patch(color=color, label=name) for name, color in colors.items()]
+    marks: list[Artist] = [Patch(color=color, label=name) for name, color in colors.items()]
     label = f"selected above {arguments['p_threshold']:g}"
     marks.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label=label))
     figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize=8, frameon=False)
@@ -249,7 +250,7 @@ def draw_centroids(axes, shown: Shown) -> None:
         way = points[:, k]
         shades = [to_rgba(color, alpha) for alpha in np.linspace(0.15, 1, len(way))[1:]]
         steps = np.stack([way[:-1], way[1:]], axis=1)
-        axes.add_collection(LineCollection(steps, colors=shades, linewidths=1.2))
+        axes.add_collection(LineCollection(list(steps), colors=shades, linewidths=1.2))
         axes.scatter(*way[-1], s=24, color=color, zorder=3)
         style = {"color": color, "fontsize": 8, "path_effects": [withStroke(linewidth=2, foreground="white")]}
         axes.annotate(str(k), way[-1], (4, 4), textcoords="offset points", zorder=4, **style)
@@ -306,7 +307,7 @@ def draw_quality(axes, histories: dict[str, list[History]], name: str, styles: d
 
 def lower_panels(shown: Shown | None, histories: dict[str, list[History]], styles: dict) -> list[Callable]:
     """The functions that draw the panels of the lowest row: centroids if there are two or more, classes, selection."""
-    panels = [partial(draw_classes, histories=histories, styles=styles)]
+    panels: list[Callable] = [partial(draw_classes, histories=histories, styles=styles)]
     if shown is not None and shown.centroids is not None and len(shown.centroids) * len(shown.classes) > 1:
         panels.insert(0, partial(draw_centroids, shown=shown))
     runs = [history for members in histories.values() for history in members]

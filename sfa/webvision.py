@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ def load(args: Namespace, device: Device) -> Data:
 
     def batches(split: FileSplit, cache: ImageCache | None, transform, size: int, **training) -> FileBatches:
         world = processes.world()
-        piece = {"world": world, "rank": processes.rank() if world > 1 else 0}
+        piece: dict[str, Any] = {"world": world, "rank": processes.rank() if world > 1 else 0}
         return FileBatches(split, size, transform, cache=cache, **loading, **piece, **training)
 
     def in_order(split: FileSplit, limit: int | None = None) -> Labelled:

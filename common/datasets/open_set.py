@@ -58,15 +58,16 @@ def corrupt(
     UserError: a pool that is missing or too small; rates or a noise type that do not fit.
     """
     labels = data.train.labels
-    if corruption.noise_type == "given" and data.noisy_labels is None and not noise_file:
+    undrawn = {"no": labels, "given": data.noisy_labels}.get(corruption.noise_type)
+    if corruption.noise_type == "given" and undrawn is None and not noise_file:
         raise UserError(f"--noise-type given: {data.name} brings no noisy_labels; use --noise_file")
     rng = RandomState(noise.OPEN_SET_SEED)
     ood, replaced = replacements(data, corruption, root, pool_folder, cache, rng)
     try:
         if noise_file:
             observed = labels_of(noise_file, np.arange(len(labels)), len(labels), data.num_classes)
-        elif corruption.noise_type in ("no", "given"):
-            observed = (labels if corruption.noise_type == "no" else data.noisy_labels).copy()
+        elif undrawn is not None:
+            observed = undrawn.copy()
         elif corruption.noise_type in noise.POSTERIOR_TYPES:
             observed = noise.in_distribution_from_posterior(
                 corruption.noise_type,

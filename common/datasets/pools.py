@@ -100,7 +100,7 @@ def imagenet32(folder: Path) -> Pool:
     starts = np.cumsum([0, *sizes])
 
     def take(rows: np.ndarray) -> list[np.ndarray]:
-        chosen: list[np.ndarray | None] = [None] * len(rows)
+        chosen: dict[int, np.ndarray] = {}
         for name, start, end in zip(files, starts[:-1], starts[1:], strict=True):
             own = np.flatnonzero((rows >= start) & (rows < end))
             if len(own):
@@ -108,7 +108,7 @@ def imagenet32(folder: Path) -> Pool:
                 for place in own.tolist():
                     chosen[place] = batch[rows[place] - start].copy()
                 del batch  # before the next one is read
-        return chosen
+        return [chosen[place] for place in range(len(rows))]
 
     return Pool(int(starts[-1]), take)
 

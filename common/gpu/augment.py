@@ -273,18 +273,16 @@ def apply_resized_crop(images: Tensor, draws: CropDraws, mirrored: Tensor | None
     """
     count, channels, height, width = images.shape
     device = images.device
-    across, down = (
-        triangle_places(draws.left, draws.width, width),
-        triangle_places(draws.top, draws.height, height),
-    )
+    x = triangle_places(draws.left, draws.width, width)
+    y = triangle_places(draws.top, draws.height, height)
     if mirrored is not None:
-        across = across._replace(centre=torch.where(mirrored[:, None], across.centre.flip(1), across.centre))
+        x = x._replace(centre=torch.where(mirrored[:, None], x.centre.flip(1), x.centre))
     if height == width:
-        both = to_device(device, *map(torch.cat, zip(across, down, strict=True)))
+        both = to_device(device, *map(torch.cat, zip(x, y, strict=True)))
         across, down = triangle_weights(*both).chunk(2)  # [B, W, W], [B, H, H]
     else:
-        sent = to_device(device, *across, *down)
-        across, down = triangle_weights(*sent[: len(across)]), triangle_weights(*sent[len(across) :])
+        sent = to_device(device, *x, *y)
+        across, down = triangle_weights(*sent[: len(x)]), triangle_weights(*sent[len(x) :])
     # multiples of 2^-22 throughout, below 2^9: exact in float64 whatever the order of the sums
     half = torch.full((), 0.5, dtype=torch.float64, device=device)
     rows = images.reshape(count, channels * height, width).double()
@@ -350,7 +348,8 @@ def simclr_view(images: Tensor, generator: Generator, flip: bool = True) -> Tens
     A resized crop, colour jitter with probability 0.8, grayscale with probability 0.2. flip: mirror half of the images, not for
     handwritten digits.
     """
-    box = draw_resized_crop(len(images), *images.shape[2:], generator, scale=(0.2, 1.0))
+    height, width = images.shape[2:]
+    box = draw_resized_crop(len(images), height, width, generator, scale=(0.2, 1.0))
     mirrored = draw_flip(len(images), generator) if flip else None
     images = apply_resized_crop(images, box, mirrored)
     images = color_jitter(images, generator, 0.4, 0.4, 0.4, 0.1, p=0.8)

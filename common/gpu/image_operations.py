@@ -451,14 +451,14 @@ def apply_in_turn(
     kind: int [n, B], numbers in KINDS of the operations that come first, second, ... row: int64 [n, B], in `tables`, or the steps
     of a hue. factor: float32 [n, B], of brightness, contrast, color and sharpness. Operations of a kind are started together.
     """
-    sizes, sent, place = [], [], np.arange(len(images))  # place: where in the batch each image stands
+    sizes, arrays, place = [], [], np.arange(len(images))  # place: where in the batch each image stands
     for kinds, rows, factors in zip(kind, row, factor, strict=True):
         order = kinds.argsort(kind="stable")
         sizes.append(np.bincount(kinds, minlength=len(KINDS)).tolist())
-        sent += [place[order], rows[order], factors[order]]
+        arrays += [place[order], rows[order], factors[order]]
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
-    sent = to_device(images.device, *map(torch.from_numpy, [*sent, place]))
+    sent = to_device(images.device, *map(torch.from_numpy, [*arrays, place]))
     for counts, order, rows, factors in zip(sizes, sent[:-1:3], sent[1::3], sent[2::3], strict=True):
         images = images.index_select(0, order)
         _apply(images, counts, rows, factors, tables)

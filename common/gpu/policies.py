@@ -194,15 +194,15 @@ def table_rows(
 ) -> Tensor:
     """Rows of `Tables` for the parameter of an operation. outside: the number of the value of what lies outside."""
     channels, height, width = shape
-    if kind == "nearest":
-        # where the pixels of an image of their numbers go
-        pixels = torch.arange(height * width).view(1, 1, height, width).expand(len(parameter), -1, -1, -1)
-        return affine_nearest(pixels, parameter, fill=outside).flatten(1)
-    if kind == "bicubic":
+    if isinstance(parameter, tuple):  # bicubic
         taps, fraction = shear_taps(*parameter, height, width)
         return torch.cat(
             [taps.masked_fill_(taps == height * width, outside), fraction.view(torch.int64)], dim=1
         )
+    if kind == "nearest":
+        # where the pixels of an image of their numbers go
+        pixels = torch.arange(height * width).view(1, 1, height, width).expand(len(parameter), -1, -1, -1)
+        return affine_nearest(pixels, parameter, fill=outside).flatten(1)
     return parameter.view(-1, 1, 256).expand(-1, channels, -1)
 
 

@@ -243,6 +243,12 @@ class _Sum(torch.autograd.Function):
 class _CPUSyncBatchNorm(nn.BatchNorm2d):
     """Batch normalisation over the batches of all processes. torch's own SyncBatchNorm refuses tensors on the CPU."""
 
+    # optional in the base class
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     @classmethod
     def of(cls, layer: nn.BatchNorm2d) -> "_CPUSyncBatchNorm":
         """The same layer, sharing parameters and buffers."""
