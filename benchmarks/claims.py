@@ -22,6 +22,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from benchmarks import cross, forest
 from benchmarks.cells import CLAIMS as CELLS
 from benchmarks.cells import Cell, cells

@@ -29,6 +29,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from common.gpu.device import Device
 from common.gpu.loader import Batches
 from common.runs import cli
