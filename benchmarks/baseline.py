@@ -26,6 +26,7 @@ from common.gpu.augment import training_augmentation
 from common.gpu.loader import Batches, Images, test_batches
 from common.runs import cli
 from common.runs.cli import UserError
+from common.runs.label_quality import Estimate, save_label_quality
 from common.runs.run import Run
 
 
@@ -100,6 +101,18 @@ def accuracy(network: nn.Module, test: Batches, labels: Tensor, device: gpu.Devi
     return 100 * float((torch.cat(predicted) == labels).double().mean())
 
 
+@torch.no_grad()
+def estimate_label_quality(network: nn.Module, plain: Batches, device: gpu.Device) -> Estimate:
+    """Class probabilities of the training images in order, without augmentation."""
+    network.eval()
+    probabilities = []
+    for (images,), _ in plain:
+        with device.autocast():
+            logits = network(images)
+        probabilities.append(F.softmax(logits.float(), dim=1))
+    return Estimate(torch.cat(probabilities))
+
+
 def train_epoch(network, optimizer: SGD, batches, labels: Tensor, device: gpu.Device) -> float:
     """One epoch of cross-entropy on the observed labels: the mean loss."""
     network.train()
@@ -147,6 +160,8 @@ def main(argv=None) -> None:
         optimizer.param_groups[0]["lr"] = args.lr if epoch <= 0.75 * args.num_epochs else args.lr / 10
         loss = train_epoch(network, optimizer, run.progress(batches, f"epoch {epoch}"), labels, device)
         run.log(epoch, loss=loss, test_accuracy=accuracy(network, *tests.limited, device))
+    plain = Batches(train, 256)
+    save_label_quality(run, lambda: estimate_label_quality(network, plain, device), classes=data.classes)
     run.finish()
 
 
