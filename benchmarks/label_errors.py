@@ -2,6 +2,7 @@
 
     python -m benchmarks.label_errors results/runs/sfa/embedded/*/*/seed*
     python -m benchmarks.label_errors RUN [RUN ...] [--csv OUT.csv] [--markdown OUT.md]
+    python -m benchmarks.label_errors RUN --cleanlab            # beside it cleanlab's ranking (benchmarks/cross_validation.py)
 
 Images are ranked by their score, the lowest first; wrong labels are to stand in front. k is the number of wrong labels. An
 image of no class (true label -1) has a wrong label. Among equal scores every order counts alike. The rows of --csv have the
@@ -26,6 +27,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.cross_validation import cleanlab_folder
 from benchmarks.results import CONDITION, KEY, figure, keyed, markdown_table, read_results, write_text
 from common.runs.cli import Parser, UserError, exit_cleanly
 from common.runs.label_quality import COLUMNS, NAME
@@ -126,6 +128,13 @@ def make_parser() -> Parser:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directories of finished runs")
     parser.add_argument("--csv", metavar="OUT.csv", help="write the result rows to this file")
     parser.add_argument("--markdown", metavar="OUT.md", help="write the printed table to this file")
+    peer = "also rank by cleanlab (an optional extra), from cross-entropy out of fold, in RUN/cleanlab; trains five times"
+    parser.add_argument("--cleanlab", action="store_true", help=peer)
+    parser.add_argument(
+        "--data_path", metavar="DIR", help="of --cleanlab: the data sets; by default as in RUN"
+    )
+    devices = {"choices": ["auto", "cpu", "cuda"], "default": "auto"}
+    parser.add_argument("--device", **devices, help="of --cleanlab: where to train")
     return parser
 
 
@@ -133,6 +142,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure the rankings of runs, print a table, write result rows."""
     args = make_parser().parse_args(argv)
     rows = [row for run in args.runs for row in rows_of(Path(run))]
+    if args.cleanlab:
+        for run in map(Path, args.runs):
+            rows += rows_of(cleanlab_folder(run, read_quality(run), args.data_path, args.device))
     table = "\n".join(format_table(rows))
     if args.csv is not None:
         write_text(to_csv(rows, RESULT_COLUMNS), args.csv, "--csv")

@@ -1,14 +1,19 @@
-"""benchmarks.label_errors on made-up files: the metrics, the rows, the table, the errors."""
+"""benchmarks.label_errors on made-up files: the metrics, the rows, the table, the errors; images out of fold for cleanlab."""
 
+import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import label_errors
+from benchmarks import baseline, cross_validation, label_errors
 from benchmarks.results import read_results
+from common import datasets
 from common.runs import cli
-from common.runs.label_quality import COLUMNS, NAME
+from common.runs.label_quality import COLUMNS, NAME, Estimate
 from tests.benchmarks.files import read, write
 
 OWN = {
@@ -91,3 +96,82 @@ def test_what_cannot_be_measured_ends_in_one_line(tmp_path, capsys):
     assert "its columns are not index, path, " in refused(capsys, run)
     (tmp_path / "run" / NAME).write_text("")
     assert f"{NAME} cannot be read (No columns" in refused(capsys, run)
+
+
+# cleanlab -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def digits_run(tmp_path) -> Path:
+    """What a run on 120 digits leaves, with 10 wrong labels."""
+    folder, truth = tmp_path / "run", datasets.load("digits").train.labels[:120]
+    folder.mkdir()
+    given = np.where(np.arange(120) < 10, (truth + 1) % 10, truth)
+    np.save(folder / "train_index.npy", np.arange(120))
+    np.save(folder / "noisy_labels.npy", given)
+    arguments = {"dataset": "digits", "seed": 1, "num_epochs": 4}
+    (folder / "args.json").write_text(json.dumps({"arguments": arguments, "cell": {}}))
+    images = zip(truth.tolist(), given.tolist(), strict=True)
+    rows = [{"index": i, "given_label": g, "true_label": t, "score": 0.5} for i, (t, g) in enumerate(images)]
+    write(folder / NAME, rows, COLUMNS)
+    write(folder / "result.csv", [{**OWN, "seed": 1, "metric": "last", "value": 90}])
+    return folder
+
+
+@pytest.fixture
+def watched(monkeypatch) -> list:
+    """A cleanlab that takes the probability of the given label, and what each epoch and each test of a fold went through."""
+    seen = []
+
+    def train_epoch(network, optimizer, batches, labels, device):
+        positions = torch.cat([index for _, index in batches])
+        seen.append((id(network), round(optimizer.param_groups[0]["lr"], 6), sorted(positions.tolist())))
+        return 0.0
+
+    def estimate(network, plain, device):
+        held = torch.cat([index for _, index in plain])
+        seen.append((id(network), sorted(held.tolist())))
+        return Estimate(torch.nn.functional.one_hot(held % 10, 10).float())
+
+    monkeypatch.setattr(baseline, "train_epoch", train_epoch)
+    monkeypatch.setattr(baseline, "estimate_label_quality", estimate)
+    rank = SimpleNamespace(get_label_quality_scores=lambda given, p: p[np.arange(len(given)), given])
+    issues = SimpleNamespace(find_label_issues=lambda given, p, n_jobs: p.argmax(axis=1) != given)
+    for name, module in (("", SimpleNamespace()), (".rank", rank), (".filter", issues)):
+        monkeypatch.setitem(sys.modules, f"cleanlab{name}", module)
+    return seen
+
+
+def test_cleanlab_ranks_images_by_networks_that_were_trained_without_them(
+    digits_run, watched, tmp_path, capsys
+):
+    words = [str(digits_run), "--cleanlab", "--device", "cpu", "--csv", str(tmp_path / "out.csv")]
+    label_errors.main(words)
+    assert len(watched) == 5 * 5
+    held = []
+    for fold in range(5):
+        *epochs, (tested, out) = watched[5 * fold : 5 * fold + 5]
+        assert [rate for _, rate, _ in epochs] == [0.02] * 3 + [0.002]
+        for network, _, positions in epochs:
+            assert network == tested and sorted([*positions, *out]) == list(range(120))
+        held += out
+    assert sorted(held) == list(range(120))
+    # rows of probabilities are by position: the class of the largest is the last digit of the position
+    found = read(digits_run / "cleanlab" / NAME)
+    assert [int(row["predicted_label"]) for row in found] == [i % 10 for i in range(120)]
+    assert all((row["score"] == "1") == (row["selected"] == "1") for row in found)
+    assert {row["method"] for row in read(tmp_path / "out.csv")} == {"SFA", "CE, 5 folds, cleanlab"}
+    assert "| CE, 5 folds, cleanlab | c | 1 |" in capsys.readouterr().out
+    label_errors.main(words)  # what was trained is not trained again
+    assert len(watched) == 5 * 5
+
+
+def test_without_cleanlab_or_with_other_images_one_line_says_so(digits_run, watched, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "cleanlab.rank", None)
+    assert "cleanlab is not installed: pip install" in refused(capsys, str(digits_run), "--cleanlab")
+    monkeypatch.setitem(sys.modules, "cleanlab.rank", SimpleNamespace(get_label_quality_scores=None))
+    rows = read(digits_run / NAME)
+    for changed in ({"path": "a.jpg"}, {"true_label": "-1"}, {"true_label": ""}):
+        write(digits_run / NAME, [rows[0] | changed, *rows[1:]], COLUMNS)
+        assert "is on image files, OOD images or" in refused(capsys, str(digits_run), "--cleanlab")
+    assert not (digits_run / cross_validation.FOLDER).exists() and not watched
