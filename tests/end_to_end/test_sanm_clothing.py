@@ -83,8 +83,8 @@ def test_the_log_and_the_result_of_warm_up_co_divide_and_best_weights(alone):
     assert np.load(alone / "train_index.npy").tolist() == list(range(42))
     quality = label_quality(alone)
     assert all(Path(path).is_file() for path in quality.path) and quality.given_class.notna().all()
-    # the weights of the best epochs say which labels are right
-    assert set(quality.selected) == {0, 1} and quality.score[quality.selected == 1].min() > 0.5
+    # the first noisy image of each class has the label of the next one
+    assert {0, 14, 28} <= {*quality.score.nsmallest(6).index} and quality.selected.notna().all()
 
 
 @pytest.mark.slow
