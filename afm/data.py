@@ -43,7 +43,10 @@ class Data(NamedTuple):
     clean_train: Labelled | None = None  # Clothing1M's clean training images, as `train`
     sampled: np.ndarray | None = None  # int64 [S]: the training images whose attention is measured
     sampled_batches: Iterable = ()  # those images in order, without augmentation, numbered 0 .. S - 1
+    plain: Iterable = ()  # all training images in order, without augmentation
     skipped: tuple[tuple[str, int, str], ...] = ()  # images left out: path, position in its list, reason
+    files: FileSplit | None = None  # the training images, if they are in files
+    classes: tuple[str, ...] | None = None  # names
 
 
 def load(args: Namespace, device: Device, loader: Generator) -> Data:
@@ -84,6 +87,7 @@ def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
     training = {"shuffle": True, "drop_last": True, "generator": loader, **shared}
     train = Batches(images, args.train_batch, augmentation=training_augmentation(data.name, size), **training)
     tests = test_batches(data, args.limit_test, args.seed, args.test_batch, device.device, **shared)
+    plain = Batches(images, args.test_batch, **shared)
     return Data(
         data.name,
         data.num_classes,
@@ -96,7 +100,9 @@ def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
         Labelled(train, _on(device, observed)),
         *tests,
         sampled=np.arange(len(index)),
-        sampled_batches=Batches(images, args.test_batch, **shared),
+        sampled_batches=plain,
+        plain=plain,
+        classes=data.classes,
     )
 
 
@@ -147,7 +153,10 @@ def from_files(args: Namespace, device: Device, loader: Generator) -> Data:
         clean_train,
         sampled,
         in_order(data.train, kept[sampled]).batches,
+        in_order(data.train, kept).batches,
         data.skipped,
+        data.train.only(kept),
+        data.classes,
     )
 
 

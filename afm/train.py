@@ -29,6 +29,7 @@ from afm.training import (
     Epoch,
     attention_of_samples,
     attention_statistics,
+    estimate_label_quality,
     evaluate,
     mean_peak,
     mean_weights,
@@ -39,6 +40,7 @@ from afm.training import (
 from common.gpu import device as gpu
 from common.gpu import processes
 from common.runs import cli
+from common.runs.label_quality import save_label_quality
 from common.runs.run import Run
 
 __all__ = ["main", "make_parser", "parse_args"]
@@ -221,6 +223,8 @@ def main(argv=None) -> None:
         run.log(epoch, **report)
 
     last = {} if run.is_finished() else measure_attention(network, data, run)
+    estimate = partial(estimate_label_quality, network, data, ROUNDS, run)
+    save_label_quality(run, estimate, files=data.files, classes=data.classes)
     last |= run.full_test(lambda: full_test(network, data, run))
     run.finish(**last, attention_peak=run.rows[-1]["attention_peak"], **at_best_validation(run.rows))
 

@@ -9,15 +9,19 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from afm.data import Data
 from afm.grouping import random_groups
 from afm.mixing import mixed_features, mixed_loss, target_weights, total_loss
 from afm.networks import AttentiveFeatureMixup
 from common.gpu import processes
 from common.gpu.device import Device
+from common.runs.label_quality import Estimate
+from common.runs.run import Run
 
 # from the number of rows N of a global batch: its groups [M, K], and their mixing weights [M, K] or None: the attention's
 Grouping = Callable[[int], tuple[Tensor, Tensor | None]]
@@ -208,6 +212,63 @@ def attention_of_samples(
         members.append(groups)
         weights.append(torch.cat([network.attention(features[part]) for part in groups.split(1024)]))
     return mean_weights(torch.cat(members), torch.cat(weights), len(features))
+
+
+@torch.no_grad()
+def weights_beside(
+    network: AttentiveFeatureMixup, features: Tensor, pool: Tensor, partners: Tensor
+) -> Tensor:
+    """Each row's mixing weight [B], its mean over groups with the same partners for all rows.
+
+    features [B, D]; partners: int [rounds, K - 1], rows of pool [S, D]. The rows stand at each position of the group in turn.
+    """
+    weights = torch.zeros(len(features), device=features.device)
+    for number, own in enumerate(partners):
+        others = pool[own].expand(len(features), -1, -1)
+        place = number % (len(own) + 1)
+        members = torch.cat([others[:, :place], features[:, None], others[:, place:]], dim=1)
+        weights += network.attention(members)[:, place]
+    return weights / len(partners)
+
+
+@torch.no_grad()
+def estimate_label_quality(network: AttentiveFeatureMixup, data: Data, rounds: int, run: Run) -> Estimate:
+    """The rank of each training image's mean attention weight, scaled to [0, 1], and the class probabilities.
+
+    Without attention the score is the probability of the given label. Of data sets with more images than are sampled for
+    attention.npz, all are compared with the same random images of that sample.
+    """
+    device, generator = run.device, run.device.generator(run.args.seed)
+    sampled = run.progress(data.sampled_batches, "label quality", training=False)
+    pool = pooled_features(network, sampled, len(data.sampled), device)
+    weights = None
+    if len(pool) == len(data.observed):
+        logits = network.classifier(pool)
+        if network.attention is not None:
+            weights = attention_of_samples(network, pool, rounds, generator)
+    else:
+        logits = torch.zeros(len(data.observed), data.num_classes, device=device.device)
+        if network.attention is not None:
+            weights = torch.zeros(len(logits), device=device.device)
+            shape = (rounds, len(network.attention.projections) - 1)
+            partners = torch.randint(len(pool), shape, generator=generator, device=generator.device)
+            partners = partners.to(device.device)
+        for (images,), index in run.progress(data.plain, "label quality", training=False):
+            with device.autocast():
+                features = network.features(images)
+            logits[index] = network.classifier(features).float()
+            if weights is not None:
+                weights[index] = weights_beside(network, features.float(), pool, partners)
+        logits = processes.total(logits)
+        weights = None if weights is None else processes.total(weights)
+    probabilities = F.softmax(logits, dim=1)
+    return Estimate(probabilities, None if weights is None else scaled_ranks(weights))
+
+
+def scaled_ranks(values: Tensor) -> Tensor:
+    """Ranks scaled to [0, 1], float64 [N] on the CPU: 0 for the smallest, the mean rank for equal ones, NaN for NaN."""
+    ranks = rankdata(values.cpu().numpy(), nan_policy="omit")
+    return torch.from_numpy((ranks - 1) / max(len(values) - 1, 1))
 
 
 @torch.no_grad()

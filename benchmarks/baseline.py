@@ -28,6 +28,7 @@ from common.gpu.augment import training_augmentation
 from common.gpu.loader import Batches, Images, test_batches
 from common.runs import cli
 from common.runs.cli import UserError
+from common.runs.label_quality import Estimate, save_label_quality
 from common.runs.run import Run
 
 
@@ -103,6 +104,18 @@ def accuracy(network: nn.Module, test: Iterable, labels: Tensor, device: gpu.Dev
     return 100 * float((torch.cat(predicted) == labels).double().mean())
 
 
+@torch.no_grad()
+def estimate_label_quality(network: nn.Module, plain: Batches, device: gpu.Device) -> Estimate:
+    """Class probabilities of the training images in order, without augmentation."""
+    network.eval()
+    probabilities = []
+    for (images,), _ in plain:
+        with device.autocast():
+            logits = network(images)
+        probabilities.append(F.softmax(logits.float(), dim=1))
+    return Estimate(torch.cat(probabilities))
+
+
 def train_epoch(network, optimizer: SGD, batches, labels: Tensor, device: gpu.Device) -> float:
     """One epoch of cross-entropy on the observed labels: the mean loss."""
     network.train()
@@ -115,6 +128,11 @@ def train_epoch(network, optimizer: SGD, batches, labels: Tensor, device: gpu.De
         optimizer.step()
         losses.append(loss.detach())
     return float(torch.stack(losses).mean())
+
+
+def learning_rate(lr: float, epoch: int, epochs: int) -> float:
+    """`lr`, 10x lower for the last quarter of the epochs; these count from 1."""
+    return lr if epoch <= 0.75 * epochs else lr / 10
 
 
 @cli.script
@@ -147,9 +165,11 @@ def main(argv=None) -> None:
     augmentation = training_augmentation(data.name, size)
     batches = Batches(train, args.batch_size, augmentation=augmentation, shuffle=True, generator=loader)
     for epoch in run.epochs(args.num_epochs):
-        optimizer.param_groups[0]["lr"] = args.lr if epoch <= 0.75 * args.num_epochs else args.lr / 10
+        optimizer.param_groups[0]["lr"] = learning_rate(args.lr, epoch, args.num_epochs)
         loss = train_epoch(network, optimizer, run.progress(batches, f"epoch {epoch}"), labels, device)
         run.log(epoch, loss=loss, test_accuracy=accuracy(network, *tests.limited, device))
+    plain = Batches(train, 256)
+    save_label_quality(run, lambda: estimate_label_quality(network, plain, device), classes=data.classes)
     run.finish()
 
 

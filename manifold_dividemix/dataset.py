@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import datasets
+from common.datasets import FileSplit
 from common.datasets.open_set import Corruption, corrupt
 from common.datasets.posterior import posterior_for
 from common.gpu import processes
@@ -32,6 +33,12 @@ class Dataset(NamedTuple):
     std: tuple[float, ...]
     origin: dict  # tells these images from others of the same name
     tested: np.ndarray | slice = slice(None)  # positions of the test images of every epoch: --limit_test
+    files: FileSplit | None = None  # the training images, if they come from files
+    classes: tuple[str, ...] | None = None  # names
+
+    def true_labels(self) -> np.ndarray | None:
+        """int64 [N], -1 for OOD images; None if they are unknown."""
+        return None if self.clean is None else np.where(self.ood, -1, self.clean)
 
 
 def load_open_set(args: Namespace) -> Dataset:
@@ -68,6 +75,7 @@ def load_open_set(args: Namespace) -> Dataset:
         std=data.std,
         origin={"replaced": int(corrupted.ood.sum()), "sha256": corrupted.sha256},
         tested=datasets.limited_test(data.test.labels, args.limit_test, args.seed),
+        classes=data.classes,
     )
 
 
@@ -106,6 +114,8 @@ def load_mini_imagenet(args: Namespace) -> Dataset:
         std=files.std,
         origin={"skipped": len(files.skipped), "sha256": files.train.sha256()},
         tested=datasets.limited_test(files.test.labels, args.limit_test, args.seed),
+        files=files.train.only(limited),
+        classes=files.classes,
     )
 
 

@@ -2,12 +2,15 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from common.gpu import processes
+from common.runs.label_quality import Estimate
 from common.runs.run import Run
 from manifold_dividemix.dataset import Dataset
+from manifold_dividemix.selection import divide
 from manifold_dividemix.training import Embedded
 
 SHOWN = 2000  # samples whose embeddings are kept for the figure
@@ -24,6 +27,22 @@ def save_outliers(
     tensors["embedding"] = embedded.embeddings[torch.from_numpy(shown).to(scores.device)]
     arrays = {key: value.cpu().numpy() for key, value in tensors.items()}
     run.save_arrays(f"outliers_{name}", **arrays, shown=shown)
+
+
+def estimate_label_quality(
+    logits: Tensor, kept: Tensor, clean: Tensor | None, scores: Tensor | None, threshold: float
+) -> Estimate:
+    """The last clean probabilities, which samples are labelled in the last split, and 1 - the last outlier scores.
+
+    logits [N, K]; kept bool [N], clean [N], scores [N]: of the last removal and split. clean None: there was no split, and the
+    score is the probability of the given label.
+    """
+    probabilities, ood_score = F.softmax(logits, dim=1), None if scores is None else 1 - scores
+    if clean is None:
+        return Estimate(probabilities, ood_score=ood_score)
+    selected = torch.zeros_like(kept)
+    selected[divide(clean, kept, threshold)[0]] = True
+    return Estimate(probabilities, clean, selected, ood_score)
 
 
 def correctly_labelled(dataset: Dataset) -> np.ndarray | None:

@@ -27,6 +27,7 @@ from common.gpu.loader import Images
 from common.gpu.policies import four_views
 from common.runs import cli, selection_report
 from common.runs.cli import UserError
+from common.runs.label_quality import Estimate, save_label_quality
 from common.runs.run import Run
 from common.runs.selection_report import PATIENCE, Selected
 from manifold_dividemix import dataset as data
@@ -159,7 +160,7 @@ class Selection(NamedTuple):
 
     kept: Tensor  # bool [N]: not removed
     clean: Tensor | None  # float64 [N]: clean probabilities; None before the first split
-    scores: Tensor | None  # float32 [N]: outlier scores, if later splits use them again
+    scores: Tensor  # float32 [N]: outlier scores
     auroc: float | None  # of the outlier scores
 
 
@@ -168,11 +169,11 @@ def select(
 ) -> Selection:
     """Remove outliers, from scratch each time (README, section 4.2); at a split also clean probabilities (section 4.4).
 
-    scores: float32 [N], to be used again; None: those of the network's embeddings now.
+    scores: float32 [N], of the last removal, or None; --knn_encoder pretrained uses the first ones again.
     """
     args, clean = s.args, None
     embedded = embed(network, s.plain(f"epoch {epoch} embeddings"), s.labels, s.device)
-    if scores is None:
+    if scores is None or args.knn_encoder != "pretrained":
         scores = knn_scores(embedded.embeddings, args.knn_k)
     removed = removal_count(epoch, len(scores), args.remove_ood, args.ood_start_factor, splits)
     kept = kept_samples(scores, removed)
@@ -181,8 +182,7 @@ def select(
             s.draws.bit_generator.state = np.random.default_rng(args.seed).bit_generator.state
         clean = clean_probability(embedded.losses, int(s.draws.integers(2**31)))
     report.save_outliers(s.run, "last" if epoch else "first", embedded, scores, kept, clean, args.seed)
-    again = scores if args.knn_encoder == "pretrained" else None
-    return Selection(kept, clean, again, outlier_auroc(scores, dataset.ood))
+    return Selection(kept, clean, scores, outlier_auroc(scores, dataset.ood))
 
 
 def evaluate(network: Network, images: Images, name: str, num_classes: int, s: Setting) -> Tensor:
@@ -191,12 +191,28 @@ def evaluate(network: Network, images: Images, name: str, num_classes: int, s: S
     return all_logits(network, batches, len(images), num_classes, s.device)
 
 
+def quality(network: Network, num_classes: int, memory: dict, s: Setting) -> Estimate:
+    """What the last removal and split and the network at the end say about the given labels."""
+    logits = evaluate(network, s.train, "label quality", num_classes, s)
+    of_split = (memory[name] for name in ("kept", "clean", "scores"))
+    return report.estimate_label_quality(logits, *of_split, s.args.p_threshold)
+
+
 def full_test(network: Network, dataset: Dataset, s: Setting) -> dict[str, float]:
     """Accuracy on all test images, for --full_test_at_end."""
     images = Images(dataset.test_images, dataset.mean, dataset.std, s.device.device)
     labels = torch.from_numpy(dataset.test_labels).to(s.device.device)
     logits = evaluate(network, images, "full test", dataset.num_classes, s)
     return {"full_test": top_accuracy(logits, labels), "full_test_images": len(labels)}
+
+
+def finish(network: Network, dataset: Dataset, memory: dict, s: Setting) -> None:
+    """The end of the run: label_quality.csv, then the result."""
+    run, estimate = s.run, partial(quality, network, dataset.num_classes, memory, s)
+    save_label_quality(run, estimate, dataset.true_labels(), files=dataset.files, classes=dataset.classes)
+    last = {f"last_{name}": run.rows[-1][name] for name in STATISTICS}
+    last |= run.full_test(lambda: full_test(network, dataset, s))
+    run.finish(first_ood_auroc=memory["first_auroc"], last_ood_auroc=memory["auroc"], **last)
 
 
 def train(network: Network, dataset: Dataset, run: Run, args: Namespace, device: gpu.Device) -> None:
@@ -263,9 +279,7 @@ def train(network: Network, dataset: Dataset, run: Run, args: Namespace, device:
         columns |= {"lr_head": optimizer.param_groups[0]["lr"], **report.removed_by_class(kept, dataset)}
         run.log(number, **columns)
 
-    last = {f"last_{name}": run.rows[-1][name] for name in STATISTICS}
-    last |= run.full_test(lambda: full_test(network, dataset, s))
-    run.finish(first_ood_auroc=memory["first_auroc"], last_ood_auroc=memory["auroc"], **last)
+    finish(network, dataset, memory, s)
 
 
 if __name__ == "__main__":

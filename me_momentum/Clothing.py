@@ -24,6 +24,7 @@ from common.gpu import device as gpu
 from common.gpu import processes
 from common.gpu.loader import Labelled
 from common.runs import cli, selection_report
+from common.runs.label_quality import Estimate, save_label_quality
 from common.runs.run import Run
 from common.runs.selection_report import Selected
 from me_momentum.clothing_images import Data, load, smallest_set
@@ -46,7 +47,7 @@ from me_momentum.per_class import (
     scores,
     update,
 )
-from me_momentum.report import clothing_summary
+from me_momentum.report import clothing_summary, estimate_label_quality
 from me_momentum.training import predict, train_weighted_epoch
 from me_momentum.validation import accuracy, batch_mean_accuracy
 
@@ -160,15 +161,26 @@ def copy_of(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.to("cpu", copy=True) for name, value in network.state_dict().items()}
 
 
-def full_test(network: nn.Module, data: Data, run: Run) -> dict[str, float]:
-    """Accuracy on all test images of the reported network, for --full_test_at_end.
-
-    It is the one in model_best.pt, or the last one if no epoch's validation accuracy was above 0.
-    """
+def load_reported(network: nn.Module, run: Run) -> None:
+    """Load model_best.pt; if no epoch's validation accuracy was above 0 there is none, and the last weights stay."""
     path = run.folder / "model_best.pt"
     processes.wait()  # the first process has written it
     if path.is_file():
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def quality(network: nn.Module, memory: dict, data: Data, run: Run) -> Estimate:
+    """What the reported weights say about the noisy labels."""
+    load_reported(network, run)
+    batches = data.plain(torch.arange(len(data.labels)), run.args)
+    batches = run.progress(batches, "label quality", training=False)
+    parts, confident = [data.order], memory["confident"]
+    return estimate_label_quality(network, parts, [batches], confident, run.args.num_classes, run.device)
+
+
+def full_test(network: nn.Module, data: Data, run: Run) -> dict[str, float]:
+    """Accuracy on all test images of the reported network, for --full_test_at_end."""
+    load_reported(network, run)
     accuracy = test(network, data.whole_test, "full test", run)["test_accuracy"]
     return {"full_test": accuracy, "full_test_images": len(data.whole_test.labels)}
 
@@ -276,6 +288,8 @@ def main(argv=None) -> None:
         run.log(epoch, **report, new_best=int(new_best))
 
     metric = "test_accuracy_batchmean" if args.legacy_batch_mean else "test_accuracy"
+    files = data.split.only(data.order.argsort())
+    save_label_quality(run, partial(quality, network, memory, data, run), files=files, classes=data.classes)
     full = run.full_test(lambda: full_test(network, data, run))
     run.finish(metric, **clothing_summary(run.rows, metric), **full)
 

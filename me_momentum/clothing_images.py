@@ -36,6 +36,8 @@ class Data(NamedTuple):
     generator: torch.Generator  # orders, crops and flips the training images
     batches: Callable  # (split, cache, transform, **training) -> FileBatches
     whole_test: Labelled | None = None  # all test images
+    order: np.ndarray | None = None  # int64 [N]: where the images of `split` stand in `index`
+    classes: tuple[str, ...] | None = None  # names
 
     def training(self, positions: Tensor, args: Namespace) -> FileBatches:
         """Augmented batches of the training images at `positions`, in a new order at every pass."""
@@ -59,7 +61,7 @@ def load(args: Namespace, device: Device) -> Data:
     """
     files = processes.from_first(lambda: _load_files(args))
     kept = datasets.limited(np.arange(len(files.positions)), args.limit_train, args.seed)
-    order = kept[shuffled(len(kept), args.seed)]
+    order = shuffled(len(kept), args.seed)
     caches = open_caches(args.image_cache, files) if args.image_cache else {}
     loading = {"mean": files.mean, "std": files.std, "device": device.device, "workers": args.workers}
     loading |= {"rank": processes.rank(), "world": processes.world()}
@@ -72,12 +74,12 @@ def load(args: Namespace, device: Device) -> Data:
         plain = batches(split, cache, resize_to_square(args.image_size))
         return Labelled(plain, torch.from_numpy(split.labels).to(device.device))
 
-    train = files.train.only(order)
+    train = files.train.only(kept[order])
     return Data(
         files.positions[kept],
         files.train.labels[kept],
         train,
-        caches["train"].only(order) if caches else None,
+        caches["train"].only(kept[order]) if caches else None,
         torch.from_numpy(train.labels),
         in_order(files.validation),
         in_order(files.test, datasets.limited_test(files.test.labels, args.limit_test, args.seed)),
@@ -85,6 +87,8 @@ def load(args: Namespace, device: Device) -> Data:
         torch.Generator().manual_seed(args.seed),
         batches,
         in_order(files.test),
+        order,
+        files.classes,
     )
 
 

@@ -28,13 +28,13 @@ from common.gpu.augment import training_augmentation
 from common.gpu.loader import Batches, Images
 from common.runs import cli, selection_report
 from common.runs.cli import UserError
+from common.runs.label_quality import Estimate, save_label_quality
 from common.runs.run import Run
-from common.runs.selection_report import Selected
 from me_momentum.alternation import Place, Verdict, advance, learning_rate, name_of
 from me_momentum.confident import SET_COLUMNS, confident_examples, set_statistics
 from me_momentum.flags import cell, directory_name, loop_limits, make_parser, method, parse_args
 from me_momentum.networks import make_network, usual_network
-from me_momentum.report import summary
+from me_momentum.report import estimate_label_quality, summary
 from me_momentum.training import predict, train_epoch
 from me_momentum.validation import Parts, accuracy, balanced_accuracy, batch_mean_accuracy, split
 
@@ -165,7 +165,7 @@ def extract(network: nn.Module, memory: dict, what: str, s: Setting) -> None:
         memory["first_confident"] = confident
     first = memory["first_confident"].to(confident.device)
     memory["statistics"] = set_statistics(confident, s.right, first)
-    chosen = [Selected(confident, s.labels, s.right)]
+    chosen = [selection_report.Selected(confident, s.labels, s.right)]
     memory["statistics"] |= selection_report.columns(chosen)
     memory["streaks"] = selection_report.follow(
         memory["streaks"], chosen, "a larger --es_limit, for a longer early-stopping phase"
@@ -223,6 +223,15 @@ def full_test(network: nn.Module, memory: dict, data: Data, s: Setting) -> dict[
     return {"full_test": measured, "full_test_images": len(labels)}
 
 
+def quality(network: nn.Module, memory: dict, parts: Parts, s: Setting) -> Estimate:
+    """What the reported weights say about the given labels, those of the validation part included."""
+    network.load_state_dict(reported(memory))
+    plain = [s.batches(images, 2 * s.args.batch_size, "test") for images in (s.train, s.validation)]
+    passed = [s.run.progress(batches, "label quality", training=False) for batches in plain]
+    confident = None if memory["first_confident"] is None else memory["confident"]
+    return estimate_label_quality(network, parts, passed, confident, s.num_classes, s.device)
+
+
 def measure(network: nn.Module, what: str, s: Setting) -> dict[str, float]:
     """Columns of the log: accuracy on the validation part, and on the test images over samples and over batches."""
     predicted = s.predictions(network, s.validation, s.args.val_view, f"{what} validation")
@@ -263,7 +272,6 @@ def main(argv=None) -> None:
     )
     memory = fresh_memory(len(s.labels), s.num_classes)
     run.resume({"network": network, "optimizer": optimizer, "generator": s.generator, "memory": memory})
-
     limits = loop_limits(args)
     for epoch in run.epochs(None):
         place = Place(**memory["place"])
@@ -290,6 +298,7 @@ def main(argv=None) -> None:
         run.log(epoch, **report, kept=int(verdict.best_of_loop), new_best=int(verdict.best_of_run))
 
     metric = "test_accuracy_batchmean" if args.legacy_batch_mean else "test_accuracy"
+    save_label_quality(run, partial(quality, network, memory, parts, s), classes=data.classes)
     full = run.full_test(lambda: full_test(network, memory, data, s))
     run.finish(metric, **summary(run.rows, metric, args), **full)
 

@@ -1,8 +1,16 @@
-"""What a finished run reports: the test accuracy of the best epoch on validation, and its confident sets."""
+"""What a finished run reports: the test accuracy of the best epoch on validation, its confident sets, the given labels."""
 
 from argparse import Namespace
+from collections.abc import Iterable, Sequence
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.gpu.device import Device
+from common.runs.label_quality import Estimate
 from me_momentum.confident import SET_COLUMNS, set_growth
+from me_momentum.training import class_probabilities
 
 
 def summary(rows: list[dict], metric: str, args: Namespace) -> dict[str, float | None]:
@@ -43,3 +51,29 @@ def clothing_summary(rows: list[dict], metric: str) -> dict[str, float | None]:
         "best_validation": best_epoch["validation_accuracy"],
         **last,
     }
+
+
+def estimate_label_quality(
+    network: nn.Module,
+    parts: Sequence[np.ndarray],
+    passed: Sequence[Iterable],
+    confident: Tensor | None,
+    num_classes: int,
+    device: Device,
+) -> Estimate:
+    """Class probabilities of the training images, and which of those that are trained on are confident examples.
+
+    parts: rows of the parts of the training images, int [n_i], the one that is trained on first; passed: their plain batches.
+    confident: positions within the first part, None before the first extraction; there is no choice among the other parts. The
+    score is the probability of the given label.
+    """
+    size = sum(map(len, parts))
+    probabilities = torch.zeros(size, num_classes)
+    for rows, batches in zip(parts, passed, strict=True):
+        probabilities[rows] = class_probabilities(network, batches, (len(rows), num_classes), device).cpu()
+    if confident is None:
+        return Estimate(probabilities)
+    selected, trained_on = torch.full((size,), -1), torch.from_numpy(parts[0])
+    selected[trained_on] = 0
+    selected[trained_on[confident.cpu()]] = 1
+    return Estimate(probabilities, selected=selected)

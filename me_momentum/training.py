@@ -63,6 +63,20 @@ def train_weighted_epoch(
 
 
 @torch.no_grad()
+def class_probabilities(
+    network: nn.Module, batches: Iterable, shape: tuple[int, int], device: Device
+) -> Tensor:
+    """Probabilities of the classes, float32 [N, K] = shape, of batches as those of `predict`."""
+    network.eval()
+    probabilities = torch.zeros(shape, device=device.device)
+    for (images,), index in batches:
+        with device.autocast():
+            logits = network(images)
+        probabilities[index] = F.softmax(logits.float(), dim=1)
+    return processes.total(probabilities)
+
+
+@torch.no_grad()
 def predict(network: nn.Module, batches: Iterable, size: int, device: Device) -> Tensor:
     """Predicted classes, int [size], of batches that hold each position 0 .. size - 1 once, in eval mode.
 

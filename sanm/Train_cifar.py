@@ -27,6 +27,7 @@ from common.gpu.loader import Batches, Images, Labelled, test_batches
 from common.gpu.policies import six_views
 from common.runs import cli, selection_report
 from common.runs.cli import UserError
+from common.runs.label_quality import Estimate, save_label_quality
 from common.runs.run import Run
 from common.runs.selection_report import Selected
 from sanm import flags
@@ -35,7 +36,15 @@ from sanm.losses import ramp_up
 from sanm.masking import draw_masks, mask
 from sanm.mixmatch import Samples
 from sanm.networks import MaskedNetwork, make_network
-from sanm.selection import STATISTICS, clean_probability, divide, normalised, remember, split_statistics
+from sanm.selection import (
+    STATISTICS,
+    clean_probability,
+    divide,
+    estimate_label_quality,
+    normalised,
+    remember,
+    split_statistics,
+)
 from sanm.training import (
     Masks,
     Step,
@@ -210,6 +219,12 @@ def save_clean_probability(run: Run, clean: list, observed: np.ndarray, labels: 
         run.save_arrays("clean_probability", net1=first, net2=second, observed=observed, clean=labels)
 
 
+def quality(nets: list[MaskedNetwork], clean: list, num_classes: int, s: Setting) -> Estimate:
+    """What the last clean probabilities and both networks at the end say about the given labels."""
+    scores = network_scores(nets, s.plain("label quality"), len(s.labels), num_classes, s.device)
+    return estimate_label_quality(scores, clean, s.args.p_threshold, nets[0].softmax)
+
+
 def final_metrics(
     nets: list[MaskedNetwork], right: Tensor, tests: Labelled, num_classes: int, s: Setting
 ) -> dict[str, float | None]:
@@ -288,6 +303,8 @@ def main(argv=None) -> None:
         run.log(number, **report, lr=optimizers[0].param_groups[0]["lr"])
 
     save_clean_probability(run, memory["clean"], observed, true_labels)
+    estimate = partial(quality, nets, memory["clean"], data.num_classes, s)
+    save_label_quality(run, estimate, classes=data.classes)
     run.finish(**final_metrics(nets, right, tests.whole, data.num_classes, s))
 
 

@@ -11,11 +11,13 @@ import random
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -27,6 +29,7 @@ from common.gpu import processes
 from common.gpu.device import Device
 from common.gpu.loader import Labelled, Part
 from common.runs import cli, selection_report
+from common.runs.label_quality import Estimate, save_label_quality
 from common.runs.run import Run
 from common.runs.selection_report import Selected
 from sanm import clothing, flags
@@ -34,7 +37,7 @@ from sanm.clothing import Data
 from sanm.masking import draw_clothing_masks, mask_clothing
 from sanm.mixmatch import Samples
 from sanm.networks import clothing_network
-from sanm.selection import clean_probability, divide, normalised
+from sanm.selection import clean_probability, divide, estimate_label_quality, normalised
 from sanm.training import (
     Masks,
     Step,
@@ -208,6 +211,19 @@ def reported(nets: Sequence[nn.Module], best: list[dict], s: Setting) -> dict[st
     return reported | s.run.full_test(full_test)
 
 
+def quality(nets: list[nn.Module], best: list[dict], s: Setting) -> Estimate:
+    """Clean probabilities of all training images, by the losses of the reported weights; an epoch has those of a subset."""
+    for net, kept in zip(nets, best, strict=True):
+        net.load_state_dict(kept["weights"])
+    everything = np.arange(len(s.data.split.labels))
+    of_nets = scores(
+        nets, Labelled(s.data.plain(everything, s.args), s.labels(everything)), "label quality", s
+    )
+    losses = [F.cross_entropy(own, s.labels(everything), reduction="none") for own in of_nets]
+    clean = [clean_probability(normalised(own), s.args.seed) for own in losses]
+    return estimate_label_quality(of_nets, clean, s.args.p_threshold, softmax=False)
+
+
 # the script -----------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +295,8 @@ def main(argv=None) -> None:
         report |= {"labelled_loss": parts[1], "prior_loss": parts[3], "reconstruction_loss": parts[4]}
         run.log(number, **report, **selection_report.columns(chosen), lr=optimizers[0].param_groups[0]["lr"])
 
+    estimate = partial(quality, nets, memory["best"], s)
+    save_label_quality(run, estimate, files=data.split, classes=data.classes)
     run.finish(**({} if run.is_finished() else reported(nets, memory["best"], s)))
 
 

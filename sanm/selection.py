@@ -1,11 +1,15 @@
 """Label quality: the clean probability of each sample from its loss, and the split that it makes (README, section 6)."""
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from common.gpu.mixture import lower_posterior
 from common.runs.cli import UserError
+from common.runs.label_quality import Estimate
 
 HISTORY = 5  # loss vectors that the 90 % rule averages
 MARGIN = 1e-5  # the threshold stays this far inside the range of the clean probabilities
@@ -80,3 +84,19 @@ def split_statistics(clean: list[Tensor], selected: list[Tensor], right: Tensor)
                 report["recall"] = float(chosen[right].mean())
         columns |= {f"net{net + 1}_{name}": value for name, value in report.items()}
     return columns
+
+
+def estimate_label_quality(
+    scores: Tensor, clean: Sequence[Tensor | None], threshold: float, softmax: bool
+) -> Estimate:
+    """The mean of both networks' clean probabilities, and which labels both select; class probabilities by the mean of scores.
+
+    scores [2, N, K]: the networks' logits; with `softmax` probabilities already. clean: [N] each; None: there was no split, and
+    the score is the probability of the given label.
+    """
+    mean = scores.mean(dim=0)
+    probabilities = mean if softmax else F.softmax(mean, dim=1)
+    if clean[0] is None:
+        return Estimate(probabilities)
+    selected = torch.stack([divide(own, threshold) for own in clean]).all(dim=0)
+    return Estimate(probabilities, torch.stack(list(clean)).mean(dim=0), selected)

@@ -29,10 +29,11 @@ from common.gpu.augment import training_augmentation
 from common.gpu.loader import Batches, Images, Labelled, test_batches
 from common.runs import cli, selection_report
 from common.runs.cli import UserError
+from common.runs.label_quality import save_label_quality
 from common.runs.run import Run
 from common.runs.selection_report import Selected
 from sfa import small_loss
-from sfa.evaluation import SHOTS, accuracies
+from sfa.evaluation import SHOTS, accuracies, estimate_label_quality
 from sfa.flags import cifar_cell, cifar_directory, note_schedule
 from sfa.flags import cifar_method as method
 from sfa.flags import make_cifar_parser as make_parser
@@ -75,6 +76,10 @@ class Setting(NamedTuple):
         return Batches(
             self.train, size, shuffle=True, augmentation=augmentation, generator=self.loader, **options
         )
+
+    def plain(self, name: str):
+        """All training images in order, without augmentation."""
+        return self.run.progress(Batches(self.train, 4 * self.args.batch_size), name, training=False)
 
 
 def long_tailed_noisy(data: Data, args: Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -155,8 +160,7 @@ def select(
 ) -> Selection | SmallLoss:
     """Clean samples according to one network: by stochastic feature averaging (README, section 6), or by small losses."""
     args, labels = setting.args, setting.labels
-    plain = Batches(setting.train, 4 * args.batch_size)
-    plain = setting.run.progress(plain, f"epoch {epoch} selection", training=False)
+    plain = setting.plain(f"epoch {epoch} selection")
     if args.selection == "gmm":
         losses = sample_losses(network, plain, labels, setting.device)
         clean = small_loss.clean_probability(losses, seed=int(setting.draws.integers(2**31)))
@@ -284,6 +288,9 @@ def main(argv: list[str] | None = None) -> None:
         run.log(epoch, loss=float(steps.mean()) if len(steps) else None, **classes_last(report))
 
     save_selections(run, memory, observed=observed, clean=clean)
+    size, plain = (len(labels), data.num_classes), setting.plain("label quality")
+    of_networks = nets, memory["clean"], plain, size, args.p_threshold, device
+    save_label_quality(run, lambda: estimate_label_quality(*of_networks), classes=data.classes)
     last = [*(f"{shot}_accuracy" for shot in SHOTS), *(f"net1_{name}" for name in NETWORK1)]
     full = run.full_test(lambda: full_test(nets, tests.whole, observed_counts, device))
     run.finish(**{f"last_{name}": run.rows[-1][name] for name in last}, **full)

@@ -26,9 +26,10 @@ from common.gpu import processes
 from common.gpu.device import Device
 from common.gpu.loader import FileBatches, Labelled
 from common.runs import cli, selection_report
+from common.runs.label_quality import save_label_quality
 from common.runs.run import Run
 from common.runs.selection_report import Selected
-from sfa.evaluation import SHOTS, accuracies, top_k_accuracy
+from sfa.evaluation import SHOTS, accuracies, estimate_label_quality, top_k_accuracy
 from sfa.flags import WEBVISION_WARM_UP as WARM_UP
 from sfa.flags import make_webvision_parser as make_parser
 from sfa.flags import parse_webvision_args as parse_args
@@ -249,6 +250,12 @@ def main(argv: list[str] | None = None) -> None:
         run.log(epoch, loss=float(losses.mean()) if len(losses) else None, **classes_last(report))
 
     save_selections(run, memory, observed=data.split.labels)
+    nets, size = [learner.network for learner in learners], (len(labels), args.num_class)
+    passed = run.progress(plain, "label quality", training=False)
+    of_networks = nets, memory["clean"], passed, size, args.p_threshold, device
+    save_label_quality(
+        run, lambda: estimate_label_quality(*of_networks), files=data.split, classes=data.classes
+    )
     full = run.full_test(lambda: full_test(learners, setting))
     run.finish(**further_metrics(run.rows), **full)
 

@@ -1,8 +1,16 @@
-"""Measures in the log: accuracy by class and by shot, and the quality of the selection (README, sections 6 and 8)."""
+"""Accuracy by class and by shot, the quality of the selection and of the given labels (README, sections 6 and 8)."""
+
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
+from torch import Tensor, nn
+
+from common.gpu.device import Device
+from common.runs.label_quality import Estimate
+from sfa.training import summed_logits
 
 SHOTS = ("many", "medium", "few")
 SELECTION_STATISTICS = (
@@ -70,3 +78,24 @@ def top_k_accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
     """Percent of rows of logits [N, K] whose label int [N] is among the k largest."""
     largest = logits.topk(k, dim=1).indices
     return 100 * float((largest == labels[:, None]).any(dim=1).float().mean())
+
+
+def estimate_label_quality(
+    networks: Sequence[nn.Module],
+    clean: Sequence[Tensor | None],
+    plain: Iterable,
+    shape: tuple[int, int],
+    threshold: float,
+    device: Device,
+) -> Estimate:
+    """The mean of both networks' last clean probabilities, which labels both select, and class probabilities by all heads.
+
+    clean: [N] each; None: there was no selection, and the score is the probability of the given label. plain: the N training
+    images in order, without augmentation. shape: N and K. threshold: a label above it is selected.
+    """
+    logits = summed_logits(networks, plain, *shape, device)
+    probabilities = F.softmax(logits / (2 * len(networks)), dim=1)
+    if clean[0] is None:
+        return Estimate(probabilities)
+    both = torch.stack([own.cpu() for own in clean])
+    return Estimate(probabilities, both.mean(dim=0), (both > threshold).all(dim=0))

@@ -19,6 +19,13 @@ TORCHVISION = {
     "cifar100": "CIFAR100",
 }
 NUM_CLASSES = {"digits": 10, "mnist": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
+CLASS_NAMES = {
+    "fashion_mnist": (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag"),
+        "Ankle boot",
+    ),
+    "cifar10": (*("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),),
+}
 
 # the constants of the releases of SFA, Me-Momentum and SANM; CIFAR-10's std is not the data's own (0.247, 0.243, 0.262)
 NORMALISATION = {
@@ -58,6 +65,7 @@ class Data(NamedTuple):
     mean: tuple[float, ...]  # per channel, of pixels scaled to [0, 1]
     std: tuple[float, ...]
     noisy_labels: np.ndarray | None = None  # int64 [N]: observed training labels of an .npz
+    classes: tuple[str, ...] | None = None  # names, by class id
 
 
 def load(name: str, root: str | Path = "./data", download: bool = False) -> Data:
@@ -103,7 +111,7 @@ def _data(
         len(mean) != train.images.shape[-1]
     ):  # no constants for this name, or an .npz of that name with other channels
         mean, std = _pixel_statistics(train.images)
-    return Data(name, train, test, num_classes, mean, std, noisy_labels)
+    return Data(name, train, test, num_classes, mean, std, noisy_labels, CLASS_NAMES.get(name))
 
 
 def _pixel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

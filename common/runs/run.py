@@ -6,6 +6,7 @@ noise.json              sha256 of noisy_labels.npy, realised noise rate and tran
 log.csv                 a row per epoch; also as TensorBoard events in tensorboard/
 checkpoint.pt           everything needed to resume after the last finished epoch; its predecessor beside it
 .lock                   the process that uses the directory, while it runs
+label_quality.csv       what training scripts estimate about each given label (common.runs.label_quality), at the end of the run
 result.json, result.csv written at the end of the run
 
 Of several processes (common.gpu.processes) only the first writes; the others read the checkpoint to resume from.
@@ -29,7 +30,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,6 +55,15 @@ NOT_COMPARED = ("resume", "device", "workers", "device_ids", "parallel", "gpuid1
 UNSAID = ("out", "data_path", "data_root", "ood_dir", "open_set_cache", "decoded", "posterior")
 
 
+class Labels(NamedTuple):
+    """The training images of a run and their labels, int [N] each."""
+
+    index: np.ndarray  # positions in the official training set
+    clean: np.ndarray | None  # true labels
+    given: np.ndarray
+    num_classes: int
+
+
 class Run:
     """One training run: its directory, log, checkpoints, progress and signals.
 
@@ -70,6 +80,7 @@ class Run:
         """
         self.args, self.device, self.paper, self.method, self.cell = args, device, paper, method, cell
         self.folder = Path(args.out) if args.out else Path("results/runs") / paper / name
+        self.labels: Labels  # `save_labels` sets them
         self.rows: list[dict] = []
         self.images = 0  # training samples that went through `progress`
         self.seconds = 0.0  # training time of the finished epochs
@@ -174,6 +185,7 @@ class Run:
         clean: the true labels [N]; None if they are unknown. UserError: the run started with other labels, so the data or
         the label file has changed.
         """
+        self.labels = Labels(index, clean, noisy, num_classes)
         content = _npy(noisy)
         report = {
             "sha256": hashlib.sha256(content).hexdigest(),

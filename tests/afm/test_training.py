@@ -20,11 +20,13 @@ from afm.train import groups_of_batch
 from afm.training import (
     attention_of_samples,
     attention_statistics,
+    estimate_label_quality,
     evaluate,
     mean_peak,
     mean_weights,
     pair_weights,
     pooled_features,
+    scaled_ranks,
     train_epoch,
     train_epoch_mixing_inputs,
 )
@@ -331,6 +333,48 @@ def test_the_attention_of_a_sample_is_the_mean_over_partners_and_positions(group
             ):
                 weights[sample].append(weight)
     assert found.tolist() == pytest.approx([np.mean(w) for w in weights], rel=1e-5)
+
+
+def estimated(network, features, sampled: torch.Tensor, batch_size: int = 4):
+    """The label quality of 9 training images, of which some are sampled, in 3 rounds."""
+    run = SimpleNamespace(
+        device=CPU, args=SimpleNamespace(seed=5), progress=lambda batches, *_, training: batches
+    )
+    data = SimpleNamespace(observed=np.zeros(9), num_classes=CLASSES, sampled=sampled.numpy())
+    data.sampled_batches, data.plain = batches_of(features[sampled], 2), batches_of(features, batch_size)
+    return estimate_label_quality(network, data, 3, run)
+
+
+def test_label_quality_is_the_rank_of_the_attention_beside_the_classifiers_probabilities():
+    network, (features, _) = head(attention="sigmoid"), samples(9)
+    found = estimated(network, features, torch.arange(9))
+    weights = attention_of_samples(network, features, 3, torch.Generator().manual_seed(5))
+    assert (found.score.argsort() == weights.argsort()).all() and (
+        found.score * 8
+    ).sort().values.tolist() == [*range(9)]
+    torch.testing.assert_close(found.probabilities, F.softmax(network.classifier(features), dim=1).detach())
+    assert scaled_ranks(torch.tensor([3.0, 1.0, 3.0, 9.0, NAN])).isnan().tolist() == [False] * 4 + [True]
+    assert scaled_ranks(torch.tensor([3.0, 1.0, 3.0])).tolist() == [0.75, 0, 0.75]
+    assert estimated(head(attentive=False), features, torch.arange(9)).score is None
+
+
+@pytest.mark.parametrize("group_size", [2, 3])
+def test_of_more_images_than_are_sampled_all_are_beside_the_same_sampled_ones(group_size):
+    network, sampled = head(group_size, attention="softmax"), torch.tensor([0, 3, 4, 8])
+    features, _ = samples(9)
+    found = estimated(network, features, sampled)
+    partners = torch.randint(4, (3, group_size - 1), generator=torch.Generator().manual_seed(5))
+    weights = torch.zeros(9)
+    for i in range(9):
+        for number, own in enumerate(sampled[partners].tolist()):
+            place = number % group_size
+            group = [*own[:place], i, *own[place:]]
+            weights[i] += network.attention(features[group][None])[0, place].item()
+    assert torch.equal(found.score, scaled_ranks(weights)) and len(set(found.score.tolist())) == 9
+    torch.testing.assert_close(found.probabilities, F.softmax(network.classifier(features), dim=1).detach())
+    assert torch.equal(found.score, estimated(network, features, sampled, 9).score)
+    plain = estimated(head(attentive=False), features, sampled)
+    assert plain.score is None and plain.probabilities.shape == (9, CLASSES)
 
 
 @pytest.mark.parametrize("attention", ["sigmoid", "complement"])

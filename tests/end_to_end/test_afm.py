@@ -18,12 +18,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from scipy.stats import rankdata
 
 from afm import train, visualize
 from common import datasets
 from common.runs.cli import UserError
 from tests.common.small_file_data import make_clothing1m, make_food101n, plant
-from tests.end_to_end.outcome import log_without_seconds, result_without_time_and_place
+from tests.end_to_end.outcome import label_quality, log_without_seconds, result_without_time_and_place
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")]
 
@@ -239,6 +240,9 @@ def test_two_processes_end_with_the_weights_and_the_attention_of_one(one_and_two
     for name in ("position", "known", "observed"):
         assert np.array_equal(one[name], two[name])
     np.testing.assert_allclose(two["weight"], one["weight"], rtol=0.02)
+    for scenario, weight in zip(both, (one["weight"], two["weight"]), strict=True):
+        quality = label_quality(scenario.run)
+        assert quality.score.to_numpy() == pytest.approx((rankdata(weight) - 1) / (len(weight) - 1), abs=1e-5)
 
 
 def test_only_the_first_process_writes_and_prints_and_their_number_is_recorded(one_and_two):
@@ -275,7 +279,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(data, scenarios):
     logs = [log_without_seconds(run) for run in runs]
     assert logs[0] == logs[1] and len(logs[0]) == 1 + EPOCHS[data]
     assert result_without_time_and_place(runs[0]) == result_without_time_and_place(runs[1])
-    for name in ("noisy_labels.npy", "train_index.npy"):
+    for name in ("noisy_labels.npy", "train_index.npy", "label_quality.csv"):
         assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes()
     found, wanted = (np.load(run / "attention.npz") for run in runs)
     assert sorted(found.files) == sorted(wanted.files) == ["known", "observed", "position", "weight"]
@@ -308,6 +312,10 @@ def test_food101n_is_measured_on_test_images_and_its_verified_labels_are_used(sc
     # of each class's four images the first is verified right, the second wrong
     assert attention["known"].tolist() == [1, 0, -1, -1] * 3
     assert attention["position"].tolist() == list(range(12))
+    quality = label_quality(run)
+    assert all(Path(path).is_file() for path in quality.path) and quality.path.is_unique
+    assert [Path(path).parent.name for path in quality.path] == quality.given_class.tolist()
+    assert quality.true_label.isna().all() and len(set(quality.given_class)) == 3
     assert attention["observed"].tolist() == np.repeat([0, 1, 2], 4).tolist()
     assert json.loads((run / "noise.json").read_text())["realised_rate"] is None
     assert {row["validation_accuracy"] for row in table(run / "log.csv")} == {""}

@@ -18,7 +18,7 @@ import torch
 from common.runs.cli import UserError
 from me_momentum import Clothing
 from tests.common.small_file_data import make_clothing1m, plant
-from tests.end_to_end.outcome import log_without_seconds, result_without_time_and_place
+from tests.end_to_end.outcome import label_quality, log_without_seconds, result_without_time_and_place
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")]
 
@@ -138,6 +138,12 @@ def test_the_result_is_that_of_the_best_validation_accuracy(alone):
     assert result["images"] == sum(int(row["confident_size"] or 18) // 6 * 6 for row in rows)
     assert json.loads((alone / "noise.json").read_text())["realised_rate"] is None
     assert np.load(alone / "train_index.npy").tolist() == list(range(18))
+    quality, confident = label_quality(alone), state(alone)["memory"]["confident"]
+    order = np.random.RandomState(1).permutation(18)  # the same draws as a shuffle
+    assert sorted(order[confident]) == np.flatnonzero(quality.selected).tolist()
+    # the first noisy image of each class has the label of the next one
+    assert quality.score[::6].max() < quality.score.drop(range(0, 18, 6)).min()
+    assert all(Path(path).is_file() for path in quality.path) and quality.path.is_unique
 
 
 # killed, and by two processes ------------------------------------------------------------------------------------------------
@@ -150,6 +156,7 @@ def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(bas
     assert [f"resuming after epoch {epoch}\n" in killed.stdout for epoch in (1, 4, 7, 12, 17)] == [True] * 5
     assert log_without_seconds(run) == log_without_seconds(alone)
     assert result_without_time_and_place(run) == result_without_time_and_place(alone)
+    assert (run / "label_quality.csv").read_bytes() == (alone / "label_quality.csv").read_bytes()
     first, second = (torch.load(of / "model_best.pt", weights_only=True) for of in (run, alone))
     assert all(torch.equal(first[name], second[name]) for name in second)
 

@@ -39,7 +39,7 @@ from tests.end_to_end.manifold_runs import (
     table,
     wrong_copies,
 )
-from tests.end_to_end.outcome import log_without_seconds
+from tests.end_to_end.outcome import label_quality, log_without_seconds
 
 # two epochs of warm-up, splits at the third and the fifth; of 520 images, so that passes over all have a second batch
 FLAGS = split(
@@ -169,9 +169,9 @@ def test_it_leaves_its_files_and_the_log_has_no_split_in_the_warm_up(base, run):
     assert all(line.startswith("warning: class ") for line in err.splitlines())
     assert f"epoch {EPOCHS}/{EPOCHS}  " in out and "\nfinished: test_accuracy best " in out
     assert content_of(run).keys() == {
-        "args.json", "checkpoint.pt", "checkpoint.previous.pt", "images.json", "log.csv", "noise.json", "noisy_labels.npy",
-        "noisy_labels.npz", "outliers_first.npz", "outliers_last.npz", "result.csv", "result.json", "samples.npz",
-        "train_index.npy",
+        "args.json", "checkpoint.pt", "checkpoint.previous.pt", "images.json", "label_quality.csv", "log.csv", "noise.json",
+        "noisy_labels.npy", "noisy_labels.npz", "outliers_first.npz", "outliers_last.npz", "result.csv", "result.json",
+        "samples.npz", "train_index.npy",
     }  # fmt: skip
     assert list((run / "tensorboard").iterdir())
     rows = table(run)
@@ -214,6 +214,11 @@ def test_the_statistics_of_the_last_split_are_those_of_what_is_kept_of_it(run):
     )
     labelled = (arrays["clean_probability"] > 0.3) & arrays["kept"]
     observed = samples["observed"]
+    quality = label_quality(run)
+    assert quality.score.to_numpy() == pytest.approx(arrays["clean_probability"], abs=1e-5)
+    assert quality.selected.tolist() == labelled.tolist()
+    assert 1 - quality.ood_score.to_numpy() == pytest.approx(arrays["score"], abs=1e-5)
+    assert quality.true_label.tolist() == np.where(ood, -1, samples["clean"]).tolist()
     expected = {
         "right_selected_min": min(labelled[right & (observed == c)].mean() for c in range(10)),
         "classes_unselected": 10 - len({*observed[labelled]}),
@@ -410,7 +415,8 @@ def test_scores_of_the_encoder_before_training_are_kept_and_survive_a_kill(
     assert len(set(column(run, "ood_auroc"))) == 1
     # of other runs there is nothing to keep
     assert np.array_equal(state(run)["memory"]["scores"].numpy(), first["score"])
-    assert state(tiny)["memory"]["scores"] is None
+    last = np.load(tiny / "outliers_last.npz")["score"]
+    assert np.array_equal(state(tiny)["memory"]["scores"].numpy(), last)
     assert result(run)["method"] == "Manifold DivideMix, scored by the pre-trained encoder"
 
     own, calls = train_semisup.train_divided, []

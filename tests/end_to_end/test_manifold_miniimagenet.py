@@ -32,7 +32,7 @@ from tests.end_to_end.manifold_runs import (
     table,
     wrong_copies,
 )
-from tests.end_to_end.outcome import log_without_seconds
+from tests.end_to_end.outcome import label_quality, log_without_seconds
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -182,6 +182,9 @@ def test_what_is_logged_of_warm_up_and_mixematch(base, alone):
     assert found["images"] == 48 + sum(column(alone, "labelled"))
     assert found["metrics"]["last_ood_auroc"] is None and found["metrics"]["last_removed"] == 3
     assert sorted(np.load(alone / "samples.npz").files) == ["observed"]
+    quality = label_quality(alone)
+    assert all(Path(path).is_file() for path in quality.path) and quality.path.is_unique
+    assert quality.ood_score.notna().all() and quality.true_label.isna().all()
     assert json.loads((alone / "images.json").read_text())["skipped"] == 0
 
 

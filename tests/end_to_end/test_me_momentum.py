@@ -23,7 +23,7 @@ from me_momentum.networks import SmallNet
 from me_momentum.report import summary
 from me_momentum.training import train_epoch
 from me_momentum.validation import split
-from tests.end_to_end.outcome import log_without_seconds, result_without_time_and_place
+from tests.end_to_end.outcome import auroc, label_quality, log_without_seconds, result_without_time_and_place
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 150  # seconds a process may take, on a busy machine
@@ -166,7 +166,7 @@ def test_by_path_from_another_folder_killed_in_every_kind_of_place_it_ends_as_if
     assert log_without_seconds(run) == log_without_seconds(recorded.run)
     assert result_without_time_and_place(run) == result_without_time_and_place(recorded.run)
     assert same(weights(run), weights(recorded.run))
-    for name in ("noisy_labels.npy", "train_index.npy", "split.npz"):
+    for name in ("noisy_labels.npy", "train_index.npy", "split.npz", "label_quality.csv"):
         assert (run / name).read_bytes() == (recorded.run / name).read_bytes()
     checkpoints = [torch.load(of / "checkpoint.pt", weights_only=True)["state"] for of in (run, recorded.run)]
     found, wanted = (state["memory"] for state in checkpoints)
@@ -213,6 +213,14 @@ def test_what_is_reported_is_the_test_accuracy_of_the_last_new_best(recorded, di
     # and the weights that are kept are those of that epoch
     hits = predicted(weights(run), digits.test) == digits.test_labels
     assert 100 * hits.mean() == pytest.approx(metrics["at_best_validation"], rel=1e-12)
+    quality, (train, validation) = label_quality(run), split(1437, 0.9, 1)
+    assert quality.predicted_label[train].tolist() == predicted(weights(run), digits.train).tolist()
+    assert quality.predicted_label[validation].tolist() == predicted(weights(run), digits.validation).tolist()
+    confident = torch.load(run / "checkpoint.pt", weights_only=True)["state"]["memory"]["confident"]
+    assert np.flatnonzero(quality.selected[train] == 1).tolist() == confident.tolist()
+    assert quality.selected[validation].isna().all() and auroc(quality) > 0.5
+    sure = quality.predicted_label == quality.given_label
+    assert (quality.score[sure] == quality.predicted_probability[sure]).all() and 0 < sure.sum() < 1437
 
 
 def test_labels_split_and_results_say_what_was_run(recorded):

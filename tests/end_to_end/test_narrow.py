@@ -21,6 +21,7 @@ from common import datasets, noise
 from common.datasets.posterior import out_of_fold
 from common.runs import cli
 from manifold_dividemix import pretrain, train_semisup
+from tests.end_to_end.outcome import label_quality
 
 COMMON = split("--dataset digits --device cpu --limit_train 160")
 MANIFOLD = [*COMMON, *split("--ood-ratio 0 --epochs 2 --lr-backbone 0.01 --warmup-epoch 1 --batch-size 32")]
@@ -125,9 +126,16 @@ def test_a_run_with_the_narrow_network_ends_and_says_so(paper, eta, tmp_path, mo
     assert found["metrics"]["full_test"] == pytest.approx(whole["last"]) and 0 < whole["last"] <= 100
     assert found["metrics"]["full_test_images"] == 360 and "full_test" not in whole
     assert_noisy(run, NOISE[paper][1], eta)
+    quality, truth = label_quality(run), datasets.load("digits").train.labels
+    assert quality.true_label.tolist() == truth[quality["index"]].tolist()
+    assert quality.selected.isna().all() == (paper == "afm") and quality.ood_score.isna().all()
     if paper == "sfa":  # cross-entropy on its labels is tested on the same images
         baseline.main(["--like", str(run), "--device", "cpu"])
-        beside = content(run / "baseline", "result.json")
+        beside, plain = content(run / "baseline", "result.json"), label_quality(run / "baseline")
+        assert plain.true_label.tolist() == quality.true_label.tolist() and plain.selected.isna().all()
+        sure = plain.predicted_label == plain.given_label
+        assert (plain.score[sure] == plain.predicted_probability[sure]).all()
+        assert (plain.score[~sure] <= plain.predicted_probability[~sure]).all() and not sure.all()
         assert beside["profile"] == found["profile"]
         assert beside["metrics"]["last"] * 0.3 == pytest.approx(round(beside["metrics"]["last"] * 0.3))
     if paper == "sanm":  # its figure shows masks, for which the network is made again

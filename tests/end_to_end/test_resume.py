@@ -78,7 +78,7 @@ def assert_same_outcome(found: Path, wanted: Path) -> None:
     assert log_without_seconds(found) == log_without_seconds(wanted)
     assert len(log_without_seconds(found)) == 1 + EPOCHS
     assert result_without_time_and_place(found) == result_without_time_and_place(wanted)
-    for name in ("noisy_labels.npy", "train_index.npy"):
+    for name in ("noisy_labels.npy", "train_index.npy", "label_quality.csv"):
         assert (found / name).read_bytes() == (wanted / name).read_bytes()
     ours, theirs = (np.load(run / "clean_probability.npz") for run in (found, wanted))
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs.files)
@@ -114,7 +114,15 @@ def test_a_finished_run_started_again_changes_nothing(base, ends):
     first, again = ends["whole"]
     assert first.status == again.status == 0 and resumed(again) == [EPOCHS] and "\nepoch " not in again.text
     after, before = (content_of(base / name / "run") for name in ("whole", "before"))
-    for name in ("log.csv", "result.json", "result.csv", "noise.json", "noisy_labels.npy", "checkpoint.pt"):
+    for name in (
+        "log.csv",
+        "result.json",
+        "result.csv",
+        "noise.json",
+        "noisy_labels.npy",
+        "checkpoint.pt",
+        "label_quality.csv",
+    ):
         assert after[name] == before[name]
 
 

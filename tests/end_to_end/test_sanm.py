@@ -20,7 +20,7 @@ from sanm import Train_cifar
 from sanm.networks import make_network, simclr_resnet
 from sanm.selection import clean_probability, divide
 from sanm.training import sample_losses
-from tests.end_to_end.outcome import log_without_seconds, result_without_time_and_place
+from tests.end_to_end.outcome import auroc, label_quality, log_without_seconds, result_without_time_and_place
 from tests.end_to_end.sanm_runs import ROOT, result, same_state, start, state, table
 
 # two epochs of warm-up and two on a split; of 520 images, so that the pass over the losses has a second batch
@@ -122,6 +122,10 @@ def test_labels_statistics_and_accuracies_are_those_of_the_files_of_the_run(run)
     arrays, right = np.load(run / "clean_probability.npz"), observed == data.clean
     assert sorted(arrays.files) == ["clean", "net1", "net2", "observed"]
     assert np.array_equal(arrays["observed"], observed) and np.array_equal(arrays["clean"], data.clean)
+    quality, both = label_quality(run), [torch.from_numpy(arrays[net]) for net in ("net1", "net2")]
+    assert quality.score.to_numpy() == pytest.approx(torch.stack(both).mean(dim=0).numpy(), abs=1e-5)
+    assert quality.selected.tolist() == (divide(both[0], 0.5) & divide(both[1], 0.5)).tolist()
+    assert quality.true_label.tolist() == data.clean.tolist() and auroc(quality) > 0.5
     lowest, without = [], []
     for net in ("net1", "net2"):
         chosen = divide(torch.from_numpy(arrays[net]), 0.5).numpy()

@@ -12,7 +12,7 @@ from common.runs import cli
 from sanm import Train_clothing1M
 from sanm.networks import clothing_network
 from tests.common.small_file_data import make_clothing1m
-from tests.end_to_end.outcome import log_without_seconds, result_without_time_and_place
+from tests.end_to_end.outcome import label_quality, log_without_seconds, result_without_time_and_place
 from tests.end_to_end.sanm_clothing_float64 import small_network
 from tests.end_to_end.sanm_runs import ROOT, Ended, result, same_state, start, state, table
 
@@ -81,6 +81,10 @@ def test_the_log_and_the_result_of_warm_up_co_divide_and_best_weights(alone):
     assert all({name: row[name] for name in expected} == expected for row in table(alone, "result.csv"))
     assert json.loads((alone / "noise.json").read_text())["realised_rate"] is None
     assert np.load(alone / "train_index.npy").tolist() == list(range(42))
+    quality = label_quality(alone)
+    assert all(Path(path).is_file() for path in quality.path) and quality.given_class.notna().all()
+    # the first noisy image of each class has the label of the next one
+    assert {0, 14, 28} <= {*quality.score.nsmallest(6).index} and quality.selected.notna().all()
 
 
 @pytest.mark.slow
@@ -108,6 +112,7 @@ def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(bas
     assert [int(n) for n in re.findall(r"resuming after epoch (\d+)\n", end.out)] == GONE_ON
     assert log_without_seconds(killed) == log_without_seconds(alone)
     assert result_without_time_and_place(killed) == result_without_time_and_place(alone)
+    assert (killed / "label_quality.csv").read_bytes() == (alone / "label_quality.csv").read_bytes()
     for name in ("net1_best.pt", "net2_best.pt"):
         assert same_state(*(torch.load(run / name, weights_only=True) for run in (killed, alone)))
 

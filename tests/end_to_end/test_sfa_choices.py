@@ -26,7 +26,7 @@ from sfa.evaluation import SELECTION_STATISTICS, selection_statistics
 from sfa.small_loss import SmallLoss
 from tests.end_to_end.killed import MortalRun
 from tests.end_to_end.manifold_runs import table
-from tests.end_to_end.outcome import log_without_seconds, result_without_time_and_place
+from tests.end_to_end.outcome import auroc, label_quality, log_without_seconds, result_without_time_and_place
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = split("--dataset digits --imb_factor 0.1 --num_epochs 4 --warm_up 2 --device cpu")
@@ -90,7 +90,11 @@ def test_a_run_leaves_what_its_selection_found(name, run):
         assert [c for c in STATISTICS if row[c] != ""] == (logged[selection] if epoch > 2 else [])
     assert (folder / "centroids.npz").exists() is (selection == "sfa")
     assert (folder / "clean_probability.npz").exists() is (selection != "none")
+    quality = label_quality(folder)
+    assert quality.selected.isna().all() == (selection == "none")
     if selection == "none":  # a warm-up to the end
+        sure = quality.predicted_label == quality.given_label
+        assert (quality.score[sure] == quality.predicted_probability[sure]).all() and sure.any()
         none, sfa = log_without_seconds(folder), log_without_seconds(run("sfa"))
         assert none[:3] == sfa[:3] and none[3] != sfa[3]
         assert written["images"] == 2 * 4 * SAMPLES
@@ -100,6 +104,9 @@ def test_a_run_leaves_what_its_selection_found(name, run):
     assert np.array_equal(found["observed"], np.load(folder / "noisy_labels.npy"))
     assert 0.49 < np.mean(found["observed"] != found["clean"]) < 0.5
     observed, right = found["observed"], found["observed"] == found["clean"]
+    both = np.stack([found["net1"], found["net2"]])
+    assert quality.score.to_numpy() == pytest.approx(both.mean(axis=0), abs=1e-5)
+    assert quality.selected.tolist() == (both > 0.5).all(axis=0).tolist() and auroc(quality) > 0.5
     lowest, missing = [], []
     for i in (1, 2):
         clean = found[f"net{i}"]
@@ -129,6 +136,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(run, tmp_path):
         undisturbed, killed = run(name), tmp_path / name
         assert log_without_seconds(killed) == log_without_seconds(undisturbed)
         assert result_without_time_and_place(killed) == result_without_time_and_place(undisturbed)
+        assert (killed / "label_quality.csv").read_bytes() == (undisturbed / "label_quality.csv").read_bytes()
         files = [path.stem for path in undisturbed.glob("*.npz")]
         assert sorted(files) == sorted(path.stem for path in killed.glob("*.npz"))
         for file in files:

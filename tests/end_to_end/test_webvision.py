@@ -26,7 +26,7 @@ from tests.end_to_end.manifold_runs import (
     state,
     table,
 )
-from tests.end_to_end.outcome import log_without_seconds, result_without_time_and_place
+from tests.end_to_end.outcome import label_quality, log_without_seconds, result_without_time_and_place
 from tests.end_to_end.webvision_float64 import make_doubtful_webvision
 
 pytestmark = pytest.mark.slow
@@ -170,6 +170,10 @@ def test_a_run_by_one_process_learns(base, runs):
     assert all(len(set(own)) > 1 for own in numbers)
     # four classes that chance would get right in a quarter of the cases
     assert float(rows[-1]["test_accuracy"]) > 50 and float(rows[-1]["loss"]) < float(rows[1]["loss"])
+    quality, both = label_quality(run), np.load(run / "clean_probability.npz")
+    assert quality.score.to_numpy() == pytest.approx((both["net1"] + both["net2"]) / 2, abs=1e-5)
+    assert quality.selected.tolist() == ((both["net1"] > 0.5) & (both["net2"] > 0.5)).tolist()
+    assert all(Path(path).is_file() for path in quality.path)
     steps = sum(int(row[f"net{i}_selected"]) // 4 * 4 for row in rows[:-1] for i in (1, 2))
     assert result(run)["images"] == 2 * 40 + steps and result(run)["environment"]["processes"] == 1
 

@@ -9,6 +9,7 @@ from sanm.selection import (
     averages_history,
     clean_probability,
     divide,
+    estimate_label_quality,
     normalised,
     remember,
     split_statistics,
@@ -169,3 +170,16 @@ def test_the_statistics_of_a_split_are_those_of_each_network_against_the_right_l
     assert split_statistics([], [], right) == dict.fromkeys(found)  # in warm-up
     found = split_statistics(clean, selected, torch.ones(5, dtype=torch.bool))
     assert (found["net1_precision"], found["net1_auc"], found["net1_recall"]) == (1, None, None)
+
+
+def test_label_quality_is_the_mean_clean_probability_and_what_both_networks_select():
+    scores = torch.tensor([[[2.0, 0.0], [0.0, 1.0], [4.0, 0.0]], [[0.0, 0.0], [0.0, 3.0], [0.0, 2.0]]])
+    clean = [torch.tensor([0.9, 0.8, 0.2]), torch.tensor([0.6, 0.4, 0.1])]
+    found = estimate_label_quality(scores, clean, 0.5, softmax=False)
+    assert found.score.tolist() == pytest.approx([0.75, 0.6, 0.15])
+    assert found.selected.tolist() == [True, False, False]
+    expected = torch.softmax(torch.tensor([[1.0, 0.0], [0.0, 2.0], [2.0, 1.0]]), dim=1)
+    torch.testing.assert_close(found.probabilities, expected)
+    found = estimate_label_quality(scores / 4, [None, None], 0.5, softmax=True)
+    assert found.score is None and found.selected is None
+    torch.testing.assert_close(found.probabilities, scores.mean(dim=0) / 4)

@@ -1,0 +1,177 @@
+"""benchmarks.label_errors on made-up files: the metrics, the rows, the table, the errors; images out of fold for cleanlab."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import baseline, cross_validation, label_errors
+from benchmarks.results import read_results
+from common import datasets
+from common.runs import cli
+from common.runs.label_quality import COLUMNS, NAME, Estimate
+from tests.benchmarks.files import read, write
+
+OWN = {
+    "paper": "sfa",
+    "method": "SFA",
+    "cell": "c",
+    "epochs": "4",
+    "seconds": "2.5",
+    "command": "python a.py",
+}
+# three wrong labels, of classes 0, 0 and 1; the last image is of no class
+GIVEN, TRUE = [0, 0, 0, 1, 1, 0], [1, 0, 0, 1, -1, 1]
+SCORE = [0.1, 0.3, 0.9, 0.8, 0.3, 0.5]
+
+
+def make_run(folder: Path, seed: int = 1, score=SCORE, true=TRUE) -> Path:
+    folder.mkdir()
+    images = zip(GIVEN, true, score, strict=True)
+    rows = [{"index": i, "given_label": g, "true_label": t, "score": s} for i, (g, t, s) in enumerate(images)]
+    write(folder / NAME, rows, COLUMNS)
+    write(folder / "result.csv", [{**OWN, "seed": seed, "metric": "last", "value": 90}])
+    return folder
+
+
+def refused(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.exit_cleanly(label_errors.main, list(words))
+    [line] = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    return line
+
+
+def test_metrics_of_a_ranking_with_equal_scores_by_hand():
+    wrong = np.array([g != t for g, t in zip(GIVEN, TRUE, strict=True)])
+    found = label_errors.measure(np.array(GIVEN), wrong, np.array(SCORE))
+    # the three lowest are 0.1, and 0.3 twice: two of them are wrong
+    assert found.pop("label_error_recall_class_0") == pytest.approx(1 / 2)
+    assert found.pop("label_error_recall_class_1") == 1
+    # of nine pairs seven are in order, and one is equal
+    assert found.pop("label_error_auroc") == pytest.approx(7.5 / 9)
+    # precision 1 up to the first wrong label, 2/3 up to the second, 3/4 up to the third
+    assert found.pop("label_error_average_precision") == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
+    assert found.pop("label_error_precision_at_k") == pytest.approx(2 / 3)
+    # alone in their bins but for 0.3 and 0.3, of which one is right
+    assert found.pop("label_error_calibration") == pytest.approx((0.1 + 0.4 + 0.1 + 0.2 + 0.5) / 6)
+    assert found == {"label_error_rate": 0.5}
+
+
+def test_at_the_border_equal_scores_share_the_places():
+    shared = label_errors.among_lowest(np.array([0.5, 0.1, 0.5, 0.5, 0.9]), 3)
+    assert shared.tolist() == pytest.approx([2 / 3, 1, 2 / 3, 2 / 3, 0])
+    assert label_errors.calibration_error(np.array([1.0, 1.0]), np.array([True, False])) == 0.5
+
+
+def test_the_rows_are_those_of_the_runs_and_the_table_is_over_seeds(tmp_path, capsys):
+    better = [0.1, 0.6, 0.9, 0.8, 0.3, 0.5]
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", 2, better)]
+    out = tmp_path / "out.csv", tmp_path / "out.md"
+    label_errors.main([*map(str, runs), "--csv", str(out[0]), "--markdown", str(out[1])])
+    rows = read(out[0])
+    assert len(rows) == 2 * 7 and len(read_results(out[0])) == 14
+    assert all({name: row[name] for name in OWN} == OWN for row in rows)
+    perfect = {row["metric"]: float(row["value"]) for row in rows if row["seed"] == "2"}
+    assert perfect["label_error_auroc"] == perfect["label_error_precision_at_k"] == 1
+    printed, table = capsys.readouterr().out, out[1].read_text()
+    assert printed.endswith(table) and table.count("\n") == 3
+    assert "| sfa | SFA | c | 2 | 50.00 ± 0.00 | 91.67 ± 11.79 |" in table and "| 2.50 ± 0.00 |" in table
+
+
+def test_what_cannot_be_measured_ends_in_one_line(tmp_path, capsys):
+    run = str(make_run(tmp_path / "run"))
+    assert f"{tmp_path}: no {NAME} in it: give run" in refused(capsys, str(tmp_path))
+    unknown, right = (str(make_run(tmp_path / str(t), true=t)) for t in ([""] * 6, GIVEN))
+    assert "the true labels are unknown: give runs" in refused(capsys, run, unknown)
+    assert f"{right}: 0 of 6 labels are wrong: give a run" in refused(capsys, right)
+    assert "seed 1 stands twice" in refused(capsys, run, run)
+    (tmp_path / "run" / "result.csv").unlink()
+    assert "no result.csv in it: let the run come" in refused(capsys, run)
+    (tmp_path / "run" / NAME).write_text("index,score\n1,2\n")
+    assert "its columns are not index, path, " in refused(capsys, run)
+    (tmp_path / "run" / NAME).write_text("")
+    assert f"{NAME} cannot be read (No columns" in refused(capsys, run)
+
+
+# cleanlab -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def digits_run(tmp_path) -> Path:
+    """What a run on 120 digits leaves, with 10 wrong labels."""
+    folder, truth = tmp_path / "run", datasets.load("digits").train.labels[:120]
+    folder.mkdir()
+    given = np.where(np.arange(120) < 10, (truth + 1) % 10, truth)
+    np.save(folder / "train_index.npy", np.arange(120))
+    np.save(folder / "noisy_labels.npy", given)
+    arguments = {"dataset": "digits", "seed": 1, "num_epochs": 4}
+    (folder / "args.json").write_text(json.dumps({"arguments": arguments, "cell": {}}))
+    images = zip(truth.tolist(), given.tolist(), strict=True)
+    rows = [{"index": i, "given_label": g, "true_label": t, "score": 0.5} for i, (t, g) in enumerate(images)]
+    write(folder / NAME, rows, COLUMNS)
+    write(folder / "result.csv", [{**OWN, "seed": 1, "metric": "last", "value": 90}])
+    return folder
+
+
+@pytest.fixture
+def watched(monkeypatch) -> list:
+    """A cleanlab that takes the probability of the given label, and what each epoch and each test of a fold went through."""
+    seen = []
+
+    def train_epoch(network, optimizer, batches, labels, device):
+        positions = torch.cat([index for _, index in batches])
+        seen.append((id(network), round(optimizer.param_groups[0]["lr"], 6), sorted(positions.tolist())))
+        return 0.0
+
+    def estimate(network, plain, device):
+        held = torch.cat([index for _, index in plain])
+        seen.append((id(network), sorted(held.tolist())))
+        return Estimate(torch.nn.functional.one_hot(held % 10, 10).float())
+
+    monkeypatch.setattr(baseline, "train_epoch", train_epoch)
+    monkeypatch.setattr(baseline, "estimate_label_quality", estimate)
+    rank = SimpleNamespace(get_label_quality_scores=lambda given, p: p[np.arange(len(given)), given])
+    issues = SimpleNamespace(find_label_issues=lambda given, p, n_jobs: p.argmax(axis=1) != given)
+    for name, module in (("", SimpleNamespace()), (".rank", rank), (".filter", issues)):
+        monkeypatch.setitem(sys.modules, f"cleanlab{name}", module)
+    return seen
+
+
+def test_cleanlab_ranks_images_by_networks_that_were_trained_without_them(
+    digits_run, watched, tmp_path, capsys
+):
+    words = [str(digits_run), "--cleanlab", "--device", "cpu", "--csv", str(tmp_path / "out.csv")]
+    label_errors.main(words)
+    assert len(watched) == 5 * 5
+    held = []
+    for fold in range(5):
+        *epochs, (tested, out) = watched[5 * fold : 5 * fold + 5]
+        assert [rate for _, rate, _ in epochs] == [0.02] * 3 + [0.002]
+        for network, _, positions in epochs:
+            assert network == tested and sorted([*positions, *out]) == list(range(120))
+        held += out
+    assert sorted(held) == list(range(120))
+    # rows of probabilities are by position: the class of the largest is the last digit of the position
+    found = read(digits_run / "cleanlab" / NAME)
+    assert [int(row["predicted_label"]) for row in found] == [i % 10 for i in range(120)]
+    assert all((row["score"] == "1") == (row["selected"] == "1") for row in found)
+    assert {row["method"] for row in read(tmp_path / "out.csv")} == {"SFA", "CE, 5 folds, cleanlab"}
+    assert "| CE, 5 folds, cleanlab | c | 1 |" in capsys.readouterr().out
+    label_errors.main(words)  # what was trained is not trained again
+    assert len(watched) == 5 * 5
+
+
+def test_without_cleanlab_or_with_other_images_one_line_says_so(digits_run, watched, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "cleanlab.rank", None)
+    assert "cleanlab is not installed: pip install" in refused(capsys, str(digits_run), "--cleanlab")
+    monkeypatch.setitem(sys.modules, "cleanlab.rank", SimpleNamespace(get_label_quality_scores=None))
+    rows = read(digits_run / NAME)
+    for changed in ({"path": "a.jpg"}, {"true_label": "-1"}, {"true_label": ""}):
+        write(digits_run / NAME, [rows[0] | changed, *rows[1:]], COLUMNS)
+        assert "is on image files, OOD images or" in refused(capsys, str(digits_run), "--cleanlab")
+    assert not (digits_run / cross_validation.FOLDER).exists() and not watched
