@@ -7,6 +7,7 @@ imported here alone.
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -94,7 +95,7 @@ def out_of_fold(
         torch.manual_seed(arguments["seed"])
         network = device.prepare(baseline.Network(data.num_classes, channels, 8 if narrow else size))
         optimizer = SGD(network.parameters(), LR, momentum=0.9, weight_decay=5e-4)
-        training = {"shuffle": True, "generator": device.generator(arguments["seed"])}
+        training: dict[str, Any] = {"shuffle": True, "generator": device.generator(arguments["seed"])}
         training |= {"augmentation": training_augmentation(data.name, size)}
         batches = Batches(images, BATCH_SIZE, subset=trained_on.to(device.device), **training)
         for epoch in range(1, arguments["num_epochs"] + 1):

@@ -133,8 +133,9 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--data_path", metavar="DIR", help="of --cleanlab: the data sets; by default as in RUN"
     )
-    devices = {"choices": ["auto", "cpu", "cuda"], "default": "auto"}
-    parser.add_argument("--device", **devices, help="of --cleanlab: where to train")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="of --cleanlab: where to train"
+    )
     return parser
 
 

@@ -194,8 +194,8 @@ def evaluate(network: Network, images: Images, name: str, num_classes: int, s: S
 def quality(network: Network, num_classes: int, memory: dict, s: Setting) -> Estimate:
     """What the last removal and split and the network at the end say about the given labels."""
     logits = evaluate(network, s.train, "label quality", num_classes, s)
-    of_split = (memory[name] for name in ("kept", "clean", "scores"))
-    return report.estimate_label_quality(logits, *of_split, s.args.p_threshold)
+    kept, clean, scores = (memory[name] for name in ("kept", "clean", "scores"))
+    return report.estimate_label_quality(logits, kept, clean, scores, s.args.p_threshold)
 
 
 def full_test(network: Network, dataset: Dataset, s: Setting) -> dict[str, float]:

@@ -70,7 +70,7 @@ def to_csv(
     labels: Labels, estimate: Estimate, files: FileSplit | None = None, classes: Sequence[str] | None = None
 ) -> bytes:
     """The content of the file. The order of the cells is that of COLUMNS. ValueError: as `save_label_quality`."""
-    index, given, count = labels.index, labels.given, len(labels.given)
+    index, given, count = labels.positions, labels.given, len(labels.given)
     probabilities = _array(estimate.probabilities)
     if probabilities.shape != (count, labels.num_classes):
         raise ValueError(

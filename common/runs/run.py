@@ -58,7 +58,7 @@ UNSAID = ("out", "data_path", "data_root", "ood_dir", "open_set_cache", "decoded
 class Labels(NamedTuple):
     """The training images of a run and their labels, int [N] each."""
 
-    index: np.ndarray  # positions in the official training set
+    positions: np.ndarray  # in the official training set
     clean: np.ndarray | None  # true labels
     given: np.ndarray
     num_classes: int
