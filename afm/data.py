@@ -46,7 +46,8 @@ class Data(NamedTuple):
     plain: Iterable = ()  # all training images in order, without augmentation
     skipped: tuple[tuple[str, int, str], ...] = ()  # images left out: path, position in its list, reason
     files: FileSplit | None = None  # the training images, if they are in files
-    classes: tuple[str, ...] | None = None  # names
+    paths: tuple[str, ...] = ()  # of the data set's training images, for data in memory from files
+    classes: tuple[str, ...] = ()  # names
 
 
 def load(args: Namespace, device: Device, loader: Generator) -> Data:
@@ -102,6 +103,7 @@ def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
         sampled=np.arange(len(index)),
         sampled_batches=plain,
         plain=plain,
+        paths=data.paths,
         classes=data.classes,
     )
 
@@ -156,7 +158,7 @@ def from_files(args: Namespace, device: Device, loader: Generator) -> Data:
         in_order(data.train, kept).batches,
         data.skipped,
         data.train.only(kept),
-        data.classes,
+        classes=data.classes,
     )
 
 

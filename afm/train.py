@@ -224,7 +224,7 @@ def main(argv=None) -> None:
 
     last = {} if run.is_finished() else measure_attention(network, data, run)
     estimate = partial(estimate_label_quality, network, data, ROUNDS, run)
-    save_label_quality(run, estimate, files=data.files, classes=data.classes)
+    save_label_quality(run, estimate, data.paths, data.classes, files=data.files)
     last |= run.full_test(lambda: full_test(network, data, run))
     run.finish(**last, attention_peak=run.rows[-1]["attention_peak"], **at_best_validation(run.rows))
 

@@ -169,7 +169,7 @@ def main(argv=None) -> None:
         loss = train_epoch(network, optimizer, run.progress(batches, f"epoch {epoch}"), labels, device)
         run.log(epoch, loss=loss, test_accuracy=accuracy(network, *tests.limited, device))
     plain = Batches(train, 256)
-    save_label_quality(run, lambda: estimate_label_quality(network, plain, device), classes=data.classes)
+    save_label_quality(run, lambda: estimate_label_quality(network, plain, device), data.paths, data.classes)
     run.finish()
 
 

@@ -34,7 +34,8 @@ class Dataset(NamedTuple):
     origin: dict  # tells these images from others of the same name
     tested: np.ndarray | slice = slice(None)  # positions of the test images of every epoch: --limit_test
     files: FileSplit | None = None  # the training images, if they come from files
-    classes: tuple[str, ...] | None = None  # names
+    paths: tuple[str, ...] = ()  # of the data set's training images, for data in memory from files
+    classes: tuple[str, ...] = ()  # names
 
     def true_labels(self) -> np.ndarray | None:
         """int64 [N], -1 for OOD images; None if they are unknown."""
@@ -75,6 +76,7 @@ def load_open_set(args: Namespace) -> Dataset:
         std=data.std,
         origin={"replaced": int(corrupted.ood.sum()), "sha256": corrupted.sha256},
         tested=datasets.limited_test(data.test.labels, args.limit_test, args.seed),
+        paths=data.paths,
         classes=data.classes,
     )
 

@@ -209,7 +209,8 @@ def full_test(network: Network, dataset: Dataset, s: Setting) -> dict[str, float
 def finish(network: Network, dataset: Dataset, memory: dict, s: Setting) -> None:
     """The end of the run: label_quality.csv, then the result."""
     run, estimate = s.run, partial(quality, network, dataset.num_classes, memory, s)
-    save_label_quality(run, estimate, dataset.true_labels(), files=dataset.files, classes=dataset.classes)
+    known = {"files": dataset.files, "true_labels": dataset.true_labels()}
+    save_label_quality(run, estimate, dataset.paths, dataset.classes, **known)
     last = {f"last_{name}": run.rows[-1][name] for name in STATISTICS}
     last |= run.full_test(lambda: full_test(network, dataset, s))
     run.finish(first_ood_auroc=memory["first_auroc"], last_ood_auroc=memory["auroc"], **last)

@@ -37,7 +37,7 @@ class Data(NamedTuple):
     batches: Callable  # (split, cache, transform, **training) -> FileBatches
     whole_test: Labelled | None = None  # all test images
     order: np.ndarray | None = None  # int64 [N]: where the images of `split` stand in `index`
-    classes: tuple[str, ...] | None = None  # names
+    classes: tuple[str, ...] = ()  # names
 
     def training(self, positions: Tensor, args: Namespace) -> FileBatches:
         """Augmented batches of the training images at `positions`, in a new order at every pass."""

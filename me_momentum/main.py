@@ -298,7 +298,7 @@ def main(argv=None) -> None:
         run.log(epoch, **report, kept=int(verdict.best_of_loop), new_best=int(verdict.best_of_run))
 
     metric = "test_accuracy_batchmean" if args.legacy_batch_mean else "test_accuracy"
-    save_label_quality(run, partial(quality, network, memory, parts, s), classes=data.classes)
+    save_label_quality(run, partial(quality, network, memory, parts, s), data.paths, data.classes)
     full = run.full_test(lambda: full_test(network, memory, data, s))
     run.finish(metric, **summary(run.rows, metric, args), **full)
 

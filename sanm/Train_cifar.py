@@ -304,7 +304,7 @@ def main(argv=None) -> None:
 
     save_clean_probability(run, memory["clean"], observed, true_labels)
     estimate = partial(quality, nets, memory["clean"], data.num_classes, s)
-    save_label_quality(run, estimate, classes=data.classes)
+    save_label_quality(run, estimate, data.paths, data.classes)
     run.finish(**final_metrics(nets, right, tests.whole, data.num_classes, s))
 
 

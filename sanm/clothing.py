@@ -92,7 +92,7 @@ class Data(NamedTuple):
     generator: torch.Generator  # orders, crops and flips the training images
     batches: Callable  # (split, cache, transform, batch_size, **training) -> FileBatches
     full_test: Labelled | None = None  # all test images
-    classes: tuple[str, ...] | None = None  # names
+    classes: tuple[str, ...] = ()  # names
 
     def training(self, positions: np.ndarray, batch_size: int, views: int, args: Namespace) -> FileBatches:
         """Shuffled batches of augmented training images at `positions` [n]; their index counts from 0 to n - 1."""

@@ -290,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     save_selections(run, memory, observed=observed, clean=clean)
     size, plain = (len(labels), data.num_classes), setting.plain("label quality")
     of_networks = nets, memory["clean"], plain, size, args.p_threshold, device
-    save_label_quality(run, lambda: estimate_label_quality(*of_networks), classes=data.classes)
+    save_label_quality(run, lambda: estimate_label_quality(*of_networks), data.paths, data.classes)
     last = [*(f"{shot}_accuracy" for shot in SHOTS), *(f"net1_{name}" for name in NETWORK1)]
     full = run.full_test(lambda: full_test(nets, tests.whole, observed_counts, device))
     run.finish(**{f"last_{name}": run.rows[-1][name] for name in last}, **full)

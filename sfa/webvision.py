@@ -29,7 +29,7 @@ class Data(NamedTuple):
     skipped: tuple[tuple[str, int, str], ...]  # images left out: path, position in its list, reason
     batches: Callable  # (split, cache, transform, batch_size, **training) -> FileBatches
     full_tests: dict[str, Labelled] | None = None  # all images
-    classes: tuple[str, ...] | None = None  # names
+    classes: tuple[str, ...] = ()  # names
 
     def training(
         self, positions: np.ndarray, batch_size: int, views: int, generator: torch.Generator, args: Namespace

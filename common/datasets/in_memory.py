@@ -65,7 +65,8 @@ class Data(NamedTuple):
     mean: tuple[float, ...]  # per channel, of pixels scaled to [0, 1]
     std: tuple[float, ...]
     noisy_labels: np.ndarray | None = None  # int64 [N]: observed training labels of an .npz
-    classes: tuple[str, ...] | None = None  # names, by class id
+    classes: tuple[str, ...] = ()  # names, by class id
+    paths: tuple[str, ...] = ()  # of the training images, if they come from files
 
 
 def load(name: str, root: str | Path = "./data", download: bool = False) -> Data:
@@ -111,7 +112,7 @@ def _data(
         len(mean) != train.images.shape[-1]
     ):  # no constants for this name, or an .npz of that name with other channels
         mean, std = _pixel_statistics(train.images)
-    return Data(name, train, test, num_classes, mean, std, noisy_labels, CLASS_NAMES.get(name))
+    return Data(name, train, test, num_classes, mean, std, noisy_labels, CLASS_NAMES.get(name, ()))
 
 
 def _pixel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

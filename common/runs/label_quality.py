@@ -47,27 +47,32 @@ class Estimate(NamedTuple):
 def save_label_quality(
     run: Run,
     estimate: Callable[[], Estimate],
-    true_labels: np.ndarray | None = None,
+    paths: Sequence[str] = (),
+    classes: Sequence[str] = (),
     *,
     files: FileSplit | None = None,
-    classes: Sequence[str] | None = None,
+    true_labels: np.ndarray | None = None,
 ) -> None:
     """Write label_quality.csv of the images that `run.save_labels` got, before `run.finish`.
 
     A finished run that has the file keeps it. estimate: is called in every process, and may draw nothing from generators that
-    a checkpoint holds. files: the training images; classes: names of the classes; true_labels: int [N], -1 for an image of no
-    class, where they are not those of `save_labels`. ValueError: wrong shapes, or a score outside [0, 1].
+    a checkpoint holds. paths: of the whole official training set, if it comes from files; or files: the training images. classes:
+    names. true_labels: int [N], -1 for an image of no class, where they are not those of `save_labels`. ValueError: wrong
+    shapes, or a score outside [0, 1].
     """
     if not processes.from_first(lambda: not (run.is_finished() and (run.folder / NAME).exists())):
         return
     found = estimate()
     if processes.rank() == 0:
         labels = run.labels if true_labels is None else run.labels._replace(clean=true_labels)
-        run.save_file(NAME, to_csv(labels, found, files, classes))
+        own = [paths[i] for i in run.labels.index.tolist()] if paths else ()
+        if files is not None:
+            own = [str(files.path(i)) for i in range(len(files.paths))]
+        run.save_file(NAME, to_csv(labels, found, own, classes))
 
 
 def to_csv(
-    labels: Labels, estimate: Estimate, files: FileSplit | None = None, classes: Sequence[str] | None = None
+    labels: Labels, estimate: Estimate, paths: Sequence[str] = (), classes: Sequence[str] = ()
 ) -> bytes:
     """The content of the file. The order of the cells is that of COLUMNS. ValueError: as `save_label_quality`."""
     index, given, count = labels.positions, labels.given, len(labels.given)
@@ -76,15 +81,15 @@ def to_csv(
         raise ValueError(
             f"probabilities {probabilities.shape} of {count} images, {labels.num_classes} classes"
         )
-    if files is not None and len(files.paths) != count:
-        raise ValueError(f"{len(files.paths)} files of {count} images")
+    if len(paths) not in (0, count):
+        raise ValueError(f"{len(paths)} paths of {count} images")
     score = probabilities[np.arange(count), given] if estimate.score is None else _array(estimate.score)
     predicted = probabilities.argmax(axis=1)
     finite = np.isfinite(probabilities).all(axis=1)
     empty = [""] * count
     columns = (
         index.tolist(),
-        empty if files is None else [str(files.path(i)) for i in range(count)],
+        paths or empty,
         given.tolist(),
         _names(given.tolist(), classes),
         _numbers("score", score, count),
@@ -108,7 +113,7 @@ def _array(values: Tensor) -> np.ndarray:
     return values.detach().cpu().numpy()
 
 
-def _names(labels: Iterable[int | str], classes: Sequence[str] | None) -> list[str]:
+def _names(labels: Iterable[int | str], classes: Sequence[str]) -> list[str]:
     return ["" if label == "" or not classes else classes[int(label)] for label in labels]
 
 

@@ -22,10 +22,10 @@ def rows_of(content: bytes) -> list[dict[str, str]]:
 
 
 def test_a_row_per_image_in_their_order_with_what_is_known():
-    split = make_split(Path("data"), ["a, b.jpg", "c.jpg", "é.jpg"], [0, 0, 0])
+    paths = ["data/a, b.jpg", "data/c.jpg", "data/é.jpg"]
     selected, ood = torch.tensor([1, 0, -1]), torch.tensor([0.0, 0.1, 1.0])
     score = torch.tensor([1 + 1e-12, 0.5, float("nan")], dtype=torch.float64)
-    content = to_csv(LABELS, Estimate(PROBABILITIES, score, selected, ood), split, ("cat", "dog"))
+    content = to_csv(LABELS, Estimate(PROBABILITIES, score, selected, ood), paths, ("cat", "dog"))
     assert content.decode().splitlines()[0] == ",".join(COLUMNS)
     assert [list(row.values()) for row in rows_of(content)] == [
         ["7", "data/a, b.jpg", "1", "dog", "1", "1", "1", "dog", "0.75", "0", "1"],
@@ -62,8 +62,8 @@ def test_without_a_score_it_is_the_probability_of_the_given_label_and_what_is_un
 def test_estimates_of_other_images_and_scores_that_are_none_are_refused(estimate, named):
     with pytest.raises(ValueError, match=named):
         to_csv(LABELS, estimate)
-    with pytest.raises(ValueError, match="1 files of 3 images"):
-        to_csv(LABELS, Estimate(PROBABILITIES), make_split(Path("d"), ["a"], [0]))
+    with pytest.raises(ValueError, match="1 paths of 3 images"):
+        to_csv(LABELS, Estimate(PROBABILITIES), ["a"])
 
 
 def test_it_is_written_unless_a_finished_run_has_it_and_true_labels_can_be_others(tmp_path):
@@ -80,6 +80,11 @@ def test_it_is_written_unless_a_finished_run_has_it_and_true_labels_can_be_other
         run.finished = finished
         if not there:
             (tmp_path / NAME).unlink(missing_ok=True)
-        save_label_quality(run, estimate, np.array([1, 0, -1]))
+        save_label_quality(run, estimate, true_labels=np.array([1, 0, -1]))
         assert len(asked) == times, json.dumps([finished, there])
     assert [row["true_label"] for row in rows_of((tmp_path / NAME).read_bytes())] == ["1", "0", "-1"]
+    run.finished = False
+    save_label_quality(run, estimate, files=make_split(Path("d"), ["a", "b", "c"], [0, 0, 0]))
+    assert [row["path"] for row in rows_of((tmp_path / NAME).read_bytes())] == ["d/a", "d/b", "d/c"]
+    save_label_quality(run, estimate, paths=[f"{i}.png" for i in range(9)])  # by position in the training set
+    assert [row["path"] for row in rows_of((tmp_path / NAME).read_bytes())] == ["7.png", "2.png", "5.png"]

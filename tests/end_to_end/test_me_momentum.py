@@ -474,6 +474,8 @@ def test_colour_images_are_augmented_in_training_selection_and_validation_unless
     monkeypatch.setattr(main, "Batches", watched_batches(passes))
     run = Recorder(tmp_path, words, flags=colours(tmp_path)).run
     epoch = ["training", "validation", "test"]
+    # the given labels are judged on plain images
+    assert [passes.pop(), passes.pop()] == [("validation", False), ("train", False)]
     assert [what for what, _ in passes] == [*epoch, "train", *epoch]
     assert all(changed == (what in augmented) for what, changed in passes)
     assert (result(run)["profile"], result(run)["dataset"]) == ("short", "colours")

@@ -180,14 +180,14 @@ def test_a_run_killed_at_several_moments_ends_as_if_nothing_had_happened(run, tm
     assert [int(words[1]) for words in lines if words[:1] == ["status"]] == [-9] * len(MOMENTS) + [0, 0], (
         end.err
     )
-    went_on = [int(words[-1]) for words in lines if words[:4] == ["going", "on", "after", "epoch"]]
+    went_on = [int(words[-1]) for words in lines if words[:3] == ["resuming", "after", "epoch"]]
     assert went_on == [0, 1, 2, 2, 3, 3, 4]
     assert (
         "\nepoch " not in end.out.rpartition("resuming after epoch 4")[2]
     )  # the last start had nothing to do
     assert log_without_seconds(killed) == log_without_seconds(run)
     assert result_without_time_and_place(killed) == result_without_time_and_place(run)
-    for name in ("noisy_labels.npy", "train_index.npy", "noise.json"):
+    for name in ("noisy_labels.npy", "train_index.npy", "noise.json", "label_quality.csv"):
         assert (killed / name).read_bytes() == (run / name).read_bytes()
     found, wanted = (np.load(folder / "clean_probability.npz") for folder in (killed, run))
     assert found.files == wanted.files

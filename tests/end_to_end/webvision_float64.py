@@ -56,7 +56,7 @@ class MortalRun(Run):
 
     def progress(self, batches: Iterable, description: str, *how: bool, **more: bool) -> Iterator:
         """As ever, but the first batch may be the last."""
-        where = description.split(" ", 2)[2]  # after the epoch and its number
+        where = description.split(" ", 2)[-1]  # after the epoch and its number
         for number, batch in enumerate(super().progress(batches, description, *how, **more)):
             yield batch
             if number == 0:

@@ -144,8 +144,9 @@ class Scripted:
         index = np.arange(len(labels))
         loader = torch.Generator()
         return Data(
-            index, labels.numpy(), split, None, labels, nothing, nothing, (), loader, lambda *_, **__: []
-        )
+            index, labels.numpy(), split, None, labels, nothing, nothing, (), loader, lambda *_, **__: [],
+            order=index,
+        )  # fmt: skip
 
     def train_weighted_epoch(self, network, optimizer, batches, labels, weights, device) -> float:
         values = (optimizer.param_groups[0]["lr"], len(labels), weights.tolist(), self.networks)

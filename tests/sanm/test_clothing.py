@@ -418,7 +418,7 @@ def test_the_weights_that_are_best_on_validation_are_kept_and_tested_at_the_end(
     run = run_small(root, monkeypatch, "--num_epochs 3")
     names = [f"epoch {epoch} {what}" for epoch in range(4) for what in ("validation", "test")]
     assert [(name, count) for name, count, _ in seen] == [
-        *zip(names, 4 * [6, 4], strict=True), ("test of the best weights", 4)
+        *zip(names, 4 * [6, 4], strict=True), ("label quality", 12), ("test of the best weights", 4)
     ]  # fmt: skip
     at_validation = [kept for name, _, kept in seen if name.endswith("validation")]
     expected = [at_validation[1][0], at_validation[3][1]]
