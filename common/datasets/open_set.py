@@ -64,7 +64,8 @@ def corrupt(
     ood, replaced = replacements(data, corruption, root, pool_folder, cache, rng)
     try:
         if noise_file:
-            observed = labels_of(noise_file, np.arange(len(labels)), len(labels), data.num_classes)
+            everywhere = np.arange(len(labels))
+            observed = labels_of(noise_file, everywhere, len(labels), data.num_classes, otherwise=labels)
         elif corruption.noise_type in ("no", "given"):
             observed = (labels if corruption.noise_type == "no" else data.noisy_labels).copy()
         elif corruption.noise_type in noise.POSTERIOR_TYPES:
@@ -212,9 +213,7 @@ def read_cache(path: Path, wanted: dict) -> Kept:
         kept = Kept(int(parameters["pool_size"]), arrays["source"], arrays["images"])
         intact = parameters["sha256"] == _sha256(kept.source, kept.images)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}): remove it to make it again"
-        ) from None
+        raise UserError(f"{path} is damaged ({type(error).__name__}): remove it to make it again") from None
     differing = [
         name for name, value in wanted.items() if value is not None and parameters.get(name) != value
     ]
