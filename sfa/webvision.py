@@ -121,7 +121,7 @@ def kept_images(args: Namespace, data: FileData) -> np.ndarray:
     if (
         args.imb_factor < 1 and decisions is not None
     ):  # it lists the long tail, drawn from labels before their correction
-        kept = np.flatnonzero(np.isin(data.positions, decisions.index))
+        kept = np.flatnonzero(np.isin(data.positions, decisions.images))
     elif args.imb_factor < 1:
         labels = data.train.labels
         counts = np.bincount(labels, minlength=args.num_class)

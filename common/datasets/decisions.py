@@ -17,19 +17,19 @@ REQUIRED = {"index", "given_label", "decision", "new_label"}
 class Decisions(NamedTuple):
     """What is decided about each listed image."""
 
-    index: np.ndarray  # int64 [N]: positions of the images in the data set, each once
+    images: np.ndarray  # int64 [N]: positions of the images in the data set, each once
     labels: np.ndarray  # int64 [N]: new labels of relabelled images, given labels of the others
     relabelled: np.ndarray  # bool [N]
     removed: np.ndarray  # bool [N]
 
     def without_removed(self, index: np.ndarray) -> np.ndarray:
         """Which training images, given by their positions [n], are not removed: bool [n]. ValueError: one is not listed."""
-        missing = index[~np.isin(index, self.index)]
+        missing = index[~np.isin(index, self.images)]
         if len(missing):
             raise ValueError(
                 f"does not list training image {missing[0]}: export it from a run on the same images"
             )
-        return ~np.isin(index, self.index[self.removed])
+        return ~np.isin(index, self.images[self.removed])
 
 
 def is_decisions(names: list[str]) -> bool:

@@ -68,8 +68,8 @@ def labels_of(
     where = f"--noise_file {path}"
     decisions = read_decisions(path)
     if decisions is not None:
-        labels = _checked(decisions.labels, where, (len(decisions.index),), num_classes)
-        return _matched(labels, decisions.index, index, where, otherwise)
+        labels = _checked(decisions.labels, where, (len(decisions.images),), num_classes)
+        return _matched(labels, decisions.images, index, where, otherwise)
     own = _own_labels(file, where) if column is None else None
     if own is not None:
         labels, owners = own

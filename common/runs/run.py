@@ -184,7 +184,7 @@ class Run:
             "observed_counts": np.bincount(noisy, minlength=num_classes).tolist(),
         }
         if self._decisions is not None:
-            changed = np.isin(index, self._decisions.index[self._decisions.relabelled])
+            changed = np.isin(index, self._decisions.images[self._decisions.relabelled])
             report |= {"relabelled": int(changed.sum()), "removed": int(self._decisions.removed.sum())}
         if clean is not None:
             rate, matrix = realised(clean, noisy, num_classes)
