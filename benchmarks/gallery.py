@@ -47,7 +47,7 @@ def read_quality(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise UserError(f"no {QUALITY} in {path.parent}: name the directory of a finished run")
     with naming(path):
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding_errors="surrogateescape")
         rows = rows[list(NEEDED)].copy()
         for name in ("index", "given_label"):
             rows[name] = rows[name].astype(np.int64)

@@ -11,6 +11,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,12 @@ def read_decisions(path: str | Path | None) -> Decisions | None:
     file, column = split_column(path or "")
     if column is not None or file.suffix.lower() not in TEXT or not file.is_file():
         return None
+    state = file.stat()
+    return _decisions(str(path), file, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=1)  # a run asks several times, and a million lines take seconds
+def _decisions(path: str, file: Path, *_state: int) -> Decisions | None:
     where = f"--noise_file {path}"
     with file.open(encoding="utf-8-sig", errors="replace") as text:
         heading = text.readline()

@@ -28,6 +28,9 @@ def test_labels_are_those_of_the_run_with_the_changes_by_their_index(tmp_path):
     assert without_removed(np.array([1, 2]), path, positions=np.array([5, 7, 4])).tolist() == [2]
     decisions = read_decisions(path)
     assert decisions.relabelled.tolist() == [False, True, False, False]
+    write(path, *ROWS[1:])  # a changed file is read again
+    assert read_decisions(path).images.tolist() == [0, 7, 2]
+    write(path, *ROWS)
     everywhere = labels_of(path, np.arange(8), 8, 3, otherwise=np.full(8, 2))
     assert everywhere.tolist() == [0, 2, 0, 2, 1, 2, 2, 1]
 
