@@ -69,6 +69,7 @@ def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
     """Digits, MNIST, CIFAR or an .npz; label noise is drawn before any image is touched."""
     data = datasets.load(args.dataset, args.data_root or "./data")
     index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
+    index = datasets.without_removed(index, args.noise_file)
     clean = data.train.labels[index]
     posterior = posterior_for(args.noise_type, data, args.data_root or "./data", args.posterior)
     observed = datasets.observed_labels(
@@ -111,11 +112,11 @@ def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
 def from_files(args: Namespace, device: Device, loader: Generator) -> Data:
     """Food-101N with Food-101's test images, or Clothing1M in one of its settings; with the labels that they come with."""
     data = processes.from_first(lambda: _load_files(args))
-    if args.noise_file:
-        labels = datasets.labels_of(args.noise_file, data.positions, data.listed, data.num_classes)
-        verified = np.where(labels == data.train.labels, data.verified, -1).astype(np.int8)
-        data = data._replace(train=data.train._replace(labels=labels), verified=verified)
+    listed, data = data.train.labels, datasets.relabelled(data, args.noise_file)
+    verified = np.where(data.train.labels == listed, data.verified, -1).astype(np.int8)
+    data = data._replace(verified=verified)
     kept = datasets.limited(np.arange(len(data.positions)), args.limit_train, args.seed)
+    kept = datasets.without_removed(kept, args.noise_file, data.positions)
     sampled = sampled_positions(data.verified[kept], args.seed)
     caches = open_caches(args.image_cache, data) if args.image_cache else {}
     loading = {"mean": data.mean, "std": data.std, "device": device.device, "workers": args.workers}

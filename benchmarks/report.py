@@ -8,7 +8,6 @@ and the figure's source could be read. Otherwise it is grey and says why; an unc
 shown with a row if it has the same figures, so a later run of the same command is not.
 """
 
-import base64
 import csv
 import hashlib
 import json
@@ -23,12 +22,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from jinja2 import Environment, StrictUndefined
 
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cells import CLAIMS, PAPERS, ROOT, cells, presets_of
+from benchmarks.pages import render
 from benchmarks.published import SETTING as PUBLISHED_SETTING
 from benchmarks.published import read_published
 from benchmarks.results import (
@@ -50,7 +49,6 @@ from common.runs.cli import Parser, UserError, exit_cleanly
 from common.runs.figures import naming
 from common.runs.results import COLUMNS
 
-TEMPLATE = ROOT / "benchmarks"
 RESULTS, RUNS, OUT = Path("results"), Path("results/runs"), Path("results/report.html")
 ORIGIN_REFERENCE, ORIGIN_OWN = "reference", "this machine"
 RUN_DIRECTORIES = "run directories"  # in place of a file's name, of runs that no result file has
@@ -602,13 +600,7 @@ def title(paper: str) -> str:
 
 def page(data: dict) -> str:
     """The HTML page. No text of the data can end its script element or become a tag."""
-    html, style, script = (
-        (TEMPLATE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
-    )
-    environment = Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.from_string(html).render(style=style, script=script, digest=digest, data=data)
+    return render("report", data)
 
 
 def make_parser() -> Parser:

@@ -62,6 +62,7 @@ def load_open_set(args: Namespace) -> Dataset:
         lambda: corrupt(data, corruption, root, pool_folder, cache, args.noise_file, posterior)
     )
     index = datasets.limited(np.arange(len(corrupted.observed)), args.limit_train, args.seed)
+    index = datasets.without_removed(index, args.noise_file)
     return Dataset(
         name=data.name,
         index=index,
@@ -94,14 +95,13 @@ def load_mini_imagenet(args: Namespace) -> Dataset:
             root, args.noise_type, args.noise_ratio, args.on_bad_image, args.workers
         )
     )
-    observed = files.train.labels
-    if args.noise_file:
-        observed = datasets.labels_of(args.noise_file, files.positions, files.listed, files.num_classes)
+    observed = datasets.relabelled(files, args.noise_file).train.labels
     folder = _folder(args.decoded, root / "decoded")
     images, test_images = (
         datasets.decoded(split, args.img_size, args.workers, folder) for split in (files.train, files.test)
     )
     limited = datasets.limited(np.arange(len(observed)), args.limit_train, args.seed)
+    limited = datasets.without_removed(limited, args.noise_file, files.positions)
     return Dataset(
         name=files.name,
         index=files.positions[limited],

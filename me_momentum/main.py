@@ -251,6 +251,7 @@ def main(argv=None) -> None:
     device = gpu.pick(args.device, args.precision, fidelity=args.fidelity)
     data = datasets.load(args.dataset, args.data_path)
     index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
+    index = datasets.without_removed(index, args.noise_file)
     eta = posterior.posterior_for(args.noise_type, data, args.data_path, args.posterior)
     observed = datasets.observed_labels(
         data, index, args.noise_type, args.noise_rate, args.seed, args.noise_file, posterior=eta

@@ -101,6 +101,7 @@ def long_tailed_noisy(data: Data, args: Namespace) -> tuple[np.ndarray, np.ndarr
             len(labels),
             num_classes,
             is_subset=lambda file: (file != clean).sum() == changed,
+            otherwise=clean,
         )
     elif args.noise_mode == "given":
         if data.noisy_labels is None:
@@ -122,6 +123,7 @@ def long_tailed_noisy(data: Data, args: Namespace) -> tuple[np.ndarray, np.ndarr
         except ValueError as error:
             raise UserError(f"{data.name}: {error}; use --noise_ratio 0, or data of more classes") from None
     kept = datasets.limited(np.arange(len(index)), args.limit_train, args.seed)
+    kept = datasets.without_removed(kept, args.noise_file, index)
     return index[kept], clean[kept], observed[kept]
 
 

@@ -109,9 +109,7 @@ def load_files(args: Namespace) -> FileData:
     data = datasets.load_webvision(
         args.data_path, args.num_class, args.on_bad_image, args.workers, args.imagenet
     )
-    if args.noise_file:
-        labels = datasets.labels_of(args.noise_file, data.positions, data.listed, data.num_classes)
-        data = data._replace(train=data.train._replace(labels=labels))
+    data = datasets.relabelled(data, args.noise_file)
     images = len(kept_images(args, data))
     if images < processes.planned():
         raise UserError(f"{images} training images are too few for {processes.planned()} processes")
@@ -121,9 +119,15 @@ def load_files(args: Namespace) -> FileData:
 def kept_images(args: Namespace, data: FileData) -> np.ndarray:
     """Positions of the images that are trained on, ascending; fewer than all in a long tail or by --limit_train."""
     kept = np.arange(len(data.positions))
-    if args.imb_factor < 1:
+    decisions = datasets.read_decisions(args.noise_file)
+    if (
+        args.imb_factor < 1 and decisions is not None
+    ):  # it lists the long tail, drawn from labels before their correction
+        kept = np.flatnonzero(np.isin(data.positions, decisions.images))
+    elif args.imb_factor < 1:
         labels = data.train.labels
         counts = np.bincount(labels, minlength=args.num_class)
         budget = noise.web_class_budget(counts, args.imb_type, args.imb_factor)
         kept = np.sort(noise.long_tailed(labels, budget, np.random.RandomState(args.seed)))
-    return datasets.limited(kept, args.limit_train, args.seed)
+    kept = datasets.limited(kept, args.limit_train, args.seed)
+    return datasets.without_removed(kept, args.noise_file, data.positions)

@@ -17,9 +17,9 @@ part of the installation. This repository holds no other data set.
 
 from common.datasets.clothing1m import load_clothing1m
 from common.datasets.file_check import ALIASES, FILE_NAMES, check, load_files, source
-from common.datasets.file_lists import FileData, FileSplit
+from common.datasets.file_lists import FileData, FileSplit, relabelled
 from common.datasets.food101n import load_food101n
-from common.datasets.given_labels import labels_of, read_labels
+from common.datasets.given_labels import labels_of, read_decisions, read_labels, without_removed
 from common.datasets.in_memory import NAMES, Data, Split, download, load
 from common.datasets.limit import limited, limited_test
 from common.datasets.mini_imagenet import decoded, load_mini_imagenet
@@ -47,6 +47,9 @@ __all__ = [
     "load_mini_imagenet",
     "load_webvision",
     "observed_labels",
+    "read_decisions",
     "read_labels",
+    "relabelled",
     "source",
+    "without_removed",
 ]

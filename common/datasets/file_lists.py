@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from common.datasets.given_labels import labels_of
 from common.datasets.images import DamagedImage, in_workers, read_image
 from common.gpu import processes
 from common.runs.cli import UserError
@@ -84,6 +85,18 @@ class FileData(NamedTuple):
         """The splits that exist."""
         all_splits = (self.train, self.test, self.validation, self.clean_train, self.imagenet)
         return tuple(split for split in all_splits if split is not None)
+
+
+def relabelled(data: FileData, noise_file: str | None) -> FileData:
+    """The data set with the training labels of --noise_file, if it is given. UserError: as labels_of.
+
+    Images that a decisions file does not list keep their labels; `without_removed` refuses them if they are trained on.
+    """
+    if not noise_file:
+        return data
+    own = data.train.labels
+    labels = labels_of(noise_file, data.positions, data.listed, data.num_classes, otherwise=own)
+    return data._replace(train=data.train._replace(labels=labels))
 
 
 def make_split(

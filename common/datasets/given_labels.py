@@ -1,7 +1,8 @@
 """Observed labels from a file: human label noise (CIFAR-N), an earlier run's labels, your own.
 
 `--noise_file FILE` or `--noise_file FILE:COLUMN`. A file is a table of named columns or arrays. A column of indices sorts its
-rows into the order of the data set. COLUMN names the labels if several columns could be labels.
+rows into the order of the data set. COLUMN names the labels if several columns could be labels. A `decisions.csv` (see
+common.datasets.decisions) corrects the labels of an earlier run and removes images from training.
 """
 
 import csv
@@ -10,18 +11,21 @@ import io
 import json
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.datasets.arrays import is_integer, read_npy, read_npz, read_pt
+from common.datasets.decisions import Decisions, is_decisions, make_decisions
 from common.runs.cli import UserError
 
 # columns that say which training image a row is of, in lower case; pandas leaves its index without a name
 INDEX_NAMES = ("index", "idx", "id", "image_id", "dataset_index")
 UNNAMED = ("", "unnamed: 0")
 DELIMITERS = ",;\t|"
+TEXT = (".csv", ".tsv", ".txt")
 OWN = {"labels", "index", "sha256"}  # the arrays of a run's noisy_labels.npz
 
 Table = dict[str, Any]  # columns by name; a single column without a name is called ""
@@ -52,15 +56,21 @@ def labels_of(
     total: int,
     num_classes: int,
     is_subset: Callable[[np.ndarray], bool] | None = None,
+    otherwise: np.ndarray | None = None,
 ) -> np.ndarray:
     """The file's labels of the training images at `index` [n], out of `total`: int64 [n].
 
     The file holds one label per training image of the data set. A run's noisy_labels.npz (or .npy with the train_index.npy
     beside it) says itself whose labels it holds. is_subset: whether labels [n] without an index provably belong to
-    the images at `index`, in that order; without it such a file is refused. UserError: as read_labels, or labels of other images.
+    the images at `index`, in that order; without it such a file is refused. otherwise: labels [n] of the images that a
+    decisions file does not list; without it such a file is refused. UserError: as read_labels, or labels of other images.
     """
     file, column = split_column(path)
     where = f"--noise_file {path}"
+    decisions = read_decisions(path)
+    if decisions is not None:
+        labels = _checked(decisions.labels, where, (len(decisions.images),), num_classes)
+        return _matched(labels, decisions.images, index, where, otherwise)
     own = _own_labels(file, where) if column is None else None
     if own is not None:
         labels, owners = own
@@ -75,6 +85,48 @@ def labels_of(
             "per training image, or a run's noisy_labels.npz"
         )
     return labels
+
+
+def read_decisions(path: str | Path | None) -> Decisions | None:
+    """The decisions in a file; None for any other file. UserError: it is damaged."""
+    file, column = split_column(path or "")
+    if column is not None or file.suffix.lower() not in TEXT or not file.is_file():
+        return None
+    state = file.stat()
+    return _decisions(str(path), file, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=1)  # a run asks several times, and a million lines take seconds
+def _decisions(path: str, file: Path, *_state: int) -> Decisions | None:
+    where = f"--noise_file {path}"
+    with file.open(encoding="utf-8-sig", errors="replace") as text:
+        heading = text.readline()
+    if not is_decisions(heading.strip().replace('"', "").split(_delimiter(heading))):
+        return None
+    try:
+        return make_decisions(_read(file, where), _whole_numbers)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def without_removed(
+    kept: np.ndarray, noise_file: str | Path | None, positions: np.ndarray | None = None
+) -> np.ndarray:
+    """`kept` [n] without the images that a decisions file removes; all of it for any other file.
+
+    positions: where image i of the training list stands in the data set, int [N]; None if image i stands at i. UserError: the
+    decisions file does not list one of the images, or removes all.
+    """
+    decisions = read_decisions(noise_file)
+    if decisions is None:
+        return kept
+    try:
+        left = kept[decisions.without_removed(kept if positions is None else positions[kept])]
+    except ValueError as error:
+        raise UserError(f"--noise_file {noise_file}: {error}") from None
+    if not len(left):
+        raise UserError(f"--noise_file {noise_file}: removes all {len(kept)} training images: keep some")
+    return left
 
 
 def split_column(path: str | Path) -> tuple[Path, str | None]:
@@ -146,8 +198,11 @@ def _own_labels(file: Path, where: str) -> tuple[np.ndarray, np.ndarray] | None:
     return labels, owners
 
 
-def _matched(labels: np.ndarray, owners: np.ndarray, index: np.ndarray, where: str) -> np.ndarray:
-    label_of = dict(zip(owners.tolist(), labels.tolist(), strict=True))
+def _matched(
+    labels: np.ndarray, owners: np.ndarray, index: np.ndarray, where: str, otherwise: np.ndarray | None = None
+) -> np.ndarray:
+    label_of = {} if otherwise is None else dict(zip(index.tolist(), otherwise.tolist(), strict=True))
+    label_of |= dict(zip(owners.tolist(), labels.tolist(), strict=True))
     missing = [image for image in index.tolist() if image not in label_of]
     if missing:
         raise UserError(f"{where}: by its index, it has no label of training image {missing[0]}")
@@ -266,7 +321,7 @@ def _checked(labels: np.ndarray, where: str, lengths: tuple[int, ...], num_class
 def _read(file: Path, where: str) -> Table:
     readers = {
         **{".npy": _read_npy, ".npz": read_npz, ".pt": read_pt, ".pth": read_pt, ".json": _read_json},
-        **{".csv": _read_text, ".tsv": _read_text, ".txt": _read_text},
+        **dict.fromkeys(TEXT, _read_text),
     }
     if "_human_ordered" in file.name:
         raise UserError(
@@ -317,7 +372,7 @@ def _read_text(path: Path) -> Table:
     """A table with or without a heading; without one it has one column."""
     text = path.read_text(encoding="utf-8-sig")
     first = text.lstrip("\r\n").split("\n", 1)[0]
-    delimiter = max(DELIMITERS, key=first.count)  # the first one where there is none
+    delimiter = _delimiter(first)
     rows = [
         [field.strip() for field in row]
         for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
@@ -336,6 +391,10 @@ def _read_text(path: Path) -> Table:
         if len({name.lower() for name in names}) != len(names):
             raise ValueError("two of its columns have the same name")
     return {name: np.array([row[i] for row in rows], dtype=str) for i, name in enumerate(names)}
+
+
+def _delimiter(line: str) -> str:
+    return max(DELIMITERS, key=line.count)  # the first one where there is none
 
 
 def _is_number(text: str) -> bool:

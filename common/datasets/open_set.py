@@ -65,7 +65,8 @@ def corrupt(
     ood, replaced = replacements(data, corruption, root, pool_folder, cache, rng)
     try:
         if noise_file:
-            observed = labels_of(noise_file, np.arange(len(labels)), len(labels), data.num_classes)
+            everywhere = np.arange(len(labels))
+            observed = labels_of(noise_file, everywhere, len(labels), data.num_classes, otherwise=labels)
         elif undrawn is not None:
             observed = undrawn.copy()
         elif corruption.noise_type in noise.POSTERIOR_TYPES:

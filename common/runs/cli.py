@@ -281,7 +281,8 @@ def add_shared_flags(parser: Parser, default_seed: int) -> None:
         "--noise_file",
         metavar="FILE",
         type=place,
-        help="observed labels to use instead of drawn noise (.npy, .npz, .json or .csv, one integer per sample)",
+        help="observed labels to use instead of drawn noise (.npy, .npz, .json or .csv, one integer per sample), or the "
+        "decisions.csv of benchmarks.gallery, which corrects labels and removes images",
     )
     group.add_argument(
         "-r",

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.datasets.given_labels import label_notes, own_file
+from common.datasets.given_labels import label_notes, own_file, read_decisions
 from common.gpu import processes
 from common.gpu.device import Device
 from common.noise import realised
@@ -90,6 +90,7 @@ class Run:
         self._saved: int | None = None  # epoch of the last checkpoint
         self._signals: StopSignals | None = None
         self._events: EventFile | None = None
+        self._decisions = read_decisions(getattr(args, "noise_file", None))
         self._lock = Lock(self.folder / ".lock", "choose another --out")
         self._taken = ExitStack()  # what `release` releases
         at_end(self._leave)
@@ -194,6 +195,9 @@ class Run:
             "transition_matrix": None,
             "observed_counts": np.bincount(noisy, minlength=num_classes).tolist(),
         }
+        if self._decisions is not None:
+            changed = np.isin(index, self._decisions.images[self._decisions.relabelled])
+            report |= {"relabelled": int(changed.sum()), "removed": int(self._decisions.removed.sum())}
         if clean is not None:
             rate, matrix = realised(clean, noisy, num_classes)
             report["realised_rate"] = rate
@@ -218,6 +222,12 @@ class Run:
         write_atomic(self.folder / "train_index.npy", _npy(index))
         write_atomic(self.folder / "noisy_labels.npz", own_file(noisy, index))
         write_atomic(path, _json(report))
+        if self._decisions is not None:
+            name = Path(self.args.noise_file).name
+            print(
+                f"{name}: {report['relabelled']} labels changed, {report['removed']} images removed",
+                flush=True,
+            )
         rate = report["realised_rate"]
         noise = "true labels unknown" if rate is None else f"realised noise rate {rate:.4f}"
         print(
@@ -456,7 +466,8 @@ class Run:
             "best_epoch": measured[int(np.argmax(curve))]["epoch"],
             "images": self.images,
         }
-        content |= {"noise": {key: noise[key] for key in ("sha256", "samples", "realised_rate")}}
+        kept = ("sha256", "samples", "realised_rate", "relabelled", "removed")
+        content |= {"noise": {key: noise[key] for key in kept if key in noise}}
         content |= {"environment": environment(self.device), "command": command(), "timing": timing}
         common = {
             "paper": self.paper,
@@ -474,12 +485,14 @@ class Run:
         write_atomic(path, _json(content))
 
     def _cell_columns(self) -> dict:
-        """The columns of table and cell; a subset of the data is marked in the profile."""
+        """The columns of table and cell; a subset of the data and images removed by hand are marked in the profile."""
         table, cell = [*(getattr(self.args, "preset", None) or "").split("/"), ""][:2]
         columns = {"table": table, "cell": cell or self.folder.name, **self.cell}
         for limit in ("limit_train", "limit_test"):
             if getattr(self.args, limit, None):
                 columns["profile"] += f"+{limit}={getattr(self.args, limit)}"
+        if self._decisions is not None and self._decisions.removed.any():
+            columns["profile"] += f"+removed={int(self._decisions.removed.sum())}"
         columns |= {
             "fidelity": getattr(self.args, "fidelity", ""),
             "seed": self.args.seed,

@@ -1,7 +1,6 @@
 """The page of benchmarks.report in a browser: it draws itself, loads nothing, sorts, filters, opens, keeps its state."""
 
 import json
-import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -10,9 +9,6 @@ from benchmarks import report
 from tests.benchmarks.files import write
 
 pytestmark = pytest.mark.slow  # a browser
-playwright = pytest.importorskip("playwright.sync_api")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 HOSTILE = "<img src=x onerror=\"document.title='run'\"></script><script>document.title='run'</script>"
 CELL = {
     **{"paper": "me_momentum", "table": "cifar10", "cell": "cifar10-sym0.2", "dataset": "cifar10"},
@@ -44,17 +40,6 @@ def run_directory(folder, row, curve):
     (folder / "result.json").write_text(json.dumps(result))
     lines = [f"{epoch},{value},0.{epoch}" for epoch, value in enumerate(curve, start=1)]
     (folder / "log.csv").write_text("\n".join(["epoch,test_accuracy,confident_precision", *lines]) + "\n")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    executable = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    if executable is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on the path")
-    with playwright.sync_playwright() as started:
-        launched = started.chromium.launch(executable_path=executable, args=ARGUMENTS)
-        yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")
