@@ -23,7 +23,8 @@ def make_parser() -> Parser:
     )
     parser.add_argument(
         "name",
-        help=f"one of {', '.join((*datasets.NAMES, *datasets.FILE_NAMES, *pools.FOLDERS))}, {folder.NAME}, or NAME for DATA_PATH/NAME.npz",
+        help=f"one of {', '.join((*datasets.NAMES, *datasets.FILE_NAMES, *pools.FOLDERS, folder.NAME))}, or NAME for "
+        "DATA_PATH/NAME.npz",
     )
     parser.add_argument("--data_path", default="./data", metavar="DIR", help="the folder of the data sets")
     group = parser.add_argument_group(f"for {', '.join((*datasets.FILE_NAMES, folder.NAME))}")

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,37 +55,25 @@ class Listed(NamedTuple):
 # flags ----------------------------------------------------------------------------------------------------------------
 
 
-def add_flags(group: Any, *, size: bool = True, reading: bool = True) -> None:
-    """Add the flags of --dataset folder to an argument group.
-
-    size: --image_size, where the script has no flag of that meaning; reading: --on_bad_image and --workers, likewise.
-    """
-    if size:
-        group.add_argument(
-            "--image_size",
-            type=cli.count,
-            default=IMAGE_SIZE,
-            help=f"of {NAME}: pixels of both sides that its images are resized to, the aspect not kept",
-        )
-    group.add_argument(
-        "--test_split",
-        type=cli.fraction,
-        default=TEST_SPLIT,
-        help=f"of {NAME}, where it has no test part: fraction of the training images that is tested on instead",
+def add_flags(group: Any, without: Collection[str] = ()) -> None:
+    """Add the flags of --dataset folder to an argument group. without: names of flags that the script has already."""
+    size = {"type": cli.count, "default": IMAGE_SIZE}
+    split = {"type": cli.fraction, "default": TEST_SPLIT}
+    bad = {"choices": ["error", "skip"], "default": "error"}
+    workers = {"type": cli.count_or_zero, "default": 4}
+    flags: tuple[tuple[str, dict[str, Any], str], ...] = (
+        ("image_size", size, "pixels of both sides that its images are resized to, the aspect not kept"),
+        (
+            "test_split",
+            split,
+            "without a test part: fraction of the training images that is tested on instead",
+        ),
+        ("on_bad_image", bad, "images that are missing or damaged: stop, or leave them out"),
+        ("workers", workers, "processes that decode its images, once"),
     )
-    if reading:
-        group.add_argument(
-            "--on_bad_image",
-            choices=["error", "skip"],
-            default="error",
-            help=f"of {NAME}: images that are missing or damaged: stop, or leave them out",
-        )
-        group.add_argument(
-            "--workers",
-            type=cli.count_or_zero,
-            default=4,
-            help=f"of {NAME}: processes that decode images, once",
-        )
+    for name, options, what in flags:
+        if name not in without:
+            group.add_argument(f"--{name}", **options, help=f"of {NAME}: {what}")
 
 
 def from_arguments(arguments: dict[str, Any], root: str | Path | None = None) -> Data:
@@ -117,7 +105,7 @@ def load_folder(
     train.labels are the true labels if train.csv has them, else the observed ones. noisy_labels are the observed ones. Of several
     processes, all must call this. UserError: no such layout, labels that do not fit, missing or damaged images.
     """
-    root = Path(root)
+    root, workers = Path(root), min(workers, os.cpu_count() or 1)
     files = processes.from_first(lambda: load_folder_files(root, test_split, on_bad_image, workers))
     train, test = (
         decoded(split, size, workers, root / "decoded", state_of(split))
@@ -141,7 +129,10 @@ def load_folder(
 def load_folder_files(
     root: str | Path, test_split: float = TEST_SPLIT, on_bad_image: str = "error", workers: int = 0
 ) -> FileData:
-    """The image files of a folder with their observed labels. on_bad_image, workers: as for Food-101N. UserError: `load_folder`."""
+    """The image files of a folder with their observed labels. on_bad_image, workers: as for Food-101N.
+
+    UserError: as `load_folder`.
+    """
     root = Path(root)
     train, test = read_folder(root)
     labels, truth = numbers(train.labels, train.classes), None
@@ -214,11 +205,15 @@ def read_folder(root: Path) -> tuple[Listed, Listed | None]:
     if train is None:
         raise UserError(f"{NAME} needs {LAYOUT}: there is neither in {root.resolve()}")
     if len(train.classes) < 2:
-        raise UserError(f"{root}: its training images are of {len(train.classes)} class, 2 at least are needed")
+        raise UserError(
+            f"{root}: its training images are of {len(train.classes)} class, 2 at least are needed"
+        )
     for names in (test.labels, test.true_labels or []) if test else ():
         new = sorted({*names} - {*train.classes})
         if new:
-            raise UserError(f"{root}: class {new[0]} of the test part is not among the {len(train.classes)} of train")
+            raise UserError(
+                f"{root}: class {new[0]} of the test part is not among the {len(train.classes)} of train"
+            )
     return train, test
 
 
@@ -284,7 +279,9 @@ def in_class_folders(root: Path, part: str) -> Listed:
         raise UserError(f"{top / empty[0]} holds no image: remove it, or put images of the class into it")
     paths = [os.path.relpath(file, root) for name in classes for file in files[name]]
     if not paths:
-        raise UserError(f"{top} holds no image in a folder of its class: remove it, or see the layout, {LAYOUT}")
+        raise UserError(
+            f"{top} holds no image in a folder of its class: remove it, or see the layout, {LAYOUT}"
+        )
     labels = [name for name in classes for _ in files[name]]
     return Listed(paths, labels, None, tuple(classes))
 
@@ -338,7 +335,9 @@ def check(root: str | Path, images: bool = False, workers: int = 0) -> None:
         )
     print(f"{NAME} in {root.resolve()}: every image is there{' and whole' if images else ''}")
     if not images:
-        print(f"decode every image with: python -m common.datasets check {NAME} --images --data_path {shlex.quote(str(root))}")
+        print(
+            f"decode every image with: python -m common.datasets check {NAME} --images --data_path {shlex.quote(str(root))}"
+        )
 
 
 def describe(part: str, listed: Listed) -> None:

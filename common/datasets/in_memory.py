@@ -61,7 +61,9 @@ class Data(NamedTuple):
     truth_known: bool = True  # whether train.labels are the true labels
     classes: tuple[str, ...] = ()  # names, by class id, of a folder
     paths: tuple[str, ...] = ()  # of a folder's training images, relative to it
-    skipped: tuple[tuple[str, int, str], ...] = ()  # a folder's images left out: path, position in its list, reason
+    skipped: tuple[
+        tuple[str, int, str], ...
+    ] = ()  # a folder's images left out: path, position in its list, reason
 
     def true_labels(self, index: np.ndarray, noise_type: str) -> np.ndarray | None:
         """The true labels of the training images at `index` [n]: int64 [n]; None if they are unknown.

@@ -173,7 +173,8 @@ def decoded(
 
     Decoded by `workers` processes (by this process for 0). If `folder` is given, a file in it keeps the array for the next call
     with the same paths, size and `state` of the files, if that is given; else delete it after images changed. The first of
-    several processes then decodes for all. A folder that cannot be written and a damaged file get a note. UserError: a damaged image.
+    several processes then decodes for all. A folder that cannot be written and a damaged file get a note. UserError: a damaged
+    image.
     """
     if folder is None:
         return _decode(split, size, workers)

@@ -212,9 +212,7 @@ def read_cache(path: Path, wanted: dict) -> Kept:
         kept = Kept(int(parameters["pool_size"]), arrays["source"], arrays["images"])
         intact = parameters["sha256"] == _sha256(kept.source, kept.images)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}): remove it to make it again"
-        ) from None
+        raise UserError(f"{path} is damaged ({type(error).__name__}): remove it to make it again") from None
     differing = [
         name for name, value in wanted.items() if value is not None and parameters.get(name) != value
     ]

@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from contextvars import ContextVar
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -373,7 +374,7 @@ def parse_args(
 
 def _checked(parser: Parser, words: list[str], of_folder: dict[str, Any] | None) -> argparse.Namespace:
     """The arguments, with the shared flags checked against each other."""
-    asks = ("--dataset", "folder") in zip(words, words[1:], strict=False) or "--dataset=folder" in words
+    asks = ("--dataset", "folder") in pairwise(words) or "--dataset=folder" in words
     if of_folder is None and asks:
         parser.error(
             "argument --dataset: folder is not for this script, which reads its own data set: use afm/train.py, "
