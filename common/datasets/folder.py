@@ -307,15 +307,15 @@ def check(root: str | Path, images: bool = False, workers: int = 0) -> None:
     in `workers` processes. UserError, at the end: an image is missing or damaged.
     """
     root = Path(root)
-    parts = dict(zip(("train", "test"), read_folder(root), strict=True))
+    train, test = read_folder(root)
     listings: dict[bytes, set[bytes]] = {}
     files: list[tuple[Path, str]] = []
     bad = 0
-    for part, listed in parts.items():
+    for part, listed in (("train", train), ("test", test)):
         if listed is None:
             print(f"{NAME} {part}: none; training tests on --test_split of the training images")
             continue
-        split = make_split(root, listed.paths, numbers(listed.labels, parts["train"].classes), part)
+        split = make_split(root, listed.paths, numbers(listed.labels, train.classes), part)
         describe(part, listed)
         there = are_there(split, listings)
         lines = [f"missing: {split.path(i)}" for i in np.flatnonzero(~there).tolist()]
