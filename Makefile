@@ -9,7 +9,7 @@ RUN     := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 DATASETS := cifar10 cifar100 mnist fashion_mnist
-.PHONY: help setup test test-all lint format lock reproduce-afm reproduce-manifold-dividemix reproduce-me-momentum reproduce-sanm reproduce-sfa reproduce-all cross claims tables report speed check-gpu check-data $(DATASETS:%=data-%)
+.PHONY: help setup test test-all lint format lock reproduce-afm reproduce-manifold-dividemix reproduce-me-momentum reproduce-sanm reproduce-sfa reproduce-all demo cross claims tables report speed check-gpu check-data $(DATASETS:%=data-%)
 
 help:  ## list the targets
 	@awk -F':[^#]*## ' '/^[a-z0-9_ -]+:.*## /{n = split($$1, names, " "); for (i = 1; i <= n; i++) printf "%-29s %s\n", names[i], $$2}' Makefile
@@ -40,6 +40,9 @@ lint: setup  ## check style and types
 format: setup  ## apply style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+demo: setup  ## from nothing: a folder of images with wrong labels, training, their ranking, and a gallery of the most suspect
+	$(RUN) -m benchmarks.demo $(ARGS)
 
 reproduce-afm: setup  ## Attentive Feature Mixup, mixup and cross-entropy: CSV, comparison, figure
 	$(RUN) -m benchmarks.run afm --profile $(PROFILE) --data_path $(DATA) --seeds $(SEEDS) $(ARGS)

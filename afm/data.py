@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from common import datasets
-from common.datasets import FileData, FileSplit
+from common.datasets import FileData, FileSplit, folder
 from common.datasets.image_cache import open_caches
 from common.datasets.posterior import posterior_for
 from common.gpu import processes
@@ -50,13 +50,18 @@ class Data(NamedTuple):
     classes: tuple[str, ...] = ()  # names
 
 
+def reads_files(args: Namespace) -> bool:
+    """Whether a run reads its images from their files in every epoch; a folder's at the size of Food-101N's crops alone."""
+    return args.dataset in ON_DISK or (args.dataset == folder.NAME and args.image_size == IMAGE_SIZE)
+
+
 def load(args: Namespace, device: Device, loader: Generator) -> Data:
     """The data that the flags ask for; `loader` gives the order and the augmentation. UserError: data or flags do not fit."""
     if args.train_batch % processes.world():
         raise UserError(
             f"--train-batch {args.train_batch}: cannot be cut into equal pieces for {processes.world()} processes"
         )
-    data = from_files(args, device, loader) if args.dataset in ON_DISK else from_memory(args, device, loader)
+    data = (from_files if reads_files(args) else from_memory)(args, device, loader)
     if len(data.observed) < args.train_batch:
         raise UserError(
             f"--train-batch {args.train_batch}: there are only {len(data.observed)} training images, and a partial "
@@ -66,11 +71,11 @@ def load(args: Namespace, device: Device, loader: Generator) -> Data:
 
 
 def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
-    """Digits, MNIST, CIFAR or an .npz; label noise is drawn before any image is touched."""
-    data = datasets.load(args.dataset, args.data_root or "./data")
+    """Digits, MNIST, CIFAR, an .npz or a folder; label noise is drawn before any image is touched."""
+    data = datasets.from_arguments(vars(args))
     index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
     index = datasets.without_removed(index, args.noise_file)
-    clean = data.train.labels[index]
+    clean = data.true_labels(index, args.noise_type)
     posterior = posterior_for(args.noise_type, data, args.data_root or "./data", args.posterior)
     observed = datasets.observed_labels(
         data,
@@ -98,7 +103,7 @@ def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
         index,
         clean,
         observed,
-        (clean == observed).astype(np.int8),
+        np.full(len(index), -1, dtype=np.int8) if clean is None else (clean == observed).astype(np.int8),
         Labelled(train, _on(device, observed)),
         *tests,
         sampled=np.arange(len(index)),
@@ -106,14 +111,17 @@ def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
         plain=plain,
         paths=data.paths,
         classes=data.classes,
+        skipped=data.skipped,
     )
 
 
 def from_files(args: Namespace, device: Device, loader: Generator) -> Data:
-    """Food-101N with Food-101's test images, or Clothing1M in one of its settings; with the labels that they come with."""
+    """Food-101N with Food-101's test images, Clothing1M in one of its settings, or a folder; with the labels they come with."""
     data = processes.from_first(lambda: _load_files(args))
     listed, data = data.train.labels, datasets.relabelled(data, args.noise_file)
     verified = np.where(data.train.labels == listed, data.verified, -1).astype(np.int8)
+    if data.true_labels is not None:
+        verified = (data.train.labels == data.true_labels).astype(np.int8)
     data = data._replace(verified=verified)
     kept = datasets.limited(np.arange(len(data.positions)), args.limit_train, args.seed)
     kept = datasets.without_removed(kept, args.noise_file, data.positions)
@@ -146,7 +154,7 @@ def from_files(args: Namespace, device: Device, loader: Generator) -> Data:
         IMAGE_SIZE,
         3,
         data.positions[kept],
-        None,
+        None if data.true_labels is None else data.true_labels[kept],
         data.train.labels[kept],
         data.verified[kept],
         for_training(data.train, kept),
@@ -164,6 +172,9 @@ def from_files(args: Namespace, device: Device, loader: Generator) -> Data:
 
 
 def _load_files(args: Namespace) -> FileData:
+    if args.dataset == folder.NAME:
+        root = args.data_root or "./data"
+        return folder.load_folder_files(root, args.test_split, args.on_bad_image, args.workers)
     root = Path(args.data_root or FOLDERS[args.dataset])
     if (root / args.dataset).is_dir():
         root = root / args.dataset  # ./data serves as well as ./data/food
@@ -173,8 +184,8 @@ def _load_files(args: Namespace) -> FileData:
 
 def images_at(args: Namespace, positions: np.ndarray) -> list[np.ndarray]:
     """The training images at these positions of the data set, to be shown: uint8 [H, W, 1 or 3] each."""
-    if args.dataset not in ON_DISK:
-        return list(datasets.load(args.dataset, args.data_root or "./data").train.images[positions])
+    if not reads_files(args):
+        return list(datasets.from_arguments(vars(args)).train.images[positions])
     data = _load_files(args)
     place = {position: i for i, position in enumerate(data.positions.tolist())}
     plain = resize_and_center_crop(size=IMAGE_SIZE)

@@ -5,11 +5,11 @@ from argparse import _ArgumentGroup as ArgumentGroup
 from pathlib import Path
 
 from afm.attention import ATTENTIONS, INTERACTIONS, WEIGHTS
-from afm.data import ON_DISK, Data
+from afm.data import IMAGE_SIZE, ON_DISK, Data, reads_files
 from afm.grouping import ORDERS
 from afm.mixing import TARGETS
 from afm.networks import NETWORKS
-from common.datasets import posterior
+from common.datasets import folder, posterior
 from common.gpu import processes
 from common.noise import NOISE_TYPES
 from common.runs import cli
@@ -21,6 +21,8 @@ DEFAULTS = {
     "paper": {"attention": "relu-sigmoid", "mix_target": "soft", "group_order": "random", "group_rounds": 4},
     "released": {"attention": "complement", "mix_target": "both", "group_order": "halves", "group_rounds": 1},
 }
+# defaults that differ for a folder: its labels as they are
+OF_FOLDER = {"noise_type": "given"}
 # flags of the release that are other names here. `parse_args` sets them to None once it has read them:
 #   --weight-naive  for --weight-mixed, swapped as in the release
 #   --weight-afm    for --weight-plain, swapped as in the release
@@ -47,8 +49,9 @@ def add_data_flags(released: ArgumentGroup, further: ArgumentGroup) -> None:
     released.add_argument(
         "--dataset",
         default="food",
-        help="food (Food-101N, tested on Food-101), clothing1m, cifar10, cifar100, mnist, fashion_mnist, digits, or NAME "
-        "for DATA_ROOT/NAME.npz",
+        help="food (Food-101N, tested on Food-101), clothing1m, cifar10, cifar100, mnist, fashion_mnist, digits, NAME "
+        "for DATA_ROOT/NAME.npz, or folder for the images in DATA_ROOT, which are read from their files in every epoch with "
+        f"--image_size {IMAGE_SIZE}",
     )
     released.add_argument(
         "--data-root",
@@ -67,7 +70,7 @@ def add_data_flags(released: ArgumentGroup, further: ArgumentGroup) -> None:
         choices=[*NOISE_TYPES, "given", "none"],
         default="symmetric",
         help="label noise that is added to data sets with clean labels; "
-        f"{posterior.HELP}; given: the noisy_labels of an .npz",
+        f"{posterior.HELP}; given: the noisy_labels of an .npz or, by default, the labels of the folder",
     )
     further.add_argument("--noise-rate", type=cli.fraction, default=0.5, help="rate of the added noise")
     posterior.add_flag(further)
@@ -84,6 +87,7 @@ def add_data_flags(released: ArgumentGroup, further: ArgumentGroup) -> None:
         help="read images from a cache made by python -m common.datasets cache",
     )
     released.add_argument("--workers", type=cli.count_or_zero, default=4, help="processes that decode images")
+    folder.add_flags(further, without=("on_bad_image", "workers"))
 
 
 def add_network_flags(released: ArgumentGroup, further: ArgumentGroup) -> None:
@@ -235,7 +239,7 @@ def add_training_flags(released: ArgumentGroup, further: ArgumentGroup) -> None:
 def parse_args(argv=None) -> Namespace:
     """Parse, and settle the defaults that depend on other flags."""
     parser = make_parser()
-    args = cli.parse_args(parser, argv, PRESETS)
+    args = cli.parse_args(parser, argv, PRESETS, OF_FOLDER)
     released = args.fidelity == "released"
     settle_loss_weights(parser, args)
     defaults = dict(DEFAULTS[args.fidelity])
@@ -267,6 +271,11 @@ def check_args(parser: cli.Parser, args: Namespace) -> None:
     if args.pair_chunks > 1 and args.group_order != "halves":
         parser.error(
             f"argument --pair-chunks: {args.pair_chunks} pieces are for halves, not for random groups: add --group-order halves"
+        )
+    if args.noise_type != "given" and args.dataset == folder.NAME and reads_files(args):
+        parser.error(
+            f"argument --noise-type: {args.noise_type} noise is drawn on images in memory: use an --image_size other "
+            f"than {IMAGE_SIZE}, which reads the files"
         )
     if args.train_on != "noisy" and args.dataset != "clothing1m":
         parser.error(

@@ -21,7 +21,7 @@ from torch.optim import SGD
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from afm.attention import ablation_weights
-from afm.data import ON_DISK, Data, load
+from afm.data import Data, load, reads_files
 from afm.flags import cell, directory_name, make_parser, method, parse_args
 from afm.grouping import form_groups
 from afm.networks import AttentiveFeatureMixup, load_weights, make_network
@@ -183,8 +183,7 @@ def main(argv=None) -> None:
     if args.device_ids:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.device_ids
     device = gpu.pick(args.device, args.precision, several=True, fidelity=args.fidelity)
-    on_disk = args.dataset in ON_DISK
-    loader = torch.Generator().manual_seed(args.seed) if on_disk else device.generator(args.seed)
+    loader = torch.Generator().manual_seed(args.seed) if reads_files(args) else device.generator(args.seed)
     data = load(args, device, loader)
     network = network_of(args, data)
     run = Run(

@@ -146,12 +146,13 @@ def main(argv=None) -> None:
     args.num_epochs = args.num_epochs or arguments["num_epochs"]
     args.out = args.out or str(like / "baseline")
     device = gpu.pick(args.device, args.precision, fidelity=arguments.get("fidelity", "paper"))
-    folder = args.data_path or arguments.get("data_path") or arguments.get("data_root") or "./data"
-    data = datasets.load(arguments["dataset"], folder)
+    data = datasets.from_arguments(arguments, args.data_path)
     columns = ("table", "cell", "dataset", "noise_type", "noise_rate", "imb_factor", "ood_ratio", "profile")
     own = {column: cell[column] for column in columns}
     run = Run(args, device, paper=description["paper"], method="CE", name="", cell=own)
-    run.save_labels(index, data.train.labels[index], observed, data.num_classes)
+    drawn = arguments.get("noise_type") or arguments.get("noise_mode") or "given"
+    truth = data.true_labels(index, "given" if arguments.get("noise_file") else drawn)
+    run.save_labels(index, truth, observed, data.num_classes)
 
     train = Images(data.train.images[index], data.mean, data.std, device.device)
     tests = test_batches(data, arguments.get("limit_test"), args.seed, 256, device.device)

@@ -57,7 +57,7 @@ def cleanlab_folder(run: Path, quality: pd.DataFrame, data_path: str | None, dev
         raise UserError(f"--cleanlab: {run} is on {kinds}: give runs on data in memory")
     arguments = description["arguments"]
     root = data_path or arguments.get("data_path") or arguments.get("data_root") or "./data"
-    data = datasets.load(arguments["dataset"], root)
+    data = datasets.from_arguments(arguments, root)
     picked = gpu.pick(device, "auto", fidelity=arguments.get("fidelity", "paper"))
     probabilities = out_of_fold(data, index, given, arguments, picked)
     scores = get_label_quality_scores(given, probabilities.numpy())

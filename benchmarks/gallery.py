@@ -138,7 +138,7 @@ def images_in_memory(run: dict, root: str) -> np.ndarray:
         # the labels do not matter here; drawing them could need a posterior
         every |= {"noise_type": "no"}
         return load_open_set(Namespace(**arguments | every)).images
-    return datasets.load(arguments["dataset"], root).train.images
+    return datasets.from_arguments(arguments, root).train.images
 
 
 def image_file(path: str, root: str) -> Path:
@@ -157,9 +157,12 @@ def thumbnails(shown: pd.DataFrame, run: dict, data_path: str | None) -> tuple[l
             file = image_file(row.path, root)
             try:
                 uris.append(data_uri(read_image(file).permute(1, 2, 0).numpy()))
-            except (DamagedImage, OSError) as error:
+            except DamagedImage as error:
                 uris.append(None)
-                notes.append(f"{file} is not shown: {getattr(error, 'reason', None) or error.strerror}")
+                notes.append(f"{file} is not shown: {error.reason}")
+            except OSError as error:
+                uris.append(None)
+                notes.append(f"{file} is not shown: {error.strerror}")
             continue
         if images is None:
             images = images_in_memory(run, root)

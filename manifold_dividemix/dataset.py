@@ -36,6 +36,8 @@ class Dataset(NamedTuple):
     files: FileSplit | None = None  # the training images, if they come from files
     paths: tuple[str, ...] = ()  # of the data set's training images, for data in memory from files
     classes: tuple[str, ...] = ()  # names
+    # a folder's images left out: path, position in its list, reason
+    skipped: tuple[tuple[str, int, str], ...] = ()
 
     def true_labels(self) -> np.ndarray | None:
         """int64 [N], -1 for OOD images; None if they are unknown."""
@@ -50,7 +52,7 @@ def load_open_set(args: Namespace) -> Dataset:
             f"--noise-ratio {args.noise_ratio} and --ood-ratio {args.ood_ratio} are shares of all images: "
             "together at most 1"
         )
-    data = datasets.load(args.dataset, root)
+    data = datasets.from_arguments(vars(args))
     posterior = posterior_for(drawn_noise(args), data, root, args.posterior)
     corruption = Corruption(
         args.corruption, args.ood_ratio, args.noise_type, args.noise_ratio, args.noise_seed, args.label_rng
@@ -63,19 +65,21 @@ def load_open_set(args: Namespace) -> Dataset:
     )
     index = datasets.limited(np.arange(len(corrupted.observed)), args.limit_train, args.seed)
     index = datasets.without_removed(index, args.noise_file)
+    clean = data.true_labels(index, drawn_noise(args))
     return Dataset(
         name=data.name,
         index=index,
         images=corrupted.images[index],
         observed=corrupted.observed[index],
-        clean=data.train.labels[index],
-        ood=corrupted.ood[index],
+        clean=clean,
+        ood=None if clean is None and not args.ood_ratio else corrupted.ood[index],
         test_images=data.test.images,
         test_labels=data.test.labels,
         num_classes=data.num_classes,
         mean=data.mean,
         std=data.std,
         origin={"replaced": int(corrupted.ood.sum()), "sha256": corrupted.sha256},
+        skipped=data.skipped,
         tested=datasets.limited_test(data.test.labels, args.limit_test, args.seed),
         paths=data.paths,
         classes=data.classes,
@@ -128,6 +132,7 @@ def _folder(given: str | None, default: Path) -> Path | None:
 def save(dataset: Dataset, run: Run) -> None:
     """Write the labels and the origin of the images to the run directory. UserError: the run began with others."""
     run.save_labels(dataset.index, dataset.clean, dataset.observed, dataset.num_classes)
+    run.save_skipped(dataset.skipped)
     processes.from_first(lambda: _save_origin(dataset, run))
 
 

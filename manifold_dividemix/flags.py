@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.datasets import posterior
+from common.datasets import folder, posterior
 from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
 from common.gpu import processes
 from common.noise import POSTERIOR_TYPES
@@ -21,10 +21,11 @@ from manifold_dividemix.outliers import removal_count, split_epochs
 PRESETS = Path(__file__).with_name("presets.toml")
 ENCODER = "save/last.pth"
 LISTS = ("red", "blue")  # of mini-ImageNet
+# defaults that differ for a folder: its images and labels as they are
+OF_FOLDER = {"noise_type": "given", "ood_ratio": 0.0}
 # flags of the release that have no effect, there or here: type, default, and what decides in their place
 WITHOUT_EFFECT: dict[str, tuple[Callable[[str], Any], float | str, str]] = {
     "--num-class": (cli.count, 100, "the data set decides"),
-    "--workers": (int, 8, "the images stay on the device"),  # train_semisup.py
     "--print-freq": (int, 100, "the log has a row per epoch"),
     "--drops": (float, 0.005, "nothing reads it"),
     "--lambda_ce": (float, 1, "nothing reads it"),
@@ -53,7 +54,8 @@ def _add_open_set_flags(released: ArgumentGroup, further: ArgumentGroup, dataset
     further.add_argument(
         "--dataset",
         default="cifar100",
-        help=f"cifar10, cifar100, digits, mnist, fashion_mnist, or NAME for DATA_PATH/NAME.npz{datasets_help}",
+        help="cifar10, cifar100, digits, mnist, fashion_mnist, NAME for DATA_PATH/NAME.npz, folder for the images in "
+        f"DATA_PATH{datasets_help}",
     )
     _add_data_dir(released, "where the data sets are; the folder of the CIFAR batches too, as in the release")
     released.add_argument(
@@ -107,10 +109,11 @@ def _add_noise_flags(
         )
 
 
-def _add_mini_imagenet_flags(further: ArgumentGroup) -> None:
-    """Image files of mini-ImageNet."""
+def _add_mini_imagenet_flags(further: ArgumentGroup, *names_of_size: str) -> None:
+    """Image files of mini-ImageNet. names_of_size: further names of --img-size."""
     further.add_argument(
         "--img-size",
+        *names_of_size,
         type=cli.count,
         default=32,
         help="pixels of both sides; the paper's size is not known, later work compares at 32",
@@ -402,10 +405,17 @@ def make_cifar_parser() -> cli.Parser:
         ["sym", "asym", "superclass", *POSTERIOR_TYPES, "no", "given"],
         "sym",
         "sym: a class drawn from all; asym: the look-alike of 10 classes, else the next of a block of five; superclass: "
-        f"the next of CIFAR-100's superclass; {posterior.HELP}; given: the labels of --noise_file or of the .npz",
+        f"the next of CIFAR-100's superclass; {posterior.HELP}; given: the labels of --noise_file, of the .npz or, by "
+        "default, of the folder",
     )
     _add_training_flags(released, further, epochs=300, warm_up=5, start_factor=10)
-    _add_without_effect(released, "--workers")
+    released.add_argument(
+        "--workers",
+        type=cli.count_or_zero,
+        default=8,
+        help=f"of {folder.NAME}: processes that decode its images, once; other images stay on the device",
+    )
+    folder.add_flags(further, without=("workers",))
     cli.add_shared_flags(parser, default_seed=123)
     return parser
 
@@ -413,7 +423,7 @@ def make_cifar_parser() -> cli.Parser:
 def parse_cifar_args(argv: list[str] | None = None) -> Namespace:
     """The checked arguments of train_semisup.py, with the defaults that depend on other flags."""
     parser = make_cifar_parser()
-    args = cli.parse_args(parser, argv, PRESETS)
+    args = cli.parse_args(parser, argv, PRESETS, OF_FOLDER)
     _settle_corruption(parser, args)
     _settle_training(parser, args, released_bn="frozen", released_mask="batch")
     return args
@@ -513,7 +523,8 @@ def make_pretrain_parser() -> cli.Parser:
         None,
         f"red, blue: which list of {MINI_IMAGENET} (by default red); else without effect",
     )
-    _add_mini_imagenet_flags(data)
+    _add_mini_imagenet_flags(data, "--image_size")
+    folder.add_flags(data, without=("image_size", "on_bad_image", "workers"))
     training = simclr.add_recipe_flags(parser)
     training.add_argument("--arch", choices=list(ARCHS), default="resnet18", help=ARCH_HELP)
     training.add_argument("--gpu", type=cli.count_or_zero, default=0, help="which CUDA device")
@@ -528,7 +539,7 @@ def make_pretrain_parser() -> cli.Parser:
 def parse_pretrain_args(argv: list[str] | None = None) -> Namespace:
     """The checked arguments of pretrain.py, with the defaults that depend on other flags."""
     parser = make_pretrain_parser()
-    args = cli.parse_args(parser, argv, PRESETS)
+    args = cli.parse_args(parser, argv, PRESETS, OF_FOLDER)
     mini = args.dataset == MINI_IMAGENET
     args.noise_type = args.noise_type or ("red" if mini else "sym")
     if (args.noise_type in LISTS) != mini:

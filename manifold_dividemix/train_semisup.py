@@ -209,8 +209,8 @@ def full_test(network: Network, dataset: Dataset, s: Setting) -> dict[str, float
 def finish(network: Network, dataset: Dataset, memory: dict, s: Setting) -> None:
     """The end of the run: label_quality.csv, then the result."""
     run, estimate = s.run, partial(quality, network, dataset.num_classes, memory, s)
-    known = {"files": dataset.files, "true_labels": dataset.true_labels()}
-    save_label_quality(run, estimate, dataset.paths, dataset.classes, **known)
+    names, truth = (dataset.paths, dataset.classes), dataset.true_labels()
+    save_label_quality(run, estimate, *names, files=dataset.files, true_labels=truth)
     last = {f"last_{name}": run.rows[-1][name] for name in STATISTICS}
     last |= run.full_test(lambda: full_test(network, dataset, s))
     run.finish(first_ood_auroc=memory["first_auroc"], last_ood_auroc=memory["auroc"], **last)

@@ -18,27 +18,35 @@ def confident_examples(predicted: Tensor, labels: Tensor) -> Tensor:
     return (predicted == labels).nonzero()[:, 0]
 
 
-def set_statistics(confident: Tensor, right: Tensor, first: Tensor) -> dict[str, float | int | None]:
+def set_statistics(
+    confident: Tensor, right: Tensor | None, first: Tensor, size: int
+) -> dict[str, float | int | None]:
     """Size, precision and recall of a confident set, and its hard examples.
 
     confident, first: int positions of this set and of the run's first one, which the early-stopped network extracted. right:
-    bool [N], whether an observed label is the true one. Hard examples are those that are not in the first set.
+    bool [N], whether an observed label is the true one; None if that is unknown, as then what depends on it. size: N. Hard
+    examples are those that are not in the first set.
     Returned: confident_size; confident_share of all N; confident_precision, the share of right labels in the set;
     confident_recall, the share of all right labels that are in it; hard_share of the set; hard_precision, the share of right
     labels among the hard examples. None if the denominator is 0.
     """
-    hard = torch.ones_like(right)
+    hard = torch.ones(size, dtype=torch.bool, device=confident.device)
     hard[first] = False
     hard = hard[confident]
-    kept = right[confident]
-    return {
+    sizes = {
         "confident_size": len(confident),
-        "confident_share": _share(len(confident), len(right)),
+        "confident_share": _share(len(confident), size),
+        "hard_share": _share(hard.sum(), len(confident)),
+    }
+    if right is None:
+        return {name: sizes.get(name) for name in SET_COLUMNS}
+    kept = right[confident]
+    quality = {
         "confident_precision": _share(kept.sum(), len(confident)),
         "confident_recall": _share(kept.sum(), int(right.sum())),
-        "hard_share": _share(hard.sum(), len(confident)),
         "hard_precision": _share(kept[hard].sum(), int(hard.sum())),
     }
+    return {name: {**sizes, **quality}[name] for name in SET_COLUMNS}
 
 
 def set_growth(sets: Sequence[tuple[float, float | None]]) -> dict[str, float | None]:

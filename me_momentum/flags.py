@@ -4,7 +4,7 @@ from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
 
 from common import noise
-from common.datasets import Data, posterior
+from common.datasets import Data, folder, posterior
 from common.datasets.clothing1m import CLASSES, NAME
 from common.runs import cli
 from common.runs.run import run_name
@@ -13,6 +13,8 @@ from me_momentum.ClothingData import DATA_ROOT, INDEX
 from me_momentum.networks import NETWORKS
 
 PRESETS = Path(__file__).with_name("presets.toml")
+# defaults that differ for a folder: its labels as they are
+OF_FOLDER = {"noise_type": "given"}
 # flags of the release that only keep its commands valid:
 #   --model_dir    another name for --out; None once it is read (`settle_shared`)
 #   --num_classes  Clothing1M has 14 classes, no other number is accepted
@@ -30,7 +32,8 @@ def make_parser() -> cli.Parser:
     released.add_argument(
         "--dataset",
         default="mnist",
-        help="mnist, fashion_mnist, cifar10, cifar100, digits, or NAME for DATA_PATH/NAME.npz",
+        help="mnist, fashion_mnist, cifar10, cifar100, digits, NAME for DATA_PATH/NAME.npz, or folder for the images in "
+        "DATA_PATH",
     )
     released.add_argument(
         "--data_path", default="./data", metavar="DIR", type=cli.place, help="where the data sets are"
@@ -40,7 +43,7 @@ def make_parser() -> cli.Parser:
         choices=[*noise.NOISE_TYPES, "given"],
         default="symmetric",
         help="label noise of the whole training set, validation part included; "
-        f"{posterior.HELP}; given: the noisy_labels of an .npz",
+        f"{posterior.HELP}; given: the noisy_labels of an .npz or, by default, the labels of the folder",
     )
     released.add_argument("--noise_rate", type=cli.fraction, default=0.2, help="rate of the label noise")
     posterior.add_flag(further)
@@ -134,6 +137,7 @@ def make_parser() -> cli.Parser:
         action=BooleanOptionalAction,
         help="report the mean over test batches, as the release does; by default under --fidelity released alone",
     )
+    folder.add_flags(further)
     cli.add_shared_flags(parser, default_seed=1)
     return parser
 
@@ -141,7 +145,7 @@ def make_parser() -> cli.Parser:
 def parse_args(argv=None) -> Namespace:
     """Parse, and settle the defaults that depend on other flags."""
     parser = make_parser()
-    args = cli.parse_args(parser, argv, PRESETS)
+    args = cli.parse_args(parser, argv, PRESETS, OF_FOLDER)
     settle_shared(parser, args)
     if args.noise_file:
         args.noise_type = "given"

@@ -82,7 +82,9 @@ class Setting(NamedTuple):
     labels: Tensor  # observed, of the training part, int [N]
     validation_labels: Tensor  # observed
     test_labels: Tensor  # clean
-    right: Tensor  # bool [N]: whether the observed label is the true one; for the log alone
+    right: (
+        Tensor | None
+    )  # bool [N]: the observed label is the true one; for the log alone; None: truth unknown
     augmentation: Callable | None  # of training images
     generator: torch.Generator  # shuffles, crops and flips
 
@@ -114,12 +116,11 @@ def make_setting(
     def to_device(images: np.ndarray) -> Images:
         return Images(images, data.mean, data.std, device.device)
 
-    right = observed == data.train.labels[index]
+    truth = data.true_labels(index, args.noise_type)
+    right = None if truth is None else torch.from_numpy((observed == truth)[parts.train]).to(device.device)
     tested = data.test.only(datasets.limited_test(data.test.labels, args.limit_test, args.seed))
-    arrays = (observed[parts.train], observed[parts.validation], tested.labels, right[parts.train])
-    labels, validation_labels, test_labels, is_right = (
-        torch.from_numpy(array).to(device.device) for array in arrays
-    )
+    arrays = (observed[parts.train], observed[parts.validation], tested.labels)
+    labels, validation_labels, test_labels = (torch.from_numpy(array).to(device.device) for array in arrays)
     size, channels = data.train.images.shape[2:]
     return Setting(
         args,
@@ -132,7 +133,7 @@ def make_setting(
         labels,
         validation_labels,
         test_labels,
-        is_right,
+        right,
         # random crop and flip of colour images, nothing for grey ones (README, section 2.1)
         training_augmentation(data.name, size) if channels == 3 else None,
         device.generator(args.seed),
@@ -164,7 +165,7 @@ def extract(network: nn.Module, memory: dict, what: str, s: Setting) -> None:
     if memory["first_confident"] is None:
         memory["first_confident"] = confident
     first = memory["first_confident"].to(confident.device)
-    memory["statistics"] = set_statistics(confident, s.right, first)
+    memory["statistics"] = set_statistics(confident, s.right, first, len(s.labels))
     chosen = [selection_report.Selected(confident, s.labels, s.right)]
     memory["statistics"] |= selection_report.columns(chosen)
     memory["streaks"] = selection_report.follow(
@@ -249,7 +250,7 @@ def main(argv=None) -> None:
     """Train Me-Momentum and write its run directory."""
     args = parse_args(argv)
     device = gpu.pick(args.device, args.precision, fidelity=args.fidelity)
-    data = datasets.load(args.dataset, args.data_path)
+    data = datasets.from_arguments(vars(args))
     index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
     index = datasets.without_removed(index, args.noise_file)
     eta = posterior.posterior_for(args.noise_type, data, args.data_path, args.posterior)
@@ -262,7 +263,8 @@ def main(argv=None) -> None:
     network = device.prepare(fresh_network(), args.compile)
     name, columns = directory_name(args), cell(args, data)
     run = Run(args, device, paper="me_momentum", method=method(args), name=name, cell=columns)
-    run.save_labels(index, data.train.labels[index], observed, data.num_classes)
+    run.save_labels(index, data.true_labels(index, args.noise_type), observed, data.num_classes)
+    run.save_skipped(data.skipped)
     run.save_arrays("split", train=index[parts.train], validation=index[parts.validation])
 
     s = make_setting(args, run, device, data, index, observed, parts)

@@ -213,11 +213,12 @@ def co_divide(
 # results --------------------------------------------------------------------------------------------------------------
 
 
-def save_clean_probability(run: Run, clean: list, observed: np.ndarray, labels: np.ndarray) -> None:
-    """Write clean_probability.npz if the run selected samples. clean: each network's; labels: the true ones."""
+def save_clean_probability(run: Run, clean: list, observed: np.ndarray, labels: np.ndarray | None) -> None:
+    """Write clean_probability.npz if the run selected samples. clean: each network's; labels: the true ones, if known."""
     if clean[0] is not None:
         first, second = (probability.cpu().numpy() for probability in clean)
-        run.save_arrays("clean_probability", net1=first, net2=second, observed=observed, clean=labels)
+        truth = {} if labels is None else {"clean": labels}
+        run.save_arrays("clean_probability", net1=first, net2=second, observed=observed, **truth)
 
 
 def quality(nets: list[MaskedNetwork], clean: list, num_classes: int, s: Setting) -> Estimate:
@@ -227,9 +228,9 @@ def quality(nets: list[MaskedNetwork], clean: list, num_classes: int, s: Setting
 
 
 def final_metrics(
-    nets: list[MaskedNetwork], right: Tensor, tests: Labelled, num_classes: int, s: Setting
+    nets: list[MaskedNetwork], right: Tensor | None, tests: Labelled, num_classes: int, s: Setting
 ) -> dict[str, float | None]:
-    """The result's metrics beside the test accuracy by epoch. right: bool [N]; tests: all test images."""
+    """The result's metrics beside the test accuracy by epoch. right: bool [N] or None; tests: all test images."""
 
     def full_test() -> dict[str, float]:
         scores = network_scores(nets, tests.batches, len(tests.labels), num_classes, s.device)
@@ -252,18 +253,20 @@ def main(argv=None) -> None:
     for note in flags.cifar_notes(args):
         print(note)
     device = gpu.pick(args.device, args.precision, args.gpuid, fidelity=args.fidelity, fixed_shapes=False)
-    data = datasets.load(args.dataset, args.data_path)
+    data = datasets.from_arguments(vars(args))
     index = training_index(data, args)
-    true_labels, observed = data.train.labels[index], observed_labels(data, index, args)
+    true_labels, observed = data.true_labels(index, args.noise_mode), observed_labels(data, index, args)
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
     nets = [initial_network(data, args) for _ in range(2)]
     method, name = flags.cifar_method(args), flags.cifar_directory(args)
     run = Run(args, device, paper="sanm", method=method, name=name, cell=flags.cifar_cell(args, data.name))
     run.save_labels(index, true_labels, observed, data.num_classes)
+    run.save_skipped(data.skipped)
 
     train = Images(data.train.images[index], data.mean, data.std, device.device)
     tests = test_batches(data, args.limit_test, args.seed, 512, device.device)
-    labels, right = (torch.from_numpy(y).to(device.device) for y in (observed, observed == true_labels))
+    labels = torch.from_numpy(observed).to(device.device)
+    right = None if true_labels is None else torch.from_numpy(observed == true_labels).to(device.device)
     nets = [device.prepare(net, args.compile) for net in nets]
     optimizers = [
         SGD(net.parameters(), args.lr, 0.9, weight_decay=5e-4, fused=device.on_cuda()) for net in nets

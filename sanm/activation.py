@@ -38,12 +38,14 @@ def map_concentrations(network: nn.Module, batches: Iterable, size: int, device:
     return values
 
 
-def concentration_statistics(values: Tensor, right: Tensor) -> dict[str, float | None]:
+def concentration_statistics(values: Tensor, right: Tensor | None) -> dict[str, float | None]:
     """map_right and map_wrong: mean concentrations of right and of wrong labels; map_auc: AUC of the concentration against them.
 
     values [N]; right: bool [N]. map_auc is 0.5 if the two kinds of maps are alike, above if maps of right labels are more
-    concentrated. None if one kind is missing.
+    concentrated. None if one kind is missing, or `right` is unknown.
     """
+    if right is None:
+        return dict.fromkeys(("map_auc", "map_right", "map_wrong"))
     kinds = [values[right], values[~right]]
     means = [float(kind.mean()) if len(kind) else None for kind in kinds]
     both = all(len(kind) for kind in kinds)

@@ -7,7 +7,7 @@ from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
 from typing import Any
 
-from common.datasets import posterior
+from common.datasets import folder, posterior
 from common.datasets.clothing1m import CLASSES
 from common.datasets.clothing1m import NAME as CLOTHING1M
 from common.noise import POSTERIOR_TYPES
@@ -22,6 +22,8 @@ from sanm.selection import HISTORY, averages_history
 PRESETS = Path(__file__).with_name("presets.toml")
 BASE_NAMES = {"dividemix": "DivideMix", "c2d": "C2D"}
 
+# defaults that differ for a folder: its labels as they are
+OF_FOLDER = {"noise_mode": "given"}
 # flags of the release without effect here; --num_class of Train_clothing1M.py must fit
 WITHOUT_EFFECT = {
     "--num_class": "ignored: the data set decides",
@@ -96,7 +98,8 @@ def cifar_parser(description: str | None = None) -> cli.Parser:
     released.add_argument(
         "--dataset",
         default="cifar10",
-        help="cifar10, cifar100, digits, mnist, fashion_mnist, or NAME for DATA_PATH/NAME.npz",
+        help="cifar10, cifar100, digits, mnist, fashion_mnist, NAME for DATA_PATH/NAME.npz, or folder for the images in "
+        "DATA_PATH",
     )
     released.add_argument(
         "--data_path", default="./data", metavar="DIR", type=cli.place, help="folder of the data sets"
@@ -106,7 +109,7 @@ def cifar_parser(description: str | None = None) -> cli.Parser:
         choices=["sym", "asym", *POSTERIOR_TYPES, "given"],
         default="sym",
         help="sym: a class drawn from all; asym: the look-alike class, on CIFAR-100 another class of the superclass; "
-        f"{posterior.HELP}; given: the labels of --noise_file or of the .npz",
+        f"{posterior.HELP}; given: the labels of --noise_file, of the .npz or, by default, of the folder",
     )
     released.add_argument(
         "--r",
@@ -128,6 +131,7 @@ def cifar_parser(description: str | None = None) -> cli.Parser:
         default="strong",
         help="the views that give targets, maps and masked images: AutoAugment as in the release, or crop and flip",
     )
+    folder.add_flags(ours)
     cli.add_shared_flags(parser, default_seed=123)
     return parser
 
@@ -214,7 +218,7 @@ def _add_cifar_training_flags(released, ours) -> None:
 def cifar_args(argv=None, description: str | None = None) -> Namespace:
     """Parse the flags of Train_cifar.py, and settle the defaults that depend on other flags."""
     parser = cifar_parser(description)
-    args = cli.parse_args(parser, argv, PRESETS)
+    args = cli.parse_args(parser, argv, PRESETS, OF_FOLDER)
     _settle_mask_flags(parser, args)
     if args.noise_file:
         args.noise_mode = "given"
@@ -443,11 +447,13 @@ def pretrain_parser(description: str | None = None) -> cli.Parser:
     data.add_argument(
         "--dataset",
         default="cifar10",
-        help="cifar10, cifar100, digits, mnist, fashion_mnist, or NAME for DATA_PATH/NAME.npz",
+        help="cifar10, cifar100, digits, mnist, fashion_mnist, NAME for DATA_PATH/NAME.npz, or folder for the images in "
+        "DATA_PATH",
     )
     data.add_argument(
         "--data_path", default="./data", metavar="DIR", type=cli.place, help="folder of the data sets"
     )
+    folder.add_flags(data)
     training = add_recipe_flags(parser)
     training.add_argument(
         "--model",
@@ -463,7 +469,7 @@ def pretrain_parser(description: str | None = None) -> cli.Parser:
 def pretrain_args(argv=None, description: str | None = None) -> Namespace:
     """Parse the flags of pretrain.py, and settle the defaults that depend on other flags."""
     parser = pretrain_parser(description)
-    args = cli.parse_args(parser, argv, PRESETS)
+    args = cli.parse_args(parser, argv, PRESETS, {})
     if args.noise_file:
         parser.error(f"argument --noise_file: no label is used in pre-training, got {args.noise_file}")
     settle(args)

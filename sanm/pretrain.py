@@ -52,14 +52,16 @@ def main(argv=None) -> None:
     """Pre-train an encoder and write its run directory."""
     args = parse_args(argv)
     device = gpu.pick(args.device, args.precision, args.gpuid, fidelity=args.fidelity)
-    data = datasets.load(args.dataset, args.data_path)
+    data = datasets.from_arguments(vars(args))
     index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
     if args.drop_last and len(index) < args.batch_size:
         raise UserError(f"--drop_last: a batch of {args.batch_size} is more than all {len(index)} images")
     clean = data.train.labels[index]
     name, cell = flags.pretrain_directory(args), flags.pretrain_cell(args, data.name)
     run = Run(args, device, paper="sanm", method="SimCLR", name=name, cell=cell)
-    run.save_labels(index, clean, clean, data.num_classes)  # the true ones: kNN alone uses them
+    # the true ones, if they are known: kNN alone uses them
+    run.save_labels(index, data.true_labels(index, "given"), clean, data.num_classes)
+    run.save_skipped(data.skipped)
 
     train = Images(data.train.images[index], *normalisation(data), device.device)
     test = Images(data.test.images, *normalisation(data), device.device)

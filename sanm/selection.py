@@ -67,21 +67,26 @@ def divide(clean: Tensor, threshold: float, at_least: int = 1) -> Tensor:
     return selected
 
 
-def split_statistics(clean: list[Tensor], selected: list[Tensor], right: Tensor) -> dict[str, float | None]:
+def split_statistics(
+    clean: list[Tensor], selected: list[Tensor], right: Tensor | None
+) -> dict[str, float | None]:
     """Columns net1_..., net2_... of the log: samples selected, AUC of the clean probability, precision and recall.
 
     clean float64 [N], selected bool [N]: of each network, empty in warm-up, where all columns are None. right: bool [N],
-    which observed labels are the true ones. AUC and recall are None if all are of one kind.
+    which observed labels are the true ones. AUC and recall are None if all are of one kind; without `right` only the number of
+    samples selected is known.
     """
-    columns, right = {}, right.cpu().numpy()
+    columns, truth = {}, None if right is None else right.cpu().numpy()
     for net in (0, 1):
         report = dict.fromkeys(STATISTICS)
         if clean:
             probability, chosen = clean[net].cpu().numpy(), selected[net].cpu().numpy()
-            report |= {"selected": int(chosen.sum()), "precision": float(right[chosen].mean())}
-            if 0 < right.sum() < len(right):
-                report["auc"] = float(roc_auc_score(right, probability))
-                report["recall"] = float(chosen[right].mean())
+            report["selected"] = int(chosen.sum())
+            if truth is not None:
+                report["precision"] = float(truth[chosen].mean())
+            if truth is not None and 0 < truth.sum() < len(truth):
+                report["auc"] = float(roc_auc_score(truth, probability))
+                report["recall"] = float(chosen[truth].mean())
         columns |= {f"net{net + 1}_{name}": value for name, value in report.items()}
     return columns
 

@@ -108,7 +108,7 @@ def load_data(run: RunResult, data_path: str | None) -> Data:
     """The data set of a run, at data_path if it is given, else where the run found it. UserError: not there."""
     arguments = run.curve.arguments
     try:
-        return datasets.load(arguments["dataset"], data_path or arguments["data_path"])
+        return datasets.from_arguments(arguments, data_path)
     except UserError as error:
         raise UserError(
             f"{error}; or say where the training images of {run.folder} are with --data_path DIR"

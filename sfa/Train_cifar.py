@@ -34,7 +34,7 @@ from common.runs.run import Run
 from common.runs.selection_report import Selected
 from sfa import small_loss
 from sfa.evaluation import SHOTS, accuracies, estimate_label_quality
-from sfa.flags import cifar_cell, cifar_directory, note_schedule
+from sfa.flags import cifar_cell, cifar_directory, note_schedule, settle_draw_count
 from sfa.flags import cifar_method as method
 from sfa.flags import make_cifar_parser as make_parser
 from sfa.flags import parse_cifar_args as parse_args
@@ -82,8 +82,8 @@ class Setting(NamedTuple):
         return self.run.progress(Batches(self.train, 4 * self.args.batch_size), name, training=False)
 
 
-def long_tailed_noisy(data: Data, args: Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The long-tailed noisy training set (README, section 2): positions in data.train [N], clean and observed labels [N]."""
+def long_tailed_noisy(data: Data, args: Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """The long-tailed noisy training set (README, section 2): positions in data.train [N] and observed labels [N]."""
     labels, num_classes = data.train.labels, data.num_classes
     python_rng, rng = random.Random(args.seed), np.random.RandomState(args.seed)
     counts = noise.class_counts(len(labels), num_classes, args.imb_type, args.imb_factor)
@@ -124,7 +124,7 @@ def long_tailed_noisy(data: Data, args: Namespace) -> tuple[np.ndarray, np.ndarr
             raise UserError(f"{data.name}: {error}; use --noise_ratio 0, or data of more classes") from None
     kept = datasets.limited(np.arange(len(index)), args.limit_train, args.seed)
     kept = datasets.without_removed(kept, args.noise_file, index)
-    return index[kept], clean[kept], observed[kept]
+    return index[kept], observed[kept]
 
 
 def make_network(data: Data, args: Namespace) -> PreActResNet:
@@ -245,15 +245,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     note_schedule(args)
     device = gpu.pick(args.device, args.precision, args.gpuid, fidelity=args.fidelity, fixed_shapes=False)
-    data = datasets.load(args.dataset, args.data_path)
-    index, clean, observed = long_tailed_noisy(data, args)
+    data = datasets.from_arguments(vars(args))
+    index, observed = long_tailed_noisy(data, args)
+    clean = data.true_labels(index, args.noise_mode)
+    settle_draw_count(args, len(index), data.num_classes)
     name, cell = cifar_directory(args), cifar_cell(args, data)
     run = Run(args, device, paper="sfa", method=method(args), name=name, cell=cell)
     run.save_labels(index, clean, observed, data.num_classes)
+    run.save_skipped(data.skipped)
 
     train = Images(data.train.images[index], data.mean, data.std, device.device)
     tests = test_batches(data, args.limit_test, args.seed, 4 * args.batch_size, device.device)
-    labels, right = (torch.from_numpy(array).to(device.device) for array in (observed, observed == clean))
+    labels = torch.from_numpy(observed).to(device.device)
+    right = None if clean is None else torch.from_numpy(observed == clean).to(device.device)
     observed_counts = torch.bincount(labels, minlength=data.num_classes)
 
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator

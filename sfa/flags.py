@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from common.datasets import Data, posterior
+from common.datasets import Data, folder, posterior
 from common.datasets.webvision import NAME as WEBVISION
 from common.gpu import processes
 from common.noise import POSTERIOR_TYPES
@@ -25,6 +25,8 @@ LOSSES = {
     "logit_adjusted": "logit adjustment",
     "balanced_softmax": "balanced softmax",
 }
+# defaults that differ for a folder: its labels and images as they are
+OF_FOLDER = {"noise_mode": "given", "imb_type": "none"}
 # flags of the release that have no effect, there or here: type, default, and what decides in their place
 WITHOUT_EFFECT = {
     "--num_class": (cli.count, 10, "the data set decides"),  # Train_cifar.py
@@ -109,7 +111,7 @@ def make_cifar_parser() -> cli.Parser:
         default="sfa",
         help="sfa: stochastic feature averaging; gmm: DivideMix's small losses; none: all labels are trained on as they are",
     )
-    default_count = "; by default 300, and 9 on digits"
+    default_count = "; by default 300, on digits 9, of a folder 6 %% of its images per class"
     _add_averaging_flags(
         released, released, further, beta=0.99, min_draw_count=None, default_count=default_count
     )
@@ -119,6 +121,7 @@ def make_cifar_parser() -> cli.Parser:
         default="em",
         help="em: all classes at once on the device; sklearn: the reference path",
     )
+    folder.add_flags(further)
     cli.add_shared_flags(parser, default_seed=123)
     return parser
 
@@ -127,7 +130,8 @@ def _add_cifar_data_flags(released: ArgumentGroup, further: ArgumentGroup) -> No
     released.add_argument(
         "--dataset",
         default="cifar10",
-        help="cifar10, cifar100, digits, mnist, fashion_mnist, or NAME for DATA_PATH/NAME.npz",
+        help="cifar10, cifar100, digits, mnist, fashion_mnist, NAME for DATA_PATH/NAME.npz, or folder for the images in "
+        "DATA_PATH",
     )
     released.add_argument(
         "--data_path", default="./data", metavar="DIR", type=cli.place, help="where the data sets are"
@@ -143,7 +147,7 @@ def _add_cifar_data_flags(released: ArgumentGroup, further: ArgumentGroup) -> No
         choices=["imb", "sym", *POSTERIOR_TYPES, "given"],
         default="imb",
         help="imb: flips follow the class sizes; sym: all other classes alike; "
-        f"{posterior.HELP}; given: the labels of --noise_file or of the .npz",
+        f"{posterior.HELP}; given: the labels of --noise_file, of the .npz or, by default, of the folder",
     )
     released.add_argument(
         "--noise_ratio", type=cli.fraction, default=0.5, help="fraction of labels that are flipped"
@@ -206,7 +210,7 @@ def _add_loss_flags(group: ArgumentGroup) -> None:
 def parse_cifar_args(argv: list[str] | None = None) -> Namespace:
     """The checked arguments of Train_cifar.py, with the defaults that depend on other flags."""
     parser = make_cifar_parser()
-    args = cli.parse_args(parser, argv, PRESETS)
+    args = cli.parse_args(parser, argv, PRESETS, OF_FOLDER)
     for name in ("imb_factor", "gce_q"):
         if getattr(args, name) > 1:
             parser.error(f"argument --{name}: must be at most 1, got {getattr(args, name)}")
@@ -218,10 +222,16 @@ def parse_cifar_args(argv: list[str] | None = None) -> Namespace:
     args.sce_ce = weights[0] if args.sce_ce is None else args.sce_ce
     args.sce_rce = weights[1] if args.sce_rce is None else args.sce_rce
     args.ema_mode = args.ema_mode or usual_ema_mode(args)
-    if args.min_draw_count is None:
+    if args.min_draw_count is None and args.dataset != folder.NAME:
         # 300 of CIFAR-10's 5000 images per class, scaled to the 143 of digits
         args.min_draw_count = 9 if args.dataset == "digits" else 300
     return args
+
+
+def settle_draw_count(args: Namespace, images: int, num_classes: int) -> None:
+    """The default of --min_draw_count for a folder: the same 6 % of its training images per class."""
+    if args.min_draw_count is None:
+        args.min_draw_count = max(round(0.06 * images / num_classes), 1)
 
 
 def usual_ema_mode(args: Namespace) -> str:

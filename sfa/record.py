@@ -30,21 +30,26 @@ def remember(memory: dict, selections: Sequence[Selection | SmallLoss]) -> None:
         memory["centroids"].append(averaged[0].centroids.mean(dim=0).half().cpu())
 
 
-def save_selections(run: Run, memory: dict, **labels: np.ndarray) -> None:
-    """Write clean_probability.npz, with labels [N] by name, and centroids.npz. Without a selection neither is written."""
+def save_selections(run: Run, memory: dict, **labels: np.ndarray | None) -> None:
+    """Write clean_probability.npz, with labels [N] by name, and centroids.npz. Without a selection neither is written.
+
+    Labels that are None are unknown and left out.
+    """
     if memory["clean"][0] is not None:
         first, second = (clean.cpu().numpy() for clean in memory["clean"])
-        run.save_arrays("clean_probability", net1=first, net2=second, **labels)
+        known = {name: values for name, values in labels.items() if values is not None}
+        run.save_arrays("clean_probability", net1=first, net2=second, **known)
     if memory["centroids"]:
         run.save_arrays("centroids", net1=torch.stack(memory["centroids"]).numpy())
 
 
 def quality_columns(
-    selections: Sequence[Selection | SmallLoss], observed: np.ndarray, clean: np.ndarray
+    selections: Sequence[Selection | SmallLoss], observed: np.ndarray, clean: np.ndarray | None
 ) -> dict[str, float | None]:
     """Columns net1_..., net2_... of the log: selection statistics and the number of drawn classes.
 
-    observed, clean: labels, int [N]. None in the warm-up. Small losses have no drawn classes: None.
+    observed, clean: labels, int [N]; clean None if they are unknown. None in the warm-up; without true labels all but the sizes.
+    Small losses have no drawn classes: None.
     """
     columns = {}
     for i in (1, 2):
@@ -52,7 +57,9 @@ def quality_columns(
         if selections:
             selection = selections[i - 1]
             arrays = selection.clean.cpu().numpy(), selection.selected.cpu().numpy()
-            report |= selection_statistics(*arrays, observed, clean, len(selection.counts))
+            report["selected"] = int(arrays[1].sum())
+            if clean is not None:
+                report |= selection_statistics(*arrays, observed, clean, len(selection.counts))
             if isinstance(selection, Selection):
                 report["drawn_classes"] = int(selection.drawn.sum())
         columns |= {f"net{i}_{name}": value for name, value in report.items()}

@@ -1,7 +1,8 @@
 """Data sets: `load(name, root)` gives train and test splits with clean labels, `labels_of(file, ...)` observed ones.
 
 `load_food101n`, `load_clothing1m`, `load_mini_imagenet` and `load_webvision` give lists of image files with their given labels;
-`image_cache` makes small copies, `decoded` one array of all images.
+`image_cache` makes small copies, `decoded` one array of all images. `load_folder` reads your own images, `from_arguments` the
+data set that the flags of a script name.
 
 Terms. digits: scikit-learn's copy of the UCI optical digits, CC BY 4.0, shipped with scikit-learn. MNIST:
 LeCun, Cortes and Burges, usually quoted as CC BY-SA 3.0. Fashion-MNIST: Zalando, MIT. CIFAR-10/100:
@@ -18,6 +19,7 @@ part of the installation. This repository holds no other data set.
 from common.datasets.clothing1m import load_clothing1m
 from common.datasets.file_check import ALIASES, FILE_NAMES, check, load_files, source
 from common.datasets.file_lists import FileData, FileSplit, relabelled
+from common.datasets.folder import from_arguments, load_folder
 from common.datasets.food101n import load_food101n
 from common.datasets.given_labels import labels_of, read_decisions, read_labels, without_removed
 from common.datasets.in_memory import NAMES, Data, Split, download, load
@@ -37,12 +39,14 @@ __all__ = [
     "check",
     "decoded",
     "download",
+    "from_arguments",
     "labels_of",
     "limited",
     "limited_test",
     "load",
     "load_clothing1m",
     "load_files",
+    "load_folder",
     "load_food101n",
     "load_mini_imagenet",
     "load_webvision",

@@ -6,7 +6,7 @@
 from pathlib import Path
 
 from common import datasets
-from common.datasets import clothing1m, food101n, image_cache, pools, webvision
+from common.datasets import clothing1m, folder, food101n, image_cache, pools, webvision
 from common.datasets.given_labels import label_notes
 from common.runs.cli import Parser, UserError, count, count_or_zero, exit_cleanly
 
@@ -23,10 +23,11 @@ def make_parser() -> Parser:
     )
     parser.add_argument(
         "name",
-        help=f"one of {', '.join((*datasets.NAMES, *datasets.FILE_NAMES, *pools.FOLDERS))}, or NAME for DATA_PATH/NAME.npz",
+        help=f"one of {', '.join((*datasets.NAMES, *datasets.FILE_NAMES, *pools.FOLDERS, folder.NAME))}, or NAME for "
+        "DATA_PATH/NAME.npz",
     )
     parser.add_argument("--data_path", default="./data", metavar="DIR", help="the folder of the data sets")
-    group = parser.add_argument_group(f"for {', '.join(datasets.FILE_NAMES)}")
+    group = parser.add_argument_group(f"for {', '.join((*datasets.FILE_NAMES, folder.NAME))}")
     group.add_argument("--images", action="store_true", help="check: decode every image")
     group.add_argument(
         "--workers", type=count_or_zero, default=4, metavar="N", help="processes that decode images"
@@ -72,6 +73,11 @@ def main(argv=None):
     name = datasets.ALIASES.get(args.name, args.name)
     if args.action == "cache" and name not in CACHED:
         raise UserError(f"{name} needs no cache: only {', '.join(CACHED)} have large images in files")
+    if name == folder.NAME:
+        if args.action == "download":
+            raise UserError(f"{name} stands for your own images: put them into {folder.LAYOUT}")
+        folder.check(args.data_path, args.images, args.workers)
+        return
     if name in datasets.FILE_NAMES:
         image_files(name, args)
         return

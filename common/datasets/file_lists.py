@@ -80,6 +80,7 @@ class FileData(NamedTuple):
     ] = ()  # images left out: path, position in the official list, reason
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    true_labels: np.ndarray | None = None  # int64 [N]: of the training images, where all are known
 
     def splits(self) -> tuple[FileSplit, ...]:
         """The splits that exist."""
@@ -246,6 +247,8 @@ def without_bad_images(data: FileData, root: Path, on_bad_image: str, workers: i
         return data
     kept: dict[str, Any] = {split.part: split.only(keep[split.part]) for split in data.splits()}
     kept |= {name: getattr(data, name)[keep["train"]] for name in ("positions", "verified")}
+    if data.true_labels is not None:
+        kept["true_labels"] = data.true_labels[keep["train"]]
     return data._replace(**kept, skipped=tuple(skipped))
 
 

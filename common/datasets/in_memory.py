@@ -56,7 +56,7 @@ class Split(NamedTuple):
 
 
 class Data(NamedTuple):
-    """A data set in memory, with clean labels if its file has them."""
+    """A data set in memory. A folder of your own images may have no true labels: `train.labels` are its observed ones then."""
 
     name: str
     train: Split
@@ -64,9 +64,19 @@ class Data(NamedTuple):
     num_classes: int
     mean: tuple[float, ...]  # per channel, of pixels scaled to [0, 1]
     std: tuple[float, ...]
-    noisy_labels: np.ndarray | None = None  # int64 [N]: observed training labels of an .npz
+    noisy_labels: np.ndarray | None = None  # int64 [N]: observed training labels of an .npz or a folder
+    truth_known: bool = True  # whether train.labels are the true labels
     classes: tuple[str, ...] = ()  # names, by class id
     paths: tuple[str, ...] = ()  # of the training images, if they come from files
+    # a folder's images left out: path, position in its list, reason
+    skipped: tuple[tuple[str, int, str], ...] = ()
+
+    def true_labels(self, index: np.ndarray, noise_type: str) -> np.ndarray | None:
+        """The true labels of the training images at `index` [n]: int64 [n]; None if they are unknown.
+
+        noise_type: "given", or noise that is drawn on train.labels, which are the true ones then.
+        """
+        return None if noise_type == "given" and not self.truth_known else self.train.labels[index]
 
 
 def load(name: str, root: str | Path = "./data", download: bool = False) -> Data:
@@ -82,7 +92,7 @@ def load(name: str, root: str | Path = "./data", download: bool = False) -> Data
         return _load_digits()
     if name not in TORCHVISION:
         raise UserError(
-            f"unknown data set {name}: choose from {', '.join(NAMES)}, or put your own at {root / name}.npz"
+            f"unknown data set {name}: choose from {', '.join(NAMES)}, folder, or put your own at {root / name}.npz"
         )
     if download:
         _download(name, root)
@@ -111,11 +121,13 @@ def _data(
     if (
         len(mean) != train.images.shape[-1]
     ):  # no constants for this name, or an .npz of that name with other channels
-        mean, std = _pixel_statistics(train.images)
-    return Data(name, train, test, num_classes, mean, std, noisy_labels, CLASS_NAMES.get(name, ()))
+        mean, std = pixel_statistics(train.images)
+    classes = CLASS_NAMES.get(name, ())
+    return Data(name, train, test, num_classes, mean, std, noisy_labels, classes=classes)
 
 
-def _pixel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def pixel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of uint8 images [N, H, W, C], scaled to [0, 1]."""
     flat = images.reshape(-1, images.shape[-1])
     histograms = [np.bincount(flat[:, c], minlength=256) / len(flat) for c in range(flat.shape[1])]
     values = np.arange(256) / 255

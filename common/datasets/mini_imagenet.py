@@ -166,19 +166,22 @@ def list_lines(lines: Iterable[str], image: str) -> dict[str, int]:
 # one array of all images ----------------------------------------------------------------------------------------------
 
 
-def decoded(split: FileSplit, size: int, workers: int, folder: Path | None) -> np.ndarray:
+def decoded(
+    split: FileSplit, size: int, workers: int, folder: Path | None, state: str | None = None
+) -> np.ndarray:
     """Every image of a split as RGB, resized to a square (the aspect not kept): uint8 [N, size, size, 3].
 
     Decoded by `workers` processes (by this process for 0). If `folder` is given, a file in it keeps the array for the next call
-    with the same paths and size; delete it after images changed. The first of several processes then decodes for all. A
-    folder that cannot be written and a damaged file get a note. UserError: a damaged image.
+    with the same paths, size and `state` of the files, if that is given; else delete it after images changed. The first of
+    several processes then decodes for all. A folder that cannot be written and a damaged file get a note. UserError: a damaged
+    image.
     """
     if folder is None:
         return _decode(split, size, workers)
-    return processes.first_alone(lambda: _kept(split, size, workers, folder))
+    return processes.first_alone(lambda: _kept(split, size, workers, folder, state))
 
 
-def _kept(split: FileSplit, size: int, workers: int, folder: Path) -> np.ndarray:
+def _kept(split: FileSplit, size: int, workers: int, folder: Path, state: str | None) -> np.ndarray:
     """The array in the folder, or a new one, which is then kept there."""
     about = {
         "paths_sha256": split.sha256(),
@@ -186,6 +189,8 @@ def _kept(split: FileSplit, size: int, workers: int, folder: Path) -> np.ndarray
         "size": size,
         "torchvision": version("torchvision"),
     }
+    if state is not None:
+        about["state"] = state
     parameters = json.dumps(about)
     short = hashlib.sha256(parameters.encode()).hexdigest()[:8]
     path = folder / f"decoded.{split.part}_{size}x{size}_{short}.npz"

@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from contextvars import ContextVar
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -346,17 +347,20 @@ def preset_arguments(section: dict) -> list[str]:
     return words
 
 
-def parse_args(parser: Parser, argv: Sequence[str] | None, presets: Path) -> argparse.Namespace:
+def parse_args(
+    parser: Parser, argv: Sequence[str] | None, presets: Path, of_folder: dict[str, Any] | None = None
+) -> argparse.Namespace:
     """Parse argv, with the flags of --preset before it.
 
-    `script` in a section names its script; a section without it belongs to the paper's first script.
+    `script` in a section names its script; a section without it belongs to the paper's first script. of_folder: the defaults
+    that differ for --dataset folder, by name.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     finder = Parser(add_help=False, prog=parser.prog)
     finder.add_argument("--preset")
     name = finder.parse_known_args(argv)[0].preset
     if name is None:
-        return _checked(parser, parser.parse_args(argv))
+        return _checked(parser, argv, of_folder)
     sections = read_presets(presets)
     if name not in sections:
         parser.error(f"unknown preset {name}: choose from {', '.join(sections)}")
@@ -366,11 +370,21 @@ def parse_args(parser: Parser, argv: Sequence[str] | None, presets: Path) -> arg
         parser.error(
             f"preset {name} is for {script or 'another script of this paper'}, not for {parser.prog}"
         )
-    return _checked(parser, parser.parse_args(preset_arguments(sections[name]) + argv))
+    return _checked(parser, preset_arguments(sections[name]) + argv, of_folder)
 
 
-def _checked(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
+def _checked(parser: Parser, words: list[str], of_folder: dict[str, Any] | None) -> argparse.Namespace:
     """The arguments, with the shared flags checked against each other."""
+    asks = ("--dataset", "folder") in pairwise(words) or "--dataset=folder" in words
+    if of_folder is None and asks:
+        parser.error(
+            "argument --dataset: folder is not for this script, which reads its own data set: use afm/train.py, "
+            "sfa/Train_cifar.py, me_momentum/main.py, manifold_dividemix/train_semisup.py or sanm/Train_cifar.py"
+        )
+    args = parser.parse_args(words)
+    if of_folder and args.dataset == "folder":
+        parser.set_defaults(**of_folder)
+        args = parser.parse_args(words)
     if getattr(args, "full_test_at_end", False) and args.limit_test is None:
         parser.error(
             "argument --full_test_at_end: without --limit_test every test is a full one; leave it out"

@@ -65,7 +65,7 @@ def save_label_quality(
     found = estimate()
     if processes.rank() == 0:
         labels = run.labels if true_labels is None else run.labels._replace(clean=true_labels)
-        own = [paths[i] for i in run.labels.index.tolist()] if paths else ()
+        own = [paths[i] for i in run.labels.positions.tolist()] if paths else ()
         if files is not None:
             own = [str(files.path(i)) for i in range(len(files.paths))]
         run.save_file(NAME, to_csv(labels, found, own, classes))

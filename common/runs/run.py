@@ -580,6 +580,9 @@ def run_name(args: Namespace, defaults: dict[str, Any], always: Iterable[str]) -
     ]
     places = getattr(args, "_places", ())
     named = {flag: getattr(args, flag) for flag in [*always, *changed]}
+    if named.get("dataset") == "folder":  # of two folders, two names
+        where = getattr(args, "data_path", None) or getattr(args, "data_root", None) or "./data"
+        named["dataset"] = f"folder_{Path(where).resolve().name}"
     words = [
         f"{flag}_{Path(value).name if flag in places and value else value}" for flag, value in named.items()
     ]

@@ -14,6 +14,7 @@ from common.runs import cli
 FLAGS = """
 -h/--help='==SUPPRESS==' --dataset='food' --data-root=None --train-on='noisy' --noise-type='symmetric'
 --noise-rate=0.5 --posterior=None --on_bad_image='error' --image-cache=None --workers=4
+--image_size=32 --test_split=0.2
 --network='resnet50' --pretrained=None --shared-classifier/--no-shared-classifier=True --group-size=2
 --group-rounds=None --group-order=None --pair-chunks=None --interaction='sum' --attention=None
 --attn-hidden=0 --weights='attentive' --mix-alpha=1.0 --mix-target=None --detach-target=False

@@ -18,7 +18,7 @@ def drawn(seed: int, size: int = 200, num_classes: int = 7) -> tuple[np.ndarray,
 
 def statistics(confident, right, first) -> dict:
     confident, first = (torch.tensor(list(positions), dtype=torch.int64) for positions in (confident, first))
-    return set_statistics(confident, torch.tensor(right, dtype=torch.bool), first)
+    return set_statistics(confident, torch.tensor(right, dtype=torch.bool), first, len(right))
 
 
 def test_confident_examples_are_those_predicted_as_observed_in_ascending_order():

@@ -15,7 +15,8 @@ FLAGS = """
 --posterior=None --data_percent=0.9 --network='auto' --stem_padding=0 --lr=0.01 --weight_decay=0.0001
 --batch_size=128 --n_epoch=100 --cuda_graphs/--no-cuda_graphs=False --model_dir=None
 --selection='confident' --max_outer_loop=3 --max_inner_loop=20 --es_step=0.1 --es_limit=2.0
---select_view='train' --val_view='train' --legacy_batch_mean/--no-legacy_batch_mean=None --out=None
+--select_view='train' --val_view='train' --legacy_batch_mean/--no-legacy_batch_mean=None
+--image_size=32 --test_split=0.2 --on_bad_image='error' --workers=4 --out=None
 --seed=1 --device='auto' --precision='auto' --compile=False --fidelity='paper' --preset=None
 --noise_file=None -r/--resume='auto' --limit_train=None --limit_test=None --full_test_at_end=False
 """

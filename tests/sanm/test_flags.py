@@ -30,7 +30,8 @@ FROZEN = {
     --warm_up=None:count --warm-up-views='strong':strong|weak --alpha=4:positive --lambda_u=25:non_negative
     --T=0.5:positive --p_threshold=0.5:fraction --gpuid=0:count_or_zero --masking='adversarial':adversarial|none
     --mask-lo=0.02:fraction --mask-hi=0.07:fraction --mask-quality=0.03:fraction --mask-anchor=None:corner|centre
-    --clamp-targets=False --recon-weight=0.02:non_negative --ref-views='strong':strong|weak""",
+    --clamp-targets=False --recon-weight=0.02:non_negative --ref-views='strong':strong|weak
+    --image_size=32:count --test_split=0.2:fraction --on_bad_image='error':error|skip --workers=4:count_or_zero""",
     CLOTHING: """-h,--help='==SUPPRESS==' --data_path='./Dataset/noise_label_data/Clothing1M':place
     --num_batches=15625:count --num_class=14:count --image_size=224:count --on_bad_image='error':error|skip
     --image_cache=None:place --workers=5:count_or_zero --id='clothing1m' --network='resnet50':resnet50|resnet18
@@ -39,8 +40,9 @@ FROZEN = {
     --sync_bn,--no-sync_bn=None --gpuid=0:count_or_zero --masking='adversarial':adversarial|none
     --mask-lo=0.06:fraction --mask-hi=0.13:fraction --mask-quality=0.1:fraction --mask-anchor=None:corner|centre
     --clamp-targets=False --recon-weight=0.3:non_negative""",
-    SIMCLR: """-h,--help='==SUPPRESS==' --dataset='cifar10' --data_path='./data':place --epochs=1000:count
-    --batch_size=1024:count --drop_last,--no-drop_last=False --lr,--learning_rate=0.5:positive
+    SIMCLR: """-h,--help='==SUPPRESS==' --dataset='cifar10' --data_path='./data':place
+    --image_size=32:count --test_split=0.2:fraction --on_bad_image='error':error|skip --workers=4:count_or_zero
+    --epochs=1000:count --batch_size=1024:count --drop_last,--no-drop_last=False --lr,--learning_rate=0.5:positive
     --momentum=0.9:fraction --weight_decay=0.0001:non_negative --temp=0.5:positive --cosine,--no-cosine=True
     --lr_decay_epochs=[700,800,900]:count --lr_decay_rate=0.1:positive --warm,--no-warm=None
     --warmup_epochs=10:count --knn_every=None:count --model='resnet18':resnet18 --gpuid=0:count_or_zero""",

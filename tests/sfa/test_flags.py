@@ -35,7 +35,8 @@ FLAGS = {
         *(("loss", "ce"), ("ldam_margin", 0.5), ("ldam_scale", 30), ("gce_q", 0.7), ("sce_ce", None)),
         *(("sce_rce", None), ("adjustment_tau", 1), ("selection", "sfa"), ("p_threshold", 0.5)),
         *(("beta", 0.99), ("phi", 1.005), ("sample_rate", 1), ("min_draw_count", None)),
-        *(("ema_mode", None), ("mixture", "em"), *SHARED),
+        *(("ema_mode", None), ("mixture", "em"), ("image_size", 32), ("test_split", 0.2)),
+        *(("on_bad_image", "error"), ("workers", 4), *SHARED),
     ],
     Train_webvision: [
         *(("help", "==SUPPRESS=="), ("data_path", "./webvision/"), ("imagenet", None), ("num_class", 50)),
@@ -53,7 +54,7 @@ TYPES = {
     cli.count_or_zero: "gpuid gpuid1 gpuid2 min_draw_count workers",
     cli.positive: "T adjustment_tau alpha gce_q imb_factor ldam_margin ldam_scale lr phi",
     cli.non_negative: "lambda_u sce_ce sce_rce",
-    cli.fraction: "beta noise_ratio p_threshold",
+    cli.fraction: "beta noise_ratio p_threshold test_split",
     cli.place: "data_path image_cache imagenet noise_file out posterior",
     cli.seed: "seed",
 }
