@@ -34,8 +34,8 @@ from me_momentum.alternation import Place, Verdict, advance, learning_rate, name
 from me_momentum.confident import SET_COLUMNS, confident_examples, set_statistics
 from me_momentum.flags import cell, directory_name, loop_limits, make_parser, method, parse_args
 from me_momentum.networks import make_network, usual_network
-from me_momentum.report import estimate_label_quality, summary
-from me_momentum.training import predict, train_epoch
+from me_momentum.report import estimate_label_quality, reported, summary
+from me_momentum.training import copy_of, predict, train_epoch
 from me_momentum.validation import Parts, accuracy, balanced_accuracy, batch_mean_accuracy, split
 
 __all__ = ["main", "make_parser", "parse_args"]
@@ -200,16 +200,6 @@ def end_phase(network: nn.Module, memory: dict, run: Run) -> None:
     """Write model_best.pt. If no epoch of the outer loop was kept, its last weights take that place."""
     memory["best_of_loop"] = memory["best_of_loop"] or copy_of(network)
     run.save_weights("model_best.pt", reported(memory))
-
-
-def reported(memory: dict) -> dict[str, Tensor]:
-    """The weights whose test accuracy is reported."""
-    return memory["reported"] or memory["best_of_loop"]
-
-
-def copy_of(network: nn.Module) -> dict[str, Tensor]:
-    """A copy of the weights on their device."""
-    return {name: value.clone() for name, value in network.state_dict().items()}
 
 
 def full_test(network: nn.Module, memory: dict, data: Data, s: Setting) -> dict[str, float]:

@@ -77,3 +77,8 @@ def estimate_label_quality(
     selected[trained_on] = 0
     selected[trained_on[confident.cpu()]] = 1
     return Estimate(probabilities, selected=selected)
+
+
+def reported(memory: dict) -> dict[str, Tensor]:
+    """The weights whose test accuracy is reported."""
+    return memory["reported"] or memory["best_of_loop"]

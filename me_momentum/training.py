@@ -88,3 +88,8 @@ def predict(network: nn.Module, batches: Iterable, size: int, device: Device) ->
         with device.autocast():
             predicted[index] = network(images).argmax(dim=1)
     return processes.total(predicted)
+
+
+def copy_of(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of the weights on their device."""
+    return {name: value.clone() for name, value in network.state_dict().items()}

@@ -23,24 +23,22 @@ from common.datasets import Data, posterior
 from common.gpu import device as gpu
 from common.gpu.augment import training_augmentation, warm_up_view
 from common.gpu.encoders import load_encoder
-from common.gpu.loader import Batches, Images, Labelled, test_batches
+from common.gpu.loader import Batches, Images, test_batches
 from common.gpu.policies import six_views
 from common.runs import cli, selection_report
 from common.runs.cli import UserError
-from common.runs.label_quality import Estimate, save_label_quality
+from common.runs.label_quality import save_label_quality
 from common.runs.run import Run
 from common.runs.selection_report import Selected
 from sanm import flags
-from sanm.activation import concentration_statistics, map_concentrations
 from sanm.losses import ramp_up
 from sanm.masking import draw_masks, mask
 from sanm.mixmatch import Samples
 from sanm.networks import MaskedNetwork, make_network
+from sanm.report import final_metrics, quality, save_clean_probability
 from sanm.selection import (
-    STATISTICS,
     clean_probability,
     divide,
-    estimate_label_quality,
     normalised,
     remember,
     split_statistics,
@@ -208,39 +206,6 @@ def co_divide(
     return train_divided(
         network, peer, optimizer, labelled, unlabelled.endless(), step, labels=s.labels, clean=clean
     )
-
-
-# results --------------------------------------------------------------------------------------------------------------
-
-
-def save_clean_probability(run: Run, clean: list, observed: np.ndarray, labels: np.ndarray | None) -> None:
-    """Write clean_probability.npz if the run selected samples. clean: each network's; labels: the true ones, if known."""
-    if clean[0] is not None:
-        first, second = (probability.cpu().numpy() for probability in clean)
-        truth = {} if labels is None else {"clean": labels}
-        run.save_arrays("clean_probability", net1=first, net2=second, observed=observed, **truth)
-
-
-def quality(nets: list[MaskedNetwork], clean: list, num_classes: int, s: Setting) -> Estimate:
-    """What the last clean probabilities and both networks at the end say about the given labels."""
-    scores = network_scores(nets, s.plain("label quality"), len(s.labels), num_classes, s.device)
-    return estimate_label_quality(scores, clean, s.args.p_threshold, nets[0].softmax)
-
-
-def final_metrics(
-    nets: list[MaskedNetwork], right: Tensor | None, tests: Labelled, num_classes: int, s: Setting
-) -> dict[str, float | None]:
-    """The result's metrics beside the test accuracy by epoch. right: bool [N] or None; tests: all test images."""
-
-    def full_test() -> dict[str, float]:
-        scores = network_scores(nets, tests.batches, len(tests.labels), num_classes, s.device)
-        return {"full_test": accuracy(scores.sum(dim=0), tests.labels), "full_test_images": len(tests.labels)}
-
-    metrics = {f"last_net1_{name}": s.run.rows[-1][f"net1_{name}"] for name in STATISTICS}
-    if not s.run.is_finished():
-        values = map_concentrations(nets[0], s.plain("activation maps"), len(s.labels), s.device)
-        metrics |= concentration_statistics(values, right)
-    return metrics | s.run.full_test(full_test)
 
 
 # the script -----------------------------------------------------------------------------------------------------------

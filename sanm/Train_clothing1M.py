@@ -42,6 +42,7 @@ from sanm.training import (
     Masks,
     Step,
     accuracy,
+    copy_of,
     learning_rate,
     network_scores,
     sample_losses,
@@ -187,11 +188,6 @@ def validate(nets: Sequence[nn.Module], best: list[dict], name: str, s: Setting)
         if found > kept["accuracy"]:
             kept["accuracy"], kept["weights"] = found, copy_of(nets[i])
     return report
-
-
-def copy_of(network: nn.Module) -> dict[str, Tensor]:
-    """A copy of the weights on the CPU."""
-    return {name: value.to("cpu", copy=True) for name, value in network.state_dict().items()}
 
 
 def reported(nets: Sequence[nn.Module], best: list[dict], s: Setting) -> dict[str, float]:

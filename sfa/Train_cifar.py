@@ -40,7 +40,7 @@ from sfa.flags import make_cifar_parser as make_parser
 from sfa.flags import parse_cifar_args as parse_args
 from sfa.losses import ramp_up
 from sfa.networks import CosineHead, PreActResNet, preact_resnet18, preact_resnet_narrow
-from sfa.record import classes_last, empty_memory, quality_columns, remember, save_selections
+from sfa.record import classes_last, empty_memory, note_warm_up, quality_columns, remember, save_selections
 from sfa.robust_losses import standard_loss
 from sfa.selection import (
     POSTERIORS,
@@ -139,14 +139,6 @@ def make_network(data: Data, args: Namespace) -> PreActResNet:
     if args.loss == "ldam":
         network.heads.standard = CosineHead(network.heads.feature_size, data.num_classes, args.ldam_scale)
     return network
-
-
-def note_warm_up(setting: Setting) -> None:
-    """Print a note if a selection follows a warm-up of few steps."""
-    args = setting.args
-    if args.selection != "none" and args.warm_up < args.num_epochs:
-        steps = args.warm_up * len(setting.batches(2 * args.batch_size))
-        selection_report.note_short_warm_up(steps, f"--warm_up {args.warm_up}")
 
 
 def warm_up_epoch(
@@ -269,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     memory = empty_memory(data.num_classes)
     run.resume({"nets": nets, "optimizers": optimizers, "loader": loader, "draws": draws, "memory": memory})
     setting = Setting(args, device, run, train, labels, loader, draws, standard_loss(args))
-    note_warm_up(setting)
+    note_warm_up(args, len(setting.batches(2 * args.batch_size)))
 
     for epoch in run.epochs(args.num_epochs):
         for optimizer in optimizers:

@@ -1,5 +1,6 @@
 """What a run keeps of its selections: for the next epoch, for the log, and in its directory for `sfa.visualize`."""
 
+from argparse import Namespace
 from collections.abc import Sequence
 
 import numpy as np
@@ -69,3 +70,9 @@ def quality_columns(
 def classes_last(report: dict) -> dict:
     """The columns of an epoch with those of single classes, class_0 ..., behind all others."""
     return dict(sorted(report.items(), key=lambda column: column[0].startswith("class_")))
+
+
+def note_warm_up(args: Namespace, batches: int) -> None:
+    """Print a note if a selection follows a warm-up of few steps. batches: of an epoch of the warm-up."""
+    if args.selection != "none" and args.warm_up < args.num_epochs:
+        selection_report.note_short_warm_up(args.warm_up * batches, f"--warm_up {args.warm_up}")
