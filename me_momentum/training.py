@@ -72,7 +72,7 @@ def class_probabilities(
     for (images,), index in batches:
         with device.autocast():
             logits = network(images)
-        probabilities[index] = F.softmax(logits.float(), dim=1)
+        probabilities[index] = F.softmax(logits.float(), dim=1).to(probabilities)
     return processes.total(probabilities)
 
 

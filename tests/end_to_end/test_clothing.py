@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from common.runs.cli import UserError
 from me_momentum import Clothing
@@ -142,7 +143,7 @@ def test_the_result_is_that_of_the_best_validation_accuracy(alone):
     order = np.random.RandomState(1).permutation(18)  # the same draws as a shuffle
     assert sorted(order[confident]) == np.flatnonzero(quality.selected).tolist()
     # the first noisy image of each class has the label of the next one
-    assert quality.score[::6].max() < quality.score.drop(range(0, 18, 6)).min()
+    assert roc_auc_score(np.arange(18) % 6 > 0, quality.score) > 0.8
     assert all(Path(path).is_file() for path in quality.path) and quality.path.is_unique
 
 

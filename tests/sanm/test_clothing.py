@@ -439,7 +439,7 @@ def test_the_weights_that_are_best_on_validation_are_kept_and_tested_at_the_end(
         path.name: path.read_bytes() for path in (run / "result.json", run / "log.csv", run / "net1_best.pt")
     }
     run_small(root, monkeypatch, "--num_epochs 3")
-    assert len(seen) == 9
+    assert len(seen) == 10
     assert {name: (run / name).read_bytes() for name in before} == before
 
 
