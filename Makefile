@@ -76,7 +76,7 @@ report: setup  ## one HTML page of all results, measured and published, in resul
 data-cifar10 data-cifar100 data-mnist data-fashion_mnist: setup  ## download a data set to DATA (torchvision's copy, md5 checked)
 	$(RUN) -m common.datasets download $(@:data-%=%) --data_path $(DATA)
 
-check-gpu: setup  ## on a machine with a GPU: does it compute what a CPU computes, and how fast; under 5 minutes
+check-gpu: setup  ## on a machine with a GPU: does it compute what a CPU computes, and how fast
 	$(RUN) -m tests.check_gpu $(ARGS)
 
 check-data: setup  ## look whether a data set is whole: make check-data ARGS="food101n --images" DATA=./data/food

@@ -73,8 +73,7 @@ def load(args: Namespace, device: Device, loader: Generator) -> Data:
 def from_memory(args: Namespace, device: Device, loader: Generator) -> Data:
     """Digits, MNIST, CIFAR, an .npz or a folder; label noise is drawn before any image is touched."""
     data = datasets.from_arguments(vars(args))
-    index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
-    index = datasets.without_removed(index, args.noise_file)
+    index = datasets.kept_images(args, np.arange(len(data.train.labels)))
     clean = data.true_labels(index, args.noise_type)
     posterior = posterior_for(args.noise_type, data, args.data_root or "./data", args.posterior)
     observed = datasets.observed_labels(
@@ -123,8 +122,7 @@ def from_files(args: Namespace, device: Device, loader: Generator) -> Data:
     if data.true_labels is not None:
         verified = (data.train.labels == data.true_labels).astype(np.int8)
     data = data._replace(verified=verified)
-    kept = datasets.limited(np.arange(len(data.positions)), args.limit_train, args.seed)
-    kept = datasets.without_removed(kept, args.noise_file, data.positions)
+    kept = datasets.kept_images(args, np.arange(len(data.positions)), data.positions)
     sampled = sampled_positions(data.verified[kept], args.seed)
     caches = open_caches(args.image_cache, data) if args.image_cache else {}
     loading = {"mean": data.mean, "std": data.std, "device": device.device, "workers": args.workers}

@@ -1,7 +1,7 @@
 """Count what a training step starts and waits for on a GPU, without one: on the pretend card of the tests.
 
-A step with its augmentation: forward, backward, optimiser; ResNet-18, batches of two 32 x 32 colour images, bfloat16 autocast. On
-a GPU each operator takes the host 5 to 8 microseconds, and a wait stops it until the GPU has caught up.
+A step with its augmentation: forward, backward, optimiser; ResNet-18, batches of two 32 x 32 colour images, bfloat16.
+The host starts each operator by itself, and a wait stops it until the GPU has caught up.
 """
 
 from argparse import Namespace

@@ -63,8 +63,7 @@ def load_open_set(args: Namespace) -> Dataset:
     corrupted = processes.first_alone(
         lambda: corrupt(data, corruption, root, pool_folder, cache, args.noise_file, posterior)
     )
-    index = datasets.limited(np.arange(len(corrupted.observed)), args.limit_train, args.seed)
-    index = datasets.without_removed(index, args.noise_file)
+    index = datasets.kept_images(args, np.arange(len(corrupted.observed)))
     clean = data.true_labels(index, drawn_noise(args))
     return Dataset(
         name=data.name,
@@ -104,8 +103,7 @@ def load_mini_imagenet(args: Namespace) -> Dataset:
     images, test_images = (
         datasets.decoded(split, args.img_size, args.workers, folder) for split in (files.train, files.test)
     )
-    limited = datasets.limited(np.arange(len(observed)), args.limit_train, args.seed)
-    limited = datasets.without_removed(limited, args.noise_file, files.positions)
+    limited = datasets.kept_images(args, np.arange(len(observed)), files.positions)
     return Dataset(
         name=files.name,
         index=files.positions[limited],

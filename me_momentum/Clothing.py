@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.gpu import device as gpu
 from common.gpu import processes
 from common.gpu.loader import Labelled
+from common.gpu.weights import cpu_copy
 from common.runs import cli, selection_report
 from common.runs.label_quality import Estimate, save_label_quality
 from common.runs.run import Run
@@ -126,7 +127,7 @@ def select(network: nn.Module, memory: dict, data: Data, what: str, run: Run) ->
     If the set is smaller than a batch, a warning is printed and the set before is kept.
     """
     models = model_of_class(ClassModels(**memory["models"]))
-    own, predicted = copy_of(network), torch.full_like(data.labels, -1)
+    own, predicted = cpu_copy(network), torch.full_like(data.labels, -1)
     for epoch, positions in samples_by_model(data.labels, models).items():
         network.load_state_dict(memory["weights"][epoch])
         batches = run.progress(data.plain(positions, run.args), f"{what} selection", training=False)
@@ -151,14 +152,9 @@ def keep_models(network: nn.Module, memory: dict, epoch: int, score: Tensor, acc
     models = update(ClassModels(**memory["models"]), epoch, score, accuracy)
     used = in_use(models)
     if epoch in used:
-        memory["weights"][epoch] = copy_of(network)
+        memory["weights"][epoch] = cpu_copy(network)
     memory["weights"] = {of: weights for of, weights in memory["weights"].items() if of in used}
     memory["models"] = models._asdict()
-
-
-def copy_of(network: nn.Module) -> dict[str, Tensor]:
-    """A copy of the weights on the CPU."""
-    return {name: value.to("cpu", copy=True) for name, value in network.state_dict().items()}
 
 
 def load_reported(network: nn.Module, run: Run) -> None:

@@ -60,7 +60,7 @@ def load(args: Namespace, device: Device) -> Data:
     The training list is shuffled once, as in the release, before any other random number. UserError: data or flags do not fit.
     """
     files = processes.from_first(lambda: _load_files(args))
-    kept = kept_images(args, files)
+    kept = datasets.kept_images(args, np.arange(len(files.positions)), files.positions)
     order = shuffled(len(kept), args.seed)
     caches = open_caches(args.image_cache, files) if args.image_cache else {}
     loading = {"mean": files.mean, "std": files.std, "device": device.device, "workers": args.workers}
@@ -103,19 +103,13 @@ def _load_files(args: Namespace) -> FileData:
     else:
         data = datasets.load_clothing1m(root, "noisy", args.on_bad_image, args.workers)
     data = datasets.relabelled(data, args.noise_file)
-    count = len(kept_images(args, data))
+    count = len(datasets.kept_images(args, np.arange(len(data.positions)), data.positions))
     if count < smallest_set(args):
         raise UserError(
             f"--batch_size {args.batch_size}: there are only {count} training images, and a partial batch is dropped; "
             "use a smaller batch"
         )
     return data
-
-
-def kept_images(args: Namespace, data: FileData) -> np.ndarray:
-    """Positions in `data` of the training images that are used, ascending."""
-    kept = datasets.limited(np.arange(len(data.positions)), args.limit_train, args.seed)
-    return datasets.without_removed(kept, args.noise_file, data.positions)
 
 
 def shuffled(count: int, seed: int) -> np.ndarray:

@@ -241,8 +241,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     device = gpu.pick(args.device, args.precision, fidelity=args.fidelity)
     data = datasets.from_arguments(vars(args))
-    index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
-    index = datasets.without_removed(index, args.noise_file)
+    index = datasets.kept_images(args, np.arange(len(data.train.labels)))
     eta = posterior.posterior_for(args.noise_type, data, args.data_path, args.posterior)
     observed = datasets.observed_labels(
         data, index, args.noise_type, args.noise_rate, args.seed, args.noise_file, posterior=eta

@@ -74,8 +74,7 @@ def parse_args(argv=None) -> Namespace:
 
 def training_index(data: Data, args: Namespace) -> np.ndarray:
     """Positions of the images that are trained on, int [N]. UserError: too few to be split."""
-    index = datasets.limited(np.arange(len(data.train.labels)), args.limit_train, args.seed)
-    index = datasets.without_removed(index, args.noise_file)
+    index = datasets.kept_images(args, np.arange(len(data.train.labels)))
     if args.selection == "gmm" and len(index) < 2:
         raise UserError(f"--limit_train {args.limit_train}: one image cannot be split into two sets")
     return index

@@ -28,6 +28,7 @@ from common.gpu import device as gpu
 from common.gpu import processes
 from common.gpu.device import Device
 from common.gpu.loader import Labelled, Part
+from common.gpu.weights import cpu_copy
 from common.runs import cli, selection_report
 from common.runs.label_quality import Estimate, save_label_quality
 from common.runs.run import Run
@@ -42,7 +43,6 @@ from sanm.training import (
     Masks,
     Step,
     accuracy,
-    copy_of,
     learning_rate,
     network_scores,
     sample_losses,
@@ -186,7 +186,7 @@ def validate(nets: Sequence[nn.Module], best: list[dict], name: str, s: Setting)
     for i, kept in enumerate(best):
         found = report[f"net{i + 1}_validation"] = accuracy(own[i], s.data.validation.labels)
         if found > kept["accuracy"]:
-            kept["accuracy"], kept["weights"] = found, copy_of(nets[i])
+            kept["accuracy"], kept["weights"] = found, cpu_copy(nets[i])
     return report
 
 

@@ -131,7 +131,7 @@ def test_batch_size(args: Namespace) -> int:
 def load(args: Namespace, device: Device) -> Data:
     """The noisy training, clean validation and clean test images (README, section 9). UserError: data or flags do not fit."""
     files = processes.from_first(lambda: _load_files(args))
-    kept = kept_images(args, files)
+    kept = datasets.kept_images(args, np.arange(len(files.positions)), files.positions)
     caches = open_caches(args.image_cache, files) if args.image_cache else {}
     loading = {"mean": MEAN, "std": STD, "device": device.device, "workers": args.workers}
     loading |= {"rank": processes.rank(), "world": processes.world()}
@@ -165,7 +165,7 @@ def _load_files(args: Namespace) -> FileData:
         )
     data = read_lists(Path(args.data_path), args.on_bad_image, args.workers)
     data = datasets.relabelled(data, args.noise_file)
-    kept = kept_images(args, data)
+    kept = datasets.kept_images(args, np.arange(len(data.positions)), data.positions)
     size = subset_size(data.train.labels[kept], args.num_batches * args.batch_size, args.num_class)
     if size < 2 * args.batch_size:
         raise UserError(
@@ -173,12 +173,6 @@ def _load_files(args: Namespace) -> FileData:
             "a batch; use a smaller batch, more --num_batches or more images"
         )
     return data
-
-
-def kept_images(args: Namespace, data: FileData) -> np.ndarray:
-    """Positions in `data` of the training images that are used, ascending."""
-    kept = datasets.limited(np.arange(len(data.positions)), args.limit_train, args.seed)
-    return datasets.without_removed(kept, args.noise_file, data.positions)
 
 
 def drops_last(args: Namespace) -> bool:

@@ -169,8 +169,3 @@ def network_scores(
 def accuracy(scores: Tensor, labels: Tensor) -> float:
     """Top-1 accuracy in percent of scores [N, K] against labels int [N]; the method predicts by the sum of both networks'."""
     return 100 * float((scores.argmax(dim=1) == labels).float().mean())
-
-
-def copy_of(network: nn.Module) -> dict[str, Tensor]:
-    """A copy of the weights on the CPU."""
-    return {name: value.to("cpu", copy=True) for name, value in network.state_dict().items()}

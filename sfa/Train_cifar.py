@@ -122,8 +122,7 @@ def long_tailed_noisy(data: Data, args: Namespace) -> tuple[np.ndarray, np.ndarr
             )
         except ValueError as error:
             raise UserError(f"{data.name}: {error}; use --noise_ratio 0, or data of more classes") from None
-    kept = datasets.limited(np.arange(len(index)), args.limit_train, args.seed)
-    kept = datasets.without_removed(kept, args.noise_file, index)
+    kept = datasets.kept_images(args, np.arange(len(index)), index)
     return index[kept], observed[kept]
 
 

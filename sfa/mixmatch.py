@@ -71,11 +71,6 @@ def mix(rows: Tensor, lam: float, permutation: Tensor) -> Tensor:
     return lam * rows[: len(permutation)] + (1 - lam) * rows[permutation]
 
 
-def gather(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all processes, part after part: [world n, ...] of parts [n_i, ...]."""
-    return torch.cat([processes.gather_rows(part) for part in parts])
-
-
 def gather_logits(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Standard and auxiliary logits [world B, K] of the images of all processes, of which [B, ...] are this one's."""
     _, standard, auxiliary = network(images)
@@ -134,7 +129,7 @@ def step_loss(
         input_parts += unlabelled
         target_parts = [guess_labels(network, peer, unlabelled, temperature)] * len(unlabelled)
     target_parts = [refine_labels(network, views, labels, clean, temperature)] * len(views) + target_parts
-    inputs, targets = gather(input_parts), gather(target_parts)
+    inputs, targets = processes.gather_parts(input_parts), processes.gather_parts(target_parts)
     labelled_rows = processes.world() * len(views) * len(labels)
     if not forward_unlabelled:
         permutation = permutation[:labelled_rows]

@@ -129,5 +129,4 @@ def kept_images(args: Namespace, data: FileData) -> np.ndarray:
         counts = np.bincount(labels, minlength=args.num_class)
         budget = noise.web_class_budget(counts, args.imb_type, args.imb_factor)
         kept = np.sort(noise.long_tailed(labels, budget, np.random.RandomState(args.seed)))
-    kept = datasets.limited(kept, args.limit_train, args.seed)
-    return datasets.without_removed(kept, args.noise_file, data.positions)
+    return datasets.kept_images(args, kept, data.positions)

@@ -1,6 +1,6 @@
 """Check on a machine with a CUDA device that everything computes there what it computes on the CPU, and how fast.
 
-    make check-gpu                       # prints a table, writes results/check_gpu.csv; under 5 minutes
+    make check-gpu                       # prints a table, writes results/check_gpu.csv
 
 Exit status: 0, 1 if a check failed or differs, 2 without a CUDA device. The tests run the same checks on a pretend card.
 """

@@ -25,7 +25,7 @@ from common.datasets.given_labels import labels_of, read_decisions, read_labels,
 from common.datasets.in_memory import NAMES, Data, Split, download, load
 from common.datasets.limit import limited, limited_test
 from common.datasets.mini_imagenet import decoded, load_mini_imagenet
-from common.datasets.observed import observed_labels
+from common.datasets.observed import kept_images, observed_labels
 from common.datasets.webvision import load_webvision
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "decoded",
     "download",
     "from_arguments",
+    "kept_images",
     "labels_of",
     "limited",
     "limited_test",

@@ -287,6 +287,7 @@ def in_class_folders(root: Path, part: str) -> Listed:
 
 
 def images_below(folder: Path) -> Iterator[str]:
+    """The paths of all image files below a folder, in order."""
     for place, _, names in sorted(os.walk(folder, followlinks=True)):
         yield from (os.path.join(place, name) for name in sorted(names) if is_image_name(name))
 
@@ -341,6 +342,7 @@ def check(root: str | Path, images: bool = False, workers: int = 0) -> None:
 
 
 def describe(part: str, listed: Listed) -> None:
+    """Print the number of images and classes of a part, and of wrong labels if the true ones are known."""
     counts = Counter(listed.labels)
     rare, large = min(counts, key=lambda name: counts[name]), max(counts, key=lambda name: counts[name])
     print(
@@ -366,6 +368,7 @@ def sizes_of(split: FileSplit, positions: np.ndarray) -> tuple[Counter, dict[int
 
 
 def most_common(sizes: Counter) -> str:
+    """The three most frequent sizes in pixels, as text. sizes: how often each (width, height) occurs."""
     shown = [f"{width} x {height} ({count} images)" for (width, height), count in sizes.most_common(3)]
     return ", ".join(shown) + (f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else "")
 

@@ -11,6 +11,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -291,10 +292,8 @@ def _whole_numbers(values: Any, name: str) -> np.ndarray:
 
 
 def _number(text: str, of: str) -> float:
-    try:
+    with suppress(ValueError):
         return int(text)
-    except ValueError:
-        pass
     try:
         return float(text)
     except ValueError:

@@ -1,9 +1,12 @@
-"""The observed labels of a data set in memory: drawn label noise, labels of its .npz, or labels of a file."""
+"""Which images are trained on, and their observed labels: drawn noise, labels of an .npz, or labels of a file."""
+
+from argparse import Namespace
 
 import numpy as np
 
-from common.datasets.given_labels import labels_of
+from common.datasets.given_labels import labels_of, without_removed
 from common.datasets.in_memory import Data
+from common.datasets.limit import limited
 from common.noise import add_noise
 from common.runs.cli import UserError
 
@@ -38,3 +41,12 @@ def observed_labels(
         return noisy[index]
     except ValueError as error:
         raise UserError(f"{flag} {noise_type}: {error}; use another") from None
+
+
+def kept_images(args: Namespace, candidates: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
+    """The candidates, int [n] ascending, that are trained on: --limit_train, then without those that --noise_file removes.
+
+    positions: as `without_removed`. UserError: as `without_removed`.
+    """
+    kept = limited(candidates, args.limit_train, args.seed)
+    return without_removed(kept, args.noise_file, positions)

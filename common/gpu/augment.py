@@ -322,20 +322,6 @@ def triangle_weights(place: Tensor, centre: Tensor, inside: Tensor, width: Tenso
     return weights.mul_(2**22).add_(0.5).floor_().mul_(2.0**-22)
 
 
-def random_resized_crop(
-    images: Tensor,
-    generator: Generator,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> Tensor:
-    """torchvision's RandomResizedCrop to the size that the images have, bilinear as on PIL images. uint8 [B, C, H, W].
-
-    scale: bounds of the fraction of the area; ratio: bounds of width / height. The result has channels-last strides.
-    """
-    height, width = images.shape[2:]
-    return apply_resized_crop(images, draw_resized_crop(len(images), height, width, generator, scale, ratio))
-
-
 def uniform(shape: int | tuple[int, ...], generator: Generator, low: float = 0, high: float = 1) -> Tensor:
     """Draws from [low, high) in float64."""
     draws = torch.rand(shape, generator=generator, dtype=torch.float64)

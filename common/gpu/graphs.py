@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from common.gpu import processes
 
 CHECKED = 20  # steps that are also made eagerly
-TOLERANCE = 0.02  # largest difference of outputs and gradients, relative to their largest value: bfloat16 rounds to 0.008
+TOLERANCE = 0.02  # largest difference of outputs and gradients, relative to their largest value
 
 
 def replay(network: nn.Module, batch_shape: tuple[int, ...], device: torch.device) -> None:

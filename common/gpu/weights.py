@@ -44,3 +44,8 @@ def read_weights(path: Path, what: str) -> dict[str, Tensor]:
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise UserError(f"{what} {path}: not a state dict of tensors")
     return loaded
+
+
+def cpu_copy(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state dict on the CPU."""
+    return {name: value.to("cpu", copy=True) for name, value in network.state_dict().items()}

@@ -366,7 +366,9 @@ OPERATIONS = {
     "color_jitter": augment.color_jitter,
     "random_affine": augment.random_affine,
     "random_grayscale": augment.random_grayscale,
-    "random_resized_crop": augment.random_resized_crop,
+    "resized_crop": lambda images, g: augment.apply_resized_crop(
+        images, augment.draw_resized_crop(len(images), *images.shape[2:], g)
+    ),
     "simclr_view": augment.simclr_view,
     "warm_up_view": lambda images, g: augment.warm_up_view(images, g, augment.crop_and_flip),
 }

@@ -300,7 +300,7 @@ def test_the_search_for_damaged_images_is_done_once(food, monkeypatch, capsys):
         again = datasets.load_food101n(food, "skip")
         assert again.skipped == first.skipped
         assert np.array_equal(again.train.paths, first.train.paths)
-        plant(data.train.path(6), "missing")  # what is missing is seen anew every time
+        plant(data.train.path(6), "missing")  # every run looks again for missing images
         assert datasets.load_food101n(food, "skip").positions.tolist() == [0, 1, 2, 5, 7, 8, 9, 10, 11]
     # an image that came back was never looked at
     data.train.path(4).write_bytes(content[:100])

@@ -62,6 +62,7 @@ def test_a_folder_that_cannot_be_opened_is_no_error(monkeypatch, tmp_path):
 
     monkeypatch.setattr(files.os, "open", refused)
     write_atomic(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
 
 
 WRITERS = {

@@ -82,8 +82,9 @@ def test_resume_anyway_keeps_the_fresh_generators_and_all_else(trained_on_a_card
 
 def test_the_device_flag_may_change_between_starts(tmp_path):
     for device in ("auto", "cpu"):
-        state = {"generator": torch.Generator().manual_seed(1)}
-        one_epoch(open_run(tmp_path, device), state)
+        run = open_run(tmp_path, device)
+        one_epoch(run, {"generator": torch.Generator().manual_seed(1)})
+        assert [row["epoch"] for row in run.rows] == [1]  # the second start resumes the first one's run
 
 
 @pytest.mark.parametrize(

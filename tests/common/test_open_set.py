@@ -1,4 +1,4 @@
-"""Training sets with images from elsewhere: the draws against a plain loop, corrupted data sets, the cache of what pools gave."""
+"""Training sets with OOD images: the draws against a plain loop, corrupted data sets, the cache of what pools gave."""
 
 import random
 import shutil
@@ -37,7 +37,7 @@ def draw(
     label_rng: str = "python",
     pool_size: int = 10**5,
 ) -> tuple[noise.OpenSet, np.ndarray]:
-    """The images from elsewhere and the noisy labels, by the generators of the benchmark."""
+    """The OOD images and the noisy labels, by the generators of the benchmark."""
     rng = RandomState(noise.OPEN_SET_SEED)
     chosen = noise.open_set(len(labels), ood_ratio, pool_size, rng)
     python = random.Random(seed) if label_rng == "python" else None

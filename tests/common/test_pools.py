@@ -1,4 +1,4 @@
-"""Pools of images from elsewhere: batches of ImageNet 32x32 in every form of pickle, folders of photographs, other data sets."""
+"""Pools of OOD images: batches of ImageNet 32x32 in every form of pickle, folders of photographs, other data sets."""
 
 import io
 import os

@@ -13,16 +13,9 @@ import torch
 from common.gpu import device, processes
 from common.runs import cli
 from common.runs.run import Run
+from tests.common.test_moved_run import CELL
 
 ROOT = Path(__file__).resolve().parents[2]
-CELL = {
-    "dataset": "digits",
-    "noise_type": "sym",
-    "noise_rate": 0.5,
-    "imb_factor": None,
-    "ood_ratio": None,
-    "profile": "short",
-}
 
 
 @pytest.mark.slow

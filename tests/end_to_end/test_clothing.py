@@ -97,14 +97,14 @@ def test_the_loops_and_what_is_logged_of_them(alone):
     assert [float(row["lr"]) for row in rows] == pytest.approx(2 * outer_loop, rel=1e-12)
     sizes = [row["confident_size"] for row in rows]
     assert sizes[:2] == ["", ""]  # all noisy images
-    assert sizes[2::2] == sizes[3::2] and len(set(sizes[2:])) >= 3  # extracted anew for each inner loop
+    assert sizes[2::2] == sizes[3::2] and len(set(sizes[2:])) >= 3  # each inner loop extracts its own
     assert {row["smallest_class"] for row in rows[:2]} == {"6"}
     for row in rows[2:]:
         assert float(row["confident_share"]) == int(row["confident_size"]) / 18
     lost = [row["classes_unselected"] for row in rows]
     assert lost[:2] == ["", ""] and lost[-1] == "0" and {row["right_selected_min"] for row in rows} == {""}
     assert {row["class_models"] for row in rows} == {"1", "2"}
-    # network and optimiser go on from inner loop to inner loop, and begin anew in an outer loop
+    # inner loops keep network and optimiser, an outer loop has new ones
     losses = [float(row["loss"]) for row in rows]
     assert losses[2] < losses[1] < losses[0] and losses[12] > 2 * losses[11]
 

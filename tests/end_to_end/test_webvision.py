@@ -32,7 +32,7 @@ from tests.end_to_end.webvision_float64 import make_doubtful_webvision
 pytestmark = pytest.mark.slow
 
 FLOAT64 = ("-m", "tests.end_to_end.webvision_float64")
-# 40 training images of four classes and 36 in each test set, two batches of either. Moments go on from epoch 3 on
+# 40 training images of four classes and 36 in each test set, two batches of either. Moments carry over from epoch 3 on
 SETTING = split(
     "--num_class 4 --network resnet18 --image_size 64 --batch_size 4 --lr_drop 3 --device cpu --workers 0"
 )
