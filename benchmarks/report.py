@@ -426,7 +426,10 @@ def _attach(entry: dict, name: str, log: dict, logs: list[dict]) -> None:
 
 
 def add_reference_logs(rows: list[dict], folder: Path, logs: list[dict]) -> list[str]:
-    """Give the reference rows their logs, by the paper in the file's name and by the figures; returns notes on the others."""
+    """Give the reference rows their logs, by the paper in the file's name and by the figures; returns notes on the others.
+
+    Logs in the folder claims/ are of rows of the table claims.
+    """
     notes = []
     for path in sorted(folder.rglob("*.csv")):
         log = read_table(path)
@@ -438,7 +441,9 @@ def add_reference_logs(rows: list[dict], folder: Path, logs: list[dict]) -> list
         fitting = [
             entry
             for row in rows
-            if row["origin"] == ORIGIN_REFERENCE and path.name.startswith(row["paper"] + "_")
+            if row["origin"] == ORIGIN_REFERENCE
+            and path.name.startswith(row["paper"] + "_")
+            and (row["table"] == CLAIMS) is (path.parent.name == CLAIMS)
             for entry in row["runs"]
             if curve and _same_to_six_digits(row, entry["seed"], {"best": max(curve), "last": curve[-1]})
         ]
