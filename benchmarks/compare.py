@@ -35,10 +35,8 @@ from common.runs.cli import Parser, UserError, exit_cleanly, non_negative
 WORDS = [*KEY, *CONDITION, "baseline", "baseline_fidelity"]
 NUMBERS = ["n_a", "mean_a", "std_a", "n_b", "mean_b", "std_b", "difference", "low", "high"]
 HEADINGS = ["n a", "mean a", "std a", "n b", "mean b", "std b", "b - a", f"{CONFIDENCE:.0%} interval"]
-COMPARED, NOT_COMPARED = (
-    "compared",
-    "not compared: ",
-)  # status of a row; the second says why, or it is "only in a"
+# status of a row; the second says why, or it is "only in a"
+COMPARED, NOT_COMPARED = "compared", "not compared: "
 LINE_LENGTH = 110
 
 

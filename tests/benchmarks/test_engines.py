@@ -293,6 +293,19 @@ def test_a_run_that_is_stopped_from_outside_has_not_failed(tmp_path, number):
         run_on_worker(tmp_path, ends, {})
 
 
+def test_no_run_of_a_task_begins_after_one_that_failed(tmp_path, capsys):
+    ends = [sys.executable, "-S", "-c", "print('why'); exit(3)"]
+    folders = [(tmp_path / name, tmp_path / name / "baseline") for name in "ab"]
+    tasks = [engines.Task(own.name, own, ((own, ends), (baseline, ends))) for own, baseline in folders]
+    with pytest.raises(SystemExit) as stop:
+        engines.run_all(tasks, flags(engine="local"), one_thread=True)
+    captured = capsys.readouterr()
+    lines = [f"failed: {n}: exit status 3: why (see {tmp_path / n / 'console.txt'})" for n in "ab"]
+    assert stop.value.code == 1 and captured.err.splitlines() == lines
+    assert sorted(f"failed: {line}" for line in captured.out.splitlines()) == lines
+    assert not (tmp_path / "a" / "baseline").exists()
+
+
 def test_no_run_begins_whose_worker_is_gone(tmp_path):
     words = [sys.executable, "-c", f"open({str(tmp_path / 'begun')!r}, 'w')"]
     for parent, begins in ((1, False), (os.getpid(), True)):
