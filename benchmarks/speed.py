@@ -162,7 +162,7 @@ def measured(args: Namespace, batches: Iterable, device: torch.device, **which: 
 def view_pipelines() -> dict[str, tuple[Callable, int, list[Callable]]]:
     """By name: what makes a view of a batch (or all views), the number of its calls, and PIL's transform for each view."""
     crop = augment.crop_and_flip
-    pipelines = {
+    pipelines: dict[str, tuple[Callable, int]] = {
         "SANM's six views": (partial(six_views, crop=crop), 1),
         "SimCLR's pair of views": (augment.simclr_view, 2),
         "SANM's warm-up view": (partial(augment.warm_up_view, crop=crop), 1),

@@ -294,7 +294,7 @@ def test_a_run_that_is_stopped_from_outside_has_not_failed(tmp_path, number):
 
 
 def test_no_run_of_a_task_begins_after_one_that_failed(tmp_path, capsys):
-    ends = [sys.executable, "-S", "-c", "print('why'); exit(3)"]
+    ends = [sys.executable, "-S", "-c", "import sys; print('why'); sys.exit(3)"]
     folders = [(tmp_path / name, tmp_path / name / "baseline") for name in "ab"]
     tasks = [engines.Task(own.name, own, ((own, ends), (baseline, ends))) for own, baseline in folders]
     with pytest.raises(SystemExit) as stop:

@@ -285,6 +285,12 @@ def test_methods_of_all_papers_stand_in_one_line_of_the_table_cross(alone):
     assert len({r["panel"] for r in data["rows"] if r["table"] == "cross"}) == 2
 
 
+def test_a_second_row_of_a_method_in_a_setting_has_a_line_of_its_own(alone):
+    files = [write(alone / f"{name}.csv", cross(90.0) + cross(80.0, method="CE")) for name in "ab"]
+    found = collect(files, None)["cross"]["lines"]
+    assert [(line["file"], len(line["cells"])) for line in found] == [("", 2), ("b.csv", 2)]
+
+
 @pytest.mark.parametrize(
     ("other", "winner"), [([95.0, 95.1, 95.2], "SFA"), ([90.0, 91.0, 95.0], None), ([99.0], None)]
 )
