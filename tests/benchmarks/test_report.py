@@ -266,6 +266,15 @@ def test_a_reference_log_goes_to_the_run_whose_figures_it_has(no_results):
     assert found["me_momentum_mnist_sym0.2.csv"] == ("Me-Momentum", "mnist-sym0.2", "paper")
 
 
+def test_a_log_of_six_digits_goes_to_the_run_of_more(alone):
+    write(alone / "reference" / "a.csv", rows(100 / 3))
+    (alone / "reference" / "logs").mkdir()
+    log = alone / "reference" / "logs" / "me_momentum_x.csv"
+    log.write_text("epoch,test_accuracy\n1,34.3333\n2,33.3333\n")
+    data = collect([], None)
+    assert data["notes"] == [] and measured(data)["runs"][0]["folder"] == "reference/logs/me_momentum_x.csv"
+
+
 # side by side ---------------------------------------------------------------------------------------------------------
 
 
