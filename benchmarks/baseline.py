@@ -94,26 +94,24 @@ def read_run(folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
 
 
 @torch.no_grad()
+def predict(network: nn.Module, batches: Iterable, device: gpu.Device) -> Tensor:
+    """Logits of images in order, float32 [N, K]."""
+    network.eval()
+    logits = []
+    for (images,), _ in batches:
+        with device.autocast():
+            logits.append(network(images))
+    return torch.cat(logits).float()
+
+
 def accuracy(network: nn.Module, test: Iterable, labels: Tensor, device: gpu.Device) -> float:
     """Top-1 accuracy in percent."""
-    network.eval()
-    predicted = []
-    for (images,), _ in test:
-        with device.autocast():
-            predicted.append(network(images).argmax(dim=1))
-    return 100 * float((torch.cat(predicted) == labels).double().mean())
+    return 100 * float((predict(network, test, device).argmax(dim=1) == labels).double().mean())
 
 
-@torch.no_grad()
 def estimate_label_quality(network: nn.Module, plain: Batches, device: gpu.Device) -> Estimate:
     """Class probabilities of the training images in order, without augmentation."""
-    network.eval()
-    probabilities = []
-    for (images,), _ in plain:
-        with device.autocast():
-            logits = network(images)
-        probabilities.append(F.softmax(logits.float(), dim=1))
-    return Estimate(torch.cat(probabilities))
+    return Estimate(F.softmax(predict(network, plain, device), dim=1))
 
 
 def train_epoch(network, optimizer: SGD, batches, labels: Tensor, device: gpu.Device) -> float:

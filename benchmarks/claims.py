@@ -11,7 +11,6 @@ finished runs in --out, also of claims that this command does not name.
 
 import itertools
 import re
-import shlex
 import sys
 import tomllib
 from argparse import Namespace
@@ -29,7 +28,7 @@ from benchmarks import cross, forest
 from benchmarks.cells import CLAIMS as CELLS
 from benchmarks.cells import Cell, cells
 from benchmarks.cross import Setting
-from benchmarks.engines import Task, add_engine_flags, is_finished, run_all
+from benchmarks.engines import Task, add_engine_flags, is_finished, print_commands, run_all
 from benchmarks.run import collect, make_task
 from benchmarks.verdicts import (
     CLAIMS,
@@ -120,8 +119,8 @@ def prepare(runs: Iterable[CellRun], prepared: dict[str, Prepared], out: Path, d
 def cells_of(claims: Iterable[Claim]) -> dict[str, list[Cell]]:
     """By the name paper/preset of each cell that tests compare: the cell, before it the one that makes its encoder."""
     names = dict.fromkeys(name for claim in claims for test in claim.tests for name in test.cells)
-    split = {name: name.partition("/")[::2] for name in names}
-    return {name: cells(paper, preset.split("/")[0], [preset]) for name, (paper, preset) in split.items()}
+    parts = {name: (name.split("/", 1), name.split("/")[1]) for name in names}
+    return {name: cells(paper, profile, [preset]) for name, ((paper, preset), profile) in parts.items()}
 
 
 def runs_of(
@@ -129,14 +128,16 @@ def runs_of(
 ) -> list[CellRun]:
     """Every cell once with each of its seeds: all cells with their first seed, then all with the second."""
     out, data_path = Path(args.out).resolve(), Path(args.data_path).resolve()
-    named, wanted = cells_of(claims), {}
-    for claim in claims:
-        for test in claim.tests:
-            numbered = list(enumerate(seeds or test.seeds))
-            for name, (place, seed) in itertools.product(test.cells, numbered):
-                wanted |= {(cell.paper, cell.preset, seed): (place, cell) for cell in named[name]}
+    named = cells_of(claims)
+    wanted = {
+        (cell, seed): place
+        for claim in claims
+        for test in claim.tests
+        for name, (place, seed) in itertools.product(test.cells, enumerate(seeds or test.seeds))
+        for cell in named[name]
+    }
     runs = []
-    for (_, _, seed), (_, cell) in sorted(wanted.items(), key=lambda item: item[1][0]):
+    for cell, seed in sorted(wanted, key=lambda run: wanted[run]):
         data, own = data_path, prepared.get(cell.preset.split("/")[1])
         if own is not None:
             data = cross.inputs_of(own.setting, seed, out, data_path, own.limit).folder
@@ -240,14 +241,11 @@ def main(argv=None) -> None:
     every, prepared = read_claims(), read_prepared()
     asked = chosen(every, args.claims, args.only)
     lacking = {name: missing(name, prepared, data_path) for name in cells_of(asked)}
-    possible = [
-        claim._replace(tests=tuple(t for t in claim.tests if not any(lacking[name] for name in t.cells)))
-        for claim in asked
-    ]
+    wanted = {t: {name for cell in t.cells for name in lacking[cell]} for c in asked for t in c.tests}
+    possible = [c._replace(tests=tuple(t for t in c.tests if not wanted[t])) for c in asked]
     runs = runs_of(possible, args.seeds, prepared, args)
     if args.dry_run:
-        for _, command in itertools.chain(*(run.task.commands for run in runs)):
-            print(shlex.join(["python", *command[1:]]))
+        print_commands(run.task for run in runs)
         return
     status = 0
     if not args.collect:
@@ -255,9 +253,8 @@ def main(argv=None) -> None:
         status = run_waves(runs, args)
     write(every, asked, prepared, out)
     for name in sorted({name for names in lacking.values() for name in names}):
-        count = sum(any(name in lacking[cell] for cell in t.cells) for c in asked for t in c.tests)
-        total = sum(len(c.tests) for c in asked)
-        print(f"not run: {count} of {total} tests, for want of {name} in {data_path}")
+        each = [name in wanted[test] for claim in asked for test in claim.tests]
+        print(f"not run: {sum(each)} of {len(each)} tests, for want of {name} in {data_path}")
     sys.exit(status)
 
 

@@ -35,10 +35,8 @@ from common.runs.cli import Parser, UserError, exit_cleanly, non_negative
 WORDS = [*KEY, *CONDITION, "baseline", "baseline_fidelity"]
 NUMBERS = ["n_a", "mean_a", "std_a", "n_b", "mean_b", "std_b", "difference", "low", "high"]
 HEADINGS = ["n a", "mean a", "std a", "n b", "mean b", "std b", "b - a", f"{CONFIDENCE:.0%} interval"]
-COMPARED, NOT_COMPARED = (
-    "compared",
-    "not compared: ",
-)  # status of a row; the second says why, or it is "only in a"
+# status of a row; the second says why, or it is "only in a"
+COMPARED, NOT_COMPARED = "compared", "not compared: "
 LINE_LENGTH = 110
 
 
@@ -68,9 +66,7 @@ def against(rows: pd.DataFrame, baseline: str, metrics: Sequence[str] | None = N
     return _line_up(runs[is_baseline], runs[~is_baseline], metrics, shared)
 
 
-def _line_up(
-    a: pd.DataFrame, b: pd.DataFrame, metrics: Sequence[str] | None, shared: list[str]
-) -> pd.DataFrame:
+def _line_up(a: pd.DataFrame, b: pd.DataFrame, metrics, shared: list[str]) -> pd.DataFrame:
     """Pair the runs of a and b that are equal in the columns `shared`, then those of the same condition."""
     present = list(pd.concat([a["metric"], b["metric"]]).unique())
     for metric in metrics or ():
@@ -88,18 +84,13 @@ def _line_up(
     only_a = a[~a["row_a"].isin([*lines["row_a"], *mismatches["row_a"]])]
     only_b = b[~b["row_b"].isin([*lines["row_b"], *mismatches["row_b"]])]
     samples = [[Sample(*x) for x in lines[[f"{n}_{s}" for n in Sample._fields]].to_numpy()] for s in "ab"]
-    bounds = pd.DataFrame(
-        [welch_interval(*pair) for pair in zip(*samples, strict=True)], lines.index, ["low", "high"]
-    )
+    bounds = pd.DataFrame(map(welch_interval, *samples), lines.index, ["low", "high"])
     lines = lines.assign(difference=lines["mean_b"] - lines["mean_a"], status=COMPARED, **bounds)
     if shared != KEY:
         lines = lines.assign(baseline=lines["method_a"], baseline_fidelity=lines["fidelity_a"])
     reasons = [NOT_COMPARED + _differing(row) for row in mismatches.to_dict("records")]
-    without = (
-        mismatches.assign(status=reasons),
-        only_a.assign(status="only in a"),
-        only_b.assign(status="only in b"),
-    )
+    only = (only_a.assign(status="only in a"), only_b.assign(status="only in b"))
+    without = (mismatches.assign(status=reasons), *only)
     found = pd.concat([lines, *(part.drop(columns=NUMBERS, errors="ignore") for part in without)])
     found = found.reset_index(drop=True).reindex(columns=[*dict.fromkeys([*found, *WORDS, *NUMBERS])])
     for name in (*KEY, *CONDITION):
@@ -152,30 +143,23 @@ def format_table(found: pd.DataFrame, name_a: str, name_b: str, markdown: bool =
 
 def _plain_table(table: list[list[str]], words: int) -> list[str]:
     """Words to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(f"{t:{'<' if i < words else '>'}{widths[i]}}" for i, t in enumerate(row)).rstrip()
-        for row in table
+    formats = [
+        f"{'<' if i < words else '>'}{max(map(len, column))}"
+        for i, column in enumerate(zip(*table, strict=True))
     ]
+    return ["  ".join(map(format, row, formats)).rstrip() for row in table]
 
 
 def _markdown_table(table: list[list[str]], words: int) -> list[str]:
     rule = ["---"] * words + ["---:"] * len(HEADINGS)
-    return [
-        f"| {' | '.join(x.replace('|', '&#124;') for x in row)} |" for row in (table[0], rule, *table[1:])
-    ]
+    escaped = ([text.replace("|", "&#124;") for text in row] for row in (table[0], rule, *table[1:]))
+    return [f"| {' | '.join(row)} |" for row in escaped]
 
 
 def _numbers(row: dict) -> list[str]:
-    samples = [
-        text for s in "ab" for text in (str(row[f"n_{s}"]), _two(row[f"mean_{s}"]), _two(row[f"std_{s}"]))
-    ]
-    interval = "" if pd.isna(row["low"]) else f"[{row['low']:+.2f}, {row['high']:+.2f}]"
-    return [*samples, f"{row['difference']:+.2f}", interval]
-
-
-def _two(number: float) -> str:
-    return "" if pd.isna(number) else f"{number:.2f}"
+    formats = {name: "d" if name.startswith("n_") else ".2f" for name in NUMBERS[:6]} | {"difference": "+.2f"}
+    numbers = ["" if pd.isna(row[name]) else format(row[name], how) for name, how in formats.items()]
+    return [*numbers, "" if pd.isna(row["low"]) else f"[{row['low']:+.2f}, {row['high']:+.2f}]"]
 
 
 def regressions(found: pd.DataFrame, points: float) -> list[str]:
@@ -183,10 +167,9 @@ def regressions(found: pd.DataFrame, points: float) -> list[str]:
     worse = found[(found["status"] == COMPARED) & (found["difference"] < -points)].to_dict("records")
     texts = [f"{label(x)}: {x['mean_a']:.2f} to {x['mean_b']:.2f} ({x['difference']:+.2f})" for x in worse]
     texts += [f"{label(x)}: missing" for x in found[found["status"] == "only in a"].to_dict("records")]
-    for row in found[found["status"].str.startswith(NOT_COMPARED)].to_dict("records"):
-        of_a = {name: row[f"{name}_a"] for name in (*KEY, *CONDITION)}
-        texts.append(f"{label(of_a)}: missing under this condition")
-    return texts
+    of_a = found[found["status"].str.startswith(NOT_COMPARED)][[f"{name}_a" for name in (*KEY, *CONDITION)]]
+    rows = of_a.rename(columns=lambda name: name.removesuffix("_a")).to_dict("records")
+    return texts + [f"{label(row)}: missing under this condition" for row in rows]
 
 
 def write_csv(comparisons: Iterable[tuple[str, pd.DataFrame]], path: str | Path) -> None:
@@ -237,11 +220,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_text("\n\n".join(tables) + "\n", args.markdown, "--markdown")
     print("\n\n".join(format_table(one, name, other) for other, one in found))
     if args.fail_below is not None:
-        worse = [
-            f"worse in {other}: {text}" for other, one in found for text in regressions(one, args.fail_below)
-        ]
-        for line in worse:
-            print(line, file=sys.stderr)
+        worse = [(other, text) for other, one in found for text in regressions(one, args.fail_below)]
+        for other, text in worse:
+            print(f"worse in {other}: {text}", file=sys.stderr)
         sys.exit(1 if worse else 0)
 
 

@@ -29,7 +29,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cells import ROOT
-from benchmarks.engines import Task, add_engine_flags, run_all
+from benchmarks.engines import Task, add_engine_flags, print_commands, run_all
 from benchmarks.results import CROSS, read_results
 from benchmarks.run import collect, from_root
 from benchmarks.tables import cross_table
@@ -53,9 +53,10 @@ class Script(NamedTuple):
     always: tuple[str, ...] = ()
 
 
+AFM = Script("afm/train.py", "--data-root", ("--noise-type", "given"))
 METHODS = {
-    "ce": Script("afm/train.py", "--data-root", ("--noise-type", "given")),
-    "afm": Script("afm/train.py", "--data-root", ("--noise-type", "given")),
+    "ce": AFM,
+    "afm": AFM,
     "sfa": Script("sfa/Train_cifar.py", "--data_path", ("--noise_mode", "given"), ("--imb_type", "none")),
     "me_momentum": Script("me_momentum/main.py", "--data_path", ("--noise_type", "given")),
     "sanm": Script("sanm/Train_cifar.py", "--data_path", ("--noise_mode", "given")),
@@ -94,11 +95,9 @@ class Inputs(NamedTuple):
 def settings_of(data: str, names: list[str] | None, description: dict) -> list[Setting]:
     """The settings of a data set, or those of them that are named. UserError: a name that is none of them."""
     known = description[data]["settings"]
-    unknown = [name for name in names or [] if name not in known]
-    if unknown:
-        raise UserError(
-            f"--settings {unknown[0]}: {data} has no such setting, choose from {', '.join(known)}"
-        )
+    if unknown := [name for name in names or [] if name not in known]:
+        choices = ", ".join(known)
+        raise UserError(f"--settings {unknown[0]}: {data} has no such setting, choose from {choices}")
     return [Setting(data, name, **description["settings"][name]) for name in dict.fromkeys(names or known)]
 
 
@@ -130,8 +129,8 @@ def prepare(setting: Setting, seed: int, inputs: Inputs, data_path: Path, limit:
     if inputs.folder is None:
         np.save(buffer, observed, allow_pickle=False)
     else:
-        train, images = index[kept], {"train_images": data.train.images, "train_labels": data.train.labels}
-        arrays = {name: array[train] for name, array in images.items()}
+        train = index[kept]
+        arrays = {"train_images": data.train.images[train], "train_labels": data.train.labels[train]}
         arrays |= {"test_images": data.test.images, "test_labels": data.test.labels}
         np.savez_compressed(buffer, **arrays, noisy_labels=observed[kept])
     if target.is_file() and target.read_bytes() != buffer.getvalue():
@@ -217,9 +216,8 @@ def columns_of(setting: Setting) -> dict:
 def rows_of(task: Task, setting: Setting, description: dict, limit: int | None) -> pd.DataFrame:
     """The result rows of a finished task as rows of this table; seconds and images per second are of all its runs."""
     results = [json.loads((folder / "result.json").read_text()) for folder, _ in task.commands]
-    seconds, images = (
-        sum(values) for values in zip(*((r["timing"]["seconds"], r["images"]) for r in results), strict=True)
-    )
+    seconds = sum(result["timing"]["seconds"] for result in results)
+    images = sum(result["images"] for result in results)
     subset = f"+limit_train={limit}" if limit else ""
     columns = {"table": CROSS, "cell": setting.cell, "dataset": setting.data, "ood_ratio": ""}
     columns |= columns_of(setting)
@@ -234,25 +232,22 @@ def rows_of(task: Task, setting: Setting, description: dict, limit: int | None) 
 def make_parser(description: dict) -> cli.Parser:
     """The command line."""
     parser = cli.Parser(prog="python -m benchmarks.cross", description=__doc__)
+    add, methods = parser.add_argument, list(METHODS)
     names = [name for name in description if name != "settings"]
-    parser.add_argument("--dataset", choices=names, default="digits", help="the data set")
     only = "these only, such as sym0.5; by default all of the data set's"
     seeds: dict[str, Any] = {"nargs": "+", "type": cli.seed, "default": [1, 2, 3]}
     given = "handed to the scripts"
     out = "for cross_DATASET.csv, cross_data/ and runs/"
-    parser.add_argument("--settings", nargs="+", metavar="NAME", help=only)
-    parser.add_argument(
-        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="these only"
-    )
-    parser.add_argument("--seeds", **seeds, metavar="N", help="one run each; the noise differs too")
-    parser.add_argument(
-        "--limit_train", type=cli.count, metavar="N", help="a seeded subset, the same for all methods"
-    )
-    parser.add_argument("--data_path", default="./data", metavar="DIR", help="where the data sets are")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help=f"where to train; {given}")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], help=given)
-    parser.add_argument("--out", default="results", metavar="DIR", help=out)
-    parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")
+    add("--dataset", choices=names, default="digits", help="the data set")
+    add("--settings", nargs="+", metavar="NAME", help=only)
+    add("--methods", nargs="+", choices=methods, default=methods, help="these only")
+    add("--seeds", **seeds, metavar="N", help="one run each; the noise differs too")
+    add("--limit_train", type=cli.count, metavar="N", help="a seeded subset, the same for all methods")
+    add("--data_path", default="./data", metavar="DIR", help="where the data sets are")
+    add("--device", choices=["auto", "cpu", "cuda"], help=f"where to train; {given}")
+    add("--precision", choices=["auto", "fp32", "bf16"], help=given)
+    add("--out", default="results", metavar="DIR", help=out)
+    add("--dry_run", action="store_true", help="print the commands and stop")
     add_engine_flags(parser)
     return parser
 
@@ -274,16 +269,14 @@ def main(argv=None) -> None:
         for method in dict.fromkeys(args.methods):
             tasks.append((make_task(method, setting, seed, inputs, args, flags_in(setting, own)), setting))
     if args.dry_run:
-        for _, command in itertools.chain(*(task.commands for task, _ in tasks)):
-            print(shlex.join(["python", *command[1:]]))
+        print_commands(task for task, _ in tasks)
         return
     run_all([task for task, _ in tasks], args, one_thread=own["profile"] == "embedded")
     rows = [rows_of(task, setting, own, args.limit_train) for task, setting in tasks]
     target = out / f"{CROSS}_{args.dataset}.csv"
     write_results(target, pd.concat(rows).to_dict("records"))
-    print(
-        f"\n{target}: test accuracy after the last epoch, mean ± standard deviation over seeds, in percent\n"
-    )
+    about = "test accuracy after the last epoch, mean ± standard deviation over seeds, in percent"
+    print(f"\n{target}: {about}\n")
     print("\n".join(cross_table(read_results(target))))
 
 

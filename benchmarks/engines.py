@@ -32,6 +32,7 @@ from common.runs.files import append
 from common.runs.locks import InUse, Lock
 
 RETRIES = 3
+ENDED = "ended with the others"  # of runs that have not finished when the command is stopped; nobody reads it
 # bytes, of a cluster that is started here: about the least that Ray accepts, as nothing is stored in it
 OBJECT_STORE = 80 * 2**20
 # the time that a lost run may keep its directory: a dying process, a lease of a network file system
@@ -103,7 +104,9 @@ def run_all(tasks: list[Task], args: Namespace, one_thread: bool) -> list[Path]:
             raise UserError(f"--{name} is for --engine {other}: leave it out, or choose that engine")
     before = signal.signal(signal.SIGTERM, _end)
     try:
-        outcomes = (_run_with_ray if ray else _run_here)(tasks, args, one_thread)
+        runner = (RayRunner if ray else Runner)(tasks, args, one_thread)
+        signal.signal(signal.SIGTERM, _end)  # Ray sets its own
+        outcomes = runner.run_all()
     finally:
         signal.signal(signal.SIGTERM, before)
     failures = [outcome.failure for outcome in outcomes if outcome.failure]
@@ -145,9 +148,11 @@ def follow(
     return f"exit status {code}: {last} (see {path})" if code else None
 
 
-def run_name(task: Task, folder: Path) -> str:
-    """The name of a task's run in messages."""
-    return task.name if folder == task.folder else f"{task.name} {folder.name}"
+def print_commands(tasks: Iterable[Task]) -> None:
+    """What --dry_run prints: the command lines of the runs."""
+    for task in tasks:
+        for _, command in task.commands:
+            print(shlex.join(["python", *command[1:]]))
 
 
 def headline(folder: Path) -> str:
@@ -163,45 +168,60 @@ def headline(folder: Path) -> str:
 class Runner:
     """Starts the runs of tasks side by side, shows their progress, and ends them all when it is ended itself."""
 
-    def __init__(self, total: int, environment: dict[str, str]):
-        self.environment = environment
-        self.bar = tqdm(total=total, unit="run", disable=not sys.stderr.isatty())
-        self.children: set[subprocess.Popen] = set()
+    def __init__(self, tasks: list[Task], args: Namespace, one_thread: bool):
+        self.tasks = tasks
+        self.environment = {"OMP_NUM_THREADS": "1"} if one_thread else {}
+        self.jobs = args.jobs or (os.cpu_count() or 1 if one_thread else 1)
         self.lock = threading.Lock()
+        self.under_way: set[Any] = set()
         self.stopping = False
+
+    def run_all(self) -> list[Outcome]:
+        """Run all tasks."""
+        total = sum(len(task.commands) for task in self.tasks)
+        self.bar = tqdm(total=total, unit="run", disable=not sys.stderr.isatty())
+        with self.bar, ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                return list(pool.map(self.run, self.tasks))
+            except BaseException:
+                self.stop()
+                raise
 
     def run(self, task: Task) -> Outcome:
         """Run the method and then its baseline, which needs the labels of the method's run."""
         finished = []
         for folder, command in task.commands:
-            failure = self._process(command, folder, run_name(task, folder))
-            if failure is not None:
-                return Outcome(finished, f"{task.name}: {failure}")
+            name = task.name if folder == task.folder else f"{task.name} {folder.name}"
+            if is_finished(folder, command):
+                done, text = True, f"finished before: {headline(folder)}"
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+                done, text = self.process(command, folder, name)
+            self.bar.update()
+            if text != ENDED:
+                tqdm.write(f"{name}: {text}")
+            if not done:
+                return Outcome(finished, f"{task.name}: {text}")
             finished.append(folder)
         return Outcome(finished, None)
 
-    def _process(self, command: list[str], folder: Path, name: str) -> str | None:
-        """Run one process: None, or how it failed."""
-        if is_finished(folder, command):
-            self.bar.update()
-            tqdm.write(f"{name}: finished before: {headline(folder)}")
-            return None
-        folder.mkdir(parents=True, exist_ok=True)
+    def process(self, command: list[str], folder: Path, name: str) -> tuple[bool, str]:
+        """Run one process: whether it finished, and its headline or how it failed."""
         with self.lock:
             if self.stopping:
-                return "not started"
+                return False, ENDED
             child = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                command, cwd=ROOT, env={**os.environ, **self.environment}, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )  # fmt: skip
-            self.children.add(child)
-        failure = follow(child, folder, lambda line: self._show(name, line))
+            self.under_way.add(child)
+        failure = follow(child, folder, lambda line: self.show(name, line))
         with self.lock:
-            self.children.discard(child)
-        self.bar.update()
-        tqdm.write(f"{name}: {failure or headline(folder)}")
-        return failure
+            self.under_way.discard(child)
+        return failure is None, failure or headline(folder)
 
-    def _show(self, name: str, line: str) -> None:
+    def show(self, name: str, line: str) -> None:
+        """Show the line of an epoch's end beside the progress bar."""
         if line.startswith("epoch "):
             self.bar.set_postfix_str(f"{name} {' '.join(line.split()[:6])}")
 
@@ -209,23 +229,8 @@ class Runner:
         """End the runs under way; they leave their checkpoints."""
         with self.lock:
             self.stopping = True
-            for child in self.children:
+            for child in self.under_way:
                 child.terminate()
-
-
-def _run_here(tasks: list[Task], args: Namespace, one_thread: bool) -> list[Outcome]:
-    environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if one_thread else {})}
-    jobs = args.jobs or (os.cpu_count() or 1 if one_thread else 1)
-    runner = Runner(sum(len(task.commands) for task in tasks), environment)
-    try:
-        with ThreadPoolExecutor(jobs) as pool:
-            try:
-                return list(pool.map(runner.run, tasks))
-            except BaseException:
-                runner.stop()
-                raise
-    finally:
-        runner.bar.close()
 
 
 # with Ray -------------------------------------------------------------------------------------------------------------
@@ -259,41 +264,52 @@ def cell_resources(args: Namespace, one_thread: bool, machines: list[Machine]) -
     return Machine(cpus, gpus)
 
 
-def _run_with_ray(tasks: list[Task], args: Namespace, one_thread: bool) -> list[Outcome]:
-    """Every run is a Ray task. A baseline takes the outcome of its method's run, so Ray starts it after that run."""
-    outcomes = [Outcome([], None) for _ in tasks]
-    todo = []
-    for i, task in enumerate(tasks):
-        for folder, command in task.commands:
-            if is_finished(folder, command):
-                outcomes[i].finished.append(folder)
-                print(f"{run_name(task, folder)}: finished before: {headline(folder)}")
-            else:
-                todo.append((i, folder, command))
-    if not todo:
-        return outcomes
-    ray = _connect(args.ray_address)
-    # not raised in the handler: Ray's calls change the exit status of what is raised within them
-    asked_to_end: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: asked_to_end.append(number))
-    refs = _submit(ray, todo, args, one_thread)
-    try:
-        with tqdm(total=len(todo), unit="run", disable=not sys.stderr.isatty()) as bar:
-            while refs:
-                if asked_to_end:
-                    sys.exit(128 + asked_to_end[0])
-                ready, _ = ray.wait(list(refs), timeout=1.0)
-                for ref in ready:
-                    i, folder, _ = refs.pop(ref)
-                    outcomes[i] = _after(outcomes[i], tasks[i], folder, *_result(ray, ref))
-                    bar.update()
-                if not bar.disable:
-                    bar.set_postfix_str(_latest(folder for _, folder, _ in refs.values()))
-    except BaseException:
-        _cancel(ray, list(refs))
-        raise
-    signal.signal(signal.SIGTERM, _end)
-    return outcomes
+class RayRunner(Runner):
+    """Gives every run to Ray, which starts it where there is room."""
+
+    def __init__(self, tasks: list[Task], args: Namespace, one_thread: bool):
+        super().__init__(tasks, args, one_thread)
+        self.jobs = max(1, len(tasks))  # all wait; Ray decides how many run
+        if all(is_finished(*run) for task in tasks for run in task.commands):
+            return
+        self.ray = _connect(args.ray_address)
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        machines = [Machine(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
+        cpus, gpus = cell_resources(args, one_thread, machines)
+        if not gpus:
+            self.environment["CUDA_VISIBLE_DEVICES"] = ""
+        retries = RETRIES if args.retries is None else args.retries
+        options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries}
+        self.remote = self.ray.remote(**options, retry_exceptions=[InterruptedError])(_shipped())
+
+    def process(self, command: list[str], folder: Path, name: str) -> tuple[bool, str]:
+        """As of the base class, on a worker; the failure may be that of all workers."""
+        with self.lock:
+            if self.stopping:
+                return False, ENDED
+            ref = self.remote.remote(str(ROOT), str(folder), command, self.environment)
+            self.under_way.add(ref)
+        console = folder / "console.txt"
+        while not self.ray.wait([ref], timeout=1.0)[0] and not self.stopping:
+            if not self.bar.disable and console.exists():
+                for line in console.read_text().splitlines()[-1:]:
+                    self.show(name, line)
+        if self.stopping:
+            self.ray.wait([ref], timeout=5.0)
+            return False, ENDED
+        with self.lock:
+            self.under_way.discard(ref)
+        try:
+            return self.ray.get(ref)
+        except self.ray.exceptions.RayError as error:
+            return False, f"given up: {str(error).strip().splitlines()[-1]}"
+
+    def stop(self) -> None:
+        """End the workers and their runs; checkpoints of the last finished epochs stay."""
+        with self.lock:
+            self.stopping = True
+            for ref in self.under_way:
+                self.ray.cancel(ref, force=True)
 
 
 def _connect(address: str | None) -> ModuleType:
@@ -332,30 +348,10 @@ def _reach(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
-def _submit(ray: ModuleType, runs: list[tuple], args: Namespace, one_thread: bool) -> dict[Any, tuple]:
-    """Give the runs to Ray; returns the run by what ray.wait takes. The runs of a task follow one another."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    machines = [Machine(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
-    cpus, gpus = cell_resources(args, one_thread, machines)
-    environment = {"OMP_NUM_THREADS": "1"} if one_thread else {}
-    if not gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    options = {"num_cpus": cpus, "num_gpus": gpus, "retry_exceptions": [InterruptedError]}
-    options["max_retries"] = RETRIES if args.retries is None else args.retries
-    remote = ray.remote(**options)(_shipped())
-    refs: dict[Any, tuple] = {}
-    before: dict[int, Any] = {}
-    for i, folder, command in runs:
-        folder.mkdir(parents=True, exist_ok=True)
-        before[i] = remote.remote(str(ROOT), str(folder), command, environment, before.get(i))
-        refs[before[i]] = (i, folder, command)
-    return refs
-
-
 def _shipped() -> Callable:
     """The function of a Ray task, defined here so that Ray ships its code: it can report even that the clone is missing."""
 
-    def start(root: str, folder: str, command: list[str], environment: dict[str, str], before: tuple | None):
+    def start(root: str, folder: str, command: list[str], environment: dict[str, str]) -> tuple[bool, str]:
         import os  # noqa: PLC0415
         import socket  # noqa: PLC0415
         import sys  # noqa: PLC0415
@@ -369,21 +365,17 @@ def _shipped() -> Callable:
         sys.path.insert(0, root)
         from benchmarks.engines import run_on_worker  # noqa: PLC0415
 
-        return run_on_worker(folder, command, environment, before)
+        return run_on_worker(folder, command, environment)
 
     return start
 
 
-def run_on_worker(
-    folder: str | Path, command: list[str], environment: dict[str, str], before: tuple[bool, str] | None
-) -> tuple[bool, str]:
-    """On a Ray worker, do a run, unless the one before it failed; returns whether it finished, and its headline or failure.
+def run_on_worker(folder: str | Path, command: list[str], environment: dict[str, str]) -> tuple[bool, str]:
+    """On a Ray worker, do a run: whether it finished, and its headline or how it failed.
 
     The process dies with this one, so that the run can be resumed elsewhere. InterruptedError: it was stopped from outside.
     """
     folder = Path(folder)
-    if before is not None and not before[0]:
-        return before
     try:  # the process of a lost worker may still be dying
         lock = Lock(folder / ".lock", "choose another --out")
         lock.acquire(SECONDS_IN_USE)
@@ -402,41 +394,4 @@ def run_on_worker(
     failure = follow(child, folder)
     if child.returncode in STOPPED:
         raise InterruptedError(failure)
-    return (False, failure) if failure else (True, headline(folder))
-
-
-def _result(ray: ModuleType, ref: Any) -> tuple[bool, str]:
-    """The result of run_on_worker, or the failure of all workers."""
-    try:
-        return ray.get(ref)
-    except ray.exceptions.RayError as error:
-        return False, f"given up: {str(error).strip().splitlines()[-1]}"
-
-
-def _after(outcome: Outcome, task: Task, folder: Path, finished: bool, text: str) -> Outcome:
-    """The outcome of a task after one more of its runs, which is reported; runs after a failure are not."""
-    if outcome.failure is not None:
-        return outcome
-    tqdm.write(f"{run_name(task, folder)}: {text}")
-    if not finished:
-        return outcome._replace(failure=f"{task.name}: {text}")
-    return outcome._replace(finished=[*outcome.finished, folder])
-
-
-def _latest(folders: Iterable[Path]) -> str:
-    """The last epoch that any of the runs has finished, as text."""
-    consoles = [folder / "console.txt" for folder in folders]
-    existing = [path for path in consoles if path.exists()]
-    latest = max(existing, key=lambda path: path.stat().st_mtime, default=None)
-    if latest is None:
-        return "waiting for the cluster"
-    epochs = [line for line in latest.read_text().splitlines() if line.startswith("epoch ")]
-    return " ".join([*latest.parts[-3:-1], *(epochs[-1].split()[:6] if epochs else ["begins"])])
-
-
-def _cancel(ray: ModuleType, refs: list) -> None:
-    """End the workers and their runs; checkpoints of the last finished epochs stay."""
-    for ref in refs:
-        ray.cancel(ref, force=True)
-    if refs:
-        ray.wait(refs, num_returns=len(refs), timeout=5.0)
+    return failure is None, failure or headline(folder)

@@ -16,8 +16,7 @@ import re
 import shlex
 import statistics
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +34,7 @@ from benchmarks.results import (
     CROSS,
     NUMERIC,
     Sample,
+    make_folder,
     normalised,
     number_or_nan,
     plain,
@@ -134,7 +134,12 @@ def _plain(text: str) -> float | int | str | None:
     number = number_or_nan(text)
     if not math.isfinite(number):
         return text or None
-    return int(number) if number.is_integer() and abs(number) < 1e15 else float(f"{number:.6g}")
+    return int(number) if number.is_integer() and abs(number) < 1e15 else six_digits(number)
+
+
+def six_digits(number: float) -> float:
+    """The number rounded to six digits, as logs have it."""
+    return float(f"{number:.6g}")
 
 
 def read_run_directory(folder: Path) -> RunDirectory:
@@ -194,15 +199,11 @@ def _entry(identity: Sequence[str], rows: pd.DataFrame) -> dict:
     """An entry of `grouped`. identity: origin, file, KEY, and what sets runs without a file apart."""
     key = dict(zip(KEY, identity[2:-2], strict=True))
     runs = [
-        {"seed": row["seed"]}
-        | {name: finite(row[name]) if name in MEASURED else row[name] for name in FACTS}
-        | {"folder": None, "log": None}
-        for row in rows.drop_duplicates("seed").to_dict("records")
+        run | {name: finite(run[name]) for name in MEASURED} | {"folder": None, "log": None}
+        for run in rows.drop_duplicates("seed")[["seed", *FACTS]].to_dict("records")
     ]
-    metrics = {
-        name: _over_seeds(dict(zip(own["seed"], own["value"].tolist(), strict=True)))
-        for name, own in rows.groupby("metric", sort=False)
-    }
+    values = {name: own.set_index("seed")["value"] for name, own in rows.groupby("metric", sort=False)}
+    metrics = {name: {**_of_sample(summarise(own)), "values": own.to_dict()} for name, own in values.items()}
     identity = identity if identity[-1] else identity[:-1]
     entry: dict[str, Any] = {"id": _short_hash(identity), "origin": identity[0], "file": identity[1], **key}
     entry |= {"noise": noise_text(key), "metrics": metrics, "runs": runs}
@@ -210,9 +211,8 @@ def _entry(identity: Sequence[str], rows: pd.DataFrame) -> dict:
     return entry | {name: statistics.fmean(known) if known else None for name, known in means.items()}
 
 
-def _over_seeds(values: dict[str, float]) -> dict:
-    sample = summarise(values.values())
-    return {**sample._asdict(), "std": finite(sample.std), "values": values}
+def _of_sample(sample: Sample) -> dict:
+    return {**sample._asdict(), "std": finite(sample.std)}
 
 
 def _short_hash(identity: Sequence[str]) -> str:
@@ -228,10 +228,10 @@ def _without_seed(command: str) -> str:
 
 def noise_text(key: dict[str, str]) -> str:
     """The noise of a setting in words."""
+    words = {"imbalance": key["imb_factor"], "OOD": key["ood_ratio"]}
     parts = [f"{key['noise_type']} {key['noise_rate']}".strip()]
-    parts += [f"imbalance {key['imb_factor']}"] if key["imb_factor"] else []
-    parts += [f"OOD {key['ood_ratio']}"] if key["ood_ratio"] else []
-    return ", ".join(part for part in parts if part)
+    parts += [f"{word} {value}" for word, value in words.items() if value]
+    return ", ".join(filter(None, parts))
 
 
 def add_baselines(rows: list[dict]) -> None:
@@ -240,28 +240,24 @@ def add_baselines(rows: list[dict]) -> None:
     Cross-entropy of the same file and paper comes first, then that of another file of the same origin. A row of run
     directories that no preset names has none, and a panel of its own: only its command knows its setting.
     """
-    baselines: dict[tuple, list[dict]] = {}
+    baselines: dict[str, list[dict]] = {}
     for row in rows:
-        place = (row["origin"], *condition(row))
-        row |= {"panel": _short_hash(place if _is_named(row) else (*place, row["id"])), "against": None}
-        if row["method"] == BASELINE and _is_named(row):
-            baselines.setdefault(place, []).append(row)
+        row |= {"panel": _short_hash(condition(row)), "against": None}
+        if row["method"] == BASELINE:
+            baselines.setdefault(row["panel"], []).append(row)
     for row in rows:
-        candidates = baselines.get((row["origin"], *condition(row)), [])
-        if candidates and row["method"] != BASELINE and _is_named(row):
+        candidates = baselines.get(row["panel"], [])
+        if candidates and row["method"] != BASELINE:
             nearest = min(candidates, key=lambda b: (b["file"] != row["file"], b["paper"] != row["paper"]))
             gains = differences(nearest["metrics"], row["metrics"])
             row["against"] = {"row": nearest["id"], "file": nearest["file"], "metrics": gains}
 
 
-def _is_named(row: dict) -> bool:
-    return row["file"] != RUN_DIRECTORIES or row["table"] != ""
-
-
 def condition(row: dict) -> tuple[str, ...]:
     """What rows that are compared must share; in the table `cross` all but the paper, which there is the method's."""
     blank = {"paper": ""} if row["table"] == CROSS else {}
-    return tuple((row | blank)[name] for name in (*SETTING, *CONDITION))
+    shared = tuple((row | blank)[name] for name in ("origin", *SETTING, *CONDITION))
+    return shared if row["file"] != RUN_DIRECTORIES or row["table"] else (*shared, row["id"])
 
 
 def differences(a: dict, b: dict) -> dict[str, dict]:
@@ -280,14 +276,9 @@ def _sample(metric: dict) -> Sample:
 # published figures ----------------------------------------------------------------------------------------------------
 
 
-def plain_name(method: str) -> str:
-    """A method's name without capitals, blanks and signs, which papers vary."""
-    return re.sub(r"[^a-z0-9]", "", method.lower())
-
-
 def same_method(ours: str, published: str) -> bool:
-    """Whether a published figure and one of our rows are of the same method."""
-    ours, published = plain_name(ours), plain_name(published)
+    """Whether a published figure and one of our rows are of the same method; papers vary capitals, blanks and signs."""
+    ours, published = (re.sub(r"[^a-z0-9]", "", name.lower()) for name in (ours, published))
     return ours == published or published in ALIASES.get(ours, ())
 
 
@@ -327,27 +318,24 @@ def beside(row: dict, figures: dict[int, dict]) -> dict:
     comparable: whether the row is of the published protocol; `why` says what limits the comparison.
     """
     own = [
-        (STATUSES.index(figure["status"]), said == "", place)
+        (STATUSES.index(figure["status"]), said == "", place, said)
         for place, figure in figures.items()
         if same_method(row["method"], figure["method"]) and (said := metric_of(figure["metric"])) is not None
     ]
-    nothing = {"shown": None, "ours": None, "difference": None, "comparable": False, "why": ""}
-    if not own:
-        return nothing
-    place = min(own)[-1]
-    figure = figures[place]
-    if figure["status"] == "unconfirmed":
-        return nothing | {"shown": place, "why": "unconfirmed, so not compared"}
-    said = metric_of(figure["metric"])
+    *_, place, said = min(own, default=(None, ""))
+    found = {"shown": place, "ours": None, "difference": None, "comparable": False, "why": ""}
+    if place is None:
+        return found
+    if figures[place]["status"] == "unconfirmed":
+        return found | {"why": "unconfirmed, so not compared"}
     ours = said or ("at_best_validation" if "at_best_validation" in row["metrics"] else "last")
     if ours not in row["metrics"]:
-        return nothing | {"shown": place}
+        return found
     comparable = row["profile"] == "paper"
     why = [] if comparable else [f"profile {row['profile'] or '(blank)'}, not the published protocol"]
     why += [] if said else ["the source does not say of which epoch"]
-    difference = row["metrics"][ours]["mean"] - float(figure["value"])
-    found = {"shown": place, "ours": ours, "difference": difference}
-    return found | {"comparable": comparable, "why": "; ".join(why)}
+    difference = row["metrics"][ours]["mean"] - float(figures[place]["value"])
+    return found | {"ours": ours, "difference": difference, "comparable": comparable, "why": "; ".join(why)}
 
 
 def not_measured(rows: list[dict]) -> list[dict]:
@@ -412,10 +400,11 @@ def _run_key(values: dict) -> tuple[str, ...]:
     return tuple(plain(values[name], name in NUMERIC) for name in (*KEY, "seed"))
 
 
-def _same_figures(row: dict, seed: str, figures: dict) -> bool:
-    ours = (row["metrics"].get(name, {}).get("values", {}).get(seed) for name in FIGURES)
-    theirs = (figures[name] for name in FIGURES)
-    return all(a is not None and abs(a - b) < 1e-6 for a, b in zip(ours, theirs, strict=True))
+def _same_figures(row: dict, seed: str, figures: dict, rounded: Callable[[float], float] = float) -> bool:
+    """rounded: as the other figures are."""
+    ours = [row["metrics"].get(name, {}).get("values", {}).get(seed) for name in FIGURES]
+    pairs = zip(ours, (figures[name] for name in FIGURES), strict=True)
+    return None not in ours and all(abs(rounded(a) - b) < 1e-6 for a, b in pairs)
 
 
 def _attach(entry: dict, name: str, log: dict, logs: list[dict]) -> None:
@@ -445,27 +434,14 @@ def add_reference_logs(rows: list[dict], folder: Path, logs: list[dict]) -> list
             and path.name.startswith(row["paper"] + "_")
             and (row["table"] == CLAIMS) is (path.parent.name == CLAIMS)
             for entry in row["runs"]
-            if curve and _same_to_six_digits(row, entry["seed"], {"best": max(curve), "last": curve[-1]})
+            if curve
+            and _same_figures(row, entry["seed"], {"best": max(curve), "last": curve[-1]}, six_digits)
         ]
         if len(fitting) == 1:
             _attach(fitting[0], log["name"], log, logs)
         else:
             notes.append(f"{log['name']} is left out: {len(fitting)} rows have its figures")
     return notes
-
-
-def _same_to_six_digits(row: dict, seed: str, figures: dict) -> bool:
-    rounded = {
-        name: {"values": {s: float(f"{v:.6g}") for s, v in metric["values"].items()}}
-        for name, metric in row["metrics"].items()
-    }
-    return _same_figures({"metrics": rounded}, seed, figures)
-
-
-def runs_as_source(runs: list[RunDirectory]) -> Source:
-    """The rows of finished runs, as if a result file had them. UserError: a result.csv that cannot be read."""
-    rows = pd.concat([read_results(run.path / "result.csv") for run in runs], ignore_index=True)
-    return Source(RUN_DIRECTORIES, ORIGIN_OWN, rows)
 
 
 # pivot, environment ---------------------------------------------------------------------------------------------------
@@ -476,69 +452,52 @@ def pivot(rows: list[dict]) -> dict:
 
     A second row of the same method in a setting, such as one of another file, gets a line of its own.
     """
-    crossed = [row for row in rows if row["table"] == CROSS and row["metrics"]]
-    columns = list(dict.fromkeys((row["paper"], row["method"], row["fidelity"]) for row in crossed))
-    names = ("origin", "cell", "dataset", "noise", "imb_factor", "profile", "epochs")
+    of_method = ("paper", "method", "fidelity")
+    of_setting = ("origin", "cell", "dataset", "noise", "imb_factor", "profile", "epochs")
+    columns: dict[tuple, int] = {}
     lines: dict[tuple, dict[int, dict]] = {}
-    for row in crossed:
-        column = columns.index((row["paper"], row["method"], row["fidelity"]))
-        setting = tuple(row[name] for name in names)
-        slot = (*setting, "")
-        if column in lines.get(slot, {}):
-            slot = (*setting, row["file"])
-        lines.setdefault(slot, {})[column] = row
+    for row in rows:
+        if row["table"] == CROSS and row["metrics"]:
+            column = columns.setdefault(tuple(row[name] for name in of_method), len(columns))
+            setting = tuple(row[name] for name in of_setting)
+            taken = column in lines.get((*setting, ""), {})
+            lines.setdefault((*setting, row["file"] if taken else ""), {})[column] = row
     return {
-        "columns": [dict(zip(("paper", "method", "fidelity"), column, strict=True)) for column in columns],
+        "columns": [dict(zip(of_method, column, strict=True)) for column in columns],
         "lines": [
-            dict(zip((*names, "file"), slot, strict=True))
+            dict(zip((*of_setting, "file"), line, strict=True))
             | {"cells": {column: row["id"] for column, row in members.items()}}
             | {"best": {metric: best_column(members, metric) for metric in METRICS}}
-            for slot, members in lines.items()
+            for line, members in lines.items()
         ],
     }
 
 
 def best_column(members: dict[int, dict], metric: str) -> int | None:
     """The column with the highest mean, if the Welch interval of its lead over the runner-up is above zero; else None."""
-    ranked = sorted(
-        (column for column in members if metric in members[column]["metrics"]),
-        key=lambda column: -members[column]["metrics"][metric]["mean"],
-    )
+    samples = {c: _sample(row["metrics"][metric]) for c, row in members.items() if metric in row["metrics"]}
+    ranked = sorted(samples, key=lambda column: -samples[column].mean)
     if len(ranked) < 2:
         return None
-    first, second = (_sample(members[column]["metrics"][metric]) for column in ranked[:2])
-    return ranked[0] if welch_interval(second, first)[0] > 0 else None
+    return ranked[0] if welch_interval(samples[ranked[1]], samples[ranked[0]])[0] > 0 else None
 
 
 def environment(rows: list[dict]) -> list[dict]:
     """The devices, precisions, versions of torch and commits of the rows, with the number of runs of each."""
-    counts = Counter(
-        (row["origin"], *(run[name] for name in ("device", "precision", "torch", "git")))
-        for row in rows
-        for run in row["runs"]
-    )
-    names = ("origin", "device", "precision", "torch", "git")
-    return [dict(zip(names, key, strict=True)) | {"runs": count} for key, count in counts.items()]
+    runs = pd.DataFrame({"origin": row["origin"], **run} for row in rows for run in row["runs"])
+    names = ["origin", "device", "precision", "torch", "git"]
+    return runs.groupby(names, sort=False).size().reset_index(name="runs").to_dict("records")
 
 
-def claims_of(sources: Iterable[Source]) -> list[dict]:
-    """By file of the claims' runs: every claim with the lines of its tests, in the columns of HEADING."""
-    claims, files = read_claims(), []
-    for source in sources:
-        found = outcomes(claims, source.rows)
-        tables = [
-            {"paper": claim.paper, "source": claim.source, "lines": lines(claim, found[claim.name])}
-            for claim in claims
-        ]
-        files.append({"name": source.name, "origin": source.origin, "claims": tables})
-    return files
-
-
-def without_shared(source: Source) -> Source:
-    """The file of the claims' runs without the rows that other files have, too; every other file unchanged."""
-    if Path(source.name).name != CLAIMS_CSV:
-        return source
-    return source._replace(rows=source.rows[source.rows["table"] == CLAIMS])
+def claims_of(source: Source) -> dict:
+    """The file of the claims' runs as every claim with the lines of its tests, in the columns of HEADING."""
+    claims = read_claims()
+    found = outcomes(claims, source.rows)
+    tables = [
+        {"paper": claim.paper, "source": claim.source, "lines": lines(claim, found[claim.name])}
+        for claim in claims
+    ]
+    return {"name": source.name, "origin": source.origin, "claims": tables}
 
 
 # the page -------------------------------------------------------------------------------------------------------------
@@ -554,11 +513,14 @@ def collect(files: Sequence[str], runs: Path | None) -> dict:
     directories, damaged = read_runs(runs) if runs is not None else ([], [])
     notes += damaged
     logs: list[dict] = []
-    claims = claims_of(source for source in sources if Path(source.name).name == CLAIMS_CSV)
-    rows = grouped([without_shared(source) for source in sources])
+    of_claims = {source.name: source for source in sources if Path(source.name).name == CLAIMS_CSV}
+    # other files have the rows of the claims' runs that are of another table, too
+    alone = {name: source.rows[source.rows["table"] == CLAIMS] for name, source in of_claims.items()}
+    rows = grouped([source._replace(rows=alone.get(source.name, source.rows)) for source in sources])
     others = add_runs(rows, directories, logs)
     if others and not files:
-        further = grouped([runs_as_source(others)])
+        own = pd.concat([read_results(run.path / "result.csv") for run in others], ignore_index=True)
+        further = grouped([Source(RUN_DIRECTORIES, ORIGIN_OWN, own)])
         add_runs(further, others, logs)
         rows += further
     if not rows:
@@ -586,7 +548,7 @@ def collect(files: Sequence[str], runs: Path | None) -> dict:
         "figures": figures,
         "logs": logs,
         "cross": pivot(rows),
-        "claims": claims,
+        "claims": [claims_of(source) for source in of_claims.values()],
         "claims_heading": HEADING,
         "environment": environment(rows),
         "speed": [read_table(path) for path in speed],
@@ -601,11 +563,6 @@ def title(paper: str) -> str:
         return paper or "(no paper)"
     with path.open(encoding="utf-8") as file:
         return file.readline().lstrip("# ").strip()
-
-
-def page(data: dict) -> str:
-    """The HTML page. No text of the data can end its script element or become a tag."""
-    return render("report", data)
 
 
 def make_parser() -> Parser:
@@ -637,17 +594,10 @@ def main(argv=None) -> None:
     for note in data["notes"]:
         print(f"note: {note}", file=sys.stderr)
     if out == OUT:
-        _make_folder(out.parent)
-    write_text(page(data), out, "--out")
+        make_folder(out)
+    write_text(render("report", data), out, "--out")
     measured = [row for row in data["rows"] if row["metrics"]]
     print(f"{out}: {len(measured)} rows of {len(data['files'])} files, {len(data['logs'])} logs")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}): give --out another place") from None
 
 
 if __name__ == "__main__":

@@ -53,10 +53,8 @@ def read_results(path: str | Path) -> pd.DataFrame:
         raise UserError(f"{path} is not a CSV ({error}): give a result file of benchmarks.run") from None
     if heading is None:
         raise UserError(f"{path} is empty: give a result file of benchmarks.run")
-    if missing := [name for name in COLUMNS if name not in heading]:
-        raise UserError(
-            f"{path} lacks the columns {', '.join(missing)}: its first line must name all of them"
-        )
+    if missing := ", ".join(name for name in COLUMNS if name not in heading):
+        raise UserError(f"{path} lacks the columns {missing}: its first line must name all of them")
     if not lines:
         raise UserError(f"{path} has a heading and no results: give a file with at least one row")
     for number, fields in lines:
@@ -153,6 +151,16 @@ def welch_interval(a: Sample, b: Sample) -> tuple[float, float]:
     freedom = 1 / ((part_a / variance) ** 2 / (a.n - 1) + (part_b / variance) ** 2 / (b.n - 1))
     margin = float(student_t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance)
     return difference - margin, difference + margin
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder of the file of --out. UserError: it cannot be made."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: {out.parent} cannot be made ({error.strerror}): name another file"
+        ) from None
 
 
 def write_text(text: str, path: str | Path, flag: str) -> None:

@@ -10,7 +10,6 @@ any run fails, this command fails.
 
 import itertools
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cells import PAPERS, PROFILES, ROOT, Cell, cells
 from benchmarks.compare import against, compare, format_table
-from benchmarks.engines import Task, add_engine_flags, run_all
+from benchmarks.engines import Task, add_engine_flags, print_commands, run_all
 from benchmarks.published import beside
 from benchmarks.results import read_results
 from common.runs import cli
@@ -114,19 +113,13 @@ def main(argv=None) -> None:
     runs = out / "runs" / args.paper / args.profile
     makers, seeds = {cell.encoder for cell in chosen}, dict.fromkeys(args.seeds)
     # the runs that make encoders come first
+    ordered = sorted(chosen, key=lambda cell: cell.preset not in makers)
     waves = [
-        [
-            make_task(c, seed, runs, data_path, extra)
-            for c in chosen
-            if (c.preset in makers) is first
-            for seed in seeds
-        ]
-        for first in (True, False)
+        [make_task(cell, seed, runs, data_path, extra) for cell in wave for seed in seeds]
+        for _, wave in itertools.groupby(ordered, key=lambda cell: cell.preset in makers)
     ]
     if args.dry_run:
-        for task in itertools.chain(*waves):
-            for _, command in task.commands:
-                print(shlex.join(["python", *command[1:]]))
+        print_commands(itertools.chain(*waves))
         for line in beside(chosen, None):
             print(f"# {line}".strip())
         return

@@ -24,8 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -33,7 +31,15 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.launches import launch_line, launches
-from benchmarks.speed_inputs import PilViews, make_small_images, pil_loader, surroundings, views_by_pil
+from benchmarks.results import make_folder
+from benchmarks.speed_inputs import (
+    PilViews,
+    make_small_images,
+    photograph_parts,
+    pil_loader,
+    surroundings,
+    views_by_pil,
+)
 from benchmarks.step_speed import add_step_flags, step_line, steps
 from common.datasets.file_lists import IMAGENET_MEAN, IMAGENET_STD, FileSplit, make_split
 from common.datasets.image_cache import build, open_cache
@@ -70,12 +76,7 @@ def main(argv=None):
 
 def check_writable(out: Path) -> None:
     """Make the folder of an output file. UserError: it cannot be made, or is not writable."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--out {out}: {out.parent} cannot be made ({error.strerror}): name another file"
-        ) from None
+    make_folder(out)
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise UserError(f"--out {out} cannot be written: name a file in a writable folder")
 
@@ -141,17 +142,11 @@ def views(args: Namespace) -> Iterator[dict]:
     on_device = Images(small, mean, std, device)
     for pipeline, (ours, count, theirs) in view_pipelines().items():
         generator = torch.Generator(device).manual_seed(1)
-        options: dict[str, Any] = {
-            "views": count,
-            "augmentation": ours,
-            "shuffle": True,
-            "generator": generator,
-        }
-        batches = Batches(on_device, size, **options)
+        batches = Batches(on_device, size, views=count, augmentation=ours, shuffle=True, generator=generator)
         yield measured(args, batches, device, pipeline=pipeline, source="float32 on the device", workers=0)
         for workers in args.workers:
-            loader = pil_loader(PilViews(small, theirs, mean, std), size, workers, device, shuffle=True)
-            moved = Moved(loader, device)
+            by_pil = PilViews(small, theirs, mean, std, range(len(small)))
+            moved = Moved(pil_loader(by_pil, size, workers, device, shuffle=True), device)
             yield measured(args, moved, device, pipeline=pipeline, source="PIL", workers=workers)
 
 
@@ -166,14 +161,13 @@ def measured(args: Namespace, batches: Iterable, device: torch.device, **which: 
 
 def view_pipelines() -> dict[str, tuple[Callable, int, list[Callable]]]:
     """By name: what makes a view of a batch (or all views), the number of its calls, and PIL's transform for each view."""
-    return {
-        name: (ours, count, views_by_pil(ours, count, 32))
-        for name, ours, count in (
-            ("SANM's six views", partial(six_views, crop=augment.crop_and_flip), 1),
-            ("SimCLR's pair of views", augment.simclr_view, 2),
-            ("SANM's warm-up view", partial(augment.warm_up_view, crop=augment.crop_and_flip), 1),
-        )
+    crop = augment.crop_and_flip
+    pipelines: dict[str, tuple[Callable, int]] = {
+        "SANM's six views": (partial(six_views, crop=crop), 1),
+        "SimCLR's pair of views": (augment.simclr_view, 2),
+        "SANM's warm-up view": (partial(augment.warm_up_view, crop=crop), 1),
     }
+    return {name: (ours, count, views_by_pil(ours, count, 32)) for name, (ours, count) in pipelines.items()}
 
 
 class Moved:
@@ -190,15 +184,9 @@ class Moved:
 def make_photographs(folder: Path, count: int) -> FileSplit:
     """JPEGs of random parts, two thirds of the width and the height, of the two photographs."""
     folder.mkdir(parents=True)
-    photographs = [Image.fromarray(image) for image in load_sample_images().images]
-    rng = np.random.default_rng(0)
     names = [f"{i}.jpg" for i in range(count)]
-    for i, name in enumerate(names):
-        photograph = photographs[i % 2]
-        width, height = (2 * side // 3 for side in photograph.size)
-        left, top = int(rng.integers(photograph.width - width)), int(rng.integers(photograph.height - height))
-        cut = photograph.resize(SIZE, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
-        cut.save(folder / name, quality=QUALITY)
+    for name, photograph in zip(names, photograph_parts(count, (426, 284), SIZE), strict=True):
+        photograph.save(folder / name, quality=QUALITY)
     return make_split(folder, names, [i % 2 for i in range(count)])
 
 

@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -18,18 +18,22 @@ from common.gpu.policies import four_views, six_views
 from common.runs.run import command, git_commit
 
 
-def make_small_images(count: int, size: int = 32) -> np.ndarray:
-    """Random squares of 128 pixels of the two photographs in turn, made smaller: uint8 [count, size, size, 3]."""
+def photograph_parts(count: int, part: tuple[int, int], size: tuple[int, int]) -> Iterator[Image.Image]:
+    """Random parts of scikit-learn's two photographs of 640 x 427 pixels in turn, resized; part, size: width and height."""
     from sklearn.datasets import load_sample_images  # noqa: PLC0415 (a second of import that only this needs)
 
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
     rng = np.random.default_rng(0)
-    small = []
     for i in range(count):
-        left, top = (int(rng.integers(side - 128)) for side in photographs[i % 2].size)
-        box = (left, top, left + 128, top + 128)
-        small.append(np.asarray(photographs[i % 2].resize((size, size), Image.Resampling.BICUBIC, box=box)))
-    return np.stack(small)
+        photograph = photographs[i % 2]
+        left, top = (int(rng.integers(photograph.size[side] - part[side])) for side in (0, 1))
+        box = (left, top, left + part[0], top + part[1])
+        yield photograph.resize(size, Image.Resampling.BICUBIC, box=box)
+
+
+def make_small_images(count: int, size: int = 32) -> np.ndarray:
+    """Squares of 128 pixels of the photographs, made smaller: uint8 [count, size, size, 3]."""
+    return np.stack([np.asarray(image) for image in photograph_parts(count, (128, 128), (size, size))])
 
 
 def views_by_pil(augmentation: Callable | None, views: int, size: int) -> list[Callable]:
@@ -59,7 +63,7 @@ def views_by_pil(augmentation: Callable | None, views: int, size: int) -> list[C
 
 
 def simclr_view(size: int) -> Callable:
-    """SimCLR's view, as `common.gpu.augment.simclr_view`."""
+    """As `common.gpu.augment.simclr_view`."""
     crop, flip = transforms.RandomResizedCrop(size, scale=(0.2, 1)), transforms.RandomHorizontalFlip()
     jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
     return transforms.Compose([crop, flip, jitter, transforms.RandomGrayscale(0.2)])
@@ -75,17 +79,9 @@ def warm_up_view(crop: Callable) -> Callable:
 class PilViews(Dataset):
     """The views of images uint8 [N, H, W, 3], made and normalised one by one: k of float32 [3, H, W], and the position."""
 
-    def __init__(
-        self,
-        images: np.ndarray,
-        views: list[Callable],
-        mean: Sequence[float],
-        std: Sequence[float],
-        positions: Sequence[int] | None = None,
-    ):
-        """positions: of the images to go through; by default all."""
-        self.images, self.views = images, views
-        self.positions = range(len(images)) if positions is None else positions
+    def __init__(self, images: np.ndarray, views: list[Callable], mean, std, positions: Sequence[int]):
+        """positions: of the images to go through."""
+        self.images, self.views, self.positions = images, views, positions
         self.normalised = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
 
     def __len__(self) -> int:

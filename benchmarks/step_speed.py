@@ -159,13 +159,10 @@ def settle(args: Namespace, device: Device) -> None:
     """The defaults that depend on the device. UserError: too few epochs."""
     if args.epochs < 2:
         raise UserError(f"--epochs {args.epochs}: the first is not among those timed, use 2 or more")
-    usual = (16384, 1, 20.0) if device.on_cuda() else (96, 16, 2.0)
-    args.images, args.batch_divisor, args.pass_seconds = (
-        default if given is None else given
-        for given, default in zip((args.images, args.batch_divisor, args.pass_seconds), usual, strict=True)
-    )
-    if args.workers is None:
-        args.workers = min(surroundings(device.device)["cpu_count"], 8)
+    images, divisor, seconds = (16384, 1, 20.0) if device.on_cuda() else (96, 16, 2.0)
+    usual = {"images": images, "batch_divisor": divisor, "pass_seconds": seconds}
+    usual["workers"] = min(surroundings(device.device)["cpu_count"], 8)
+    vars(args).update({name: value for name, value in usual.items() if vars(args)[name] is None})
 
 
 def make_workload(w: Workload) -> None:
@@ -191,14 +188,8 @@ def make_workload(w: Workload) -> None:
 def command_line(name: str, path: str, workload: Workload, args: Namespace, device: Device) -> list[str]:
     """The command that runs a method by one of the paths, and writes <folder>/<path>.json."""
     method, plain = METHODS[name], path == "plain"
-    words = [
-        sys.executable,
-        "-m",
-        "benchmarks.timed_script",
-        "--turns",
-        "--pass_seconds",
-        str(args.pass_seconds),
-    ]
+    timed = f"-m benchmarks.timed_script --turns --pass_seconds {args.pass_seconds}"
+    words = [sys.executable, *timed.split()]
     # operations are counted on the path where no worker starts inside a step and no recorded graph has the network's
     words += ["--count_flops"] if plain == method.graphs else []
     words += ["--plain", "--workers", str(args.workers)] if plain else []
@@ -267,9 +258,9 @@ def run_in_turns(name: str, workload: Workload, args: Namespace, device: Device)
 
 
 def timed_steps(report: dict) -> pd.DataFrame:
-    """The training steps that count, with epoch, pass (0, 1, ...) and warm_up.
+    """The training steps that count, with epoch, pass (0, 1, ...) and warm_up: see the module's docstring.
 
-    Not the first of a pass, nor those with a batch that is not full; in the main phase the labelled batch is full, too.
+    In the main phase the labelled batch is full, too.
     """
     size, names = report["batch_size"], ["epoch", "pass", "warm_up", "images", "whole", "seconds", *PARTS]
     steps = [
@@ -295,11 +286,9 @@ def speed(steps: pd.DataFrame) -> float:
 
 def ratios(ours: dict, plain: dict) -> list[float]:
     """Images per second of ours over those of the plain path, for each pair of passes that were made in turn."""
-    sums = [
-        main_steps(report).groupby(["epoch", "pass"])[["images", "seconds"]].sum() for report in (ours, plain)
-    ]
-    speeds = [one["images"] / one["seconds"] for one in sums]
-    return (speeds[0] / speeds[1]).dropna().tolist()
+    passes = [main_steps(report).groupby(["epoch", "pass"]) for report in (ours, plain)]
+    own, other = (steps["images"].sum() / steps["seconds"].sum() for steps in passes)
+    return (own / other).dropna().tolist()
 
 
 def whole_seconds(training: dict) -> float:
@@ -327,13 +316,11 @@ def rows(
         raise UserError(
             f"{name}: no step counts, {args.images} images are too few for its batches: use more --images"
         )
-    precisions = precisions_of(device)
-    ends = (("median", np.median), ("min", min), ("max", max))
-    ratio = {f"ours_over_plain_{name}": round(float(of(found)), 3) for name, of in ends} | {
-        "pairs": len(found)
-    }
+    ends = {"median": np.median(found), "min": min(found), "max": max(found)}
+    ratio = {f"ours_over_plain_{which}": round(float(value), 3) for which, value in ends.items()}
+    ratio["pairs"] = len(found)
     for path, report in reports.items():
-        ours, method = path == "ours", METHODS[name]
+        ours, method, precision = path == "ours", METHODS[name], precisions_of(device)[path]
         yield {
             "what": "steps",
             "method": name,
@@ -346,7 +333,7 @@ def rows(
             **step_columns(report),
             **epoch_columns(report),
             "peak_memory_mb": round(report["peak_memory_mb"], 1),
-            **arithmetic_columns(report, flops, precisions[path], peaks[precisions[path]]),
+            **arithmetic_columns(report, flops, precision, peaks[precision]),
             **(ratio if ours else dict.fromkeys(ratio)),
             "not_plain": None if ours else method.not_plain,
             "note": method.note,
@@ -358,19 +345,15 @@ def step_columns(report: dict) -> dict:
     """Images per second of the steps that count, and the milliseconds of the mean step, the parts of which add up to it."""
     timed, steps = timed_steps(report), main_steps(report)
     warm_up = timed.drop(steps.index)
-    speeds = (steps["images"] / steps["seconds"]).quantile([0.5, 0.25, 0.75])
+    speeds = (steps["images"] / steps["seconds"]).quantile([0.5, 0.25, 0.75]).round(3).tolist()
     mean = steps[["seconds", *PARTS]].mean()
     mean["rest"] = mean["seconds"] - mean[list(PARTS)].sum()
-    milliseconds = {f"{part}_ms": round(1000 * float(mean[part]), 3) for part in (*PARTS, "rest")}
+    milliseconds = (1000 * mean.astype(float)).round(3).rename({"seconds": "step"}).add_suffix("_ms")
     return {
-        **{
-            name: round(float(s), 3)
-            for name, s in zip(("median_images_per_second", "q1", "q3"), speeds, strict=True)
-        },
+        **dict(zip(("median_images_per_second", "q1", "q3"), speeds, strict=True)),
         "timed_steps": len(steps),
         "warm_up_images_per_second": round(speed(warm_up), 3) if len(warm_up) else None,
-        "step_ms": round(1000 * float(mean["seconds"]), 3),
-        **milliseconds,
+        **milliseconds.to_dict(),
     }
 
 
@@ -413,9 +396,8 @@ def arithmetic_columns(report: dict, flops: dict, precision: str, peak: float) -
 
 def matmul_peak(device: torch.device, precision: str) -> float:
     """Floating point operations per second of the fastest of some large matrix products. precision: fp32, tf32 or bf16."""
-    side, dtype = (8192 if device.type == "cuda" else 1536), torch.float32
-    if precision == "bf16":
-        dtype = torch.bfloat16
+    side = 8192 if device.type == "cuda" else 1536
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     usual = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))

@@ -14,12 +14,13 @@ networks keep PyTorch's memory format, and convolutions on a GPU its TF32. For d
 
 import argparse
 import json
+import math
 import runpy
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial, partialmethod
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,13 +69,6 @@ class Step(NamedTuple):
     end: Mark
     parts: list[tuple[str, Mark, Mark]]  # name, start, end
 
-    def record(self) -> dict:
-        """The step in seconds, with its parts."""
-        parts = dict.fromkeys(PARTS, 0.0)
-        for name, start, end in self.parts:
-            parts[name] += between(start, end)
-        return {"images": self.images, "whole": self.whole, "seconds": between(self.start, self.end), **parts}
-
 
 class Pass(NamedTuple):
     """A pass over images."""
@@ -86,22 +80,35 @@ class Pass(NamedTuple):
     end: Mark
     steps: list[Step]  # of training
 
-    def record(self) -> dict:
-        """A training pass in seconds, with its steps."""
-        steps = [step.record() for step in self.steps]
-        return {"seconds": between(self.start, self.end), "length": self.length, "steps": steps}
+
+def step_record(step: Step) -> dict:
+    """A step in seconds, with its parts."""
+    parts = dict.fromkeys(PARTS, 0.0)
+    for name, start, end in step.parts:
+        parts[name] += between(start, end)
+    seconds = between(step.start, step.end)
+    return {"images": step.images, "whole": step.whole, "seconds": seconds, **parts}
 
 
 def epoch_record(start: Mark, end: Mark, passes: list[Pass]) -> dict:
     """An epoch in seconds. selection: from the start of each selection pass to that of the next pass, its fits included."""
     later = [*(one.start for one in passes[1:]), end]
-    pairs = zip(passes, later, strict=True)
+    selections = [(one, after) for one, after in zip(passes, later, strict=True) if one.kind == "selection"]
+    training = [
+        {
+            "seconds": between(one.start, one.end),
+            "length": one.length,
+            "steps": list(map(step_record, one.steps)),
+        }
+        for one in passes
+        if one.kind == "training"
+    ]
     return {
         "seconds": between(start, end),
-        "selection": sum(between(one.start, after) for one, after in pairs if one.kind == "selection"),
+        "selection": sum(between(one.start, after) for one, after in selections),
         "evaluation": sum(between(one.start, one.end) for one in passes if one.kind == "evaluation"),
         "warm_up": any(one.warm_up for one in passes),
-        "training": [one.record() for one in passes if one.kind == "training"],
+        "training": training,
     }
 
 
@@ -168,8 +175,9 @@ class Recorder:
             return
         main = training and "warm-up" not in description
         self.batch_size = batches.batch_size if main else self.batch_size
-        self.inside, start, began, steps = True, self.now(), time.perf_counter(), []
-        while not training or self.goes_on(began, len(steps)):
+        self.inside, start, steps = True, self.now(), []
+        last = time.perf_counter() + (self.pass_seconds or math.inf)
+        while not training or len(steps) < LEAST_STEPS or time.perf_counter() <= last:
             self.parts, self.whole, asked = [] if training else None, True, self.now()
             batch = next(source, None)
             if batch is None:
@@ -182,11 +190,6 @@ class Recorder:
         tests = description.endswith(("test", "validation"))
         kind = "training" if training else "evaluation" if tests else "selection"
         self.passes.append(Pass(kind, training and not main, len(batches), start, self.now(), steps))
-
-    def goes_on(self, began: float, steps: int) -> bool:
-        """Whether a training pass that began then takes another step."""
-        cut = self.pass_seconds is not None and time.perf_counter() - began > self.pass_seconds
-        return not cut or steps < LEAST_STEPS
 
     @contextmanager
     def counting_flops(self, images: int) -> Iterator[None]:
@@ -311,19 +314,16 @@ def instrumented(recorder: Recorder, plain: bool, workers: int) -> Iterator[None
             (Run, "progress", recorder.watch_pass, Run.progress),
             (Tensor, "backward", recorder.backward, Tensor.backward),
         ):
+            # a function, unlike a partial, becomes a method
+            def watched(*given, method=method, original=original, **named):
+                return method(original, *given, **named)
+
             undone.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, partialmethod(in_place_of, method, original))
-        for register, moment in (
-            (register_optimizer_step_pre_hook, recorder.begin),
-            (register_optimizer_step_post_hook, recorder.end),
-        ):
-            undone.callback(register(partial(moment, "optimiser")).remove)
+            setattr(owner, name, watched)
+        before, after = register_optimizer_step_pre_hook, register_optimizer_step_post_hook
+        undone.callback(before(partial(recorder.begin, "optimiser")).remove)
+        undone.callback(after(partial(recorder.end, "optimiser")).remove)
         yield
-
-
-def in_place_of(owner: Any, method: Callable, original: Callable, *given, **named) -> Any:
-    """What owner.name(...) becomes: the recorder's method, which is given the original."""
-    return method(original, owner, *given, **named)
 
 
 def make_parser() -> cli.Parser:

@@ -120,13 +120,11 @@ def chosen(claims: Sequence[Claim], names: Sequence[str] | None, only: str | Non
     UserError: no claim has this name.
     """
     known = [claim.name for claim in claims]
-    for name in names or ():
-        if name not in known:
-            raise UserError(f"no claim {name}: choose from {', '.join(known)}")
+    if unknown := [name for name in names or () if name not in known]:
+        raise UserError(f"no claim {unknown[0]}: choose from {', '.join(known)}")
+    kinds = (True, False) if only is None else (only == "embedded",)
     kept = [claim for claim in claims if not names or claim.name in names]
-    if only is not None:
-        digits = only == "embedded"
-        kept = [c._replace(tests=tuple(t for t in c.tests if t.embedded == digits)) for c in kept]
+    kept = [c._replace(tests=tuple(t for t in c.tests if t.embedded in kinds)) for c in kept]
     return [claim for claim in kept if claim.tests]
 
 
@@ -144,10 +142,8 @@ def outcomes(claims: Iterable[Claim], rows: pd.DataFrame) -> dict[str, list[Outc
 
 def outcome(test: ClaimTest, values: Mapping[tuple[str, str], Sequence[float]]) -> Outcome:
     """One test. values: over seeds, by (cell, metric)."""
-    own, than = (
-        [test.scale * value for value in values.get((cell, test.metric), ())]
-        for cell in (test.cell, test.than)
-    )
+    cells = (test.cell, test.than)
+    own, than = ([test.scale * value for value in values.get((cell, test.metric), ())] for cell in cells)
     if not own or (test.than and not than):
         return Outcome(test, own, than, math.nan, math.nan, math.nan, NOT_RUN)
     bound = test.scale * test.value
@@ -159,7 +155,7 @@ def outcome(test: ClaimTest, values: Mapping[tuple[str, str], Sequence[float]]) 
 
 
 def verdict(low: float, high: float, direction: str) -> str:
-    """holds, contradicted or undecided, from an interval around a difference to the bound; undecided if it is NaN.
+    """The verdict that an interval around the difference to the bound gives; NaN if there is none.
 
     A claim that something differs cannot be contradicted: an interval around 0 does not show that nothing differs.
     """
@@ -183,11 +179,11 @@ def lines(claim: Claim, found: Sequence[Outcome]) -> list[tuple[str, ...]]:
 
 def _line(found: Outcome) -> tuple[str, ...]:
     test = found.test
-    bound = f"{test.scale * test.value:g}"
+    bound = test.scale * test.value
     if test.than is None:
-        compared = f"{DIRECTION_TEXT[test.direction]} {bound}"
+        compared = f"{DIRECTION_TEXT[test.direction]} {bound:g}"
     else:
-        compared = sample_text(found.than) + (f" {float(bound):+g}" if test.value else "")
+        compared = sample_text(found.than) + (f" {bound:+g}" if bound else "")
     difference = "" if math.isnan(found.difference) else f"{found.difference:+.2f}"
     interval = "" if math.isnan(found.low) else f"[{found.low:+.2f}, {found.high:+.2f}]"
     return (test.data, test.metric, compared, sample_text(found.values), difference, interval, found.verdict)

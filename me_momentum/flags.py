@@ -21,14 +21,71 @@ OF_FOLDER = {"noise_type": "given"}
 #   --pretrain     inverted, as in the release: it turns ImageNet weights off; --no_pretrain does the same
 
 
+def _groups(parser: cli.Parser):
+    return parser.add_argument_group("of the release"), parser.add_argument_group("not in the release")
+
+
+# flags of both scripts ------------------------------------------------------------------------------------------------
+
+
+def _add_sgd_flags(group, lr: float, drops: str, weight_decay: float, batch_size: int, batches: str) -> None:
+    """The flags of SGD with their defaults. drops, batches: the ends of two help texts."""
+    group.add_argument("--lr", type=cli.positive, default=lr, help=f"learning rate of SGD{drops}")
+    group.add_argument(
+        "--weight_decay", type=cli.non_negative, default=weight_decay, help="of SGD, on everything"
+    )
+    group.add_argument("--batch_size", type=cli.count, default=batch_size, help=batches)
+
+
+def _add_selection_flag(group, alone: str) -> None:
+    """alone: what is done without a selection."""
+    choices = ["confident", "none"]
+    text = f"none: no confident examples, {alone}"
+    group.add_argument("--selection", choices=choices, default="confident", help=text)
+
+
+def _add_outer_loops_flag(group) -> None:
+    text = "outer loops; each starts from a fresh network"
+    group.add_argument("--max_outer_loop", type=cli.count, default=3, help=text)
+
+
+def _add_batch_mean_flag(group) -> None:
+    text = (
+        "report the mean over test batches, as the release does; by default under --fidelity released alone"
+    )
+    group.add_argument("--legacy_batch_mean", action=BooleanOptionalAction, help=text)
+
+
+def _add_model_dir_flag(group) -> None:
+    text = "the release's folder of weights: another name for --out"
+    group.add_argument("--model_dir", metavar="DIR", type=cli.place, help=text)
+
+
+# main.py --------------------------------------------------------------------------------------------------------------
+
+
 def make_parser() -> cli.Parser:
     """The parser of main.py: the release's flags with their defaults, further flags, those that all scripts share."""
     parser = cli.Parser(
         prog="main.py",
         description="Me-Momentum (ICCV 2021) on MNIST, Fashion-MNIST, CIFAR-10/100 with label noise, and on the embedded digits.",
     )
-    released = parser.add_argument_group("of the release")
-    further = parser.add_argument_group("not in the release")
+    released, further = _groups(parser)
+    _add_data_flags(released, further)
+    _add_network_flags(further)
+    batches = "batch size of training; selection, validation and test use twice as many"
+    _add_sgd_flags(released, 0.01, "", 1e-4, 128, batches)
+    _add_epoch_flags(released, further)
+    _add_model_dir_flag(released)
+    _add_alternation_flags(released, further)
+    _add_batch_mean_flag(further)
+    folder.add_flags(further)
+    cli.add_shared_flags(parser, default_seed=1)
+    return parser
+
+
+def _add_data_flags(released, further) -> None:
+    """The data set, its label noise, and the part that is trained on."""
     released.add_argument(
         "--dataset",
         default="mnist",
@@ -54,7 +111,9 @@ def make_parser() -> cli.Parser:
         help="fraction of the images that is trained on; the rest, with noisy labels too, is the validation part",
     )
 
-    further.add_argument(
+
+def _add_network_flags(group) -> None:
+    group.add_argument(
         "--network",
         choices=["auto", *NETWORKS],
         default="auto",
@@ -62,21 +121,17 @@ def make_parser() -> cli.Parser:
         "small network for digits. auto never takes preact_resnet18 (narrow below 16 pixels) and preact_narrow (narrow at any "
         "size)",
     )
-    further.add_argument(
+    group.add_argument(
         "--stem_padding",
         type=cli.count_or_zero,
         default=0,
         help="padding of the first convolution of resnet18 and resnet34; 0 as in the release: 32 pixels become 30. The "
         "PreAct ResNets always have 1",
     )
-    released.add_argument("--lr", type=cli.positive, default=0.01, help="learning rate of SGD")
-    released.add_argument("--weight_decay", type=cli.non_negative, default=1e-4, help="of SGD, on everything")
-    released.add_argument(
-        "--batch_size",
-        type=cli.count,
-        default=128,
-        help="batch size of training; selection, validation and test use twice as many",
-    )
+
+
+def _add_epoch_flags(released, further) -> None:
+    """The length of a round, and how its steps are done on a GPU."""
     released.add_argument(
         "--n_epoch",
         type=cli.count,
@@ -91,22 +146,12 @@ def make_parser() -> cli.Parser:
         help="on CUDA, replay recorded training steps, which saves launching each kernel; the first 20 steps are checked against "
         "eager ones; not with --compile",
     )
-    released.add_argument(
-        "--model_dir",
-        metavar="DIR",
-        type=cli.place,
-        help="the release's folder of weights: another name for --out",
-    )
 
-    further.add_argument(
-        "--selection",
-        choices=["confident", "none"],
-        default="confident",
-        help="none: no confident examples, plain cross-entropy on the noisy training part for n_epoch epochs",
-    )
-    released.add_argument(
-        "--max_outer_loop", type=cli.count, default=3, help="outer loops; each starts from a fresh network"
-    )
+
+def _add_alternation_flags(released, further) -> None:
+    """The outer and inner loops, early stopping, and the images that selection and validation look at."""
+    _add_selection_flag(further, "plain cross-entropy on the noisy training part for n_epoch epochs")
+    _add_outer_loops_flag(released)
     released.add_argument(
         "--max_inner_loop",
         type=cli.count,
@@ -132,14 +177,6 @@ def make_parser() -> cli.Parser:
             default="train",
             help=f"images that {name}: augmented as in training (train, as released) or plain (test)",
         )
-    further.add_argument(
-        "--legacy_batch_mean",
-        action=BooleanOptionalAction,
-        help="report the mean over test batches, as the release does; by default under --fidelity released alone",
-    )
-    folder.add_flags(further)
-    cli.add_shared_flags(parser, default_seed=1)
-    return parser
 
 
 def parse_args(argv=None) -> Namespace:
@@ -200,8 +237,18 @@ def cell(args: Namespace, data: Data) -> dict:
 def make_clothing_parser() -> cli.Parser:
     """The parser of Clothing.py: the release's flags with their defaults, further flags, those that all scripts share."""
     parser = cli.Parser(prog="Clothing.py", description="Me-Momentum (ICCV 2021) on Clothing1M.")
-    released = parser.add_argument_group("of the release")
-    further = parser.add_argument_group("not in the release")
+    released, further = _groups(parser)
+    _add_clothing_data_flags(released, further)
+    _add_clothing_network_flags(released, further)
+    _add_clothing_loop_flags(released, further)
+    _add_clothing_training_flags(released, further)
+    _add_batch_mean_flag(further)
+    _add_model_dir_flag(released)
+    cli.add_shared_flags(parser, default_seed=1)
+    return parser
+
+
+def _add_clothing_data_flags(released, further) -> None:
     released.add_argument(
         "--data_root",
         default=DATA_ROOT,
@@ -220,6 +267,9 @@ def make_clothing_parser() -> cli.Parser:
     )
     cli.add_image_file_flags(further, workers=8)
 
+
+def _add_clothing_network_flags(released, further) -> None:
+    """The network, and the weights that it starts from."""
     further.add_argument(
         "--network", choices=["resnet50", "resnet18"], default="resnet50", help="torchvision's"
     )
@@ -241,12 +291,11 @@ def make_clothing_parser() -> cli.Parser:
         help="the same as --pretrain by a clear name (%(default)s without it)",
     )
 
-    further.add_argument(
-        "--selection",
-        choices=["confident", "none"],
-        default="confident",
-        help="none: no confident examples, the same weighted cross-entropy on all noisy images for one outer loop",
-    )
+
+def _add_clothing_loop_flags(released, further) -> None:
+    """Whether and how confident examples are extracted, and the lengths of the loops."""
+    alone = "the same weighted cross-entropy on all noisy images for one outer loop"
+    _add_selection_flag(further, alone)
     released.add_argument(
         "--beta",
         type=cli.fraction,
@@ -260,44 +309,21 @@ def make_clothing_parser() -> cli.Parser:
         default=6,
         help="inner loops; confident examples are extracted between them",
     )
-    released.add_argument(
-        "--max_outer_loop", type=cli.count, default=3, help="outer loops; each starts from a fresh network"
-    )
+    _add_outer_loops_flag(released)
 
-    released.add_argument(
-        "--lr",
-        type=cli.positive,
-        default=0.005,
-        help="learning rate of SGD; it drops by 10x after epochs 10 and 20 of an outer loop",
+
+def _add_clothing_training_flags(released, further) -> None:
+    drops = "; it drops by 10x after epochs 10 and 20 of an outer loop"
+    batches = (
+        "over all processes. A smaller last batch of training images is dropped, so that any number of processes "
+        "trains alike; under --fidelity released one process keeps it"
     )
-    released.add_argument(
-        "--weight_decay", type=cli.non_negative, default=0.001, help="of SGD, on everything"
-    )
-    released.add_argument(
-        "--batch_size",
-        type=cli.count,
-        default=32,
-        help="over all processes. A smaller last batch of training images is dropped, so that any number of processes "
-        "trains alike; under --fidelity released one process keeps it",
-    )
+    _add_sgd_flags(released, 0.005, drops, 0.001, 32, batches)
     further.add_argument(
         "--sync_bn",
         action=BooleanOptionalAction,
         help="batch statistics over all processes; by default yes, under --fidelity released no",
     )
-    further.add_argument(
-        "--legacy_batch_mean",
-        action=BooleanOptionalAction,
-        help="report the mean over test batches, as the release does; by default under --fidelity released alone",
-    )
-    released.add_argument(
-        "--model_dir",
-        metavar="DIR",
-        type=cli.place,
-        help="the release's folder of weights: another name for --out",
-    )
-    cli.add_shared_flags(parser, default_seed=1)
-    return parser
 
 
 def parse_clothing_args(argv=None) -> Namespace:

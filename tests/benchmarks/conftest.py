@@ -20,3 +20,21 @@ def browser() -> Iterator:
         launched = started.chromium.launch(executable_path=executable, args=ARGUMENTS)
         yield launched
         launched.close()
+
+
+@pytest.fixture
+def page(browser, address, request) -> Iterator:
+    """The page at the module's address, just loaded; at the end nothing has gone wrong in it, and it has loaded itself alone."""
+    context = browser.new_context(viewport={"width": 1300, "height": 900})
+    opened = context.new_page()
+    wrong, loaded = [], []
+    opened.on("console", lambda message: wrong.append(message.text))
+    opened.on("pageerror", lambda error: wrong.append(str(error)))
+    opened.on("request", lambda sent: loaded.append(sent.url.split("#")[0]))
+    opened.on("dialog", lambda dialog: dialog.accept())
+    opened.goto(address)
+    yield opened
+    assert wrong == []
+    assert {url for url in loaded if not url.startswith(("data:image/", "blob:"))} == {address}
+    assert opened.title() == request.module.TITLE  # nothing of the data has run
+    context.close()

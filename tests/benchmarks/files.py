@@ -1,11 +1,13 @@
 """Result files for the tests of benchmarks."""
 
 import csv
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.report import KEY
 from common.runs.results import COLUMNS
 
 
@@ -27,3 +29,43 @@ def read(path: Path) -> list[dict[str, str]]:
 def frame(rows: Iterable[dict]) -> pd.DataFrame:
     """The rows as read_results gives them."""
     return pd.DataFrame([dict.fromkeys(COLUMNS, "") | row for row in rows]).astype({"value": float})
+
+
+CELL = {
+    **{"paper": "me_momentum", "table": "cifar10", "cell": "cifar10-sym0.2", "method": "Me-Momentum"},
+    **{"dataset": "cifar10", "noise_type": "symmetric", "noise_rate": "0.2", "profile": "paper"},
+    **{"fidelity": "paper", "epochs": "200", "device": "cpu", "torch": "2.15.0", "git": "abc"},
+}
+
+
+def rows(*values, **changed) -> list[dict]:
+    """The metrics best and last of one row per value, seeds 1, 2, ...; best is a point above last."""
+    return [
+        dict.fromkeys(COLUMNS, "")
+        | CELL
+        | {
+            "seed": str(seed),
+            "metric": metric,
+            "value": str(value + above),
+            "seconds": "10",
+            "images_per_second": "1000",
+        }
+        | {"command": f"python x.py --seed {seed} --out runs/{seed}"}
+        | changed
+        for seed, value in enumerate(values, start=1)
+        for metric, above in (("best", 1), ("last", 0))
+    ]
+
+
+def run_directory(folder: Path, result_rows: list[dict], curve: list, **changed) -> None:
+    """A finished run directory with the figures of the rows of one seed."""
+    folder.mkdir(parents=True)
+    first = result_rows[0]
+    metrics = {row["metric"]: float(row["value"]) for row in result_rows}
+    result = {name: first[name] for name in (*KEY, "seed", "command")}
+    result |= {"metrics": metrics, "best_epoch": 2, "noise": {"realised_rate": 0.19}} | changed
+    (folder / "args.json").write_text(json.dumps({"command": result["command"]}))
+    (folder / "result.json").write_text(json.dumps(result))
+    write(folder / "result.csv", result_rows)
+    lines = [f"{epoch},{value},0.123456789" for epoch, value in enumerate(curve, start=1)]
+    (folder / "log.csv").write_text("\n".join(["epoch,test_accuracy,confident_precision", *lines]) + "\n")

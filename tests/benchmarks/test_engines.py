@@ -275,14 +275,14 @@ def test_a_run_waits_for_what_a_lost_worker_left_behind(tmp_path):
     held = threading.Timer(1.0, lambda: (tmp_path / "released").touch() or lock.release())
     held.start()
     looks = [sys.executable, "-c", "import os, sys; sys.exit(3 if os.path.exists(sys.argv[1]) else 4)"]
-    finished, failure = run_on_worker(tmp_path, [*looks, str(tmp_path / "released")], {}, None)
+    finished, failure = run_on_worker(tmp_path, [*looks, str(tmp_path / "released")], {})
     assert not finished and failure.startswith("exit status 3: ")
 
 
 def test_a_directory_that_stays_in_use_is_a_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "SECONDS_IN_USE", 0.3)
     with Lock(tmp_path / ".lock", "wait"):
-        finished, failure = run_on_worker(tmp_path, [sys.executable, "-c", ""], {}, None)
+        finished, failure = run_on_worker(tmp_path, [sys.executable, "-c", ""], {})
     assert not finished and "is in use by process" in failure
 
 
@@ -290,9 +290,20 @@ def test_a_directory_that_stays_in_use_is_a_failure(tmp_path, monkeypatch):
 def test_a_run_that_is_stopped_from_outside_has_not_failed(tmp_path, number):
     ends = [sys.executable, "-S", "-c", f"import os; os.kill(os.getpid(), {int(number)})"]
     with pytest.raises(InterruptedError):
-        run_on_worker(tmp_path, ends, {}, None)
-    before = (False, "exit status 2")  # a baseline does not run after its method failed
-    assert run_on_worker(tmp_path / "none", ends, {}, before) == before
+        run_on_worker(tmp_path, ends, {})
+
+
+def test_no_run_of_a_task_begins_after_one_that_failed(tmp_path, capsys):
+    ends = [sys.executable, "-S", "-c", "import sys; print('why'); sys.exit(3)"]
+    folders = [(tmp_path / name, tmp_path / name / "baseline") for name in "ab"]
+    tasks = [engines.Task(own.name, own, ((own, ends), (baseline, ends))) for own, baseline in folders]
+    with pytest.raises(SystemExit) as stop:
+        engines.run_all(tasks, flags(engine="local"), one_thread=True)
+    captured = capsys.readouterr()
+    lines = [f"failed: {n}: exit status 3: why (see {tmp_path / n / 'console.txt'})" for n in "ab"]
+    assert stop.value.code == 1 and captured.err.splitlines() == lines
+    assert sorted(f"failed: {line}" for line in captured.out.splitlines()) == lines
+    assert not (tmp_path / "a" / "baseline").exists()
 
 
 def test_no_run_begins_whose_worker_is_gone(tmp_path):
@@ -306,6 +317,6 @@ def test_no_run_begins_whose_worker_is_gone(tmp_path):
 def test_a_machine_without_the_clone_or_the_folder_says_so(tmp_path):
     start_on_worker = engines._shipped()
     for root, folder in ((tmp_path / "none", tmp_path), (ROOT, tmp_path / "none")):
-        finished, failure = start_on_worker(str(root), str(folder), [sys.executable], {}, None)
+        finished, failure = start_on_worker(str(root), str(folder), [sys.executable], {})
         assert not finished and failure.startswith(f"{tmp_path / 'none'} does not exist on ")
         assert "file system that all machines share" in failure

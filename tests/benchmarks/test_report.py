@@ -8,51 +8,19 @@ import pytest
 
 from benchmarks import report
 from benchmarks.cells import PAPERS, cells
-from benchmarks.report import collect, main, metric_of, page, same_method
+from benchmarks.pages import render
+from benchmarks.report import collect, main, metric_of, same_method
 from benchmarks.results import read_results
 from common.runs.cli import UserError
-from common.runs.results import COLUMNS
-from tests.benchmarks.files import write
+from tests.benchmarks.files import read, rows, run_directory, write
 
 HOSTILE = '</script><img src=x onerror="document.title=1">'
-CELL = {
-    **{"paper": "me_momentum", "table": "cifar10", "cell": "cifar10-sym0.2", "method": "Me-Momentum"},
-    **{"dataset": "cifar10", "noise_type": "symmetric", "noise_rate": "0.2", "profile": "paper"},
-    **{"fidelity": "paper", "epochs": "200", "device": "cpu", "torch": "2.15.0", "git": "abc"},
-}
-
-
-def rows(*values, **changed):
-    """The metrics best and last of one row per value, seeds 1, 2, ...; best is a point above last."""
-    return [
-        dict.fromkeys(COLUMNS, "")
-        | CELL
-        | {"seed": str(seed), "metric": metric, "value": str(value + above), "seconds": "10"}
-        | {"command": f"python x.py --seed {seed} --out runs/{seed}"}
-        | changed
-        for seed, value in enumerate(values, start=1)
-        for metric, above in (("best", 1), ("last", 0))
-    ]
 
 
 def of_file(folder, content, **wanted):
     """What is collected of a file with these rows, and the only measured row with the wanted fields."""
     data = collect([write(folder / "a.csv", content)], None)
     return data, measured(data, **{"method": "Me-Momentum"} | wanted)
-
-
-def run_directory(folder, result_rows, curve, **changed):
-    """A finished run directory with the figures of the rows of one seed."""
-    folder.mkdir(parents=True)
-    first = result_rows[0]
-    metrics = {row["metric"]: float(row["value"]) for row in result_rows}
-    result = {name: first[name] for name in (*report.KEY, "seed", "command")}
-    result |= {"metrics": metrics, "best_epoch": 2, "noise": {"realised_rate": 0.19}} | changed
-    (folder / "args.json").write_text(json.dumps({"command": result["command"]}))
-    (folder / "result.json").write_text(json.dumps(result))
-    write(folder / "result.csv", result_rows)
-    lines = [f"{epoch},{value},0.123456789" for epoch, value in enumerate(curve, start=1)]
-    (folder / "log.csv").write_text("\n".join(["epoch,test_accuracy,confident_precision", *lines]) + "\n")
 
 
 def measured(data, **wanted):
@@ -128,7 +96,7 @@ def test_the_claims_are_the_first_section_and_their_shared_rows_are_not_shown_tw
         *("digits, symmetric 40 %", "confident_growth", "above 0", "25.00 (1)", "+25.00", "", "undecided"),
     )
     assert len(data["claims_heading"]) == len(growth["lines"][0])
-    text = page(data)
+    text = render("report", data)
     assert text.index('id="claims"') < text.index('id="glance"') < text.index('id="results"')
     assert collect([write(alone / "a.csv", rows(90))], None)["claims"] == []
 
@@ -299,6 +267,15 @@ def test_a_reference_log_goes_to_the_run_whose_figures_it_has(no_results):
     assert found["me_momentum_mnist_sym0.2.csv"] == ("Me-Momentum", "mnist-sym0.2", "paper")
 
 
+def test_a_log_of_six_digits_goes_to_the_run_of_more(alone):
+    write(alone / "reference" / "a.csv", rows(100 / 3))
+    (alone / "reference" / "logs").mkdir()
+    log = alone / "reference" / "logs" / "me_momentum_x.csv"
+    log.write_text("epoch,test_accuracy\n1,34.3333\n2,33.3333\n")
+    data = collect([], None)
+    assert data["notes"] == [] and measured(data)["runs"][0]["folder"] == "reference/logs/me_momentum_x.csv"
+
+
 # side by side ---------------------------------------------------------------------------------------------------------
 
 
@@ -316,6 +293,12 @@ def test_methods_of_all_papers_stand_in_one_line_of_the_table_cross(alone):
     # cross-entropy is the baseline of all of them, whatever paper it is listed under
     assert row["against"]["metrics"]["last"]["difference"] == 42
     assert len({r["panel"] for r in data["rows"] if r["table"] == "cross"}) == 2
+
+
+def test_a_second_row_of_a_method_in_a_setting_has_a_line_of_its_own(alone):
+    files = [write(alone / f"{name}.csv", cross(90.0) + cross(80.0, method="CE")) for name in "ab"]
+    found = collect(files, None)["cross"]["lines"]
+    assert [(line["file"], len(line["cells"])) for line in found] == [("", 2), ("b.csv", 2)]
 
 
 @pytest.mark.parametrize(
@@ -338,7 +321,7 @@ def test_the_data_survive_and_no_text_of_them_is_markup(alone):
     data = collect(
         [write(alone / "a.csv", rows(90.0, method=HOSTILE, cell="{{ script }} <!-- \u2028 &"))], None
     )
-    html = page(data)
+    html = render("report", data)
     assert "<img" not in html and html.count("</script>") == 2 and "<!-- " not in html
     found = embedded(html)
     assert found == json.loads(json.dumps(data))
@@ -346,7 +329,7 @@ def test_the_data_survive_and_no_text_of_them_is_markup(alone):
 
 
 def test_the_page_loads_nothing(alone):
-    html = page(collect([write(alone / "a.csv", rows(90.0))], None))
+    html = render("report", collect([write(alone / "a.csv", rows(90.0))], None))
     shell = re.sub(r'<script type="application/json".*?</script>', "", html, flags=re.S)
     # the address that makes an element one of SVG is a name, not a load
     assert re.findall(r"https?://[^\"' ]*", shell) == ["http://www.w3.org/2000/svg"]
@@ -354,12 +337,8 @@ def test_the_page_loads_nothing(alone):
     assert "default-src 'none'" in shell
 
 
-def test_the_same_input_gives_the_same_page(no_results):
-    assert page(collect([], None)) == page(collect([], None))
-
-
 def test_every_reference_row_and_speed_file_is_on_the_page(no_results):
-    data = embedded(page(collect([], None)))
+    data = embedded(render("report", collect([], None)))
     reference = [row for row in data["rows"] if row["origin"] == "reference"]
     counted = sum(len(metric["values"]) for row in reference for metric in row["metrics"].values())
     files = {path: read_results(path) for path in report.REFERENCE.glob("*.csv")}

@@ -212,26 +212,6 @@ def test_a_failed_run_makes_the_command_fail_and_is_named(tmp_path):
     assert not (tmp_path / "sfa.csv").exists()
 
 
-@pytest.mark.slow
-def test_afm_ends_in_a_comparison_with_its_own_cross_entropy(tmp_path):
-    """All methods of an embedded setting, with flags of the script handed on."""
-    names = [cell.preset for cell in cells("afm", "embedded") if "/digits-sym0.5/" in cell.preset]
-    words = ("--epochs", "2", "--schedule", "1", "--out", str(tmp_path))
-    process = start("--cells", *names, "--seeds", "4", *words, paper="afm")
-    assert process.returncode == 0, process.stderr
-    rows = read(tmp_path / "afm.csv")
-    methods = {"CE", "mixup", "AFM (K=2)", "AFM (K=3)"}
-    assert sorted(row["method"] for row in rows if row["metric"] == "last") == sorted(methods)
-    for row in rows:
-        assert (row["table"], row["cell"], row["dataset"]) == ("embedded", "digits-sym0.5", "digits")
-        assert (row["seed"], row["epochs"], row["profile"]) == ("4", "2", "embedded")
-        assert "--epochs 2 --schedule 1" in row["command"] and "--data-root data" in row["command"]
-    compared = process.stdout[process.stdout.index("every method against cross-entropy") :]
-    assert all(method in compared for method in methods)
-    labels = [path.read_bytes() for path in tmp_path.rglob("noisy_labels.npy")]
-    assert len(labels) == 4 and len(set(labels)) == 1, "all train on the same labels"
-
-
 @pytest.mark.parametrize(
     ("paper", "line"),
     [

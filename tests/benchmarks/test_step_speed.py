@@ -300,15 +300,12 @@ def test_on_a_card_a_moment_is_an_event(monkeypatch):
         def record(self, stream):
             Event.clock += 500
             self.stream, self.time = stream, Event.clock
-
-        def elapsed_time(self, other):
-            return other.time - self.time
+            self.elapsed_time = lambda other: other.time - self.time
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"of {device}")
     start, end = (timed_script.now(torch.device("cuda", 1)) for _ in range(2))
-    assert start.stream == "of cuda:1"
-    assert timed_script.between(start, end) == 0.5
+    assert (start.stream, timed_script.between(start, end)) == ("of cuda:1", 0.5)
 
 
 def test_one_epoch_is_not_enough(tmp_path):
