@@ -76,7 +76,7 @@ def make_parser() -> cli.Parser:
     add("--batch_size", type=cli.count, default=128, help="batch size")
     add("--lr", type=cli.positive, default=0.02, help="initial learning rate")
     add("--out", metavar="DIR", help="run directory; by default baseline/ beside that run")
-    add("--device", choices=["auto", "cpu", "cuda"], **auto, help="where to train")
+    add("--device", choices=cli.DEVICES, **auto, help="where to train")
     add("--precision", choices=["auto", "fp32", "bf16"], **auto, help=precision)
     add("--compile", action="store_true", help="compile the network with torch.compile")
     add("-r", "--resume", choices=["auto", "never"], **auto, help="as in the scripts")
@@ -101,7 +101,7 @@ def accuracy(network: nn.Module, test: Iterable, labels: Tensor, device: gpu.Dev
     for (images,), _ in test:
         with device.autocast():
             predicted.append(network(images).argmax(dim=1))
-    return 100 * float((torch.cat(predicted) == labels).double().mean())
+    return 100 * float(gpu.wide(torch.cat(predicted) == labels).mean())
 
 
 @torch.no_grad()

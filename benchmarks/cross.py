@@ -249,7 +249,7 @@ def make_parser(description: dict) -> cli.Parser:
         "--limit_train", type=cli.count, metavar="N", help="a seeded subset, the same for all methods"
     )
     parser.add_argument("--data_path", default="./data", metavar="DIR", help="where the data sets are")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help=f"where to train; {given}")
+    parser.add_argument("--device", choices=cli.DEVICES, help=f"where to train; {given}")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], help=given)
     parser.add_argument("--out", default="results", metavar="DIR", help=out)
     parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")

@@ -195,7 +195,7 @@ def co_divide(
         six_as_samples,
         masks=masks if args.masking == "adversarial" else None,
         draw_lam=lambda: s.draws.beta(args.alpha, args.alpha),
-        draw_permutation=lambda rows: torch.randperm(rows, generator=s.loader, device=s.device.device),
+        draw_permutation=partial(s.device.permutation, generator=s.loader),
         weight=lambda number: ramp_up(args.lambda_u, epoch + number / steps, args.warm_up),
         temperature=args.T,
         reconstruction_weight=args.recon_weight,

@@ -154,7 +154,7 @@ def co_divide(
         two_samples,
         masks=masks if args.masking == "adversarial" else None,
         draw_lam=lambda: s.draws.beta(args.alpha, args.alpha),
-        draw_permutation=lambda rows: torch.randperm(rows, generator=s.masks, device=device),
+        draw_permutation=partial(s.device.permutation, generator=s.masks),
         weight=lambda _: 0.0,
         temperature=args.T,
         reconstruction_weight=args.recon_weight,
