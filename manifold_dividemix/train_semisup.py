@@ -109,7 +109,8 @@ def make_optimizer(network: Network, args: Namespace) -> SGD:
         groups.append({"params": encoder, "initial_lr": args.lr_backbone, "lr": args.lr_backbone})
     network.encoder.requires_grad_(args.weights == "finetune")
     fused = next(network.parameters()).is_cuda
-    return SGD(groups, momentum=args.momentum, weight_decay=args.weight_decay, fused=fused)
+    # the warm-up does not train the projection
+    return gpu.sgd(groups, momentum=args.momentum, weight_decay=args.weight_decay, fused=fused)
 
 
 def warm_up_epoch(network: Network, optimizer: Optimizer, kept: Tensor, epoch: int, s: Setting) -> list:

@@ -246,7 +246,7 @@ def main(argv=None) -> None:
     # the warm-up has no use for the decoder
     parallel = [processes.parallel(net, device.device, unused_parameters=True) for net in nets]
     optimizers = [
-        SGD(net.parameters(), args.lr, 0.9, weight_decay=1e-3, fused=device.on_cuda()) for net in nets
+        gpu.sgd(net.parameters(), args.lr, 0.9, weight_decay=1e-3, fused=device.on_cuda()) for net in nets
     ]
     draws, masks = np.random.default_rng(args.seed), device.generator(args.seed)
     memory: dict[str, Any] = {

@@ -3,10 +3,11 @@
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
 
 from common.gpu import graphs, processes
 from common.runs.cli import UserError
@@ -84,6 +85,25 @@ class Device(NamedTuple):
     def peak_memory_mb(self) -> float | None:
         """Peak memory of tensors on the GPU, in MiB; None without CUDA."""
         return torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else None
+
+
+def sgd(*arguments: Any, fused: bool, **options: Any) -> SGD:
+    """torch's SGD, for networks with parameters that get their first gradient steps after others.
+
+    Fused SGD raises TypeError if some parameters have a momentum buffer and others none (seen with torch 2.15). So each parameter
+    gets a buffer of zeros before its first step: its first momentum is its gradient, as in plain SGD.
+    """
+
+    def fill(optimizer: Optimizer, *_: Any) -> None:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            state = optimizer.state[parameter]
+            if parameter.grad is not None and state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+
+    optimizer = SGD(*arguments, fused=fused, **options)
+    if fused:
+        optimizer.register_step_pre_hook(fill)
+    return optimizer
 
 
 @contextmanager
