@@ -240,9 +240,10 @@ class FileBatches:
 
     def _on_device(self, pixels: Tensor, batch: np.ndarray) -> tuple[tuple[Tensor, ...], Tensor]:
         """pixels: uint8 [k, B, H, W, 3]."""
-        pixels = pixels.to(self.device, non_blocking=True).permute(0, 1, 4, 2, 3)  # channels-last in memory
+        pinned = self.device.type == "cuda"
+        pixels = pixels.to(self.device, non_blocking=pinned).permute(0, 1, 4, 2, 3)  # channels-last in memory
         views = tuple(augment.normalise(view, self.mean, self.std) for view in pixels)
-        return views, torch.from_numpy(batch).to(self.device, non_blocking=True)
+        return views, torch.from_numpy(batch).to(self.device, non_blocking=pinned)
 
 
 class Labelled(NamedTuple):
