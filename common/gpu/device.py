@@ -95,14 +95,14 @@ def sgd(*arguments: Any, fused: bool, **options: Any) -> SGD:
     """
 
     def fill(optimizer: Optimizer, *_: Any) -> None:
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        fused_groups = (group for group in optimizer.param_groups if group["fused"])
+        for parameter in (p for group in fused_groups for p in group["params"]):
             state = optimizer.state[parameter]
             if parameter.grad is not None and state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
 
     optimizer = SGD(*arguments, fused=fused, **options)
-    if fused:
-        optimizer.register_step_pre_hook(fill)
+    optimizer.register_step_pre_hook(fill)  # a run resumed from a GPU's checkpoint is fused too
     return optimizer
 
 

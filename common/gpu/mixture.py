@@ -45,7 +45,7 @@ def sklearn_upper_posterior(values: Tensor, groups: Tensor, num_groups: int) -> 
 
 
 def lower_posterior(values: Tensor, seed: int, max_iterations: int = 10) -> Tensor:
-    """Probability that each value belongs to the component with the smaller mean of one mixture: float64 [N], by `device.put`.
+    """Probability that each value belongs to the component with the smaller mean of one mixture: float64 [N]; float32 on MPS.
 
     DivideMix's mixture of losses: scikit-learn's, with tol=1e-2 and reg_covar=5e-4, in float32, stopped after max_iterations
     whether it has converged or not. seed: of its k-means start. values [N], finite. ValueError: NaN or infinity.

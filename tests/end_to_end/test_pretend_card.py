@@ -43,8 +43,8 @@ RUNS = {
     ),
     "sanm": (
         sanm.Train_cifar,
-        "--preset embedded/digits-sym0.5/sanm-dividemix --num_epochs 2 --warm_up 1 --limit_train 96",
-        3,
+        "--preset embedded/digits-sym0.5/sanm-dividemix --num_epochs 1 --warm_up 1 --limit_train 96",
+        2,
     ),
 }
 
