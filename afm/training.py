@@ -18,6 +18,7 @@ from afm.data import Data
 from afm.grouping import random_groups
 from afm.mixing import mixed_features, mixed_loss, target_weights, total_loss
 from afm.networks import AttentiveFeatureMixup
+from common.gpu import device as gpu
 from common.gpu import processes
 from common.gpu.device import Device
 from common.runs.label_quality import Estimate
@@ -70,7 +71,7 @@ def train_epoch(
     for (images,), piece in batches:
         index = processes.gather_rows(piece)
         given = labels[index]
-        groups, weights = grouping(len(index))
+        groups, weights = _groups(grouping, index)
         with device.autocast():
             outputs = network(images, groups, weights)
         label_weights = target_weights(outputs.weights, target, detach_target)
@@ -107,7 +108,7 @@ def train_epoch_mixing_inputs(
     network.train()
     losses = []
     for (images,), index in batches:
-        groups, weights = grouping(len(index))
+        groups, weights = _groups(grouping, index)
         with device.autocast():
             logits = network(mixed_features(images[groups], weights))
         loss = mixed_loss(logits, labels[index][groups], weights)
@@ -115,6 +116,11 @@ def train_epoch_mixing_inputs(
         losses.append(loss.detach())
     mean = float(torch.stack(losses).mean())
     return Epoch(weight * mean, mean, None, None, labels.new_empty(0, 2), logits.new_empty(0, 2).float())
+
+
+def _groups(grouping: Grouping, index: Tensor) -> tuple[Tensor, Tensor | None]:
+    groups, weights = grouping(len(index))
+    return groups.to(index.device), None if weights is None else weights.to(index.device)
 
 
 def _share(flags: list[Tensor]) -> float | None:
@@ -132,13 +138,13 @@ def _step(optimizer: Optimizer, loss: Tensor) -> None:
 def evaluate(network: AttentiveFeatureMixup, batches: Iterable, labels: Tensor, device: Device) -> Evaluation:
     """The test (README, section 8): one forward in eval mode, plain features through the plain classifier."""
     network.eval()
-    sums = torch.zeros(6, dtype=torch.float64, device=labels.device)
+    sums = torch.zeros(6, dtype=torch.float64, device=gpu.home(labels.device))
     for (images,), index in batches:
         with device.autocast():
             features = network.features(images)
         logits, given = network.classifier(features), labels[index]
         mixed_hits = (network.mixed_classifier(features).argmax(dim=1) == given).sum()
-        loss = F.cross_entropy(logits, given).double()
+        loss = gpu.wide(F.cross_entropy(logits, given))
         sums_of_batch = [
             len(index),
             (logits.argmax(dim=1) == given).sum(),

@@ -76,7 +76,7 @@ def make_parser() -> cli.Parser:
     add("--batch_size", type=cli.count, default=128, help="batch size")
     add("--lr", type=cli.positive, default=0.02, help="initial learning rate")
     add("--out", metavar="DIR", help="run directory; by default baseline/ beside that run")
-    add("--device", choices=["auto", "cpu", "cuda"], **auto, help="where to train")
+    add("--device", choices=cli.DEVICES, **auto, help="where to train")
     add("--precision", choices=["auto", "fp32", "bf16"], **auto, help=precision)
     add("--compile", action="store_true", help="compile the network with torch.compile")
     add("-r", "--resume", choices=["auto", "never"], **auto, help="as in the scripts")
@@ -106,7 +106,7 @@ def predict(network: nn.Module, batches: Iterable, device: gpu.Device) -> Tensor
 
 def accuracy(network: nn.Module, test: Iterable, labels: Tensor, device: gpu.Device) -> float:
     """Top-1 accuracy in percent."""
-    return 100 * float((predict(network, test, device).argmax(dim=1) == labels).double().mean())
+    return 100 * float(gpu.wide(predict(network, test, device).argmax(dim=1) == labels).mean())
 
 
 def estimate_label_quality(network: nn.Module, plain: Batches, device: gpu.Device) -> Estimate:

@@ -244,7 +244,7 @@ def make_parser(description: dict) -> cli.Parser:
     add("--seeds", **seeds, metavar="N", help="one run each; the noise differs too")
     add("--limit_train", type=cli.count, metavar="N", help="a seeded subset, the same for all methods")
     add("--data_path", default="./data", metavar="DIR", help="where the data sets are")
-    add("--device", choices=["auto", "cpu", "cuda"], help=f"where to train; {given}")
+    add("--device", choices=cli.DEVICES, help=f"where to train; {given}")
     add("--precision", choices=["auto", "fp32", "bf16"], help=given)
     add("--out", default="results", metavar="DIR", help=out)
     add("--dry_run", action="store_true", help="print the commands and stop")

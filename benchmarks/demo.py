@@ -37,7 +37,7 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="demo.py", description=__doc__)
     parser.add_argument("--out", default="results/demo", metavar="DIR", help="the folder of images and run")
     parser.add_argument("--seed", type=cli.seed, default=1, help="seed of the noise and of training")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
+    parser.add_argument("--device", choices=cli.DEVICES, default="auto", help="where to train")
     return parser
 
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cross_validation import cleanlab_folder
 from benchmarks.results import CONDITION, KEY, figure, keyed, markdown_table, read_results, write_text
-from common.runs.cli import Parser, UserError, exit_cleanly
+from common.runs.cli import DEVICES, Parser, UserError, exit_cleanly
 from common.runs.label_quality import COLUMNS, NAME
 from common.runs.results import COLUMNS as RESULT_COLUMNS
 from common.runs.results import to_csv
@@ -133,9 +133,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--data_path", metavar="DIR", help="of --cleanlab: the data sets; by default as in RUN"
     )
-    parser.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="of --cleanlab: where to train"
-    )
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="of --cleanlab: where to train")
     return parser
 
 

@@ -24,7 +24,7 @@ def knn_scores(embeddings: Tensor, k: int = 10) -> Tensor:
     if size < 2:
         raise ValueError(f"{size} samples have no neighbours")
     euclidean = dimensions <= 3
-    rows = embeddings.double() if euclidean else F.normalize(embeddings.float(), dim=1)
+    rows = gpu.wide(embeddings) if euclidean else F.normalize(embeddings.float(), dim=1)
     scores = []
     for start in range(0, size, CHUNK):
         own = rows[start : start + CHUNK]
@@ -37,7 +37,7 @@ def knn_scores(embeddings: Tensor, k: int = 10) -> Tensor:
         distances[here, start + here] = math.inf
         nearest = distances.topk(min(k, size - 1), dim=1, largest=False).values
         scores.append(torch.exp(-nearest.mean(dim=1)))
-    return torch.cat(scores).float()
+    return torch.cat(scores).float().to(embeddings.device)
 
 
 def kept_samples(scores: Tensor, removed: int) -> Tensor:

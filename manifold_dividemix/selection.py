@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from common.gpu import device as gpu
 from common.gpu import processes
 from common.gpu.mixture import lower_posterior
 from common.runs.cli import UserError
@@ -28,7 +29,7 @@ def clean_probability(losses: Tensor, seed: int) -> Tensor:
             "with another --out"
         )
     if not scaled.any():
-        return torch.ones(len(scaled), dtype=torch.float64, device=losses.device)
+        return gpu.put(gpu.wide(torch.ones_like(scaled)), losses.device)
     return lower_posterior(scaled, seed, max_iterations=20)
 
 

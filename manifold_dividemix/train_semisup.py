@@ -109,7 +109,8 @@ def make_optimizer(network: Network, args: Namespace) -> SGD:
         groups.append({"params": encoder, "initial_lr": args.lr_backbone, "lr": args.lr_backbone})
     network.encoder.requires_grad_(args.weights == "finetune")
     fused = next(network.parameters()).is_cuda
-    return SGD(groups, momentum=args.momentum, weight_decay=args.weight_decay, fused=fused)
+    # the warm-up does not train the projection
+    return gpu.sgd(groups, momentum=args.momentum, weight_decay=args.weight_decay, fused=fused)
 
 
 def warm_up_epoch(network: Network, optimizer: Optimizer, kept: Tensor, epoch: int, s: Setting) -> list:
@@ -140,7 +141,7 @@ def mixematch_epoch(
     steps = ramp_steps(len(labelled), args.batch_size, len(batches), args.ramp)
     step = Step(
         draw_lam=lambda: s.draws.beta(args.alpha, args.alpha),
-        draw_permutation=lambda rows: torch.randperm(rows, generator=s.loader, device=s.device.device),
+        draw_permutation=partial(s.device.permutation, generator=s.loader),
         ramp=lambda number: ramp_up(position(epoch, number, steps, args.ramp), args.warmup_epoch),
         lambdas=Lambdas(args.lambda_x, args.lambda_u, args.lambda_xe, args.lambda_ue, args.lambda_c),
         temperature=args.temperature,
@@ -237,7 +238,7 @@ def train(network: Network, dataset: Dataset, run: Run, args: Namespace, device:
     state = {"network": network, "optimizer": optimizer, "loader": loader, "draws": draws}
     run.resume({**state, "memory": memory})
     for name in ("kept", "clean", "scores"):
-        memory[name] = None if memory[name] is None else memory[name].to(device.device)
+        memory[name] = None if memory[name] is None else gpu.put(memory[name], device.device)
     s = Setting(args, device, run, train_images, labels, loader, draws)
     splits = splits_of(args)
     if splits:

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.gpu import device as gpu
+
 
 def prior_weights(train_counts: Tensor, validation_counts: Tensor) -> Tensor:
     """The weight of each class in the loss: w_c = mean(n) / n_c * v_c / mean(v), float32 [K].
@@ -11,9 +13,9 @@ def prior_weights(train_counts: Tensor, validation_counts: Tensor) -> Tensor:
     train_counts: n, how often each observed class is in the current training set; validation_counts: v, of the clean validation
     images; both int [K]. A class with n_c = 0, to which the release gives an infinite weight, gets 0: no sample carries it.
     """
-    n, v = train_counts.double(), validation_counts.double()
+    n, v = gpu.wide(train_counts), gpu.wide(validation_counts)
     weights = n.mean() / n * (v / v.mean())
-    return weights.where(n > 0, 0.0).float()
+    return weights.where(n > 0, 0.0).float().to(train_counts.device)
 
 
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.gpu import device as gpu
+
 
 class Parts(NamedTuple):
     """Positions of the training and the validation part, int64."""
@@ -32,17 +34,17 @@ def balanced_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> fl
     All comparisons use the rounded value. NaN if a class is absent. Two counts on the device, one transfer.
     """
     hits = torch.bincount(labels[predicted == labels], minlength=num_classes)
-    hits, counts = torch.stack([hits, torch.bincount(labels, minlength=num_classes)]).double().cpu().numpy()
+    hits, counts = torch.stack([hits, torch.bincount(labels, minlength=num_classes)]).cpu().double().numpy()
     with np.errstate(invalid="ignore"):
         return float(np.round(np.mean(hits / counts * 100), 2))
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
     """Top-1 accuracy over samples, in percent."""
-    return 100 * float((predicted == labels).double().mean())
+    return 100 * float(gpu.wide(predicted == labels).mean())
 
 
 def batch_mean_accuracy(predicted: Tensor, labels: Tensor, batch_size: int) -> float:
     """The release's test accuracy in percent: the plain mean over batches, a short last one counting like the others."""
-    batches = (predicted == labels).double().split(batch_size)
+    batches = gpu.wide(predicted == labels).split(batch_size)
     return 100 * float(torch.stack([batch.mean() for batch in batches]).mean())

@@ -195,7 +195,7 @@ def co_divide(
         six_as_samples,
         masks=masks if args.masking == "adversarial" else None,
         draw_lam=lambda: s.draws.beta(args.alpha, args.alpha),
-        draw_permutation=lambda rows: torch.randperm(rows, generator=s.loader, device=s.device.device),
+        draw_permutation=partial(s.device.permutation, generator=s.loader),
         weight=lambda number: ramp_up(args.lambda_u, epoch + number / steps, args.warm_up),
         temperature=args.T,
         reconstruction_weight=args.recon_weight,
@@ -232,8 +232,9 @@ def main(argv=None) -> None:
     labels = torch.from_numpy(observed).to(device.device)
     right = None if true_labels is None else torch.from_numpy(observed == true_labels).to(device.device)
     nets = [device.prepare(net, args.compile) for net in nets]
+    # the warm-up does not train the decoder
     optimizers = [
-        SGD(net.parameters(), args.lr, 0.9, weight_decay=5e-4, fused=device.on_cuda()) for net in nets
+        gpu.sgd(net.parameters(), args.lr, 0.9, weight_decay=5e-4, fused=device.on_cuda()) for net in nets
     ]
     loader, draws = device.generator(args.seed), np.random.default_rng(args.seed)
     memory: dict[str, Any] = {"history": [[], []], "clean": [None, None]}

@@ -154,7 +154,7 @@ def co_divide(
         two_samples,
         masks=masks if args.masking == "adversarial" else None,
         draw_lam=lambda: s.draws.beta(args.alpha, args.alpha),
-        draw_permutation=lambda rows: torch.randperm(rows, generator=s.masks, device=device),
+        draw_permutation=partial(s.device.permutation, generator=s.masks),
         weight=lambda _: 0.0,
         temperature=args.T,
         reconstruction_weight=args.recon_weight,
@@ -246,7 +246,7 @@ def main(argv=None) -> None:
     # the warm-up has no use for the decoder
     parallel = [processes.parallel(net, device.device, unused_parameters=True) for net in nets]
     optimizers = [
-        SGD(net.parameters(), args.lr, 0.9, weight_decay=1e-3, fused=device.on_cuda()) for net in nets
+        gpu.sgd(net.parameters(), args.lr, 0.9, weight_decay=1e-3, fused=device.on_cuda()) for net in nets
     ]
     draws, masks = np.random.default_rng(args.seed), device.generator(args.seed)
     memory: dict[str, Any] = {

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
+from common.gpu import device as gpu
 from common.gpu import processes
 from common.gpu.device import Device
 from sanm.losses import negative_entropy
@@ -38,7 +39,9 @@ class Masks:
             self.draw(world * n, images.shape[1], self.rule, self.generator)[own * n : (own + 1) * n]
             for n in sizes
         ]
-        return self.apply(images, maps, clean, targets, torch.cat(draws), self.rule)
+        device, home = images.device, gpu.home(images.device)
+        given = (values.to(home) for values in (images, maps, clean, targets))
+        return Masked(*(made.to(device) for made in self.apply(*given, torch.cat(draws), self.rule)))
 
 
 class Step(NamedTuple):

@@ -12,6 +12,7 @@ import random
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -165,7 +166,7 @@ def select(
         labels,
         confidence,
         moments,
-        normals=torch.from_numpy(normals).to(setting.device.device),
+        normals=torch.from_numpy(normals).to(gpu.home(setting.device.device)),
         threshold=confidence_threshold(num_classes, args.phi, epoch),
         beta=args.beta,
         min_draw_count=args.min_draw_count,
@@ -202,9 +203,7 @@ def co_divide(
         class_counts=split.counts,
         weight=lambda step: ramp_up(args.lambda_u, epoch + step / steps, args.warm_up),
         draw_lam=lambda: draws.beta(args.alpha, args.alpha),
-        draw_permutation=lambda rows: torch.randperm(
-            rows, generator=setting.loader, device=setting.device.device
-        ),
+        draw_permutation=partial(setting.device.permutation, generator=setting.loader),
         temperature=args.T,
         device=setting.device,
         loss=setting.loss,

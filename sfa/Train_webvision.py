@@ -11,6 +11,7 @@ import sys
 from argparse import Namespace
 from contextlib import redirect_stdout
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,7 +103,7 @@ def co_divide(learner: Learner, peer: nn.Module, clean: Tensor, name: str, setti
         class_counts=torch.bincount(setting.labels[selected], minlength=args.num_class),
         weight=lambda _: 0.0,
         draw_lam=lambda: learner.draws.beta(args.alpha, args.alpha),
-        draw_permutation=lambda rows: torch.randperm(rows, generator=learner.partners, device=device.device),
+        draw_permutation=partial(device.permutation, generator=learner.partners),
         temperature=args.T,
         device=device,
         forward_unlabelled=False,
@@ -149,7 +150,7 @@ def select(
             labels,
             confidence,
             moments,
-            normals=torch.from_numpy(normals).to(setting.device.device),
+            normals=torch.from_numpy(normals).to(gpu.home(setting.device.device)),
             threshold=confidence_threshold(classes, args.phi, epoch),
             beta=args.beta,
             min_draw_count=args.min_draw_count,

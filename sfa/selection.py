@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.gpu import device as gpu
 from common.gpu.mixture import sklearn_upper_posterior, upper_posterior
 from common.runs.cli import UserError
 
@@ -73,7 +74,7 @@ def update_moments(moments: Moments | None, centroids: Tensor, present: Tensor, 
 
 
 def incoming_moments(moments: Sequence[Tensor] | None, ema_mode: str, device: torch.device) -> Moments | None:
-    """The moments that an epoch starts from, on a device; None at the first selection, where there are none.
+    """The moments that an epoch starts from, at the `home` of a device; None at the first selection, where there are none.
 
     moments: those of the epoch before. ema_mode: "persist" hands them on. The release rebinds them inside its routine, so
     every later epoch starts from zeros: "released".
@@ -82,7 +83,7 @@ def incoming_moments(moments: Sequence[Tensor] | None, ema_mode: str, device: to
         return None
     if ema_mode == "released":
         moments = [torch.zeros_like(moment) for moment in moments]
-    return Moments(*(moment.to(device) for moment in moments))
+    return Moments(*(moment.to(gpu.home(device)) for moment in moments))
 
 
 def draw_centroids(moments: Moments, drawn: Tensor, normals: Tensor) -> Tensor:
@@ -140,8 +141,11 @@ def stochastic_feature_averaging(
     features: float32 [N, D], of un-augmented images in evaluation mode. labels: observed, int [N]. confidence [N]: softmax of
     the auxiliary head at the observed label. moments: of the epoch before, None at the first one. normals [draws, K, D]:
     standard normal draws. threshold: tau of this epoch. A class is drawn from its Gaussian if it has more than
-    min_draw_count confident samples (0: every class is). UserError: features that are not finite.
+    min_draw_count confident samples (0: every class is). All is computed at the `home` of the features' device, where normals and
+    moments are; clean, selected and counts are on the device. UserError: features that are not finite.
     """
+    device = features.device
+    features, labels, confidence = (x.to(gpu.home(device)) for x in (features, labels, confidence))
     # the sum of squares too: it is divided by
     if not features.square().sum().isfinite():
         raise UserError(
@@ -165,4 +169,5 @@ def stochastic_feature_averaging(
     clean = clean_probability(closeness(unit, labels, centroids), labels, num_classes, posterior)
     selected = clean > p_threshold
     selected_counts = torch.bincount(labels[selected], minlength=num_classes)
+    clean, selected, selected_counts = (gpu.put(x, device) for x in (clean, selected, selected_counts))
     return Selection(clean, selected, selected_counts, counts, drawn, centroids, moments)

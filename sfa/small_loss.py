@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.gpu import device as gpu
 from common.gpu.mixture import lower_posterior
 from common.runs.cli import UserError
 
@@ -40,7 +41,7 @@ def clean_probability(losses: Tensor, seed: int) -> Tensor:
             "losses of training samples are not finite: lower --lr or try --precision fp32, with another --out"
         )
     if not scaled.any():
-        return torch.ones(len(scaled), dtype=torch.float64, device=losses.device)
+        return gpu.put(gpu.wide(torch.ones_like(scaled)), losses.device)
     return lower_posterior(scaled, seed)
 
 

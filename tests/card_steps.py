@@ -17,6 +17,7 @@ from afm.networks import make_network as afm_network
 from afm.train import groups_of_batch
 from afm.train import parse_args as afm_args
 from common.gpu import augment, policies
+from common.gpu import device as gpu
 from common.gpu.device import Device
 from common.gpu.loader import Batches, Images
 from common.pretraining import simclr
@@ -55,7 +56,7 @@ class Bench:
         self.device, self.size, self.channels, self.batch, self.watch = device, size, channels, batch, watch
         self.images = Images(pixels, (0.5,) * channels, (0.2,) * channels, device.device)
         self.labels = torch.from_numpy(rng.integers(0, CLASSES, 2 * batch)).to(device.device)
-        self.clean = torch.from_numpy(rng.random(2 * batch)).to(device.device)
+        self.clean = gpu.put(torch.from_numpy(rng.random(2 * batch)), device.device)
         self.generator = torch.Generator().manual_seed(1)
         torch.manual_seed(0)  # of initial weights
 
@@ -91,6 +92,10 @@ class Bench:
         if self.device.on_cuda():
             drawn = drawn.pin_memory()
         return drawn.to(self.device.device, non_blocking=True)
+
+    def at_home(self, drawn: Tensor) -> Tensor:
+        """What was drawn on the CPU, where float64 is computed."""
+        return self.on_device(drawn) if gpu.has_float64(self.device.device) else drawn
 
     def crop(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Crop and flip at the images' size."""
@@ -206,7 +211,7 @@ def of_sanm(b: Bench) -> Tensor:
     network, optimizer = b.network(sanm_network("dividemix", CLASSES, b.channels, b.size))
     peer, _ = b.network(sanm_network("dividemix", CLASSES, b.channels, b.size))
     views = partial(policies.six_views, crop=b.crop)
-    masks = sanm.Masks(lambda *drawn: b.on_device(draw_masks(*drawn)), mask, MaskRule(), b.generator)
+    masks = sanm.Masks(lambda *drawn: b.at_home(draw_masks(*drawn)), mask, MaskRule(), b.generator)
     step = sanm.Step(six_as_samples, masks, lambda: 0.7, b.permutation, lambda n: 1.0, 0.5, 0.02, b.device)
     return sanm.train_divided(
         network, peer, optimizer, b.batches(views), b.unlabelled(views), step, labels=b.labels, clean=b.clean

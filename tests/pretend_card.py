@@ -214,13 +214,16 @@ ON_CPU = {  # operators that CPUs have not
 
 
 class PretendCard(TorchDispatchMode):
-    """See the module. cards: how many torch.cuda counts. root: of the project whose lines are told."""
+    """See the module. cards: how many torch.cuda counts. root: of the project whose lines are told.
+
+    float64: whether the card has it. On a card without it, as MPS, an operator that returns float64 is refused.
+    """
 
     current: "PretendCard | None" = None
 
-    def __init__(self, root: Path, cards: int = 1):
+    def __init__(self, root: Path, cards: int = 1, float64: bool = True):
         super().__init__()
-        self.root, self.cards = str(root), cards
+        self.root, self.cards, self.float64 = str(root), cards, float64
         self.syncs: list[Sync] = []
         self.operators: Counter = Counter()  # that start kernels
         self.phase = ""
@@ -300,6 +303,7 @@ class PretendCard(TorchDispatchMode):
             [a.values if isinstance(a, CardTensor) else a for a in flat], spec
         )
         out = ON_CPU.get(func, func)(*inner_args, **inner_kwargs)
+        self._check_type(func, out, on_card)
         if on_card and not is_view(func) and func not in NO_KERNEL:
             self.operators[str(func)] += 1
             self.by_phase.setdefault(self.phase, Counter())[str(func)] += 1
@@ -332,6 +336,12 @@ class PretendCard(TorchDispatchMode):
                 f"{func}: Expected all tensors to be on the same device, but found cuda:0 and cpu "
                 f"({list(tensor.shape)} {tensor.dtype}) at {self.place()}"
             )
+
+    def _check_type(self, func, out, on_card: bool) -> None:
+        if self.float64 or not on_card:
+            return
+        if any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tree_flatten(out)[0]):
+            raise CardError(f"{func}: this card has no float64, at {self.place()}")
 
     def _check_generator(self, func, kwargs, on_card: bool) -> None:
         generator = kwargs.get("generator")

@@ -3,16 +3,39 @@
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
 
 from common.gpu import graphs, processes
 from common.runs.cli import UserError
 
 Network = TypeVar("Network", bound=nn.Module)
 BF16_SINCE = (8, 0)  # compute capability
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64. MPS does not."""
+    return device.type != "mps"
+
+
+def home(device: torch.device) -> torch.device:
+    """Where the draws, the augmentation and the float64 arithmetic of a device are done: there, or on the CPU without float64."""
+    return device if has_float64(device) else torch.device("cpu")
+
+
+def wide(values: Tensor) -> Tensor:
+    """Values in float64, at the `home` of their device."""
+    return values.to(home(values.device)).double()
+
+
+def put(values: Tensor, device: torch.device) -> Tensor:
+    """Values on a device, float64 as float32 if the device has no float64."""
+    if values.dtype == torch.float64 and not has_float64(device):
+        values = values.float()
+    return values.to(device)
 
 
 class Device(NamedTuple):
@@ -23,7 +46,7 @@ class Device(NamedTuple):
     reason: str
 
     def on_cuda(self) -> bool:
-        """Whether the device is a GPU."""
+        """Whether the device is a CUDA GPU."""
         return self.device.type == "cuda"
 
     def autocast(self) -> AbstractContextManager:
@@ -52,12 +75,35 @@ class Device(NamedTuple):
                 graphs.replay(network, batch_shape, self.device)
 
     def generator(self, seed: int) -> torch.Generator:
-        """A random generator on the device."""
-        return torch.Generator(self.device).manual_seed(seed)
+        """A random generator at the `home` of the device."""
+        return torch.Generator(home(self.device)).manual_seed(seed)
+
+    def permutation(self, rows: int, generator: torch.Generator) -> Tensor:
+        """A random order of rows, int64 [rows] on the device; generator: of `generator`."""
+        return torch.randperm(rows, generator=generator, device=generator.device).to(self.device)
 
     def peak_memory_mb(self) -> float | None:
-        """Peak memory of tensors on the GPU, in MiB; None on CPU."""
+        """Peak memory of tensors on the GPU, in MiB; None without CUDA."""
         return torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else None
+
+
+def sgd(*arguments: Any, fused: bool, **options: Any) -> SGD:
+    """torch's SGD, for networks with parameters that get their first gradient steps after others.
+
+    Fused SGD raises TypeError if some parameters have a momentum buffer and others none (seen with torch 2.15). So each parameter
+    gets a buffer of zeros before its first step: its first momentum is its gradient, as in plain SGD.
+    """
+
+    def fill(optimizer: Optimizer, *_: Any) -> None:
+        fused_groups = (group for group in optimizer.param_groups if group["fused"])
+        for parameter in (p for group in fused_groups for p in group["params"]):
+            state = optimizer.state[parameter]
+            if parameter.grad is not None and state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+
+    optimizer = SGD(*arguments, fused=fused, **options)
+    optimizer.register_step_pre_hook(fill)  # a run resumed from a GPU's checkpoint is fused too
+    return optimizer
 
 
 @contextmanager
@@ -80,14 +126,16 @@ def pick(
     fidelity: str = "paper",
     fixed_shapes: bool = True,
 ) -> Device:
-    """Choose device (auto, cpu, cuda; index: of the GPU) and precision (auto, fp32, bf16), and print both with the reason.
+    """Choose device (auto, cpu, cuda, mps; index: of the GPU) and precision (auto, fp32, bf16), and print both with the reason.
 
-    auto: the GPU if there is one; from compute capability 8.0 on bfloat16 autocast, with TF32 for float32 products; float32 on
-    older GPUs and on CPU. fp32 on CUDA switches TF32 off. fidelity: with released, auto is fp32 everywhere. several: the script
-    supports several processes under torchrun; each uses the GPU of its local rank, or a CPU. fixed_shapes: whether
-    batches have the same shape in every step, so that cuDNN may time its algorithms once. UserError: a missing GPU; torchrun
-    with a script for one process.
+    auto: the CUDA GPU if there is one, never MPS; from compute capability 8.0 on bfloat16 autocast, with TF32 for float32
+    products; float32 on all other devices. fp32 on CUDA switches TF32 off. fidelity: with released, auto is fp32 everywhere.
+    several: the script supports several processes under torchrun; each uses the GPU of its local rank, or a CPU. fixed_shapes:
+    whether batches have the same shape in every step, so that cuDNN may time its algorithms once. UserError: a missing GPU;
+    torchrun with a script for one process; MPS with bfloat16 or torchrun.
     """
+    if device == "mps":
+        return _pick_mps(precision)
     if processes.launched():
         if not several:
             raise UserError("this script runs as one process: start it with python, not with torchrun")
@@ -121,6 +169,19 @@ def pick(
         reason += f", {processes.world()} processes"
     processes.say(reason)
     return Device(picked, chosen, reason)
+
+
+def _pick_mps(precision: str) -> Device:
+    if precision == "bf16":
+        raise UserError("--precision bf16: --device mps has fp32 alone; use --precision fp32 or auto")
+    if not torch.backends.mps.is_available():
+        raise UserError("--device mps: this torch has no MPS device; use --device cpu")
+    if processes.launched():
+        raise UserError("--device mps: runs as one process; start it with python, not with torchrun")
+    why = "asked for" if precision == "fp32" else "the default on MPS"
+    reason = f"device mps (asked for; never run on an Apple machine, compare with --device cpu), precision fp32 ({why})"
+    processes.say(reason)
+    return Device(torch.device("mps"), "fp32", reason)
 
 
 def default_precision(card: int | None) -> tuple[str, str]:

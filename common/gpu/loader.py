@@ -15,30 +15,30 @@ from common.datasets.images import in_workers
 from common.datasets.in_memory import Data, Split
 from common.datasets.limit import limited_test
 from common.gpu import augment
+from common.gpu import device as gpu
 from common.gpu.image_operations import to_device
 from common.runs.cli import UserError
 
 
 class Images:
-    """The images of a split on a device, uint8 channels-last, with the constants of their normalisation."""
+    """The images of a split for a device, uint8 channels-last, with the constants of their normalisation.
+
+    They are at the `home` of the device, and so is their augmentation; views are on the device.
+    """
 
     def __init__(
         self, images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
     ):
         """images: uint8 [N, H, W, C]; mean and std: per channel, of pixels scaled to [0, 1]."""
-        pixels = torch.as_tensor(np.ascontiguousarray(images)).to(device)
+        self.device, home = device, gpu.home(device)
+        pixels = torch.as_tensor(np.ascontiguousarray(images)).to(home)
         self.pixels = pixels.permute(0, 3, 1, 2)  # [N, C, H, W], channels-last in memory
-        self.mean = torch.tensor(mean, device=device)
-        self.std = torch.tensor(std, device=device)
+        self.mean = torch.tensor(mean, device=home)
+        self.std = torch.tensor(std, device=home)
         self._scale, self._shift = augment.scale_and_shift(self.mean, self.std)
 
     def __len__(self) -> int:
         return len(self.pixels)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the images."""
-        return self.pixels.device
 
     def view(
         self, index: Tensor, augmentation: Callable | None = None, generator: Generator | None = None
@@ -56,7 +56,7 @@ class Images:
             batch = (
                 batch.movedim(-3, -1).to(torch.float32, memory_format=torch.contiguous_format).movedim(-1, -3)
             )
-        return batch.float() * self._scale - self._shift  # augment.normalise
+        return (batch.float() * self._scale - self._shift).to(self.device)  # augment.normalise
 
 
 class Batches:
@@ -94,7 +94,8 @@ class Batches:
         if shuffle and world > 1 and (batch_size % world or not drop_last):
             raise ValueError(f"batches of {batch_size} and a rest cannot be cut into {world} equal pieces")
         self.images, self.batch_size, self.views = images, batch_size, views
-        self.subset = torch.arange(len(images), device=images.device) if subset is None else subset
+        home = images.pixels.device
+        self.subset = torch.arange(len(images), device=home) if subset is None else subset.to(home)
         self.augmentation, self.shuffle, self.generator = augmentation, shuffle, generator
         self.drop_last, self.rank, self.world = drop_last, rank, world
 
@@ -118,7 +119,7 @@ class Batches:
             if self.shuffle and self.world > 1:
                 views = [view.chunk(self.world)[self.rank] for view in views]
                 index = index.chunk(self.world)[self.rank]  # noqa: PLW2901
-            yield tuple(views), index
+            yield tuple(views), index.to(self.images.device)
 
     def _on_cpu(self) -> Generator | None:
         """The generator of a pass."""
@@ -239,9 +240,10 @@ class FileBatches:
 
     def _on_device(self, pixels: Tensor, batch: np.ndarray) -> tuple[tuple[Tensor, ...], Tensor]:
         """pixels: uint8 [k, B, H, W, 3]."""
-        pixels = pixels.to(self.device, non_blocking=True).permute(0, 1, 4, 2, 3)  # channels-last in memory
+        pinned = self.device.type == "cuda"
+        pixels = pixels.to(self.device, non_blocking=pinned).permute(0, 1, 4, 2, 3)  # channels-last in memory
         views = tuple(augment.normalise(view, self.mean, self.std) for view in pixels)
-        return views, torch.from_numpy(batch).to(self.device, non_blocking=True)
+        return views, torch.from_numpy(batch).to(self.device, non_blocking=pinned)
 
 
 class Labelled(NamedTuple):

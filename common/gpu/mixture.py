@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.gpu import device as gpu
+
 TOLERANCE, MAX_ITERATIONS, VARIANCE_FLOOR = 1e-3, 100, 1e-6  # scikit-learn's settings in the releases
 
 
@@ -43,7 +45,7 @@ def sklearn_upper_posterior(values: Tensor, groups: Tensor, num_groups: int) -> 
 
 
 def lower_posterior(values: Tensor, seed: int, max_iterations: int = 10) -> Tensor:
-    """Probability that each value belongs to the component with the smaller mean of one mixture: float64 [N].
+    """Probability that each value belongs to the component with the smaller mean of one mixture: float64 [N]; float32 on MPS.
 
     DivideMix's mixture of losses: scikit-learn's, with tol=1e-2 and reg_covar=5e-4, in float32, stopped after max_iterations
     whether it has converged or not. seed: of its k-means start. values [N], finite. ValueError: NaN or infinity.
@@ -60,7 +62,7 @@ def lower_posterior(values: Tensor, seed: int, max_iterations: int = 10) -> Tens
         warnings.simplefilter("ignore", ConvergenceWarning)
         posterior = mixture.fit(column).predict_proba(column)
     lower = posterior[:, np.argmin(mixture.means_)].astype(np.float64)
-    return torch.from_numpy(lower).to(values.device)
+    return gpu.put(torch.from_numpy(lower), values.device)
 
 
 def _by_group(values: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from common.runs.files import REMEDIES, WriteError, cannot_write
 
+DEVICES = ("auto", "cpu", "cuda", "mps")  # of --device
 SHARED_MEMORY = "give a container more with --shm-size, or use --workers 0"
 
 
@@ -261,7 +262,13 @@ def add_shared_flags(parser: Parser, default_seed: int) -> None:
     group.add_argument(
         "--seed", type=seed, default=default_seed, help="seed of label noise, initialisation and training"
     )
-    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
+    group.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="auto",
+        help="where to train; auto: CUDA if there is a GPU, else the CPU. mps has never been run on an Apple machine: cpu is the "
+        "reference",
+    )
     group.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16"],

@@ -529,7 +529,7 @@ def environment(device: Device) -> dict:
         **{name: importlib.metadata.version(name) for name in ("torchvision", "numpy", "scikit-learn")},
         "platform": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device.device) if on_cuda else "cpu",
+        "device": torch.cuda.get_device_name(device.device) if on_cuda else device.device.type,
         "cuda": torch.version.cuda if on_cuda else None,
         "precision": device.precision,
         "processes": processes.world(),

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.gpu import device as gpu
 from common.gpu import processes
 
 COLUMNS = ("right_selected_min", "classes_unselected")
@@ -36,7 +37,7 @@ def right_selected_min(selected: Selected) -> float | None:
     all_right = torch.bincount(given[right])
     selected_right = torch.bincount(given[chosen][right[chosen]], minlength=len(all_right))
     present = all_right > 0
-    return float((selected_right[present].double() / all_right[present]).min())
+    return float((gpu.wide(selected_right[present]) / gpu.wide(all_right[present])).min())
 
 
 def unselected(selected: Selected, num_classes: int | None = None) -> Tensor:

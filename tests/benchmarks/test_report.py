@@ -12,7 +12,7 @@ from benchmarks.pages import render
 from benchmarks.report import collect, main, metric_of, same_method
 from benchmarks.results import read_results
 from common.runs.cli import UserError
-from tests.benchmarks.files import read, rows, run_directory, write
+from tests.benchmarks.files import rows, run_directory, write
 
 HOSTILE = '</script><img src=x onerror="document.title=1">'
 

@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from benchmarks.launches import launches
 from common.gpu import augment, policies
+from common.gpu import device as gpu
 from common.gpu.device import Device
 from common.gpu.image_operations import to_device
 from sfa import training as sfa
@@ -86,6 +87,22 @@ def test_networks_see_float32_channels_last_images_on_a_card(name, card):
 def test_a_step_has_the_same_losses_on_a_card(name, card):
     exact = CARD._replace(precision="fp32")
     torch.testing.assert_close(STEPS[name](Bench(exact)), STEPS[name](Bench(CPU)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def card_without_float64(monkeypatch):
+    """A card as MPS: without float64, and with nothing of CUDA's own."""
+    monkeypatch.setattr(gpu, "has_float64", lambda device: device.type == "cpu")
+    monkeypatch.setattr(Device, "on_cuda", lambda self: False)
+    with PretendCard(ROOT, float64=False) as pretend:
+        yield pretend
+
+
+@pytest.mark.parametrize("name", ["AFM", "SFA", "Me-Momentum", "Manifold DivideMix", "SANM"])
+def test_a_step_makes_no_float64_on_a_card_without_it(name, card_without_float64):
+    exact = CARD._replace(precision="fp32")
+    torch.testing.assert_close(STEPS[name](Bench(exact)), STEPS[name](Bench(CPU)), rtol=1e-4, atol=1e-6)
+    assert card_without_float64.operators
 
 
 def test_the_cpu_is_as_it_was():
@@ -161,6 +178,12 @@ def test_a_pass_on_a_card_draws_from_a_generator_of_the_cpu_that_the_cards_own_s
 
 
 # planted faults -----------------------------------------------------------------------------------------------------------
+
+
+def test_float64_on_a_card_without_it_is_an_error(card_without_float64, monkeypatch):
+    monkeypatch.setattr(gpu, "home", lambda device: device)  # images and their augmentation are on the card
+    with pytest.raises(CardError, match="this card has no float64, at common/gpu/image_operations"):
+        card_steps.of_simclr(Bench(CARD))
 
 
 def test_a_cpu_tensor_inside_a_step_is_an_error(card, monkeypatch):

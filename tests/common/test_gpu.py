@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from common.gpu.device import Device, exact_products, pick
-from common.runs.cli import UserError
+from afm import train as afm
+from common.gpu.device import Device, exact_products, home, pick, put, sgd, wide
+from common.runs.cli import UserError, exit_cleanly
 
 
 @pytest.fixture
@@ -73,6 +74,55 @@ def test_asking_for_a_card_that_is_not_there_is_an_error(no_card, capsys, index)
     with pytest.raises(UserError, match=rf"--device cuda: there is no CUDA device {index} \(found 0\)"):
         pick("cuda", index=index)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("precision", "line"),
+    [
+        ("auto", "--device mps: this torch has no MPS device; use --device cpu"),
+        ("bf16", "--precision bf16: --device mps has fp32 alone; use --precision fp32 or auto"),
+    ],
+)
+def test_what_mps_cannot_do_is_one_line(precision, line, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: precision == "bf16")
+    monkeypatch.chdir(tmp_path)
+    words = ["--preset", "embedded/digits-sym0.5/afm-k2", "--device", "mps", "--precision", precision]
+    with pytest.raises(SystemExit) as stop:
+        exit_cleanly(afm.main, words)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "") and err.endswith(f": error: {line}\n") and err.count("\n") == 1
+    assert not [*tmp_path.iterdir()]
+
+
+def test_mps_is_picked_if_asked_for_and_keeps_draws_and_float64_on_the_cpu(no_card, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick("auto").device == torch.device("cpu")
+    picked = pick("mps")
+    assert (picked.device, picked.precision, picked.on_cuda()) == (torch.device("mps"), "fp32", False)
+    assert "never run on an Apple machine" in capsys.readouterr().out
+    assert home(picked.device) == picked.generator(1).device == torch.device("cpu")
+    cpu = torch.device("cpu")
+    assert put(wide(torch.ones(2)), cpu).dtype == torch.float64
+    put_there = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda values, device: put_there.append((values.dtype, device)))
+    put(torch.ones(2, dtype=torch.float64), picked.device)
+    assert put_there == [(torch.float32, picked.device)]
+
+
+def test_fused_sgd_takes_parameters_that_get_their_first_gradient_later():
+    def trained(fused: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        first, later = nn.Linear(2, 2), nn.Linear(2, 2)
+        parameters = [*first.parameters(), *later.parameters()]
+        optimizer = sgd(parameters, 0.1, 0.9, weight_decay=1e-3, fused=fused)
+        for step in range(5):
+            optimizer.zero_grad(set_to_none=True)
+            outputs = [layer(torch.ones(1, 2)).square().sum() for layer in (first, later)]
+            (sum(outputs) if step > 1 else outputs[0]).backward()
+            optimizer.step()
+        return [parameter.detach() for parameter in parameters]
+
+    torch.testing.assert_close(trained(True), trained(False))
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
