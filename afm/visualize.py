@@ -18,7 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from afm.data import IMAGE_SIZE, ON_DISK, images_at
+from afm.choices import IMAGE_SIZE, ON_DISK
+from afm.data import images_at
 from afm.networks import AttentiveFeatureMixup, make_network
 from afm.training import attention_statistics, pair_weights
 from common.datasets.arrays import read_npz

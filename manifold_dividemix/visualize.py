@@ -32,7 +32,8 @@ from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
 from common.runs import cli, figures
 from common.runs.cli import UserError
 from common.runs.figures import RunResult, naming
-from manifold_dividemix.outliers import outlier_auroc, split_epochs
+from manifold_dividemix.choices import split_epochs
+from manifold_dividemix.outliers import outlier_auroc
 
 PAPER = "manifold_dividemix"
 NOISE = {"sym": "symmetric", "asym": "asymmetric"}

@@ -28,7 +28,8 @@ from common.noise import POSTERIOR_TYPES
 from common.runs import checkpoint, cli, figures
 from common.runs.cli import UserError
 from common.runs.figures import RunResult, read_run
-from sanm.masking import MaskRule, draw_masks, mask, quantised_activation
+from sanm.choices import MaskRule
+from sanm.masking import draw_masks, mask, quantised_activation
 from sanm.networks import MaskedNetwork, make_network
 
 CLEAN, MISLABELLED = "tab:blue", "tab:orange"
