@@ -5,7 +5,6 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from common.gpu import device as gpu
@@ -51,6 +50,8 @@ def outlier_auroc(scores: Tensor, ood: np.ndarray | None) -> float | None:
 
     None if these are unknown, if there are none or no others, and for scores that are not finite.
     """
+    from sklearn.metrics import roc_auc_score  # noqa: PLC0415  (a second of import)
+
     if ood is None or not 0 < ood.sum() < len(ood) or not scores.isfinite().all():
         return None
     return float(roc_auc_score(ood, -scores.cpu().numpy()))

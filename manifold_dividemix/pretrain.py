@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
 from common.gpu import device as gpu
 from common.gpu.loader import Images
 from common.pretraining import simclr
 from common.pretraining.simclr import SimCLR
 from common.runs.cli import UserError
+from common.runs.data_flags import MINI_IMAGENET
 from common.runs.run import Run
 from manifold_dividemix import dataset as data
 from manifold_dividemix.flags import parse_pretrain_args as parse_args

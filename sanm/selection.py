@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from common.gpu.mixture import lower_posterior
@@ -68,6 +67,8 @@ def split_statistics(
     which observed labels are the true ones. AUC and recall are None if all are of one kind; without `right` only the number of
     samples selected is known.
     """
+    from sklearn.metrics import roc_auc_score  # noqa: PLC0415  (a second of import)
+
     columns, truth = {}, None if right is None else right.cpu().numpy()
     for net in (0, 1):
         report = dict.fromkeys(STATISTICS)
