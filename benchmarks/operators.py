@@ -60,8 +60,10 @@ def with_numbers(value: Any, made: dict[Like, torch.Tensor]) -> Any:
     if not isinstance(value, Like):
         return value
     if value not in made:
-        tensor = torch.empty_strided(value.shape, value.strides, dtype=value.dtype, device=value.device)
-        made[value] = tensor.uniform_(0.5, 1.5) if tensor.is_floating_point() else tensor.zero_()
+        # one expanded from a scalar has strides of 0 and cannot be written to
+        extent = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.strides, strict=True))
+        numbers = torch.rand(extent, device=value.device).add_(0.5).to(value.dtype)
+        made[value] = numbers.as_strided(value.shape, value.strides)
     return made[value]
 
 
