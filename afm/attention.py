@@ -5,9 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-INTERACTIONS = ("sum", "concat", "mul")
-ATTENTIONS = ("relu-sigmoid", "sigmoid", "softmax", "complement")
-WEIGHTS = ("attentive", "uniform", "random")
+from afm.choices import ATTENTIONS, INTERACTIONS
 
 
 class GroupAttention(nn.Module):

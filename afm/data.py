@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from afm.choices import IMAGE_SIZE, reads_files
 from common import datasets
 from common.datasets import FileData, FileSplit, folder
 from common.datasets.image_cache import open_caches
@@ -19,9 +20,7 @@ from common.gpu.device import Device
 from common.gpu.loader import Batches, FileBatches, Images, Labelled, test_batches
 from common.runs.cli import UserError
 
-ON_DISK = ("food", "clothing1m")
 FOLDERS = {"food": "./data/food", "clothing1m": "./data/clothing1m"}
-IMAGE_SIZE = 224  # of crops of image files
 SAMPLED = 20_000  # training images at most whose attention is measured at the end of a run
 
 
@@ -48,11 +47,6 @@ class Data(NamedTuple):
     files: FileSplit | None = None  # the training images, if they are in files
     paths: tuple[str, ...] = ()  # of the data set's training images, for data in memory from files
     classes: tuple[str, ...] = ()  # names
-
-
-def reads_files(args: Namespace) -> bool:
-    """Whether a run reads its images from their files in every epoch; a folder's at the size of Food-101N's crops alone."""
-    return args.dataset in ON_DISK or (args.dataset == folder.NAME and args.image_size == IMAGE_SIZE)
 
 
 def load(args: Namespace, device: Device, loader: Generator) -> Data:

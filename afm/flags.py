@@ -3,17 +3,32 @@
 from argparse import BooleanOptionalAction, Namespace
 from argparse import _ArgumentGroup as ArgumentGroup
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from afm.attention import ATTENTIONS, INTERACTIONS, WEIGHTS
-from afm.data import IMAGE_SIZE, ON_DISK, Data, reads_files
-from afm.grouping import ORDERS
-from afm.mixing import TARGETS
-from afm.networks import NETWORKS
-from common.datasets import folder, posterior
-from common.gpu import processes
+from afm.choices import (
+    ATTENTIONS,
+    IMAGE_SIZE,
+    INTERACTIONS,
+    NETWORKS,
+    ON_DISK,
+    ORDERS,
+    TARGETS,
+    WEIGHTS,
+    reads_files,
+)
 from common.noise import NOISE_TYPES
 from common.runs import cli
-from common.runs.run import run_name
+from common.runs.data_flags import (
+    FOLDER,
+    POSTERIOR_HELP,
+    add_folder_flags,
+    add_posterior_flag,
+    check_posterior_flag,
+)
+from common.runs.names import run_name
+
+if TYPE_CHECKING:
+    from afm.data import Data
 
 PRESETS = Path(__file__).with_name("presets.toml")
 # what --fidelity decides where the flag is not typed
@@ -70,10 +85,10 @@ def add_data_flags(released: ArgumentGroup, further: ArgumentGroup) -> None:
         choices=[*NOISE_TYPES, "given", "none"],
         default="symmetric",
         help="label noise that is added to data sets with clean labels; "
-        f"{posterior.HELP}; given: the noisy_labels of an .npz or, by default, the labels of the folder",
+        f"{POSTERIOR_HELP}; given: the noisy_labels of an .npz or, by default, the labels of the folder",
     )
     further.add_argument("--noise-rate", type=cli.fraction, default=0.5, help="rate of the added noise")
-    posterior.add_flag(further)
+    add_posterior_flag(further)
     further.add_argument(
         "--on_bad_image",
         choices=["error", "skip"],
@@ -87,7 +102,7 @@ def add_data_flags(released: ArgumentGroup, further: ArgumentGroup) -> None:
         help="read images from a cache made by python -m common.datasets cache",
     )
     released.add_argument("--workers", type=cli.count_or_zero, default=4, help="processes that decode images")
-    folder.add_flags(further, without=("on_bad_image", "workers"))
+    add_folder_flags(further, without=("on_bad_image", "workers"))
 
 
 def add_network_flags(released: ArgumentGroup, further: ArgumentGroup) -> None:
@@ -248,6 +263,8 @@ def parse_args(argv=None) -> Namespace:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    from common.gpu import processes  # noqa: PLC0415  (imports torch)
+
     halves = args.group_order == "halves"
     args.pair_chunks = args.pair_chunks or (processes.planned() if released and halves else 1)
     args.sync_bn = not released if args.sync_bn is None else args.sync_bn
@@ -261,7 +278,7 @@ def parse_args(argv=None) -> Namespace:
 
 def check_args(parser: cli.Parser, args: Namespace) -> None:
     """End with one line where flags do not fit each other."""
-    posterior.check_flag(parser, args, args.noise_type, "--noise-type")
+    check_posterior_flag(parser, args, args.noise_type, "--noise-type")
     if args.group_size < 2:
         parser.error(f"argument --group-size: a group has at least 2 members, got {args.group_size}")
     if args.attention == "complement" and args.weights == "attentive" and args.group_size != 2:
@@ -272,7 +289,7 @@ def check_args(parser: cli.Parser, args: Namespace) -> None:
         parser.error(
             f"argument --pair-chunks: {args.pair_chunks} pieces are for halves, not for random groups: add --group-order halves"
         )
-    if args.noise_type != "given" and args.dataset == folder.NAME and reads_files(args):
+    if args.noise_type != "given" and args.dataset == FOLDER and reads_files(args):
         parser.error(
             f"argument --noise-type: {args.noise_type} noise is drawn on images in memory: use an --image_size other "
             f"than {IMAGE_SIZE}, which reads the files"
@@ -291,6 +308,8 @@ def check_args(parser: cli.Parser, args: Namespace) -> None:
 
 def settle_loss_weights(parser: cli.Parser, args: Namespace) -> None:
     """Settle W_mix and W_plain [5] from --weight-mixed and --weight-plain, the release's swapped names, or --lam."""
+    from common.gpu import processes  # noqa: PLC0415  (imports torch)
+
     for old, new in SWAPPED_NAMES.items():
         if getattr(args, old) is None:
             continue
@@ -317,6 +336,8 @@ def settle_loss_weights(parser: cli.Parser, args: Namespace) -> None:
 
 def check_mixup(parser: cli.Parser, args: Namespace) -> None:
     """--mix-at input is mixup as published: pairs, random weights, no plain loss."""
+    from common.gpu import processes  # noqa: PLC0415  (imports torch)
+
     if args.weights != "random" or args.group_size != 2 or args.weight_plain != 0:
         parser.error(
             "argument --mix-at: input is plain mixup and needs --weights random --group-size 2 --lam 1 (no plain loss)"
@@ -359,7 +380,7 @@ def directory_name(args: Namespace) -> str:
     return run_name(args, vars(defaults), [*always, "seed"])
 
 
-def cell(args: Namespace, data: Data) -> dict:
+def cell(args: Namespace, data: "Data") -> dict:
     """The columns of a result row for the data set, its noise and the profile."""
     synthetic = args.noise_type not in ("given", "none")
     noise_type = {"food": "web", "clothing1m": args.train_on}.get(args.dataset, args.noise_type)

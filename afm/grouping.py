@@ -3,7 +3,7 @@
 import torch
 from torch import Generator, Tensor
 
-ORDERS = ("halves", "random")
+from afm.choices import ORDERS
 
 
 def form_groups(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TARGETS = ("soft", "both")
+from afm.choices import TARGETS
 
 
 def mixed_features(members: Tensor, weights: Tensor) -> Tensor:

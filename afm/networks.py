@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afm.attention import GroupAttention, mixing_weights
+from afm.choices import PREACT
 from afm.mixing import mixed_features
 from common.gpu import processes
 from common.gpu.weights import imagenet_resnet, read_weights
 from common.runs.cli import UserError
 
-PREACT = ("preact_resnet18", "preact_narrow")
-NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", *PREACT)
 # names in the release's checkpoints, and ours
 RELEASED_NAMES = {
     "fc_a.": "attention.projections.0.",

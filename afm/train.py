@@ -12,17 +12,22 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from afm.flags import cell, directory_name, make_parser, method, parse_args
+from common.runs import cli
+
+cli.show_help(__name__, make_parser)  # before imports that take seconds
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-# run by path, the script uses the clone it stands in
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from afm.attention import ablation_weights
-from afm.data import Data, load, reads_files
-from afm.flags import cell, directory_name, make_parser, method, parse_args
+from afm.choices import reads_files
+from afm.data import Data, load
 from afm.grouping import form_groups
 from afm.networks import AttentiveFeatureMixup, load_weights, make_network
 from afm.training import (
@@ -39,11 +44,9 @@ from afm.training import (
 )
 from common.gpu import device as gpu
 from common.gpu import processes
-from common.runs import cli
 from common.runs.label_quality import save_label_quality
 from common.runs.run import Run
 
-__all__ = ["main", "make_parser", "parse_args"]
 ROUNDS = 20  # random groups that a sample's attention is averaged over at the end of a run
 
 

@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from scipy.stats import rankdata
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -180,6 +178,8 @@ def attention_statistics(weights: Tensor, known: Tensor) -> dict[str, float | No
     weights: [N] of samples, NaN for no weight. known: int [N], 1 for a right label, 0 for a wrong one, -1 for unknown.
     A value is None if it has no sample.
     """
+    from sklearn.metrics import roc_auc_score  # noqa: PLC0415  (a second of import)
+
     weighted = ~weights.isnan()
     right, wrong = (weights[weighted & (known == truth)] for truth in (1, 0))
     statistics = dict.fromkeys(("attention_auc", "attention_right", "attention_wrong"))
@@ -273,6 +273,8 @@ def estimate_label_quality(network: AttentiveFeatureMixup, data: Data, rounds: i
 
 def scaled_ranks(values: Tensor) -> Tensor:
     """Ranks scaled to [0, 1], float64 [N] on the CPU: 0 for the smallest, the mean rank for equal ones, NaN for NaN."""
+    from scipy.stats import rankdata  # noqa: PLC0415  (half a second of import)
+
     ranks = rankdata(values.cpu().numpy(), nan_policy="omit")
     return torch.from_numpy((ranks - 1) / max(len(values) - 1, 1))
 

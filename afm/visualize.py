@@ -13,12 +13,37 @@ from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.runs import cli
+
+
+def make_parser() -> cli.Parser:
+    """The command line."""
+    parser = cli.Parser(prog="python -m afm.visualize", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument(
+        "--out", default="afm.png", metavar="FILE", help="the figure to write (.png, .pdf or .svg)"
+    )
+    parser.add_argument(
+        "--data-root", metavar="DIR", help="where the images are, if not where the runs found them"
+    )
+    parser.add_argument(
+        "--list", metavar="FILE", help="images whose pairs are weighed by the first run's network"
+    )
+    parser.add_argument(
+        "--images-root", default=".", metavar="DIR", help="the folder that --list's paths are below"
+    )
+    return parser
+
+
+cli.show_help(__name__, make_parser)  # before imports that take seconds
+
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from afm.data import IMAGE_SIZE, ON_DISK, images_at
+from afm.choices import IMAGE_SIZE, ON_DISK
+from afm.data import images_at
 from afm.networks import AttentiveFeatureMixup, make_network
 from afm.training import attention_statistics, pair_weights
 from common.datasets.arrays import read_npz
@@ -27,7 +52,7 @@ from common.datasets.images import DamagedImage, read_image
 from common.gpu.augment import normalise, resize_and_center_crop
 from common.gpu.weights import read_weights
 from common.runs import figures
-from common.runs.cli import Parser, UserError, exit_cleanly
+from common.runs.cli import UserError
 from common.runs.files import write_atomic
 
 SHOWN = 8  # images at each end
@@ -191,21 +216,7 @@ def best_network(run: RunResult) -> AttentiveFeatureMixup:
 
 def main(argv=None) -> None:
     """Parse the command line and draw."""
-    parser = Parser(prog="python -m afm.visualize", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
-    parser.add_argument(
-        "--out", default="afm.png", metavar="FILE", help="the figure to write (.png, .pdf or .svg)"
-    )
-    parser.add_argument(
-        "--data-root", metavar="DIR", help="where the images are, if not where the runs found them"
-    )
-    parser.add_argument(
-        "--list", metavar="FILE", help="images whose pairs are weighed by the first run's network"
-    )
-    parser.add_argument(
-        "--images-root", default=".", metavar="DIR", help="the folder that --list's paths are below"
-    )
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     out = figures.checked_path(args.out)
     runs = [read_run(Path(run), args.data_root) for run in args.runs]
     if args.list:
@@ -215,4 +226,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    cli.exit_cleanly(main)

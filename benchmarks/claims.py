@@ -24,7 +24,7 @@ import pandas as pd
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import cross, forest
+from benchmarks import cross
 from benchmarks.cells import CLAIMS as CELLS
 from benchmarks.cells import Cell, cells
 from benchmarks.cross import Setting
@@ -41,7 +41,6 @@ from benchmarks.verdicts import (
     read_claims,
     whole_table,
 )
-from common import datasets
 from common.runs import cli
 from common.runs.cli import UserError
 from common.runs.files import write_atomic
@@ -88,6 +87,8 @@ def read_prepared(path: Path = CLAIMS) -> dict[str, Prepared]:
 @cache
 def is_there(name: str, data_path: Path) -> bool:
     """Whether a data set can be loaded."""
+    from common import datasets  # noqa: PLC0415  (imports torch)
+
     try:
         datasets.load(name, data_path)
     except UserError:
@@ -97,6 +98,8 @@ def is_there(name: str, data_path: Path) -> bool:
 
 def missing(cell: str, prepared: dict[str, Prepared], data_path: Path) -> list[str]:
     """The data sets and label files that a cell reads and that are missing."""
+    from common import datasets  # noqa: PLC0415  (imports torch)
+
     section, setting = preset_of(cell), cell.split("/")[2]
     names = [section["dataset"], *[name for name in [section.get("corruption")] if name in datasets.NAMES]]
     labels = [prepared[setting].setting.labels] if setting in prepared else []
@@ -220,6 +223,8 @@ def make_parser() -> cli.Parser:
 
 def write(every: Sequence[Claim], asked: Sequence[Claim], prepared: dict[str, Prepared], out: Path) -> None:
     """The files of all claims; the table of those asked for on the terminal."""
+    from benchmarks import forest  # noqa: PLC0415  (imports matplotlib)
+
     runs = finished(every, out)
     rows = rows_of(runs, prepared)
     if rows.empty:

@@ -20,7 +20,7 @@ import sys
 import tomllib
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -33,13 +33,14 @@ from benchmarks.engines import Task, add_engine_flags, print_commands, run_all
 from benchmarks.results import CROSS, read_results
 from benchmarks.run import collect, from_root
 from benchmarks.tables import cross_table
-from common import datasets, noise
-from common.datasets.limit import limited
-from common.datasets.posterior import posterior_for
+from common import noise
 from common.runs import cli
 from common.runs.cli import UserError
 from common.runs.files import write_atomic
 from common.runs.results import write_results
+
+if TYPE_CHECKING:
+    from common.datasets import Data
 
 DESCRIPTION = ROOT / "benchmarks" / "cross.toml"
 
@@ -119,6 +120,9 @@ def prepare(setting: Setting, seed: int, inputs: Inputs, data_path: Path, limit:
 
     UserError: the data set is missing, or the file exists with other content.
     """
+    from common import datasets  # noqa: PLC0415  (imports torch)
+    from common.datasets.limit import limited  # noqa: PLC0415  (imports torch)
+
     if setting.labels is not None and inputs.folder is None:
         return  # the scripts read the file itself
     target = inputs.labels if inputs.labels is not None else inputs.folder / f"{setting.data}.npz"
@@ -152,8 +156,11 @@ def check_given_labels(settings: list[Setting], data_path: Path) -> None:
             )
 
 
-def draw(setting: Setting, seed: int, data: datasets.Data, data_path: Path) -> tuple[np.ndarray, np.ndarray]:
+def draw(setting: Setting, seed: int, data: "Data", data_path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The training images of a setting, int [n], ascending, and their observed labels, int [n]."""
+    from common import datasets  # noqa: PLC0415  (imports torch)
+    from common.datasets.posterior import posterior_for  # noqa: PLC0415  (imports torch)
+
     labels = data.train.labels
     every = np.arange(setting.images or len(labels))
     if setting.labels is not None:

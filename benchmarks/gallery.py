@@ -16,18 +16,38 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.runs import cli
+
+
+def make_parser() -> cli.Parser:
+    """The command line."""
+    parser = cli.Parser(prog="python -m benchmarks.gallery", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="directory of a finished run, with its label_quality.csv")
+    parser.add_argument("--top", type=cli.count, default=200, metavar="N", help="images on the page")
+    parser.add_argument(
+        "--per-class", action="store_true", help="N images of each given class, not of all together"
+    )
+    parser.add_argument("--data_path", metavar="DIR", help="where the data set is; by default as in the run")
+    parser.add_argument(
+        "--out", metavar="FILE.html", help="the page; by default gallery.html in the run directory"
+    )
+    return parser
+
+
+cli.show_help(__name__, make_parser)  # before imports that take seconds
+
 import numpy as np
 import pandas as pd
 from PIL import Image
-
-# run by path, the script uses the clone it stands in
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.pages import render
 from benchmarks.results import write_text
 from common import datasets
 from common.datasets.images import DamagedImage, read_image
-from common.runs.cli import Parser, UserError, count, exit_cleanly
+from common.runs.cli import UserError
 from common.runs.figures import naming
 
 QUALITY = "label_quality.csv"
@@ -219,21 +239,6 @@ def _number(value: float, kind: type = float) -> float | int | None:
     return kind(float(f"{value:.6g}")) if math.isfinite(value) else None
 
 
-def make_parser() -> Parser:
-    """The command line."""
-    parser = Parser(prog="python -m benchmarks.gallery", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help=f"directory of a finished run, with its {QUALITY}")
-    parser.add_argument("--top", type=count, default=200, metavar="N", help="images on the page")
-    parser.add_argument(
-        "--per-class", action="store_true", help="N images of each given class, not of all together"
-    )
-    parser.add_argument("--data_path", metavar="DIR", help="where the data set is; by default as in the run")
-    parser.add_argument(
-        "--out", metavar="FILE.html", help="the page; by default gallery.html in the run directory"
-    )
-    return parser
-
-
 def main(argv=None) -> None:
     """Collect and write the page."""
     args = make_parser().parse_args(argv)
@@ -249,4 +254,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    cli.exit_cleanly(main)

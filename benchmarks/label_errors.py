@@ -20,16 +20,36 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.runs import cli
+
+
+def make_parser() -> cli.Parser:
+    """The command line."""
+    parser = cli.Parser(prog="python -m benchmarks.label_errors", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directories of finished runs")
+    parser.add_argument("--csv", metavar="OUT.csv", help="write the result rows to this file")
+    parser.add_argument("--markdown", metavar="OUT.md", help="write the printed table to this file")
+    peer = "also rank by cleanlab (an optional extra), from cross-entropy out of fold, in RUN/cleanlab; trains five times"
+    parser.add_argument("--cleanlab", action="store_true", help=peer)
+    parser.add_argument(
+        "--data_path", metavar="DIR", help="of --cleanlab: the data sets; by default as in RUN"
+    )
+    parser.add_argument("--device", choices=cli.DEVICES, default="auto", help="of --cleanlab: where to train")
+    return parser
+
+
+cli.show_help(__name__, make_parser)  # before imports that take seconds
+
 import numpy as np
 import pandas as pd
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-# run by path, the script uses the clone it stands in
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks.cross_validation import cleanlab_folder
 from benchmarks.results import CONDITION, KEY, figure, keyed, markdown_table, read_results, write_text
-from common.runs.cli import DEVICES, Parser, UserError, exit_cleanly
+from common.runs.cli import UserError
 from common.runs.label_quality import COLUMNS, NAME
 from common.runs.results import COLUMNS as RESULT_COLUMNS
 from common.runs.results import to_csv
@@ -122,21 +142,6 @@ def format_table(rows: Sequence[dict]) -> list[str]:
     return markdown_table(["paper", "method", "cell", "seeds", *SHOWN.values(), "seconds of training"], lines)
 
 
-def make_parser() -> Parser:
-    """The command line."""
-    parser = Parser(prog="python -m benchmarks.label_errors", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="directories of finished runs")
-    parser.add_argument("--csv", metavar="OUT.csv", help="write the result rows to this file")
-    parser.add_argument("--markdown", metavar="OUT.md", help="write the printed table to this file")
-    peer = "also rank by cleanlab (an optional extra), from cross-entropy out of fold, in RUN/cleanlab; trains five times"
-    parser.add_argument("--cleanlab", action="store_true", help=peer)
-    parser.add_argument(
-        "--data_path", metavar="DIR", help="of --cleanlab: the data sets; by default as in RUN"
-    )
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="of --cleanlab: where to train")
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the rankings of runs, print a table, write result rows."""
     args = make_parser().parse_args(argv)
@@ -153,4 +158,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    cli.exit_cleanly(main)

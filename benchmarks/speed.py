@@ -4,12 +4,13 @@
     python -m benchmarks.speed views        # images per second that get all their views, ours and PIL's
     python -m benchmarks.speed steps        # training steps of all methods, part by part, beside a plain reference path
     python -m benchmarks.speed launches     # operators and waits of a training step on a GPU, counted without one
+    python -m benchmarks.speed operators    # what part of a training step the network's own operators take, on a CPU
 
 images: JPEGs of 512 x 384 pixels, cut from the two photographs of scikit-learn, through the training pipeline of Food-101N
 (random resized crop to 224, flip, normalisation).
 views: 32 x 32 pixels of the same photographs, through SANM's pipelines for CIFAR (its six views, the SimCLR pair, the view
 of its warm-up): batches on the device, and PIL and torchvision image by image in the workers of a DataLoader.
-steps, launches: see benchmarks/step_speed.py and benchmarks/launches.py.
+steps, launches, operators: see benchmarks/step_speed.py, launches.py and operators.py.
 """
 
 import os
@@ -31,6 +32,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.launches import launch_line, launches
+from benchmarks.operators import add_operator_flags, operator_line, operators
 from benchmarks.results import make_folder
 from benchmarks.speed_inputs import (
     PilViews,
@@ -62,7 +64,7 @@ def main(argv=None):
     """Measure, print a table, write a CSV."""
     args = make_parser().parse_args(argv)
     kinds = {"images": (images, row_line), "views": (views, row_line), "steps": (steps, step_line)}
-    kinds["launches"] = (launches, launch_line)
+    kinds |= {"launches": (launches, launch_line), "operators": (operators, operator_line)}
     measure, line = kinds[args.what]
     out = Path(args.out or f"results/speed_{args.what}.csv")
     check_writable(out)  # before minutes of measuring
@@ -93,7 +95,9 @@ def row_line(row: dict) -> str:
 def make_parser() -> cli.Parser:
     """The command line: a measurement, and its own flags."""
     parser = cli.Parser(prog="python -m benchmarks.speed", description=__doc__)
-    measurements = parser.add_subparsers(dest="what", required=True, metavar="{images,views,steps,launches}")
+    measurements = parser.add_subparsers(
+        dest="what", required=True, metavar="{images,views,steps,launches,operators}"
+    )
     for what, about in (("images", "images read from files and cache"), ("views", "views of small images")):
         flags = measurements.add_parser(what, help=about)
         add = flags.add_argument
@@ -106,6 +110,8 @@ def make_parser() -> cli.Parser:
     measurements.add_parser(
         "launches", help="operators and waits of training steps on a GPU, counted on a pretend card"
     )
+    about = "the part of training steps that the network's own operators take, on a CPU"
+    add_operator_flags(measurements.add_parser("operators", help=about))
     device = "where batches are augmented and normalised, and networks trained"
     for what, flags in measurements.choices.items():
         flags.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help=device)

@@ -191,7 +191,7 @@ def command_line(name: str, path: str, workload: Workload, args: Namespace, devi
     timed = f"-m benchmarks.timed_script --turns --pass_seconds {args.pass_seconds}"
     words = [sys.executable, *timed.split()]
     # operations are counted on the path where no worker starts inside a step and no recorded graph has the network's
-    words += ["--count_flops"] if plain == method.graphs else []
+    words += ["--count_flops"] if plain == (method.graphs and device.on_cuda()) else []
     words += ["--plain", "--workers", str(args.workers)] if plain else []
     words += [str(workload.folder / f"{path}.json"), method.script, *flags_of(name, workload)]
     words += ["--device", device.device.type, "--out", str(workload.folder / path)]
@@ -332,6 +332,7 @@ def rows(
             "batch_size": report["batch_size"],
             **step_columns(report),
             **epoch_columns(report),
+            **operator_columns(report),
             "peak_memory_mb": round(report["peak_memory_mb"], 1),
             **arithmetic_columns(report, flops, precision, peaks[precision]),
             **(ratio if ours else dict.fromkeys(ratio)),
@@ -355,6 +356,13 @@ def step_columns(report: dict) -> dict:
         "warm_up_images_per_second": round(speed(warm_up), 3) if len(warm_up) else None,
         **milliseconds.to_dict(),
     }
+
+
+def operator_columns(report: dict) -> dict:
+    """The network's own operators of a step, replayed alone (benchmarks.operators), and their share of the fastest step."""
+    own = report["operators_seconds"]
+    share = None if own is None else round(own / main_steps(report)["seconds"].min(), 3)
+    return {"operators_ms": own and round(1000 * own, 3), "operators_share": share}
 
 
 def epoch_columns(report: dict) -> dict:
@@ -420,7 +428,7 @@ def wait(device: torch.device) -> None:
 
 HEADING = (
     "method              path   images/s      (q1 to q3)   augment forward backward optimiser  rest  "
-    "selection   epoch  memory  of peak  ours/plain (range)"
+    "selection   epoch  memory  of peak  ours/plain (range)  own operators"
 )
 
 
@@ -434,8 +442,9 @@ def step_line(row: dict) -> str:
     if row["path"] == "ours":
         low, high = row["ours_over_plain_min"], row["ours_over_plain_max"]
         ratio = f"  {row['ours_over_plain_median']:.2f} ({low:.2f} to {high:.2f})"
+    own = "" if row["operators_share"] is None else f"  {100 * row['operators_share']:.0f}%"
     return (
         f"{row['method']:<18}  {row['path']:<5}{row['median_images_per_second']:10.2f}  "
         f"({row['q1']:.2f} to {row['q3']:.2f})  {' '.join(shares)}  {row['one_selection_seconds']:8.2f}s"
-        f"{row['seconds_per_epoch']:7.1f}s {row['peak_memory_mb']:7.0f}  {100 * row['share_of_matmul']:6.1f}%{ratio}"
+        f"{row['seconds_per_epoch']:7.1f}s {row['peak_memory_mb']:7.0f}  {100 * row['share_of_matmul']:6.1f}%{ratio}{own}"
     )

@@ -121,6 +121,15 @@ def _speed_line(row: dict[str, str]) -> list[str]:
     return [*line, f"{middle:.2f}", f"{low:.2f} to {high:.2f}, {row['pairs']} pairs"]
 
 
+def operators_table(rows: list[dict]) -> list[str]:
+    """What benchmarks.speed operators measured, as Markdown."""
+    heading = ["step", "network", "pixels", "batch", "step ms", "own operators %", "convolutions %"]
+    names = ("step", "network", "image_size", "batch_size", "step_ms")
+    shares = ("operators_share", "convolutions_share")
+    lines = [[*(row[n] for n in names), *(f"{100 * float(row[n]):.0f}" for n in shares)] for row in rows]
+    return markdown_table(heading, lines)
+
+
 def cross_missing(rows: pd.DataFrame) -> list[str]:
     """The settings of the table of all methods that no row without a subset is of."""
     described = tomllib.loads(CROSS_SETTINGS.read_text(encoding="utf-8"))
@@ -160,7 +169,7 @@ def page() -> str:
     every = reference_rows()
     rows = every[every["file"] != CLAIMS_CSV]  # other files may have rows of the claims, too
     crossed, own = rows[rows["table"] == CROSS], rows[rows["table"] != CROSS]
-    speed, launches = (speed_rows(name) for name in ("steps", "launches"))
+    speed, launches, operators = (speed_rows(name) for name in ("steps", "launches", "operators"))
     environment = Environment(
         trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, autoescape=False
     )
@@ -172,6 +181,8 @@ def page() -> str:
         cross_table=cross_table,
         speed=speed,
         speed_table=speed_table,
+        operators=operators,
+        operators_table=operators_table,
         launches=launches,
         launches_table=markdown_table(
             ["step", "operators", "waits"],

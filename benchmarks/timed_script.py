@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.operators import Operators, replay_seconds
 from common.gpu.device import Device
 from common.gpu.loader import Batches
 from common.runs import cli
@@ -122,6 +123,8 @@ class Recorder:
         self.networks: list[nn.Module] = []
         self.epochs: list[dict] = []  # those that are over
         self.flops: dict[str, int] | None = None  # of one training step of the main phase
+        self.operators = Operators()  # of that step
+        self.replays: list[float] = []  # of these operators, after each epoch
         self.batch_size: int | None = None  # of the main phase
         self.passes: list[Pass] | None = None  # of the current epoch
         self.inside = False  # a pass
@@ -157,6 +160,8 @@ class Recorder:
             if self.device.on_cuda():
                 torch.cuda.synchronize(self.device.device)
             self.epochs.append(epoch_record(start, end, self.passes))
+            if self.flops is not None:
+                self.replays.append(replay_seconds(self.operators.calls))
             self.passes = None
 
     def watch_pass(
@@ -197,7 +202,8 @@ class Recorder:
         if not self.count_flops or self.flops is not None:
             yield
             return
-        with FlopCounterMode(display=False) as counter:
+        self.operators.calls.clear()
+        with self.operators, FlopCounterMode(display=False) as counter:
             yield
         if self.whole:  # else the first step of the next pass
             self.flops = {"flops": counter.get_total_flops(), "images": images}
@@ -240,6 +246,7 @@ class Recorder:
             "batch_size": self.batch_size,
             "peak_memory_mb": self.device.peak_memory_mb() or most_memory_mb(),
             "flops": self.flops,
+            "operators_seconds": min(self.replays, default=None),
             "epochs": self.epochs,
         }
 

@@ -30,7 +30,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.random import RandomState
-from scipy.stats import truncnorm
 
 # truck -> automobile, bird -> airplane, cat <-> dog, deer -> horse (Patrini et al. 2017, as in DivideMix and SANM)
 CIFAR10_LOOK_ALIKES = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
@@ -199,6 +198,8 @@ def instance_dependent(
         raise ValueError("the images hold NaN or infinite pixels")
     if rate == 0 or len(labels) == 0:
         return labels.copy()
+    from scipy.stats import truncnorm  # noqa: PLC0415  (half a second of import, of use only here)
+
     rng = RandomState(seed)
     flip_rate = truncnorm((0 - rate) / std, (1 - rate) / std, loc=rate, scale=std).rvs(
         len(labels), random_state=rng

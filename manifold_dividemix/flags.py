@@ -6,17 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.datasets import folder, posterior
-from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
-from common.gpu import processes
 from common.noise import POSTERIOR_TYPES
-from common.pretraining import simclr
+from common.pretraining.flags import add_recipe_flags, settle
 from common.runs import cli
 from common.runs.cli import UserError
-from common.runs.run import run_name
-from manifold_dividemix.mixematch import Lambdas
-from manifold_dividemix.networks import ARCH_HELP, ARCHS
-from manifold_dividemix.outliers import removal_count, split_epochs
+from common.runs.data_flags import (
+    FOLDER,
+    MINI_IMAGENET,
+    POSTERIOR_HELP,
+    add_folder_flags,
+    add_posterior_flag,
+    check_posterior_flag,
+)
+from common.runs.names import run_name
+from manifold_dividemix.choices import ARCH_HELP, ARCHS, Lambdas, removal_count, split_epochs
 
 PRESETS = Path(__file__).with_name("presets.toml")
 ENCODER = "save/last.pth"
@@ -94,7 +97,7 @@ def _add_noise_flags(
         "--noise-ratio", type=cli.fraction, default=0.2, help="ratio of mislabelled samples to all images"
     )
     if "sym" in types:
-        posterior.add_flag(further)
+        add_posterior_flag(further)
         further.add_argument(
             "--noise-seed",
             type=cli.seed,
@@ -139,7 +142,7 @@ def drawn_noise(args: Namespace) -> str:
 
 def _settle_corruption(parser: cli.Parser, args: Namespace) -> None:
     """The default of --corruption, which depends on the data set; the check of --posterior."""
-    posterior.check_flag(parser, args, drawn_noise(args), "--noise-type")
+    check_posterior_flag(parser, args, drawn_noise(args), "--noise-type")
     if args.corruption is None:
         args.corruption = "photographs" if args.dataset == "digits" else "imagenet32"
 
@@ -329,6 +332,8 @@ def _settle_training(parser: cli.Parser, args: Namespace, released_bn: str, rele
 
     released_bn, released_mask: what the script's release does.
     """
+    from common.gpu import processes  # noqa: PLC0415  (imports torch)
+
     released = args.fidelity == "released"
     args.bn_mode = args.bn_mode or (released_bn if released else "train")
     args.ramp = args.ramp or ("released" if released else "fixed")
@@ -354,6 +359,8 @@ def splits_of(args: Namespace) -> list[int]:
 
 def check_sizes(args: Namespace, size: int) -> None:
     """UserError: a removal that leaves too few of `size` samples, or batches that the processes cannot share."""
+    from common.gpu import processes  # noqa: PLC0415  (imports torch)
+
     if size < 2:
         raise UserError("one training image has no neighbours: use a larger --limit_train or data set")
     removed = removal_count(args.epochs - 1, size, args.remove_ood, args.ood_start_factor, splits_of(args))
@@ -405,7 +412,7 @@ def make_cifar_parser() -> cli.Parser:
         ["sym", "asym", "superclass", *POSTERIOR_TYPES, "no", "given"],
         "sym",
         "sym: a class drawn from all; asym: the look-alike of 10 classes, else the next of a block of five; superclass: "
-        f"the next of CIFAR-100's superclass; {posterior.HELP}; given: the labels of --noise_file, of the .npz or, by "
+        f"the next of CIFAR-100's superclass; {POSTERIOR_HELP}; given: the labels of --noise_file, of the .npz or, by "
         "default, of the folder",
     )
     _add_training_flags(released, further, epochs=300, warm_up=5, start_factor=10)
@@ -413,9 +420,9 @@ def make_cifar_parser() -> cli.Parser:
         "--workers",
         type=cli.count_or_zero,
         default=8,
-        help=f"of {folder.NAME}: processes that decode its images, once; other images stay on the device",
+        help=f"of {FOLDER}: processes that decode its images, once; other images stay on the device",
     )
-    folder.add_flags(further, without=("workers",))
+    add_folder_flags(further, without=("workers",))
     cli.add_shared_flags(parser, default_seed=123)
     return parser
 
@@ -524,8 +531,8 @@ def make_pretrain_parser() -> cli.Parser:
         f"red, blue: which list of {MINI_IMAGENET} (by default red); else without effect",
     )
     _add_mini_imagenet_flags(data, "--image_size")
-    folder.add_flags(data, without=("image_size", "on_bad_image", "workers"))
-    training = simclr.add_recipe_flags(parser)
+    add_folder_flags(data, without=("image_size", "on_bad_image", "workers"))
+    training = add_recipe_flags(parser)
     training.add_argument("--arch", choices=list(ARCHS), default="resnet18", help=ARCH_HELP)
     training.add_argument("--gpu", type=cli.count_or_zero, default=0, help="which CUDA device")
     training.add_argument("--knn-k", type=cli.count, default=10, help="neighbours of the outlier score")
@@ -549,7 +556,7 @@ def parse_pretrain_args(argv: list[str] | None = None) -> Namespace:
     _settle_corruption(parser, args)
     if args.noise_type in POSTERIOR_TYPES:
         args.noise_type = "no"  # no label is used, so no posterior is made
-    simclr.settle(args)
+    settle(args)
     return args
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.gpu import processes
+from manifold_dividemix.choices import Lambdas
 from manifold_dividemix.losses import balance_penalty, contrastive_loss, labelled_loss, unlabelled_loss
 from manifold_dividemix.networks import Network
 
@@ -26,16 +27,6 @@ class Loss(NamedTuple):
     unlabelled_embedding: Tensor
     contrastive: Tensor
     penalty: Tensor
-
-
-class Lambdas(NamedTuple):
-    """The weights of the losses (README, section 5.6), by the names of their flags."""
-
-    x: float = 1
-    u: float = 100
-    xe: float = 1
-    ue: float = 100
-    c: float = 1
 
 
 class Views(NamedTuple):

@@ -10,16 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from manifold_dividemix.choices import ARCHITECTURES
+
 PROJECTION = 128  # dimensions of the projection
-# blocks per stage, and whether they are bottlenecks
-ARCHITECTURES = {
-    "resnet18": ((2, 2, 2, 2), False),
-    "resnet34": ((3, 4, 6, 3), False),
-    "resnet50": ((3, 4, 6, 3), True),
-    "resnet101": ((3, 4, 23, 3), True),
-}
-ARCHS = (*ARCHITECTURES, "narrow")
-ARCH_HELP = "PreAct ResNet, a narrow one below 16 pixels; narrow: one of three blocks at any size"
 # widths and strides of the stages: usual; below 16 pixels, a block each; of --arch narrow, at any size
 USUAL = (64, 128, 256, 512), (1, 2, 2, 2)
 NARROW = (16, 32, 64), (1, 2, 1)

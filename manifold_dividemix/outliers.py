@@ -1,12 +1,10 @@
 """Which samples are out of distribution: those that are far from their nearest neighbours (README, section 4.2)."""
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from common.gpu import device as gpu
@@ -47,25 +45,13 @@ def kept_samples(scores: Tensor, removed: int) -> Tensor:
     return kept
 
 
-def split_epochs(epochs: int, warm_up: int, interval: int, clustering: bool) -> list[int]:
-    """The epochs, from 0, at whose start samples are removed and split again (README, section 4.4)."""
-    return [e for e in range(warm_up, epochs) if e == warm_up or (clustering and e % interval == 0)]
-
-
-def removal_count(epoch: int, size: int, ratio: float, start_factor: float, splits: Iterable[int]) -> int:
-    """How many of `size` samples are removed in an epoch: ceil(factor q N) at first, ceil(q N) more at each split.
-
-    ratio: q. start_factor: 10 in the CIFAR script, 1 in the mini-ImageNet script (README, section 4.2).
-    """
-    first = math.ceil(ratio * start_factor * size)
-    return first + math.ceil(ratio * size) * sum(split <= epoch for split in splits)
-
-
 def outlier_auroc(scores: Tensor, ood: np.ndarray | None) -> float | None:
     """Area under the ROC curve of low scores against the true OOD images, bool [N].
 
     None if these are unknown, if there are none or no others, and for scores that are not finite.
     """
+    from sklearn.metrics import roc_auc_score  # noqa: PLC0415  (a second of import)
+
     if ood is None or not 0 < ood.sum() < len(ood) or not scores.isfinite().all():
         return None
     return float(roc_auc_score(ood, -scores.cpu().numpy()))

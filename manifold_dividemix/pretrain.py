@@ -11,23 +11,26 @@ not be read. The recipe is this project's choice: SimCLR as SupContrast document
 import sys
 from pathlib import Path
 
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.runs import cli
+from manifold_dividemix.flags import make_pretrain_parser as make_parser
+
+cli.show_help(__name__, make_parser)  # before imports that take seconds
+
 import numpy as np
 import torch
 from torch import Tensor
 
-# run by path, the script uses the clone it stands in
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
 from common.gpu import device as gpu
 from common.gpu.loader import Images
 from common.pretraining import simclr
 from common.pretraining.simclr import SimCLR
-from common.runs import cli
 from common.runs.cli import UserError
+from common.runs.data_flags import MINI_IMAGENET
 from common.runs.run import Run
 from manifold_dividemix import dataset as data
-from manifold_dividemix.flags import make_pretrain_parser as make_parser  # noqa: F401
 from manifold_dividemix.flags import parse_pretrain_args as parse_args
 from manifold_dividemix.flags import pretrain_cell, pretrain_directory
 from manifold_dividemix.networks import make_encoder

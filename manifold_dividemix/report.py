@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from common.gpu import processes
@@ -76,6 +75,8 @@ def split_columns(
     The AUC is that against correct labels, over the in-distribution samples. None in the warm-up, and if the true labels are
     unknown.
     """
+    from sklearn.metrics import roc_auc_score  # noqa: PLC0415  (a second of import)
+
     columns = dict.fromkeys(("labelled", "unlabelled", "labelled_precision", "labelled_ood", "clean_auc"))
     if sides is None:
         return columns

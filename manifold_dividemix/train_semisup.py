@@ -12,34 +12,39 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.runs import cli
+from manifold_dividemix.flags import make_cifar_parser as make_parser
+
+cli.show_help(__name__, make_parser)  # before imports that take seconds
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
-
-# run by path, the script uses the clone it stands in
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.gpu import device as gpu
 from common.gpu import processes
 from common.gpu.encoders import load_encoder
 from common.gpu.loader import Images
 from common.gpu.policies import four_views
-from common.runs import cli, selection_report
+from common.runs import selection_report
 from common.runs.cli import UserError
 from common.runs.label_quality import Estimate, save_label_quality
 from common.runs.run import Run
 from common.runs.selection_report import PATIENCE, Selected
 from manifold_dividemix import dataset as data
 from manifold_dividemix import report
+from manifold_dividemix.choices import Lambdas, removal_count
 from manifold_dividemix.dataset import Dataset
 from manifold_dividemix.flags import check_sizes, cifar_cell, cifar_directory, method, splits_of
-from manifold_dividemix.flags import make_cifar_parser as make_parser  # noqa: F401
 from manifold_dividemix.flags import parse_cifar_args as parse_args
 from manifold_dividemix.losses import learning_rate, position, ramp_steps, ramp_up
-from manifold_dividemix.mixematch import Lambdas, Loss
+from manifold_dividemix.mixematch import Loss
 from manifold_dividemix.networks import Network, make_encoder
-from manifold_dividemix.outliers import kept_samples, knn_scores, outlier_auroc, removal_count
+from manifold_dividemix.outliers import kept_samples, knn_scores, outlier_auroc
 from manifold_dividemix.selection import clean_probability, divide, too_small
 from manifold_dividemix.training import (
     Setting,

@@ -13,10 +13,13 @@ from pathlib import Path
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.gpu import device as gpu
 from common.runs import cli
+from manifold_dividemix.flags import make_mini_imagenet_parser as make_parser
+
+cli.show_help(__name__, make_parser)  # before imports that take seconds
+
+from common.gpu import device as gpu
 from manifold_dividemix import dataset as data
-from manifold_dividemix.flags import make_mini_imagenet_parser as make_parser  # noqa: F401
 from manifold_dividemix.flags import mini_imagenet_cell, mini_imagenet_directory
 from manifold_dividemix.flags import parse_mini_imagenet_args as parse_args
 from manifold_dividemix.train_semisup import start

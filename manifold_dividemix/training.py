@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
 from common.gpu import processes
 from common.gpu.augment import crop_and_flip, training_augmentation
 from common.gpu.device import Device
 from common.gpu.loader import Batches, Images
+from common.runs.data_flags import MINI_IMAGENET
 from common.runs.run import Run
+from manifold_dividemix.choices import Lambdas
 from manifold_dividemix.losses import symmetric_cross_entropy, warm_up_loss
-from manifold_dividemix.mixematch import Lambdas, Views, encode, step_loss
+from manifold_dividemix.mixematch import Views, encode, step_loss
 from manifold_dividemix.networks import Network
 
 

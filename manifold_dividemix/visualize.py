@@ -14,6 +14,30 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.runs import cli
+
+
+def make_parser() -> cli.Parser:
+    """The command line."""
+    parser = cli.Parser(prog="python -m manifold_dividemix.visualize", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories of this paper's scripts")
+    parser.add_argument(
+        "--out",
+        default="manifold_dividemix.png",
+        metavar="FILE",
+        help="the figure to write (.png, .pdf or .svg)",
+    )
+    parser.add_argument(
+        "--projection", choices=["tsne", "pca"], default="tsne", help="of the embeddings, to the plane"
+    )
+    return parser
+
+
+cli.show_help(__name__, make_parser)  # before imports that take seconds
+
 import numpy as np
 import torch
 from matplotlib.artist import Artist
@@ -24,15 +48,13 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import roc_auc_score
 
-# run by path, the script uses the clone it stands in
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from common.datasets.arrays import is_integer, read_npz
-from common.datasets.mini_imagenet import NAME as MINI_IMAGENET
-from common.runs import cli, figures
+from common.runs import figures
 from common.runs.cli import UserError
+from common.runs.data_flags import MINI_IMAGENET
 from common.runs.figures import RunResult, naming
-from manifold_dividemix.outliers import outlier_auroc, split_epochs
+from manifold_dividemix.choices import split_epochs
+from manifold_dividemix.outliers import outlier_auroc
 
 PAPER = "manifold_dividemix"
 NOISE = {"sym": "symmetric", "asym": "asymmetric"}
@@ -376,18 +398,7 @@ def draw(runs: list[RunResult], shown: Shown | None, projection: str, out: Path)
 
 def main(argv=None) -> None:
     """Parse the command line and draw."""
-    parser = cli.Parser(prog="python -m manifold_dividemix.visualize", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories of this paper's scripts")
-    parser.add_argument(
-        "--out",
-        default="manifold_dividemix.png",
-        metavar="FILE",
-        help="the figure to write (.png, .pdf or .svg)",
-    )
-    parser.add_argument(
-        "--projection", choices=list(PROJECTIONS), default="tsne", help="of the embeddings, to the plane"
-    )
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     out = figures.checked_path(args.out)
     runs = [read_run(Path(run)) for run in args.runs]
     run = run_to_show(runs)

@@ -13,18 +13,23 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.runs import cli
+from me_momentum.flags import make_clothing_parser as make_parser
+
+cli.show_help(__name__, make_parser)  # before imports that take seconds
+
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
-
-# run by path, the script uses the clone it stands in
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.gpu import device as gpu
 from common.gpu import processes
 from common.gpu.loader import Labelled
 from common.gpu.weights import cpu_copy
-from common.runs import cli, selection_report
+from common.runs import selection_report
 from common.runs.label_quality import Estimate, save_label_quality
 from common.runs.run import Run
 from common.runs.selection_report import Selected
@@ -32,7 +37,6 @@ from me_momentum.clothing_images import Data, load, smallest_set
 from me_momentum.confident import confident_examples
 from me_momentum.flags import clothing_cell as cell
 from me_momentum.flags import clothing_directory_name as directory_name
-from me_momentum.flags import make_clothing_parser as make_parser
 from me_momentum.flags import method
 from me_momentum.flags import parse_clothing_args as parse_args
 from me_momentum.losses import prior_weights
@@ -52,7 +56,6 @@ from me_momentum.report import clothing_summary, estimate_label_quality
 from me_momentum.training import predict, train_weighted_epoch
 from me_momentum.validation import accuracy, batch_mean_accuracy
 
-__all__ = ["main", "make_parser", "parse_args"]
 MOMENTUM = 0.9
 MILESTONES = (10, 20)  # the learning rate drops by 10x after these epochs of an outer loop
 

@@ -33,9 +33,8 @@ from common.datasets.file_lists import FileData, make_split, numbered, read_list
 from common.runs import cli
 from common.runs.cli import UserError
 from common.runs.files import cannot_write, write_atomic
+from me_momentum.choices import DATA_ROOT, INDEX
 
-DATA_ROOT = "data/Clothing1M_Official/"
-INDEX = "Clothing1m-data.npz"
 # of each part of the index: the list of its keys, and the file of their labels
 PARTS = {
     "train": (NOISY_TRAIN, NOISY_LABELS),

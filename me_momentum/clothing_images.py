@@ -19,7 +19,8 @@ from common.gpu.augment import resize_crop_and_flip, resize_to_square
 from common.gpu.device import Device
 from common.gpu.loader import FileBatches, Labelled
 from common.runs.cli import UserError
-from me_momentum.ClothingData import INDEX, LISTS, read_index
+from me_momentum.choices import INDEX
+from me_momentum.ClothingData import LISTS, read_index
 
 
 class Data(NamedTuple):

@@ -2,15 +2,23 @@
 
 from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import noise
-from common.datasets import Data, folder, posterior
-from common.datasets.clothing1m import CLASSES, NAME
 from common.runs import cli
-from common.runs.run import run_name
+from common.runs.data_flags import (
+    CLOTHING1M,
+    CLOTHING1M_CLASSES,
+    POSTERIOR_HELP,
+    add_posterior_flag,
+    check_posterior_flag,
+)
+from common.runs.names import run_name
 from me_momentum.alternation import Limits
-from me_momentum.ClothingData import DATA_ROOT, INDEX
-from me_momentum.networks import NETWORKS
+from me_momentum.choices import DATA_ROOT, INDEX, NETWORKS
+
+if TYPE_CHECKING:
+    from common.datasets import Data
 
 PRESETS = Path(__file__).with_name("presets.toml")
 # defaults that differ for a folder: its labels as they are
@@ -79,7 +87,7 @@ def make_parser() -> cli.Parser:
     _add_model_dir_flag(released)
     _add_alternation_flags(released, further)
     _add_batch_mean_flag(further)
-    folder.add_flags(further)
+    add_folder_flags(further)
     cli.add_shared_flags(parser, default_seed=1)
     return parser
 
@@ -100,10 +108,10 @@ def _add_data_flags(released, further) -> None:
         choices=[*noise.NOISE_TYPES, "given"],
         default="symmetric",
         help="label noise of the whole training set, validation part included; "
-        f"{posterior.HELP}; given: the noisy_labels of an .npz or, by default, the labels of the folder",
+        f"{POSTERIOR_HELP}; given: the noisy_labels of an .npz or, by default, the labels of the folder",
     )
     released.add_argument("--noise_rate", type=cli.fraction, default=0.2, help="rate of the label noise")
-    posterior.add_flag(further)
+    add_posterior_flag(further)
     released.add_argument(
         "--data_percent",
         type=cli.fraction,
@@ -186,7 +194,7 @@ def parse_args(argv=None) -> Namespace:
     settle_shared(parser, args)
     if args.noise_file:
         args.noise_type = "given"
-    posterior.check_flag(parser, args, args.noise_type, "--noise_type")
+    check_posterior_flag(parser, args, args.noise_type, "--noise_type")
     if not 0 < args.data_percent < 1:
         parser.error(f"argument --data_percent: both parts need images, got {args.data_percent}")
     return args
@@ -216,7 +224,7 @@ def directory_name(args: Namespace) -> str:
     return run_name(args, vars(defaults), always)
 
 
-def cell(args: Namespace, data: Data) -> dict:
+def cell(args: Namespace, data: "Data") -> dict:
     """The columns of a result row for the data set, its noise and the profile."""
     defaults = parse_args([])
     bounds = ("num_epochs", "max_outer_loop", "max_inner_loop", "es_step", "es_limit")
@@ -257,7 +265,10 @@ def _add_clothing_data_flags(released, further) -> None:
         help=f"the lists of Clothing1M are in it or in its annotations/; without lists its {INDEX} is read",
     )
     released.add_argument(
-        "--num_classes", type=cli.count, default=len(CLASSES), help="of Clothing1M; no other number fits"
+        "--num_classes",
+        type=cli.count,
+        default=CLOTHING1M_CLASSES,
+        help="of Clothing1M; no other number fits",
     )
     further.add_argument(
         "--image_size",
@@ -338,8 +349,10 @@ def parse_clothing_args(argv=None) -> Namespace:
     args.pretrain = args.pretrained != "none"
     settle_shared(parser, args)
     args.sync_bn = args.fidelity != "released" if args.sync_bn is None else args.sync_bn
-    if args.num_classes != len(CLASSES):
-        parser.error(f"argument --num_classes: Clothing1M has {len(CLASSES)} classes, got {args.num_classes}")
+    if args.num_classes != CLOTHING1M_CLASSES:
+        parser.error(
+            f"argument --num_classes: Clothing1M has {CLOTHING1M_CLASSES} classes, got {args.num_classes}"
+        )
     if args.image_size < 64:
         parser.error(f"argument --image_size: must be at least 64, got {args.image_size}")
     if args.selection == "none":
@@ -354,7 +367,7 @@ def clothing_directory_name(args: Namespace) -> str:
     always = [*(["selection"] if alone else []), *(["fidelity"] if released else []), "seed"]
     defaults = vars(parse_clothing_args(["--fidelity", args.fidelity, "--selection", args.selection]))
     # num_epochs follows from the loops
-    return f"{NAME}-{run_name(args, {**defaults, 'num_epochs': args.num_epochs}, always)}"
+    return f"{CLOTHING1M}-{run_name(args, {**defaults, 'num_epochs': args.num_epochs}, always)}"
 
 
 def clothing_cell(args: Namespace) -> dict:
@@ -364,7 +377,7 @@ def clothing_cell(args: Namespace) -> dict:
     shortened = any(getattr(args, bound) < getattr(defaults, bound) for bound in bounds)
     published = args.network == defaults.network and not shortened
     return {
-        "dataset": NAME,
+        "dataset": CLOTHING1M,
         "noise_type": Path(args.noise_file).name if args.noise_file else "real",
         "noise_rate": None,
         "imb_factor": None,

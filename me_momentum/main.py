@@ -13,32 +13,33 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.runs import cli
+from me_momentum.flags import cell, directory_name, loop_limits, make_parser, method, parse_args
+
+cli.show_help(__name__, make_parser)  # before imports that take seconds
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
-
-# run by path, the script uses the clone it stands in
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import datasets
 from common.datasets import Data, posterior
 from common.gpu import device as gpu
 from common.gpu.augment import training_augmentation
 from common.gpu.loader import Batches, Images
-from common.runs import cli, selection_report
-from common.runs.cli import UserError
+from common.runs import selection_report
 from common.runs.label_quality import Estimate, save_label_quality
 from common.runs.run import Run
 from me_momentum.alternation import Place, Verdict, advance, learning_rate, name_of
 from me_momentum.confident import SET_COLUMNS, confident_examples, set_statistics
-from me_momentum.flags import cell, directory_name, loop_limits, make_parser, method, parse_args
 from me_momentum.networks import make_network, usual_network
 from me_momentum.report import estimate_label_quality, reported, summary
 from me_momentum.training import copy_of, predict, train_epoch
 from me_momentum.validation import Parts, accuracy, balanced_accuracy, batch_mean_accuracy, split
-
-__all__ = ["main", "make_parser", "parse_args"]
 
 
 def split_part(observed: np.ndarray, num_classes: int, args: Namespace) -> Parts:
@@ -46,11 +47,11 @@ def split_part(observed: np.ndarray, num_classes: int, args: Namespace) -> Parts
     try:
         parts = split(len(observed), args.data_percent, args.seed)
     except ValueError as error:
-        raise UserError(f"--data_percent {args.data_percent}: {error}") from None
+        raise cli.UserError(f"--data_percent {args.data_percent}: {error}") from None
     absent = np.flatnonzero(np.bincount(observed[parts.validation], minlength=num_classes) == 0)
     if len(absent):
         # the release would validate as NaN, keep no weights and die after twenty epochs
-        raise UserError(
+        raise cli.UserError(
             f"class {absent[0]} is not among the {len(parts.validation)} observed labels of the validation part: "
             f"use a --data_percent below {args.data_percent}, a larger --limit_train or another --seed"
         )
@@ -63,7 +64,7 @@ def network_maker(args: Namespace, data: Data) -> Callable[[], nn.Module]:
     size = min(height, width)
     name = usual_network(data.name, channels, size) if args.network == "auto" else args.network
     if name == "lenet" and height != width:
-        raise UserError(
+        raise cli.UserError(
             f"--network lenet: images of {height} x {width} pixels are not square; use resnet18, or small below 14 pixels"
         )
     return partial(make_network, name, data.num_classes, channels, size, args.stem_padding)

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from common.gpu.weights import imagenet_resnet, read_weights
 from common.runs.cli import UserError
-
-PREACT = ("preact_resnet18", "preact_narrow")
-NETWORKS = ("lenet", "resnet18", "resnet34", "small", *PREACT)
+from me_momentum.choices import PREACT
 
 
 def make_network(name: str, num_classes: int, channels: int, size: int, stem_padding: int = 0) -> nn.Module:

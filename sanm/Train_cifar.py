@@ -10,13 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.runs import cli
+from sanm import flags
+
+make_parser = partial(flags.cifar_parser, __doc__)
+cli.show_help(__name__, make_parser)  # before imports that take seconds
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import SGD
-
-# run by path, the script uses the clone it stands in
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import datasets
 from common.datasets import Data, posterior
@@ -25,12 +31,11 @@ from common.gpu.augment import training_augmentation, warm_up_view
 from common.gpu.encoders import load_encoder
 from common.gpu.loader import Batches, Images, test_batches
 from common.gpu.policies import six_views
-from common.runs import cli, selection_report
+from common.runs import selection_report
 from common.runs.cli import UserError
 from common.runs.label_quality import save_label_quality
 from common.runs.run import Run
 from common.runs.selection_report import Selected
-from sanm import flags
 from sanm.losses import ramp_up
 from sanm.masking import draw_masks, mask
 from sanm.mixmatch import Samples
@@ -57,11 +62,6 @@ from sanm.training import (
 NOISE_TYPES = {"sym": "symmetric_inclusive", "asym": "asymmetric"}
 CLIP = 1.0  # largest gradient norm of the warm-up
 LOSSES = ("labelled_loss", "unlabelled_loss", "prior_loss", "reconstruction_loss")
-
-
-def make_parser() -> cli.Parser:
-    """The parser of this script's flags."""
-    return flags.cifar_parser(__doc__)
 
 
 def parse_args(argv=None) -> Namespace:

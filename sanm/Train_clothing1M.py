@@ -15,26 +15,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.runs import cli
+from sanm import flags
+
+make_parser = partial(flags.clothing_parser, __doc__)
+cli.show_help(__name__, make_parser)  # before imports that take seconds
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-# run by path, the script uses the clone it stands in
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from common.gpu import device as gpu
 from common.gpu import processes
 from common.gpu.device import Device
 from common.gpu.loader import Labelled, Part
 from common.gpu.weights import cpu_copy
-from common.runs import cli, selection_report
+from common.runs import selection_report
 from common.runs.label_quality import Estimate, save_label_quality
 from common.runs.run import Run
 from common.runs.selection_report import Selected
-from sanm import clothing, flags
-from sanm.clothing import Data
+from sanm import clothing
 from sanm.masking import draw_clothing_masks, mask_clothing
 from sanm.mixmatch import Samples
 from sanm.networks import clothing_network
@@ -51,11 +56,6 @@ from sanm.training import (
 )
 
 
-def make_parser() -> cli.Parser:
-    """The parser of this script's flags."""
-    return flags.clothing_parser(__doc__)
-
-
 def parse_args(argv=None) -> Namespace:
     """Parse, and settle the defaults that depend on other flags."""
     return flags.clothing_args(argv, __doc__)
@@ -70,7 +70,7 @@ class Setting(NamedTuple):
     args: Namespace
     device: Device
     run: Run
-    data: Data
+    data: clothing.Data
     draws: np.random.Generator  # subsets, mixture weights, starts of the GMM
     masks: torch.Generator  # masks and mixing partners, on the device, alike in all processes
 

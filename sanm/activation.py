@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable
 
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from common.gpu.device import Device
@@ -44,6 +43,8 @@ def concentration_statistics(values: Tensor, right: Tensor | None) -> dict[str, 
     values [N]; right: bool [N]. map_auc is 0.5 if the two kinds of maps are alike, above if maps of right labels are more
     concentrated. None if one kind is missing, or `right` is unknown.
     """
+    from sklearn.metrics import roc_auc_score  # noqa: PLC0415  (a second of import)
+
     if right is None:
         return dict.fromkeys(("map_auc", "map_right", "map_wrong"))
     kinds = [values[right], values[~right]]

@@ -7,17 +7,20 @@ from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
 from typing import Any
 
-from common.datasets import folder, posterior
-from common.datasets.clothing1m import CLASSES
-from common.datasets.clothing1m import NAME as CLOTHING1M
 from common.noise import POSTERIOR_TYPES
-from common.pretraining.simclr import add_recipe_flags, settle
+from common.pretraining.flags import add_recipe_flags, settle
 from common.runs import cli
 from common.runs.cli import UserError
-from common.runs.run import run_name
-from sanm.masking import CLOTHING_RULE, MaskRule
-from sanm.networks import ARCHS, BASES
-from sanm.selection import HISTORY, averages_history
+from common.runs.data_flags import (
+    CLOTHING1M,
+    CLOTHING1M_CLASSES,
+    POSTERIOR_HELP,
+    add_folder_flags,
+    add_posterior_flag,
+    check_posterior_flag,
+)
+from common.runs.names import run_name
+from sanm.choices import ARCHS, BASES, CLOTHING_RULE, HISTORY, MaskRule, averages_history
 
 PRESETS = Path(__file__).with_name("presets.toml")
 BASE_NAMES = {"dividemix": "DivideMix", "c2d": "C2D"}
@@ -109,7 +112,7 @@ def cifar_parser(description: str | None = None) -> cli.Parser:
         choices=["sym", "asym", *POSTERIOR_TYPES, "given"],
         default="sym",
         help="sym: a class drawn from all; asym: the look-alike class, on CIFAR-100 another class of the superclass; "
-        f"{posterior.HELP}; given: the labels of --noise_file, of the .npz or, by default, of the folder",
+        f"{POSTERIOR_HELP}; given: the labels of --noise_file, of the .npz or, by default, of the folder",
     )
     released.add_argument(
         "--r",
@@ -118,7 +121,7 @@ def cifar_parser(description: str | None = None) -> cli.Parser:
         help="noise rate: fraction of samples that get a new label. From 0.9 on, clean probabilities come from the mean of "
         "the last 5 loss vectors (the 90 %% rule); with labels from a file --r decides only this",
     )
-    posterior.add_flag(ours)
+    add_posterior_flag(ours)
     _add_without_effect(released, "--num_class", type=cli.count, default=10)
     _add_without_effect(released, "--check_path", default="")
     _add_without_effect(released, "--id", default="")
@@ -131,7 +134,7 @@ def cifar_parser(description: str | None = None) -> cli.Parser:
         default="strong",
         help="the views that give targets, maps and masked images: AutoAugment as in the release, or crop and flip",
     )
-    folder.add_flags(ours)
+    add_folder_flags(ours)
     cli.add_shared_flags(parser, default_seed=123)
     return parser
 
@@ -222,7 +225,7 @@ def cifar_args(argv=None, description: str | None = None) -> Namespace:
     _settle_mask_flags(parser, args)
     if args.noise_file:
         args.noise_mode = "given"
-    posterior.check_flag(parser, args, args.noise_mode, "--noise_mode")
+    check_posterior_flag(parser, args, args.noise_mode, "--noise_mode")
     if args.arch == "narrow" and args.base == "c2d":
         parser.error(
             "argument --arch: narrow is for --base dividemix; encoders for --base c2d are of another shape"
@@ -331,7 +334,7 @@ def clothing_parser(description: str | None = None) -> cli.Parser:
     released.add_argument(
         "--num_class",
         type=cli.count,
-        default=len(CLASSES),
+        default=CLOTHING1M_CLASSES,
         help="classes of Clothing1M; no other number fits",
     )
     ours.add_argument(
@@ -402,8 +405,10 @@ def clothing_args(argv=None, description: str | None = None) -> Namespace:
     parser = clothing_parser(description)
     args = cli.parse_args(parser, argv, PRESETS)
     _settle_mask_flags(parser, args)
-    if args.num_class != len(CLASSES):
-        parser.error(f"argument --num_class: Clothing1M has {len(CLASSES)} classes, got {args.num_class}")
+    if args.num_class != CLOTHING1M_CLASSES:
+        parser.error(
+            f"argument --num_class: Clothing1M has {CLOTHING1M_CLASSES} classes, got {args.num_class}"
+        )
     if args.image_size < 64:
         parser.error(f"argument --image_size: must be at least 64, got {args.image_size}")
     args.sync_bn = args.fidelity != "released" if args.sync_bn is None else args.sync_bn
@@ -453,7 +458,7 @@ def pretrain_parser(description: str | None = None) -> cli.Parser:
     data.add_argument(
         "--data_path", default="./data", metavar="DIR", type=cli.place, help="folder of the data sets"
     )
-    folder.add_flags(data)
+    add_folder_flags(data)
     training = add_recipe_flags(parser)
     training.add_argument(
         "--model",

@@ -12,19 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from sanm.choices import MaskRule
 
-class MaskRule(NamedTuple):
-    """Size of the rectangles, as ratios of the image's area, and their place."""
-
-    low: float = 0.02  # a base ratio is drawn between low and high
-    high: float = 0.07
-    quality: float = 0.03  # times (1 - clean probability) is added to it
-    anchor: str = "centre"  # the rectangle's point at the extremum: its centre, or its top-left "corner" (released code)
-    clamp: bool = False  # whether modulated targets are kept above zero
-    as_released: bool = False  # Clothing1M: with the defects of the release (README, table of differences)
-
-
-CLOTHING_RULE = MaskRule(low=0.06, high=0.13, quality=0.1)
 ASPECT = (0.8, 1.25)
 
 

@@ -16,8 +16,6 @@ from common.gpu.encoders import load_encoder
 from common.gpu.weights import imagenet_resnet
 from common.pretraining.simclr import SimCLR
 
-BASES = ("dividemix", "c2d")
-ARCHS = ("auto", "narrow")
 # widths and strides of the stages, and blocks of each; below 16 pixels the narrow ones
 USUAL = (64, 128, 256, 512), (1, 2, 2, 2), 2
 NARROW = (16, 32, 32), (1, 2, 1), 1

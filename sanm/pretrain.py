@@ -9,32 +9,32 @@ one that SupContrast documents for SimCLR (see common/pretraining/simclr.py).
 
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
-
-import numpy as np
-import torch
 
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.runs import cli
+from sanm import flags
+
+make_parser = partial(flags.pretrain_parser, __doc__)
+cli.show_help(__name__, make_parser)  # before imports that take seconds
+
+import numpy as np
+import torch
 
 from common import datasets
 from common.datasets import Data
 from common.gpu import device as gpu
 from common.gpu.loader import Images
 from common.pretraining.simclr import pre_train
-from common.runs import cli
 from common.runs.cli import UserError
 from common.runs.run import Run
-from sanm import flags
 from sanm.networks import make_simclr
 
 # SupContrast's constants; those of the other scripts, which are the release's, end at the third digit
 CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
-
-
-def make_parser() -> cli.Parser:
-    """The parser of this script's flags."""
-    return flags.pretrain_parser(__doc__)
 
 
 def parse_args(argv=None) -> Namespace:

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from common.gpu.mixture import lower_posterior
 from common.runs.cli import UserError
 from common.runs.label_quality import Estimate
+from sanm.choices import HISTORY
 
-HISTORY = 5  # loss vectors that the 90 % rule averages
 MARGIN = 1e-5  # the threshold stays this far inside the range of the clean probabilities
 STATISTICS = ("selected", "auc", "precision", "recall")
 
@@ -21,14 +20,6 @@ def normalised(losses: Tensor) -> Tensor:
     losses = losses - losses.min()
     spread = losses.max()
     return losses / spread if spread > 0 else losses
-
-
-def averages_history(noise_rate: float, released: bool) -> bool:
-    """The 90 % rule: whether the mixture is fitted to the mean of the last HISTORY loss vectors.
-
-    It holds from a noise rate of 0.9 on; in the release for 0.9 exactly.
-    """
-    return noise_rate == 0.9 if released else noise_rate >= 0.9
 
 
 def remember(history: list[Tensor], losses: Tensor) -> list[Tensor]:
@@ -76,6 +67,8 @@ def split_statistics(
     which observed labels are the true ones. AUC and recall are None if all are of one kind; without `right` only the number of
     samples selected is known.
     """
+    from sklearn.metrics import roc_auc_score  # noqa: PLC0415  (a second of import)
+
     columns, truth = {}, None if right is None else right.cpu().numpy()
     for net in (0, 1):
         report = dict.fromkeys(STATISTICS)

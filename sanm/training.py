@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 from common.gpu import device as gpu
 from common.gpu import processes
 from common.gpu.device import Device
+from sanm.choices import MaskRule
 from sanm.losses import negative_entropy
-from sanm.masking import Masked, MaskRule
+from sanm.masking import Masked
 from sanm.mixmatch import Samples, step_loss
 
 

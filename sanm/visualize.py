@@ -11,24 +11,46 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.runs import cli
+
+
+def make_parser() -> cli.Parser:
+    """The command line."""
+    parser = cli.Parser(prog="python -m sanm.visualize", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories of SANM's scripts")
+    parser.add_argument(
+        "--out", default="sanm.png", metavar="FILE", help="the figure to write (.png, .pdf or .svg)"
+    )
+    parser.add_argument(
+        "--samples", type=cli.count, default=6, metavar="N", help="training images to show masks of"
+    )
+    parser.add_argument(
+        "--data_path", metavar="DIR", help="where the data sets are, if not where the runs found them"
+    )
+    return parser
+
+
+cli.show_help(__name__, make_parser)  # before imports that take seconds
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-# run by path, the script uses the clone it stands in
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from common import datasets
 from common.datasets import Data
 from common.datasets.arrays import read_npy, read_npz
 from common.gpu.loader import Images
 from common.noise import POSTERIOR_TYPES
-from common.runs import checkpoint, cli, figures
+from common.runs import checkpoint, figures
 from common.runs.cli import UserError
 from common.runs.figures import RunResult, read_run
-from sanm.masking import MaskRule, draw_masks, mask, quantised_activation
+from sanm.choices import MaskRule
+from sanm.masking import draw_masks, mask, quantised_activation
 from sanm.networks import MaskedNetwork, make_network
 
 CLEAN, MISLABELLED = "tab:blue", "tab:orange"
@@ -347,18 +369,7 @@ def draw(
 
 def main(argv=None) -> None:
     """Parse the command line and draw."""
-    parser = cli.Parser(prog="python -m sanm.visualize", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories of SANM's scripts")
-    parser.add_argument(
-        "--out", default="sanm.png", metavar="FILE", help="the figure to write (.png, .pdf or .svg)"
-    )
-    parser.add_argument(
-        "--samples", type=cli.count, default=6, metavar="N", help="training images to show masks of"
-    )
-    parser.add_argument(
-        "--data_path", metavar="DIR", help="where the data sets are, if not where the runs found them"
-    )
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     out = figures.checked_path(args.out)
     runs = [read_run(Path(run)) for run in args.runs]
     run = run_to_show(runs)

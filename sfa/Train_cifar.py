@@ -16,19 +16,24 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.runs import cli
+from sfa.flags import make_cifar_parser as make_parser
+
+cli.show_help(__name__, make_parser)  # before imports that take seconds
+
 import numpy as np
 import torch
 from torch.optim import SGD
-
-# run by path, the script uses the clone it stands in
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import datasets, noise
 from common.datasets import Data, posterior
 from common.gpu import device as gpu
 from common.gpu.augment import training_augmentation
 from common.gpu.loader import Batches, Images, Labelled, test_batches
-from common.runs import cli, selection_report
+from common.runs import selection_report
 from common.runs.cli import UserError
 from common.runs.label_quality import save_label_quality
 from common.runs.run import Run
@@ -37,7 +42,6 @@ from sfa import small_loss
 from sfa.evaluation import SHOTS, accuracies, estimate_label_quality
 from sfa.flags import cifar_cell, cifar_directory, note_schedule, settle_draw_count
 from sfa.flags import cifar_method as method
-from sfa.flags import make_cifar_parser as make_parser
 from sfa.flags import parse_cifar_args as parse_args
 from sfa.losses import ramp_up
 from sfa.networks import CosineHead, PreActResNet, preact_resnet18, preact_resnet_narrow
@@ -53,8 +57,6 @@ from sfa.selection import (
 )
 from sfa.small_loss import SmallLoss
 from sfa.training import features_and_confidence, sample_losses, summed_logits, train_semi, warm_up
-
-__all__ = ["main", "make_parser", "method", "parse_args"]
 
 NETWORK1 = ("precision", "recall", "auc", *(f"{shot}_recall" for shot in SHOTS))
 

@@ -15,24 +15,28 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.runs import cli
+from sfa.flags import make_webvision_parser as make_parser
+
+cli.show_help(__name__, make_parser)  # before imports that take seconds
+
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-# run by path, the script uses the clone it stands in
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.gpu import device as gpu
 from common.gpu import processes
 from common.gpu.device import Device
 from common.gpu.loader import FileBatches, Labelled
-from common.runs import cli, selection_report
+from common.runs import selection_report
 from common.runs.label_quality import save_label_quality
 from common.runs.run import Run
 from common.runs.selection_report import Selected
 from sfa.evaluation import SHOTS, accuracies, estimate_label_quality, top_k_accuracy
 from sfa.flags import WEBVISION_WARM_UP as WARM_UP
-from sfa.flags import make_webvision_parser as make_parser
 from sfa.flags import parse_webvision_args as parse_args
 from sfa.flags import webvision_cell, webvision_directory
 from sfa.learners import Learner, make_learner, start_two_processes, train_one_each
@@ -46,8 +50,6 @@ from sfa.selection import (
 )
 from sfa.training import features_and_confidence, summed_logits, train_semi, warm_up
 from sfa.webvision import Data, drops_last, load
-
-__all__ = ["main", "make_parser", "parse_args"]
 
 
 class Setting(NamedTuple):

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from common.gpu.device import Device
@@ -61,6 +60,8 @@ def selection_statistics(
     clean that is selected, NaN if a shot has no clean sample. auc: of clean_probability against (observed == clean), NaN if
     all or none is clean.
     """
+    from sklearn.metrics import roc_auc_score  # noqa: PLC0415  (a second of import)
+
     is_clean, counts = observed == clean, np.bincount(observed, minlength=num_classes)
     both = 0 < is_clean.sum() < len(is_clean)
     auc = float(roc_auc_score(is_clean, clean_probability)) if both else float("nan")

@@ -3,16 +3,22 @@
 from argparse import Namespace
 from argparse import _ArgumentGroup as ArgumentGroup
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from common.datasets import Data, folder, posterior
-from common.datasets.webvision import NAME as WEBVISION
-from common.gpu import processes
 from common.noise import POSTERIOR_TYPES
 from common.runs import cli
-from common.runs.run import run_name
-from sfa.selection import POSTERIORS
+from common.runs.data_flags import (
+    FOLDER,
+    POSTERIOR_HELP,
+    WEBVISION,
+    add_folder_flags,
+    add_posterior_flag,
+    check_posterior_flag,
+)
+from common.runs.names import run_name
+
+if TYPE_CHECKING:
+    from common.datasets import Data
 
 PRESETS = Path(__file__).with_name("presets.toml")
 # as a result row calls them
@@ -117,11 +123,11 @@ def make_cifar_parser() -> cli.Parser:
     )
     further.add_argument(
         "--mixture",
-        choices=list(POSTERIORS),
+        choices=["em", "sklearn"],
         default="em",
         help="em: all classes at once on the device; sklearn: the reference path",
     )
-    folder.add_flags(further)
+    add_folder_flags(further)
     cli.add_shared_flags(parser, default_seed=123)
     return parser
 
@@ -147,12 +153,12 @@ def _add_cifar_data_flags(released: ArgumentGroup, further: ArgumentGroup) -> No
         choices=["imb", "sym", *POSTERIOR_TYPES, "given"],
         default="imb",
         help="imb: flips follow the class sizes; sym: all other classes alike; "
-        f"{posterior.HELP}; given: the labels of --noise_file, of the .npz or, by default, of the folder",
+        f"{POSTERIOR_HELP}; given: the labels of --noise_file, of the .npz or, by default, of the folder",
     )
     released.add_argument(
         "--noise_ratio", type=cli.fraction, default=0.5, help="fraction of labels that are flipped"
     )
-    posterior.add_flag(further)
+    add_posterior_flag(further)
     _add_without_effect(released, "--num_class")
 
 
@@ -216,13 +222,13 @@ def parse_cifar_args(argv: list[str] | None = None) -> Namespace:
             parser.error(f"argument --{name}: must be at most 1, got {getattr(args, name)}")
     if args.noise_file:
         args.noise_mode = "given"
-    posterior.check_flag(parser, args, args.noise_mode, "--noise_mode")
+    check_posterior_flag(parser, args, args.noise_mode, "--noise_mode")
     # Wang et al. weigh the two for CIFAR-100 the other way round
     weights = (6, 0.1) if args.dataset == "cifar100" else (0.1, 1)
     args.sce_ce = weights[0] if args.sce_ce is None else args.sce_ce
     args.sce_rce = weights[1] if args.sce_rce is None else args.sce_rce
     args.ema_mode = args.ema_mode or usual_ema_mode(args)
-    if args.min_draw_count is None and args.dataset != folder.NAME:
+    if args.min_draw_count is None and args.dataset != FOLDER:
         # 300 of CIFAR-10's 5000 images per class, scaled to the 143 of digits
         args.min_draw_count = 9 if args.dataset == "digits" else 300
     return args
@@ -263,7 +269,7 @@ def cifar_directory(args: Namespace) -> str:
     return run_name(args, vars(parse_cifar_args(["--dataset", args.dataset])), always)
 
 
-def cifar_cell(args: Namespace, data: Data) -> dict:
+def cifar_cell(args: Namespace, data: "Data") -> dict:
     """The columns of a result row for the data set, its noise and the profile."""
     profile = "embedded" if args.dataset == "digits" else "paper" if args.num_epochs >= 200 else "short"
     return {
@@ -399,17 +405,25 @@ def parse_webvision_args(argv: list[str] | None = None) -> Namespace:
 
 
 def _usual_parallel(args: Namespace) -> str:
+    from common.gpu import processes  # noqa: PLC0415  (imports torch)
+
     if processes.launched():
         return "data"
     return "networks" if args.device != "cpu" and _both_cards(args) else "none"
 
 
 def _both_cards(args: Namespace) -> bool:
+    import torch  # noqa: PLC0415  (seconds to import)
+
     return args.gpuid1 != args.gpuid2 and max(args.gpuid1, args.gpuid2) < torch.cuda.device_count()
 
 
 def _check_parallel(parser: cli.Parser, args: Namespace) -> None:
     """End with one line if the processes and cards do not fit --parallel."""
+    import torch  # noqa: PLC0415  (seconds to import)
+
+    from common.gpu import processes  # noqa: PLC0415  (imports torch)
+
     if args.parallel == "data" and not processes.launched():
         parser.error("argument --parallel: data needs several processes: start the script with torchrun")
     if args.parallel == "none" and processes.launched():

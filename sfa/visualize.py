@@ -15,6 +15,24 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+# run by path, the script uses the clone it stands in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.runs import cli
+
+
+def make_parser() -> cli.Parser:
+    """The command line."""
+    parser = cli.Parser(prog="python -m sfa.visualize", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, of SFA or of a baseline")
+    parser.add_argument(
+        "--out", default="sfa.png", metavar="FILE", help="the figure to write (.png, .pdf or .svg)"
+    )
+    return parser
+
+
+cli.show_help(__name__, make_parser)  # before imports that take seconds
+
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.collections import LineCollection
@@ -25,12 +43,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 
-# run by path, the script uses the clone it stands in
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from common.datasets.arrays import is_integer, read_npz
 from common.noise import POSTERIOR_TYPES
-from common.runs import cli, figures
+from common.runs import figures
 from common.runs.cli import UserError
 from common.runs.figures import RunResult, naming
 from sfa.evaluation import shots
@@ -344,12 +359,7 @@ def draw(runs: list[RunResult], shown: Shown | None, histories: dict[str, list[H
 
 def main(argv=None) -> None:
     """Parse the command line and draw."""
-    parser = cli.Parser(prog="python -m sfa.visualize", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, of SFA or of a baseline")
-    parser.add_argument(
-        "--out", default="sfa.png", metavar="FILE", help="the figure to write (.png, .pdf or .svg)"
-    )
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     out = figures.checked_path(args.out)
     runs = [read_run(Path(run)) for run in args.runs]
     run = run_to_show(runs)

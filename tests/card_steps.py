@@ -22,12 +22,13 @@ from common.gpu.device import Device
 from common.gpu.loader import Batches, Images
 from common.pretraining import simclr
 from manifold_dividemix import training as manifold
-from manifold_dividemix.mixematch import Lambdas
+from manifold_dividemix.choices import Lambdas
 from manifold_dividemix.networks import Network, make_encoder
 from me_momentum import networks as me_momentum_networks
 from me_momentum import training as me_momentum
 from sanm import training as sanm
-from sanm.masking import MaskRule, draw_masks, mask
+from sanm.choices import MaskRule
+from sanm.masking import draw_masks, mask
 from sanm.networks import make_network as sanm_network
 from sanm.networks import make_simclr
 from sanm.Train_cifar import six_as_samples

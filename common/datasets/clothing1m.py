@@ -20,8 +20,8 @@ from common.datasets.file_lists import (
     without_bad_images,
 )
 from common.runs.cli import UserError
+from common.runs.data_flags import CLOTHING1M as NAME
 
-NAME = "clothing1m"
 CLASSES = (
     *("T-shirt", "Shirt", "Knitwear", "Chiffon", "Sweater", "Hoodie", "Windbreaker", "Jacket", "Down Coat", "Suit"),
     *("Shawl", "Dress", "Vest", "Underwear"),

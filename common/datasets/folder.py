@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +32,10 @@ from common.datasets.in_memory import Data, Split, load, pixel_statistics
 from common.datasets.limit import limited_test
 from common.datasets.mini_imagenet import decoded
 from common.gpu import processes
-from common.runs import cli
 from common.runs.cli import UserError
+from common.runs.data_flags import FOLDER as NAME
+from common.runs.data_flags import IMAGE_SIZE, TEST_SPLIT
 
-NAME = "folder"
-IMAGE_SIZE = 32
-TEST_SPLIT = 0.2
 # of the test split: the same images for every --seed, so that runs compare and a label's index names one image
 SPLIT_SEED = 0
 LAYOUT = "DIR/train/CLASS/ with image files, or DIR/train.csv with the columns path,label[,true_label]"
@@ -50,30 +48,6 @@ class Listed(NamedTuple):
     labels: list[str]
     true_labels: list[str] | None
     classes: tuple[str, ...]  # in the order of their ids; of the training part alone
-
-
-# flags ----------------------------------------------------------------------------------------------------------------
-
-
-def add_flags(group: Any, without: Collection[str] = ()) -> None:
-    """Add the flags of --dataset folder to an argument group. without: names of flags that the script has already."""
-    size = {"type": cli.count, "default": IMAGE_SIZE}
-    split = {"type": cli.fraction, "default": TEST_SPLIT}
-    bad = {"choices": ["error", "skip"], "default": "error"}
-    workers = {"type": cli.count_or_zero, "default": 4}
-    flags: tuple[tuple[str, dict[str, Any], str], ...] = (
-        ("image_size", size, "pixels of both sides that its images are resized to, the aspect not kept"),
-        (
-            "test_split",
-            split,
-            "without a test part: fraction of the training images that is tested on instead",
-        ),
-        ("on_bad_image", bad, "images that are missing or damaged: stop, or leave them out"),
-        ("workers", workers, "processes that decode its images, once"),
-    )
-    for name, options, what in flags:
-        if name not in without:
-            group.add_argument(f"--{name}", **options, help=f"of {NAME}: {what}")
 
 
 def from_arguments(arguments: dict[str, Any], root: str | Path | None = None) -> Data:

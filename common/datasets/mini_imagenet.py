@@ -35,10 +35,10 @@ from common.datasets.images import in_workers
 from common.gpu import processes
 from common.gpu.augment import resize_to_square
 from common.runs.cli import UserError
+from common.runs.data_flags import MINI_IMAGENET as NAME
 from common.runs.files import write_whole
 from common.runs.locks import InUse, Lock
 
-NAME = "mini_imagenet"
 COLORS = ("red", "blue")  # web noise, synthetic noise
 NUM_CLASSES = 100
 LISTS, TEST = "split", "split/clean_validation"

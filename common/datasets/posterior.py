@@ -4,7 +4,6 @@ import hashlib
 import io
 import time
 import warnings
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -14,35 +13,13 @@ from common.datasets.arrays import read_npy, read_npz
 from common.datasets.in_memory import Data, Split
 from common.gpu import processes
 from common.noise import POSTERIOR_TYPES, checked_posterior
-from common.runs.cli import Parser, UserError, place
+from common.runs.cli import UserError
 from common.runs.files import write_atomic
 
 FOLDS = 5
 MAX_ITERATIONS = 1000
 # part of the key of a cache: change it with the recipe
 RECIPE = f"{FOLDS}-fold logistic regression on pixels, C 1, lbfgs, float32, version 1"
-# the help line of these noise types for a script's flag
-HELP = (
-    "margin1 to margin3: likelier at a small margin of a posterior (PMD, types I to III); hard: where the posterior of the true "
-    "label is smallest"
-)
-
-
-def add_flag(group) -> None:
-    """Add --posterior to an argument group."""
-    group.add_argument(
-        "--posterior",
-        metavar="FILE",
-        type=place,
-        help=f"for {', '.join(POSTERIOR_TYPES)}: class probabilities [N, K] of all training images (.npy); by default those of "
-        "a logistic regression on pixels, kept beside the data. On colour images that is a poor posterior: better give a file",
-    )
-
-
-def check_flag(parser: Parser, args: Namespace, noise_type: str, flag: str) -> None:
-    """Refuse --posterior if the noise type does not use it. noise_type: "given" with --noise_file."""
-    if args.posterior and noise_type not in POSTERIOR_TYPES:
-        parser.error(f"argument --posterior: is for {flag} {', '.join(POSTERIOR_TYPES)}, got {noise_type}")
 
 
 def posterior_for(

@@ -21,8 +21,8 @@ from common.datasets.file_lists import (
 )
 from common.datasets.images import is_image_name
 from common.runs.cli import UserError
+from common.runs.data_flags import WEBVISION as NAME
 
-NAME = "webvision"
 TRAIN, TEST, SYNSETS = "info/train_filelist_google.txt", "info/val_filelist.txt", "info/synsets.txt"
 FILES = (TRAIN, TEST)
 TEST_IMAGES, RESIZED = "val_images_256", "google_resized_256"

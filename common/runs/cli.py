@@ -149,6 +149,17 @@ def worker_died(reason: str) -> MachineError:
     return WorkerDied(f"{first}: out of memory? use fewer --workers")
 
 
+def show_help(module: str, make_parser: Callable[[], argparse.ArgumentParser]) -> None:
+    """Print the help and exit if the command line asks a script for it: before the imports that take seconds.
+
+    module: __name__ of the script; nothing happens if it is imported.
+    """
+    words = sys.argv[1:]
+    asked = {"-h", "--help"} & set(words[: words.index("--")] if "--" in words else words)
+    if module == "__main__" and asked:
+        exit_cleanly(lambda argv: make_parser().parse_args(argv))
+
+
 def exit_cleanly(main: Callable, argv: Sequence[str] | None = None) -> None:
     """Call main(argv); a UserError becomes one line on standard error and its exit status, mostly 2.
 

@@ -19,7 +19,6 @@ import itertools
 import json
 import os
 import platform
-import re
 import resource
 import shlex
 import signal
@@ -45,14 +44,10 @@ from common.runs.cli import MachineError, UserError, at_end
 from common.runs.events import EventFile
 from common.runs.files import append, cannot_write, write_atomic
 from common.runs.locks import Lock
+from common.runs.names import NOT_COMPARED, UNSAID
 from common.runs.signals import StopSignals
 
 ROOT = Path(__file__).resolve().parents[2]
-# flags that may differ in a resumed run, besides paths (`cli.place`): how it is computed; and on_bad_image, as the images left
-# out are compared
-NOT_COMPARED = ("resume", "device", "workers", "device_ids", "parallel", "gpuid1", "gpuid2", "on_bad_image")
-# paths that are not part of a run's name; the labels and images read from them are compared instead
-UNSAID = ("out", "data_path", "data_root", "ood_dir", "open_set_cache", "decoded", "posterior")
 
 
 class Labels(NamedTuple):
@@ -567,27 +562,6 @@ def content_of(place: str | None) -> str | None:
 def peak_resident_mb() -> float:
     """Peak resident memory of this process, in MiB. macOS counts in bytes, Linux in KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
-
-
-def run_name(args: Namespace, defaults: dict[str, Any], always: Iterable[str]) -> str:
-    """A directory name from the arguments: the `always` flags first, then every flag with another value than its default.
-
-    Of a path the name has the last part.
-    """
-    left_out = {*NOT_COMPARED, *UNSAID, "_places", "preset", *always} - {"device"}
-    changed = [
-        flag for flag, value in vars(args).items() if flag not in left_out and value != defaults.get(flag)
-    ]
-    places = getattr(args, "_places", ())
-    named = {flag: getattr(args, flag) for flag in [*always, *changed]}
-    if named.get("dataset") == "folder":  # of two folders, two names
-        where = getattr(args, "data_path", None) or getattr(args, "data_root", None) or "./data"
-        named["dataset"] = f"folder_{Path(where).resolve().name}"
-    words = [
-        f"{flag}_{Path(value).name if flag in places and value else value}" for flag, value in named.items()
-    ]
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(words))
-    return name if len(name) <= 200 else f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def _plain(value: Any) -> float | int | str | None:

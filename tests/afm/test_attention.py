@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from afm.attention import ATTENTIONS, INTERACTIONS, GroupAttention, ablation_weights, mixing_weights
+from afm.attention import GroupAttention, ablation_weights, mixing_weights
+from afm.choices import ATTENTIONS, INTERACTIONS
 
 
 def members_of(groups: int, group_size: int, width: int, seed: int = 0) -> torch.Tensor:

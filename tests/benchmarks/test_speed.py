@@ -4,11 +4,14 @@ import itertools
 import random
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from scipy.stats import ks_2samp
+from torch import nn
 
+from benchmarks import operators
 from benchmarks.speed import main, make_photographs, view_pipelines
 from benchmarks.speed_inputs import RAND_AUGMENT, make_small_images, rand_augment, rand_augment_operation
 from common.gpu import policies
@@ -111,3 +114,26 @@ def test_the_small_images_differ():
     images = make_small_images(6)
     assert (images.shape, images.dtype) == ((6, 32, 32, 3), np.uint8)
     assert len({image.tobytes() for image in images}) == 6
+
+
+def test_the_operators_of_a_step_are_those_of_the_network_forward_and_backward():
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 2))
+    with operators.Operators() as recorded:
+        network(torch.ones(3, 1, 8, 8)).mean().backward()
+    names = [call.operator._schema.name.removeprefix("aten::") for call in recorded.calls]
+    assert names[:3] == ["convolution", "native_batch_norm", "addmm"]
+    assert names[3:] == ["mm", "mm", "native_batch_norm_backward", "convolution_backward"]
+    weights = [weight.clone() for weight in network.parameters()]
+    ticks = iter([0.0, 9.0, 10.0, 13.0, 20.0, 22.0])
+    assert operators.replay_seconds(recorded.calls, 2, lambda: next(ticks)) == 2  # not the first
+    assert all(map(torch.equal, weights, network.parameters()))
+
+
+def test_operators_measures_a_step_of_the_processor(tmp_path):
+    words = f"operators --methods Me-Momentum --size 8 --batch 2 --passes 1 --out {tmp_path}/o.csv"
+    main(words.split())
+    row = pd.read_csv(tmp_path / "o.csv").to_dict("records")[0]
+    assert row["convolutions_ms"] > 0 and row["operators_ms"] > 0 and row["network"] == "narrow"
+    assert row["operators_share"] == pytest.approx(row["operators_ms"] / row["step_ms"], abs=0.01)
+    with pytest.raises(UserError, match="--methods nothing"):
+        main(["operators", "--methods", "nothing", "--out", f"{tmp_path}/o.csv"])

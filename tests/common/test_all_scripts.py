@@ -1,7 +1,10 @@
-"""What all training scripts have alike: flags with help, in both spellings, and the precision of --fidelity released."""
+"""What all scripts have alike: flags with help in both spellings, light imports for it, the precision of --fidelity released."""
 
 import importlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +60,28 @@ def test_every_flag_has_help_both_spellings_and_the_type_of_a_place_where_it_nam
         assert (action.type is cli.place) == names_a_place, action.option_strings
     assert len(options) == len({*options}), "a doubled spelling"
     assert {"--noise-file", "--limit-train"} < {*options}
+
+
+HEAVY = {"torch", "torchvision", "scipy", "sklearn", "pandas", "matplotlib", "tensorboard", "tqdm", "PIL"}
+FIGURES = tuple(f"{paper}.visualize" for paper in ("afm", "sfa", "manifold_dividemix", "sanm"))
+# the scripts' help, one after the other in one process, with what is imported after each
+HELP = """
+import contextlib, io, runpy, sys
+for script in sys.argv[1:]:
+    sys.argv, text = [script, "--help"], io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    print(script, text.getvalue()[:6], *sys.modules)
+"""
+
+
+def test_help_imports_nothing_that_takes_seconds():
+    scripts = [*SCRIPTS, *FIGURES, "benchmarks.gallery", "benchmarks.label_errors"]
+    command, root = [sys.executable, "-c", HELP, *scripts], Path(cli.__file__).parents[2]
+    lines = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.split()[:2] for line in lines] == [[script, "usage:"] for script in scripts]
+    for line in lines:
+        assert not HEAVY & {*line.split()[2:]}, line.split()[0]
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ from common.gpu import processes
 from common.gpu.device import Device
 from common.runs import cli, results
 from common.runs.cli import UserError
-from common.runs.run import ROOT, Run, command, content_of, run_name
+from common.runs.names import run_name
+from common.runs.run import ROOT, Run, command, content_of
 
 CPU = Device(torch.device("cpu"), "fp32", "for the test")
 CELL = {"dataset": "digits", "noise_type": "imb", "noise_rate": 0.5, "imb_factor": 0.1, "ood_ratio": None}

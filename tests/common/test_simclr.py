@@ -17,16 +17,15 @@ from torch.optim import SGD
 from common.gpu.device import Device
 from common.gpu.loader import Batches, Images
 from common.pretraining import simclr
+from common.pretraining.flags import add_recipe_flags, settle
 from common.pretraining.simclr import (
     SimCLR,
-    add_recipe_flags,
     encoder_file,
     knn_accuracy,
     learning_rate,
     nt_xent,
     pooled_features,
     pre_train,
-    settle,
     train_epoch,
 )
 from common.runs import cli

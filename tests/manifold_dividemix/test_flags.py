@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 from common.gpu import processes
-from common.pretraining import simclr
+from common.pretraining.flags import add_recipe_flags
 from common.runs import cli
 from manifold_dividemix import flags, pretrain, train_semisup, train_semisup_miniimagenet
 from manifold_dividemix.networks import make_encoder
@@ -114,7 +114,7 @@ def parse(script: str, words: str = ""):
 def test_flags_defaults_types_and_choices_are_the_frozen_ones(script):
     found, usual = lines_of(SCRIPTS[script].make_parser()), cli.Parser()
     if script == "pretrain.py":
-        simclr.add_recipe_flags(usual)
+        add_recipe_flags(usual)
         usual.add_argument("--arch", choices=TRAINING.split()[3].split("|"), default="resnet18")
         usual.add_argument("--gpu", type=cli.count_or_zero, default=0)
         usual.add_argument("--knn-k", type=cli.count, default=10)

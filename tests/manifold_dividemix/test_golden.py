@@ -18,6 +18,7 @@ from common.gpu.device import Device
 from common.gpu.policies import AutoAugmentDraws
 from common.pretraining.simclr import SimCLR
 from manifold_dividemix import outliers
+from manifold_dividemix.choices import Lambdas, removal_count, split_epochs
 from manifold_dividemix.losses import (
     balance_penalty,
     contrastive_loss,
@@ -32,17 +33,9 @@ from manifold_dividemix.losses import (
     view_log_probabilities,
     warm_up_loss,
 )
-from manifold_dividemix.mixematch import (
-    Lambdas,
-    Views,
-    confident,
-    guess_labels,
-    mix,
-    refine_labels,
-    step_loss,
-)
+from manifold_dividemix.mixematch import Views, confident, guess_labels, mix, refine_labels, step_loss
 from manifold_dividemix.networks import Network, make_encoder
-from manifold_dividemix.outliers import kept_samples, knn_scores, removal_count, split_epochs
+from manifold_dividemix.outliers import kept_samples, knn_scores
 from manifold_dividemix.selection import clean_probability, divide, normalised
 from manifold_dividemix.training import all_logits, top_accuracy
 from tests.manifold_dividemix.toy import names, sklearn_knn_scores, toy_from

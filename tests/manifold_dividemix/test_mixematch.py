@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from common.gpu.device import Device
 from manifold_dividemix import losses, mixematch
-from manifold_dividemix.mixematch import Lambdas, Views
+from manifold_dividemix.choices import Lambdas
+from manifold_dividemix.mixematch import Views
 from manifold_dividemix.networks import Network, make_encoder
 
 K, T, SHAPE = 5, 0.5, (1, 8, 8)

@@ -10,13 +10,8 @@ from torch import Tensor
 
 from common import noise
 from manifold_dividemix import outliers
-from manifold_dividemix.outliers import (
-    kept_samples,
-    knn_scores,
-    outlier_auroc,
-    removal_count,
-    split_epochs,
-)
+from manifold_dividemix.choices import removal_count, split_epochs
+from manifold_dividemix.outliers import kept_samples, knn_scores, outlier_auroc
 from tests.manifold_dividemix.toy import sklearn_knn_scores
 
 

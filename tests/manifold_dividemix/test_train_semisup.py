@@ -14,8 +14,8 @@ from common.gpu.device import Device
 from common.gpu.loader import Images
 from common.runs.cli import UserError
 from manifold_dividemix import flags, report, train_semisup
+from manifold_dividemix.choices import Lambdas
 from manifold_dividemix.dataset import Dataset
-from manifold_dividemix.mixematch import Lambdas
 from manifold_dividemix.networks import Network, make_encoder
 from manifold_dividemix.training import Setting, Step, set_mode, train_divided, warm_up
 

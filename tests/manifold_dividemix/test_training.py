@@ -11,7 +11,8 @@ from torch.optim import SGD
 from common.gpu.device import Device
 from common.gpu.loader import Batches, Images
 from manifold_dividemix import mixematch
-from manifold_dividemix.mixematch import Lambdas, Views
+from manifold_dividemix.choices import Lambdas
+from manifold_dividemix.mixematch import Views
 from manifold_dividemix.networks import Network, make_encoder
 from manifold_dividemix.training import (
     Step,

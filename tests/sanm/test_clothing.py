@@ -19,8 +19,9 @@ from common.gpu.device import Device
 from common.runs import cli
 from common.runs.cli import UserError
 from sanm import Train_clothing1M, clothing
+from sanm.choices import MaskRule
 from sanm.clothing import Data, balanced_subset, subset_size
-from sanm.masking import MaskRule, draw_clothing_masks, mask_clothing
+from sanm.masking import draw_clothing_masks, mask_clothing
 from sanm.networks import MaskedNetwork, Outputs
 from sanm.selection import clean_probability, normalised
 from sanm.Train_clothing1M import Division, Setting, co_divide, label_quality, parse_args

@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.optim import SGD
 
 from common.gpu.device import Device
+from sanm.choices import CLOTHING_RULE, MaskRule, averages_history
 from sanm.clothing import balanced_subset, subset_size
 from sanm.losses import negative_entropy, prior_penalty, ramp_up, soft_cross_entropy, squared_error
-from sanm.masking import CLOTHING_RULE, MaskRule, extrema, mask, mask_clothing, mask_ratio, side_lengths
+from sanm.masking import extrema, mask, mask_clothing, mask_ratio, side_lengths
 from sanm.mixmatch import Samples, guess_labels, mix, refine_labels, stack
 from sanm.networks import clothing_network, make_network
-from sanm.selection import averages_history, clean_probability, divide, normalised, remember
+from sanm.selection import clean_probability, divide, normalised, remember
 from sanm.training import Masks, Step, accuracy, learning_rate, train_divided, warm_up
 from tests.sanm.toy import toy_from, weights_of
 

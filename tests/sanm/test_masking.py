@@ -8,10 +8,9 @@ import torch
 from scipy.stats import kstest, spearmanr
 from torch import Tensor
 
+from sanm.choices import CLOTHING_RULE, MaskRule
 from sanm.masking import (
     ASPECT,
-    CLOTHING_RULE,
-    MaskRule,
     draw_clothing_masks,
     draw_masks,
     extrema,

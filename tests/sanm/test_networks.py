@@ -14,8 +14,8 @@ from torchvision.models import resnet18
 
 from common.runs.cli import UserError
 from sanm import networks
+from sanm.choices import BASES
 from sanm.networks import (
-    BASES,
     MapOf,
     clothing_decoder,
     clothing_network,

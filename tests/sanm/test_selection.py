@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from common.runs.cli import UserError
+from sanm.choices import averages_history
 from sanm.selection import (
-    averages_history,
     clean_probability,
     divide,
     estimate_label_quality,

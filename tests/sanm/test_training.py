@@ -11,7 +11,8 @@ from torch.optim import SGD
 from common.gpu.device import Device
 from common.gpu.loader import Batches, Images
 from sanm import mixmatch
-from sanm.masking import MaskRule, draw_masks, mask
+from sanm.choices import MaskRule
+from sanm.masking import draw_masks, mask
 from sanm.mixmatch import Samples
 from sanm.networks import make_network
 from sanm.training import (

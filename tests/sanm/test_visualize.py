@@ -12,7 +12,8 @@ from common import datasets
 from common.gpu.augment import normalise
 from common.runs import cli
 from sanm import Train_cifar, visualize
-from sanm.masking import MaskRule, draw_masks, mask, quantised_activation
+from sanm.choices import MaskRule
+from sanm.masking import draw_masks, mask, quantised_activation
 from sanm.networks import make_network
 from sanm.visualize import figures, read_run
 

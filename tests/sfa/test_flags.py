@@ -65,7 +65,7 @@ CHOICES = {
         "arch": ["resnet18", "narrow"],
         "loss": ["ce", "ldam", "gce", "sce", "logit_adjusted", "balanced_softmax"],
         "selection": ["sfa", "gmm", "none"],
-        "mixture": ["em", "sklearn"],
+        "mixture": list(Train_cifar.POSTERIORS),
     },
     Train_webvision: {
         "imb_type": ["exp", "step"],
