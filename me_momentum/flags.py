@@ -10,6 +10,7 @@ from common.runs.data_flags import (
     CLOTHING1M,
     CLOTHING1M_CLASSES,
     POSTERIOR_HELP,
+    add_folder_flags,
     add_posterior_flag,
     check_posterior_flag,
 )
