@@ -81,7 +81,7 @@ def test_a_stopped_run_on_a_device_without_float64_resumes_and_ends_as_on_the_cp
         script.main([*argv, str(tmp_path / "card")])
     assert card.operators
 
-    # clean probabilities are float32 there: those that round to the same value tie in the AUC
+    # clean probabilities are float32 there, and the AUC of SFA's selection differs more; we have not tested why
     found, wanted = (
         pd.read_csv(tmp_path / name / "log.csv").drop(columns="seconds") for name in ("card", "cpu")
     )
