@@ -71,7 +71,7 @@ def train_epoch(
         index = processes.gather_rows(piece)
         given = labels[index]
         groups, weights = grouping(len(index))
-        with device.autocast():
+        with device.autocast(network):
             outputs = network(images, groups, weights)
         label_weights = target_weights(outputs.weights, target, detach_target)
         mixed = mixed_loss(outputs.mixed, given[groups], label_weights)
@@ -108,7 +108,7 @@ def train_epoch_mixing_inputs(
     losses = []
     for (images,), index in batches:
         groups, weights = grouping(len(index))
-        with device.autocast():
+        with device.autocast(network):
             logits = network(mixed_features(images[groups], weights))
         loss = mixed_loss(logits, labels[index][groups], weights)
         _step(optimizer, weight * loss)

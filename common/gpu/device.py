@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from common.gpu import graphs, processes
+from common.gpu import graphs, passes, processes
 from common.runs.cli import UserError
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -26,20 +26,29 @@ class Device(NamedTuple):
         """Whether the device is a GPU."""
         return self.device.type == "cuda"
 
-    def autocast(self) -> AbstractContextManager:
+    @contextmanager
+    def autocast(self, *networks: nn.Module) -> Iterator[None]:
         """Autocast of the forward passes inside it: to bfloat16 if the precision is bf16, else none.
 
-        The cache of cast weights is off: in the same context, older versions of torch would reuse the casts of a pass without
-        gradients in the training pass after it.
+        networks: the weights of their convolutions are cast once for all passes, see `passes.cast_once`. Autocast's own cache of
+        casts is off: older versions of torch would reuse those of a pass without gradients in the training pass after it.
         """
-        enabled = self.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+        if self.precision != "bf16":
+            yield
+            return
+        with (
+            torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False),
+            passes.cast_once(networks),
+        ):
+            yield
 
     def prepare(self, network: Network, compiled: bool = False) -> Network:
         """The network on the device, channels-last, its forward compiled in place if asked (names of state unchanged)."""
         network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compiled:
             network.compile()
+        elif not processes.launched():
+            _count_on(network, torch.device("cpu"))
         return network
 
     def replay(self, network: nn.Module, batch_shape: tuple[int, ...]) -> None:
@@ -48,6 +57,7 @@ class Device(NamedTuple):
         This saves the start of each kernel of a small network. Call it after the network is on the device.
         """
         if self.on_cuda():
+            _count_on(network, self.device)  # a replay does nothing on the host
             with self.autocast():  # without its cache of casts, which a recorded graph must not hold
                 graphs.replay(network, batch_shape, self.device)
 
@@ -58,6 +68,13 @@ class Device(NamedTuple):
     def peak_memory_mb(self) -> float | None:
         """Peak memory of tensors on the GPU, in MiB; None on CPU."""
         return torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else None
+
+
+def _count_on(network: nn.Module, device: torch.device) -> None:
+    """Keep the numbers of batches that batch norms have seen on a device: on the CPU, no kernel adds to them."""
+    for module in network.modules():
+        if getattr(module, "num_batches_tracked", None) is not None:
+            module.num_batches_tracked = module.num_batches_tracked.to(device)
 
 
 @contextmanager

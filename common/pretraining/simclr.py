@@ -302,7 +302,7 @@ def train_epoch(
     losses, images = [], 0
     for batch, (views, index) in enumerate(batches):
         optimizer.param_groups[0]["lr"] = rate(batch)
-        with device.autocast():
+        with device.autocast(network):
             embeddings = network(torch.cat(views))  # both views share batch-norm statistics, as in the recipe
         loss = nt_xent(torch.stack(embeddings.chunk(2), dim=1), temperature)
         optimizer.zero_grad(set_to_none=True)
