@@ -10,6 +10,7 @@ from typing import Any
 from common.datasets import folder, posterior
 from common.datasets.clothing1m import CLASSES
 from common.datasets.clothing1m import NAME as CLOTHING1M
+from common.gpu import graphs
 from common.noise import POSTERIOR_TYPES
 from common.pretraining.simclr import add_recipe_flags, settle
 from common.runs import cli
@@ -213,6 +214,7 @@ def _add_cifar_training_flags(released, ours) -> None:
         help="samples with a clean probability above this are labelled",
     )
     released.add_argument("--gpuid", type=cli.count_or_zero, default=0, help="which CUDA device")
+    graphs.add_flag(ours, "full batches after the warm-up")
 
 
 def cifar_args(argv=None, description: str | None = None) -> Namespace:

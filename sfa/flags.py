@@ -8,7 +8,7 @@ import torch
 
 from common.datasets import Data, folder, posterior
 from common.datasets.webvision import NAME as WEBVISION
-from common.gpu import processes
+from common.gpu import graphs, processes
 from common.noise import POSTERIOR_TYPES
 from common.runs import cli
 from common.runs.run import run_name
@@ -182,6 +182,7 @@ def _add_cifar_training_flags(released: ArgumentGroup, further: ArgumentGroup) -
         help="resnet18: PreAct ResNet-18, its narrow form on images below 16 pixels; narrow: that form at any size",
     )
     released.add_argument("--gpuid", type=cli.count_or_zero, default=0, help="which CUDA device")
+    graphs.add_flag(further, "full batches after the warm-up")
 
 
 def _add_loss_flags(group: ArgumentGroup) -> None:

@@ -51,15 +51,15 @@ class Device(NamedTuple):
             _count_on(network, torch.device("cpu"))
         return network
 
-    def replay(self, network: nn.Module, batch_shape: tuple[int, ...]) -> None:
-        """On a GPU, let training on batches of this shape replay a recorded CUDA graph: see `graphs.replay`.
+    def replay(self, network: nn.Module, *shapes: tuple[int, ...]) -> None:
+        """On a GPU, let training on batches of these shapes replay a recorded CUDA graph: see `graphs.replay`.
 
         This saves the start of each kernel of a small network. Call it after the network is on the device.
         """
         if self.on_cuda():
             _count_on(network, self.device)  # a replay does nothing on the host
             with self.autocast():  # without its cache of casts, which a recorded graph must not hold
-                graphs.replay(network, batch_shape, self.device)
+                graphs.replay(network, shapes, self.device)
 
     def generator(self, seed: int) -> torch.Generator:
         """A random generator on the device."""

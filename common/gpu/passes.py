@@ -3,8 +3,8 @@
 Autocast casts every weight in every pass and every gradient back, and autograd adds the gradients of several passes weight by
 weight: on a GPU a kernel each. Here one operator does so for all weights. The results are the same to the last bit.
 
-Networks that are compiled or recorded are left alone, and so is training with several processes, which average gradients while
-the backward pass goes on.
+Compiled networks are left alone, and so is training with several processes, which average gradients while the backward pass
+goes on.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -103,11 +103,12 @@ def _places(network: nn.Module) -> list[Place]:
 
     `torch.func.functional_call` puts others there too, but looks each up by its name, in every pass.
     """
-    if processes.world() > 1 or network._compiled_call_impl is not None or "forward" in vars(network):
+    modules = list(network.modules())
+    if processes.world() > 1 or any(module._compiled_call_impl is not None for module in modules):
         return []
     return [
         (module._parameters, name, isinstance(module, CONVOLUTIONS))
-        for module in network.modules()
+        for module in modules
         for name, weight in module._parameters.items()
         if weight is not None
     ]
