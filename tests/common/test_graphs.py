@@ -5,9 +5,16 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from common.gpu import graphs
 from common.gpu.device import Device
+from common.pretraining.simclr import SimCLR
+from sanm import Train_cifar as sanm_script
+from sanm import pretrain as simclr_script
+from sanm.networks import MaskedNetwork
+from sfa import Train_cifar as sfa_script
+from sfa.networks import PreActResNet
 
 SHAPE = (4, 1, 8, 8)
 
@@ -162,3 +169,31 @@ def test_without_a_recording_training_goes_on(network, capsys, monkeypatch):
     assert (
         "warning: the CUDA graph is not used: recording failed (capture failed); " in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "words"),
+    [
+        (
+            sfa_script,
+            PreActResNet,
+            "--imb_type none --noise_mode sym --noise_ratio 0 --num_epochs 2 --warm_up 1",
+        ),
+        (sanm_script, MaskedNetwork, "--base dividemix --r 0.2 --num_epochs 1 --warm_up 1"),
+        (sanm_script, MaskedNetwork, "--base dividemix --r 0.2 --num_epochs 1 --warm_up 1 --masking none"),
+        (simclr_script, SimCLR, "--epochs 1"),
+    ],
+)
+def test_scripts_record_batches_that_they_train_on(script, kind, words, tmp_path, monkeypatch):
+    recorded, trained = set(), set()
+    monkeypatch.setattr(Device, "replay", lambda self, network, *shapes: recorded.add(shapes))
+
+    def look(module, arguments):
+        if isinstance(module, kind) and module.training and torch.is_grad_enabled():
+            trained.add(tuple(tuple(batch.shape) for batch in arguments if batch is not None))
+
+    handle = register_module_forward_pre_hook(look)
+    shared = "--dataset digits --limit_train 40 --limit_test 8 --batch_size 4 --device cpu --cuda_graphs"
+    script.main([*words.split(), *shared.split(), "--out", str(tmp_path / "run")])
+    handle.remove()
+    assert len(recorded) == 1 and recorded <= trained
