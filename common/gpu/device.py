@@ -47,7 +47,7 @@ class Device(NamedTuple):
         network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compiled:
             network.compile()
-        elif not processes.launched():
+        if not passes.compiled(network.modules()) and not processes.launched():
             _count_on(network, torch.device("cpu"))
         return network
 

@@ -20,6 +20,11 @@ CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)  # all stand under autocast; line
 Place = tuple[dict[str, Any], str, bool]  # a module's own parameters, a name, whether of a convolution
 
 
+def compiled(modules: Iterable[nn.Module]) -> bool:
+    """Whether one of them is compiled."""
+    return any(module._compiled_call_impl is not None for module in modules)
+
+
 @contextmanager
 def cast_once(networks: Iterable[nn.Module]) -> Iterator[None]:
     """Inside it the convolutions of the networks have bfloat16 weights; gradients reach the float32 ones.
@@ -104,7 +109,7 @@ def _places(network: nn.Module) -> list[Place]:
     `torch.func.functional_call` puts others there too, but looks each up by its name, in every pass.
     """
     modules = list(network.modules())
-    if processes.world() > 1 or any(module._compiled_call_impl is not None for module in modules):
+    if processes.world() > 1 or compiled(modules):
         return []
     return [
         (module._parameters, name, isinstance(module, CONVOLUTIONS))
