@@ -195,9 +195,9 @@ def main(argv=None) -> None:
     run.save_labels(data.index, data.clean, data.observed, data.num_classes)
     run.save_skipped(data.skipped)
 
-    network = device.prepare(network)
     if args.compile:
         network.backbone.compile()
+    network = device.prepare(network)
     if args.sync_bn:
         network = processes.synchronised(network)
     parallel = processes.parallel(network, device.device, unused_parameters=args.train_on == "noisy+clean")

@@ -70,7 +70,7 @@ def train_epoch(
         index = processes.gather_rows(piece)
         given = labels[index]
         groups, weights = _groups(grouping, index)
-        with device.autocast():
+        with device.autocast(network):
             outputs = network(images, groups, weights)
         label_weights = target_weights(outputs.weights, target, detach_target)
         mixed = mixed_loss(outputs.mixed, given[groups], label_weights)
@@ -107,7 +107,7 @@ def train_epoch_mixing_inputs(
     losses = []
     for (images,), index in batches:
         groups, weights = _groups(grouping, index)
-        with device.autocast():
+        with device.autocast(network):
             logits = network(mixed_features(images[groups], weights))
         loss = mixed_loss(logits, labels[index][groups], weights)
         _step(optimizer, weight * loss)

@@ -119,7 +119,7 @@ def train_epoch(network, optimizer: SGD, batches, labels: Tensor, device: gpu.De
     network.train()
     losses = []
     for (images,), index in batches:
-        with device.autocast():
+        with device.autocast(network):
             loss = F.cross_entropy(network(images).float(), labels[index])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

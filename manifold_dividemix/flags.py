@@ -325,6 +325,13 @@ def _add_loss_flags(released: ArgumentGroup, further: ArgumentGroup) -> None:
         default="SCE",
         help="loss of the warm-up: symmetric or plain cross-entropy",
     )
+    further.add_argument(
+        "--cuda_graphs",
+        action="store_true",
+        default=None,
+        help="refused, though other scripts have it: a step has five forward passes before its backward pass, and each replay "
+        "would overwrite what the one before it keeps for it",
+    )
 
 
 def _settle_training(parser: cli.Parser, args: Namespace, released_bn: str, released_mask: str) -> None:
@@ -340,6 +347,11 @@ def _settle_training(parser: cli.Parser, args: Namespace, released_bn: str, rele
     mask = args.warmup_mask or ("released" if released else "sample")
     args.warmup_mask = released_mask if mask == "released" else mask
     args.num_epochs = args.epochs  # what result rows read
+    if args.cuda_graphs:
+        parser.error(
+            "argument --cuda_graphs: a step of Manifold DivideMix has five forward passes before its backward pass, a recorded "
+            "graph keeps the values of one; leave it out"
+        )
     if args.batch_size < 2:
         parser.error(f"argument --batch-size: must be at least 2, got {args.batch_size}")
     if args.knn_encoder == "pretrained" and args.pretrained == "none":

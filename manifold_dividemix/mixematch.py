@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.gpu import processes
+from common.gpu import passes, processes
 from manifold_dividemix.choices import Lambdas
 from manifold_dividemix.losses import balance_penalty, contrastive_loss, labelled_loss, unlabelled_loss
 from manifold_dividemix.networks import Network
@@ -82,10 +82,10 @@ def encode(network: Network, views: Sequence[Tensor]) -> list[Tensor]:
     In train mode each view is a batch of its own for the batch norms, as in the release. With frozen batch norms joining the
     views changes nothing.
     """
-    if network.encoder.training:
-        return [processes.gather_rows(network(processes.piece(view))) for view in views]
-    joined = processes.gather_rows(network(processes.piece(torch.cat(list(views)))))
-    return list(joined.split([len(view) for view in views]))
+    joined = views if network.encoder.training else [torch.cat(list(views))]
+    batches = [processes.piece(view) for view in joined]
+    rows = [processes.gather_rows(network(batch)) for batch in passes.separate(network, batches)]
+    return rows if network.encoder.training else list(rows[0].split([len(view) for view in views]))
 
 
 def confident(targets: Tensor, threshold: float) -> Tensor:

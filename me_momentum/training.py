@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common.gpu import processes
+from common.gpu import graphs, processes
 from common.gpu.device import Device
 from me_momentum.losses import weighted_cross_entropy
 
@@ -23,7 +23,7 @@ def train_epoch(
     losses, hits, rows = [], [], 0
     for (images,), index in batches:
         given = labels[index]
-        with device.autocast():
+        with device.autocast(*graphs.unrecorded(network)):
             logits = network(images)
         logits = logits.float()
         loss = F.cross_entropy(logits, given)
@@ -52,7 +52,7 @@ def train_weighted_epoch(
     losses = []
     for (images,), piece in batches:
         given = labels[processes.gather_rows(piece)]
-        with device.autocast():
+        with device.autocast(network):
             logits = network(images)
         loss = weighted_cross_entropy(processes.gather_rows(logits.float()), given, weights)
         optimizer.zero_grad(set_to_none=True)

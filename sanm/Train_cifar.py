@@ -207,6 +207,19 @@ def co_divide(
     )
 
 
+def on_device(
+    nets: list[MaskedNetwork], train: Images, args: Namespace, device: gpu.Device
+) -> list[MaskedNetwork]:
+    """The networks ready for training; on a GPU, if asked, their steps of two full batches are recorded."""
+    nets = [device.prepare(net, args.compile) for net in nets]
+    masked = [2] if args.masking == "adversarial" else []  # copies of each image, which are also rebuilt
+    if args.cuda_graphs and not args.compile:
+        for net in nets:
+            copies = (4 + sum(masked), *masked)
+            device.replay(net, *((2 * args.batch_size * n, *train.pixels.shape[1:]) for n in copies))
+    return nets
+
+
 # the script -----------------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +244,7 @@ def main(argv=None) -> None:
     tests = test_batches(data, args.limit_test, args.seed, 512, device.device)
     labels = torch.from_numpy(observed).to(device.device)
     right = None if true_labels is None else torch.from_numpy(observed == true_labels).to(device.device)
-    nets = [device.prepare(net, args.compile) for net in nets]
+    nets = on_device(nets, train, args, device)
     # the warm-up does not train the decoder
     optimizers = [
         gpu.sgd(net.parameters(), args.lr, 0.9, weight_decay=5e-4, fused=device.on_cuda()) for net in nets

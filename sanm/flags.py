@@ -216,6 +216,7 @@ def _add_cifar_training_flags(released, ours) -> None:
         help="samples with a clean probability above this are labelled",
     )
     released.add_argument("--gpuid", type=cli.count_or_zero, default=0, help="which CUDA device")
+    cli.add_cuda_graphs_flag(ours, "full batches after the warm-up")
 
 
 def cifar_args(argv=None, description: str | None = None) -> Namespace:

@@ -82,7 +82,7 @@ def warm_up(
     losses = []
     for (images,), index in batches:
         given = labels[processes.gather_rows(index)]
-        with device.autocast():
+        with device.autocast(network):
             scores = processes.gather_rows(network(images).scores)
         loss = F.cross_entropy(scores, given)
         if penalise_confidence:
@@ -118,7 +118,7 @@ def train_divided(
     losses = []
     for number, (views, index) in enumerate(labelled):
         views_u, index_u = next(unlabelled)
-        with step.device.autocast():
+        with step.device.autocast(peer):
             loss = step_loss(
                 network,
                 peer,

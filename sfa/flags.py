@@ -188,6 +188,7 @@ def _add_cifar_training_flags(released: ArgumentGroup, further: ArgumentGroup) -
         help="resnet18: PreAct ResNet-18, its narrow form on images below 16 pixels; narrow: that form at any size",
     )
     released.add_argument("--gpuid", type=cli.count_or_zero, default=0, help="which CUDA device")
+    cli.add_cuda_graphs_flag(further, "full batches after the warm-up")
 
 
 def _add_loss_flags(group: ArgumentGroup) -> None:

@@ -36,7 +36,7 @@ def warm_up(
     losses = []
     for (images,), index in batches:
         given = labels[processes.gather_rows(index)]
-        with device.autocast():
+        with device.autocast(network):
             standard, auxiliary = gather_logits(network, images)
             total = warm_up_loss(standard, auxiliary, given, class_counts, loss)
         _step(optimizer, total)
@@ -76,7 +76,7 @@ def train_semi(
     for number, (views, index) in enumerate(labelled):
         others = None if unlabelled is None else next(unlabelled)[0]
         rows = sum(len(view) for view in (*views, *(others or ())))
-        with device.autocast():
+        with device.autocast(network, peer):
             step = step_loss(
                 network,
                 peer,

@@ -486,54 +486,57 @@ def graphed(callables, sample_args, num_warmup_iters=3, **_):
         )
     assert not module._forward_hooks and not module._forward_pre_hooks and not module._backward_hooks
     assert all(not b.requires_grad for b in module.buffers())
-    (sample,) = sample_args
     parameters = tuple(module.parameters())
     original, trains = module.forward, module.training
     card = PretendCard.current
     with card.no_syncs():
         for _ in range(num_warmup_iters):
-            out = original(sample)
-            torch.autograd.grad(out, [p for p in parameters if p.requires_grad], torch.empty_like(out))
+            outs = original(*sample_args)
+            trained = [p for p in parameters if p.requires_grad]
+            torch.autograd.grad(outs, trained, [torch.empty_like(out) for out in outs])
     static = SimpleNamespace(
-        input=sample,
-        out=torch.empty_like(out.detach()),
+        inputs=sample_args,
+        outs=[torch.empty_like(out.detach()) for out in outs],
         grads=[torch.empty_like(p) for p in parameters],
-        dtype=out.dtype,
         graph=None,
     )
 
     class Graphed(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, images, *parameters):
-            if images.shape != static.input.shape or images.dtype != static.input.dtype:
-                raise CardError("a graph is replayed with an input of another shape or type")
-            static.input.copy_(images)
+        def forward(ctx, *tensors):
+            given, parameters = tensors[: len(static.inputs)], tensors[len(static.inputs) :]
+            for kept, new in zip(static.inputs, given, strict=True):
+                if new.shape != kept.shape or new.dtype != kept.dtype:
+                    raise CardError("a graph is replayed with an input of another shape or type")
+                kept.copy_(new)
             with torch.enable_grad(), card.no_syncs():
                 leaves = [p.detach().requires_grad_() for p in parameters]
                 state = dict(zip([n for n, _ in module.named_parameters()], leaves, strict=True))
                 standing, module.forward = module.forward, original
                 try:
-                    live = torch.func.functional_call(module, state, (static.input.detach(),))
+                    live = torch.func.functional_call(module, state, tuple(i.detach() for i in static.inputs))
                 finally:
                     module.forward = standing
             static.graph = (live, leaves)
-            static.out.copy_(live.detach())
-            return static.out.detach()
+            for kept, new in zip(static.outs, live, strict=True):
+                kept.copy_(new.detach())
+            return tuple(out.detach() for out in static.outs)
 
         @staticmethod
-        def backward(ctx, grad):
+        def backward(ctx, *gradients):
             live, leaves = static.graph
-            found = torch.autograd.grad(live, leaves, grad.to(live.dtype))
+            cast = [own.to(out.dtype) for own, out in zip(gradients, live, strict=True)]
+            found = torch.autograd.grad(live, leaves, cast)
             with torch.no_grad():
                 for kept, new in zip(static.grads, found, strict=True):
                     kept.copy_(new)
-            return None, *(g.detach() for g in static.grads)
+            return *(None for _ in static.inputs), *(g.detach() for g in static.grads)
 
-    def new_forward(images):
+    def new_forward(*images):
         if module.training != trains:
-            return original(images)
+            return original(*images)
         card.notes["graph replayed"] += 1
-        return Graphed.apply(images, *parameters)
+        return Graphed.apply(*images, *parameters)
 
     module.forward = new_forward
     return module

@@ -2,14 +2,14 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from common.gpu import graphs, processes
+from common.gpu import graphs, passes, processes
 from common.runs.cli import UserError
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -49,30 +49,40 @@ class Device(NamedTuple):
         """Whether the device is a CUDA GPU."""
         return self.device.type == "cuda"
 
-    def autocast(self) -> AbstractContextManager:
+    @contextmanager
+    def autocast(self, *networks: nn.Module) -> Iterator[None]:
         """Autocast of the forward passes inside it: to bfloat16 if the precision is bf16, else none.
 
-        The cache of cast weights is off: in the same context, older versions of torch would reuse the casts of a pass without
-        gradients in the training pass after it.
+        networks: the weights of their convolutions are cast once for all passes, see `passes.cast_once`. Autocast's own cache of
+        casts is off: older versions of torch would reuse those of a pass without gradients in the training pass after it.
         """
-        enabled = self.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+        if self.precision != "bf16":
+            yield
+            return
+        with (
+            torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False),
+            passes.cast_once(networks),
+        ):
+            yield
 
     def prepare(self, network: Network, compiled: bool = False) -> Network:
         """The network on the device, channels-last, its forward compiled in place if asked (names of state unchanged)."""
         network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compiled:
             network.compile()
+        if not passes.compiled(network.modules()) and not processes.launched():
+            _count_on(network, torch.device("cpu"))
         return network
 
-    def replay(self, network: nn.Module, batch_shape: tuple[int, ...]) -> None:
-        """On a GPU, let training on batches of this shape replay a recorded CUDA graph: see `graphs.replay`.
+    def replay(self, network: nn.Module, *shapes: tuple[int, ...]) -> None:
+        """On a GPU, let training on batches of these shapes replay a recorded CUDA graph: see `graphs.replay`.
 
         This saves the start of each kernel of a small network. Call it after the network is on the device.
         """
         if self.on_cuda():
+            _count_on(network, self.device)  # a replay does nothing on the host
             with self.autocast():  # without its cache of casts, which a recorded graph must not hold
-                graphs.replay(network, batch_shape, self.device)
+                graphs.replay(network, shapes, self.device)
 
     def generator(self, seed: int) -> torch.Generator:
         """A random generator at the `home` of the device."""
@@ -104,6 +114,13 @@ def sgd(*arguments: Any, fused: bool, **options: Any) -> SGD:
     optimizer = SGD(*arguments, fused=fused, **options)
     optimizer.register_step_pre_hook(fill)  # a run resumed from a GPU's checkpoint is fused too
     return optimizer
+
+
+def _count_on(network: nn.Module, device: torch.device) -> None:
+    """Keep the numbers of batches that batch norms have seen on a device: on the CPU, no kernel adds to them."""
+    for module in network.modules():
+        if getattr(module, "num_batches_tracked", None) is not None:
+            module.num_batches_tracked = module.num_batches_tracked.to(device)
 
 
 @contextmanager

@@ -76,6 +76,7 @@ def add_recipe_flags(parser: cli.Parser) -> _ArgumentGroup:
         metavar="N",
         help="kNN accuracy and encoder.safetensors every N epochs and at the end; by default 10, and 1 on digits",
     )
+    cli.add_cuda_graphs_flag(training, "full batches")
     return training
 
 

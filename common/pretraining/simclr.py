@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from common.gpu import graphs
 from common.gpu.augment import simclr_view
 from common.gpu.device import Device
 from common.gpu.loader import Batches, Images
@@ -149,6 +150,8 @@ def pre_train(
     measure: called with the features [N, D] of the training images whenever kNN is measured. Its values under measured_names
     become columns of the log, and their last values become metrics last_<name> of the result.
     """
+    if args.cuda_graphs and not args.compile:
+        device.replay(network, (2 * args.batch_size, *train.pixels.shape[1:]))
     optimizer = SGD(
         network.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=device.on_cuda()
     )
@@ -219,7 +222,7 @@ def train_epoch(
     losses, images = [], 0
     for batch, (views, index) in enumerate(batches):
         optimizer.param_groups[0]["lr"] = rate(batch)
-        with device.autocast():
+        with device.autocast(*graphs.unrecorded(network)):
             embeddings = network(torch.cat(views))  # both views share batch-norm statistics, as in the recipe
         loss = nt_xent(torch.stack(embeddings.chunk(2), dim=1), temperature)
         optimizer.zero_grad(set_to_none=True)

@@ -149,6 +149,17 @@ def worker_died(reason: str) -> MachineError:
     return WorkerDied(f"{first}: out of memory? use fewer --workers")
 
 
+def add_cuda_graphs_flag(group: Any, batches: str) -> None:
+    """Add --cuda_graphs. batches: which of them are recorded."""
+    group.add_argument(
+        "--cuda_graphs",
+        action="store_true",
+        default=None,  # so that runs from before there was the flag are resumed
+        help=f"on CUDA, replay recorded passes of {batches}, which saves launching each kernel; the first 20 steps are checked "
+        "against eager ones; not with --compile",
+    )
+
+
 def show_help(module: str, make_parser: Callable[[], argparse.ArgumentParser]) -> None:
     """Print the help and exit if the command line asks a script for it: before the imports that take seconds.
 

@@ -1,11 +1,20 @@
 """Recorded training steps: which batches they serve, and that wrong ones are dropped. A stand-in records; no card is needed."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from common.gpu import graphs
 from common.gpu.device import Device
+from common.pretraining.simclr import SimCLR
+from sanm import Train_cifar as sanm_script
+from sanm import pretrain as simclr_script
+from sanm.networks import MaskedNetwork
+from sfa import Train_cifar as sfa_script
+from sfa.networks import PreActResNet
 
 SHAPE = (4, 1, 8, 8)
 
@@ -32,11 +41,14 @@ def network(monkeypatch):
 
     def record(module, sample_args):
         plain = module.forward
-        assert module.training and sample_args[0].shape == SHAPE
-        plain(sample_args[0])  # changes the running statistics
-        module.forward = lambda images: (
-            module.calls.append(tuple(images.shape)) or module.spoil(plain(images))
-        )
+        assert made.training and sample_args[0].shape == SHAPE
+        plain(*sample_args)  # changes the running statistics
+
+        def recorded(*images):
+            made.calls.append(tuple(images[0].shape))
+            return tuple(made.spoil(out.clone()) for out in plain(*images))  # none depends on another
+
+        module.forward = recorded
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
     return made
@@ -84,6 +96,47 @@ def test_checked_steps_change_the_network_as_plain_ones_do(network, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_smaller_batch_between_checked_steps_is_no_error(network, capsys):
+    replay(network.train())
+    for images in (None, torch.rand(3, 1, 8, 8), None, None):
+        step(network, images)
+    assert network.calls == 3 * [SHAPE] and capsys.readouterr().err == ""
+
+
+class Outputs(NamedTuple):
+    maps: Tensor
+    scores: Tensor
+    rebuilt: Tensor | None
+
+
+def test_networks_of_several_arguments_and_outputs_are_replayed(network, capsys, monkeypatch):
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = network
+
+        def forward(self, images, others=None):
+            maps = self.body(images)
+            return Outputs(maps, maps.mean(dim=(2, 3)), None if others is None else self.body(others).mean())
+
+    monkeypatch.setattr(graphs, "CHECKED", 1)
+    made, twin = Several().train(), Several().train()  # of the same body
+    for arguments in (1, 2):
+        batches = [torch.rand(SHAPE) for _ in range(arguments)]
+        graphs.replay(made, [SHAPE] * arguments, torch.device("cpu"))
+        for number in range(3):
+            wanted = torch.autograd.grad(twin(*batches).scores.square().sum(), list(network.parameters()))
+            out = made(*batches, *[None] * (2 - arguments))
+            assert isinstance(out, Outputs) and (out.rebuilt is None) == (arguments == 1)
+            assert len(network.calls) == number + 1
+            network.zero_grad()
+            out.scores.square().sum().backward()  # the maps are not used
+            assert all(torch.equal(p.grad, own) for p, own in zip(network.parameters(), wanted, strict=True))
+        network.calls.clear()
+        del made.forward
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("spoil", "why", "steps"),
     [(lambda out: 1.1 * out, "outputs", 1), (Spoiled.apply, "gradients", 2)],
@@ -116,3 +169,31 @@ def test_without_a_recording_training_goes_on(network, capsys, monkeypatch):
     assert (
         "warning: the CUDA graph is not used: recording failed (capture failed); " in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "words"),
+    [
+        (
+            sfa_script,
+            PreActResNet,
+            "--imb_type none --noise_mode sym --noise_ratio 0 --num_epochs 2 --warm_up 1",
+        ),
+        (sanm_script, MaskedNetwork, "--base dividemix --r 0.2 --num_epochs 1 --warm_up 1"),
+        (sanm_script, MaskedNetwork, "--base dividemix --r 0.2 --num_epochs 1 --warm_up 1 --masking none"),
+        (simclr_script, SimCLR, "--epochs 1"),
+    ],
+)
+def test_scripts_record_batches_that_they_train_on(script, kind, words, tmp_path, monkeypatch):
+    recorded, trained = set(), set()
+    monkeypatch.setattr(Device, "replay", lambda self, network, *shapes: recorded.add(shapes))
+
+    def look(module, arguments):
+        if isinstance(module, kind) and module.training and torch.is_grad_enabled():
+            trained.add(tuple(tuple(batch.shape) for batch in arguments if batch is not None))
+
+    handle = register_module_forward_pre_hook(look)
+    shared = "--dataset digits --limit_train 40 --limit_test 8 --batch_size 4 --device cpu --cuda_graphs"
+    script.main([*words.split(), *shared.split(), "--out", str(tmp_path / "run")])
+    handle.remove()
+    assert len(recorded) == 1 and recorded <= trained

@@ -69,6 +69,7 @@ TRAINING = """* --arch resnet18 resnet18|resnet34|resnet50|resnet101|narrow
 --ramp None fixed|released
 --warmup-mask None sample|released
 --warmup-loss SCE SCE|CE
+--cuda_graphs None
 --eval-train,--no-eval-train False
 * --exp-dir None place
 * --print-freq 100 int
@@ -348,6 +349,7 @@ REFUSED = [
             ("--batch-size 1", "--batch-size: must be at least 2, got 1"),
             ("--knn-encoder pretrained", "--knn-encoder: pretrained needs .*got --pretrained none"),
             ("--clustering perhaps", "--clustering: .*perhaps"),
+            ("--cuda_graphs", "--cuda_graphs: .*five forward passes"),
             ("--lr-head nan", "--lr-head.*: .*got nan"),
             ("--warmup-mask batch", "--warmup-mask.*: .*batch.*choose from .*sample.*released"),
             ("--preset nosuch", "preset nosuch: choose from .*embedded/"),

@@ -28,8 +28,9 @@ FROZEN = {
     --pretrained=None:place --released-softmax,--no-released-softmax=None --selection='gmm':gmm|none
     --batch_size=64:count --lr,--learning_rate=0.02:positive --lr_drop=150:count --num_epochs=360:count
     --warm_up=None:count --warm-up-views='strong':strong|weak --alpha=4:positive --lambda_u=25:non_negative
-    --T=0.5:positive --p_threshold=0.5:fraction --gpuid=0:count_or_zero --masking='adversarial':adversarial|none
-    --mask-lo=0.02:fraction --mask-hi=0.07:fraction --mask-quality=0.03:fraction --mask-anchor=None:corner|centre
+    --T=0.5:positive --p_threshold=0.5:fraction --gpuid=0:count_or_zero --cuda_graphs=None
+    --masking='adversarial':adversarial|none --mask-lo=0.02:fraction --mask-hi=0.07:fraction
+    --mask-quality=0.03:fraction --mask-anchor=None:corner|centre
     --clamp-targets=False --recon-weight=0.02:non_negative --ref-views='strong':strong|weak
     --image_size=32:count --test_split=0.2:fraction --on_bad_image='error':error|skip --workers=4:count_or_zero""",
     CLOTHING: """-h,--help='==SUPPRESS==' --data_path='./Dataset/noise_label_data/Clothing1M':place
@@ -45,7 +46,7 @@ FROZEN = {
     --epochs=1000:count --batch_size=1024:count --drop_last,--no-drop_last=False --lr,--learning_rate=0.5:positive
     --momentum=0.9:fraction --weight_decay=0.0001:non_negative --temp=0.5:positive --cosine,--no-cosine=True
     --lr_decay_epochs=[700,800,900]:count --lr_decay_rate=0.1:positive --warm,--no-warm=None
-    --warmup_epochs=10:count --knn_every=None:count --model='resnet18':resnet18 --gpuid=0:count_or_zero""",
+    --warmup_epochs=10:count --knn_every=None:count --cuda_graphs=None --model='resnet18':resnet18 --gpuid=0:count_or_zero""",
 }
 # the release's flags, typed; of --data_path and --check_path the defaults are ours, and its --seed stays a string if typed
 RELEASED = {
