@@ -252,3 +252,11 @@ def test_cells_without_cross_entropy_are_reported_without_a_comparison(tmp_path,
     run.report("sanm", cells("sanm", "embedded")[:1], rows, tmp_path)
     assert "cross-entropy is not among these cells" in capsys.readouterr().out
     assert len(read(tmp_path / "sanm.csv")) == 3
+
+
+def test_the_runs_that_make_encoders_come_first(capsys):
+    run.main(["manifold_dividemix", "--seeds", "1", "--dry_run"])
+    made = [
+        "pretrain.py" in line for line in capsys.readouterr().out.splitlines() if line.startswith("python")
+    ]
+    assert any(made) and made == sorted(made, reverse=True)
