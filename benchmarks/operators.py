@@ -37,7 +37,7 @@ class Like(NamedTuple):
 class Call(NamedTuple):
     """An operator and its arguments, with a `Like` for each tensor."""
 
-    operator: Callable
+    operator: Any  # of torch, with its schema
     arguments: tuple
     named: dict[str, Any]
 
@@ -127,10 +127,10 @@ def operators(args: Namespace) -> Iterator[dict]:
         steps, marks, recorded = [], [], Operators()
         for _ in range(args.passes):
             marks.clear()
-            STEPS[name](Bench(*bench, lambda marks=marks: marks.append(now())))
+            STEPS[name](Bench(*bench, lambda marks=marks: marks.append(now())))  # type: ignore[misc]
             steps.append(marks[1] - marks[0])
         switches = iter([recorded.__enter__, partial(recorded.__exit__, None, None, None)])
-        STEPS[name](Bench(*bench, lambda switches=switches: next(switches)()))
+        STEPS[name](Bench(*bench, lambda switches=switches: next(switches)()))  # type: ignore[misc]
         convolutions = [call for call in recorded.calls if "convolution" in call.operator._schema.name]
         parts = [replay_seconds(calls, args.passes, now) for calls in (recorded.calls, convolutions)]
         row = {"step": name, "network": "narrow" if args.size < 16 else "ResNet-18", "image_size": args.size}

@@ -64,7 +64,7 @@ def main(argv=None):
     """Measure, print a table, write a CSV."""
     args = make_parser().parse_args(argv)
     kinds = {"images": (images, row_line), "views": (views, row_line), "steps": (steps, step_line)}
-    kinds |= {"launches": (launches, launch_line), "operators": (operators, operator_line)}
+    kinds["launches"], kinds["operators"] = (launches, launch_line), (operators, operator_line)
     measure, line = kinds[args.what]
     out = Path(args.out or f"results/speed_{args.what}.csv")
     check_writable(out)  # before minutes of measuring

@@ -428,7 +428,7 @@ def wait(device: torch.device) -> None:
 
 HEADING = (
     "method              path   images/s      (q1 to q3)   augment forward backward optimiser  rest  "
-    "selection   epoch  memory  of peak  ours/plain (range)  own operators"
+    "selection   epoch  memory  of peak   own  ours/plain (range)"
 )
 
 
@@ -442,9 +442,9 @@ def step_line(row: dict) -> str:
     if row["path"] == "ours":
         low, high = row["ours_over_plain_min"], row["ours_over_plain_max"]
         ratio = f"  {row['ours_over_plain_median']:.2f} ({low:.2f} to {high:.2f})"
-    own = "" if row["operators_share"] is None else f"  {100 * row['operators_share']:.0f}%"
+    own = " " * 6 if row["operators_share"] is None else f"{100 * row['operators_share']:5.0f}%"
     return (
         f"{row['method']:<18}  {row['path']:<5}{row['median_images_per_second']:10.2f}  "
         f"({row['q1']:.2f} to {row['q3']:.2f})  {' '.join(shares)}  {row['one_selection_seconds']:8.2f}s"
-        f"{row['seconds_per_epoch']:7.1f}s {row['peak_memory_mb']:7.0f}  {100 * row['share_of_matmul']:6.1f}%{ratio}{own}"
+        f"{row['seconds_per_epoch']:7.1f}s {row['peak_memory_mb']:7.0f}  {100 * row['share_of_matmul']:6.1f}%{own}{ratio}"
     )

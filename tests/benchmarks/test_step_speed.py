@@ -193,7 +193,7 @@ def a_report(*seconds: float) -> dict:
         epoch = {"seconds": 100 + 4 * each + 1, "selection": 2.0, "evaluation": 1.0, "warm_up": number == 0}
         epochs.append(epoch | {"training": training})
     report = {"precision": "fp32", "batch_size": 4, "peak_memory_mb": 500.0, "epochs": epochs}
-    return report | {"flops": {"flops": 8e6, "images": 4}}
+    return report | {"flops": {"flops": 8e6, "images": 4}, "operators_seconds": 0.5}
 
 
 ARGS = Namespace(images=64, size=8, workers=2)
