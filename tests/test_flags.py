@@ -850,10 +850,11 @@ afm:
     --pretrained nosuch.pt => --pretrained nosuch.pt: no such file
     --noise-type given => --noise-type given: .*--noise_file
     --dataset nosuch => nosuch
-    --dataset food --data-root /nosuch => /nosuch
+    --dataset food --data-root nosuch => food101n not found in .*imagelist.tsv.*common.datasets check food101n --data_path nosuch
     --train-batch 9 => --train-batch 9: there are only 8
     --weight-deca 1 => unrecognized arguments: --weight-deca
 sfa:
+    --dataset cifar10 --data_path nosuch => cifar-10-batches-py.*common.datasets download cifar10 --data_path nosuch
     --noise_mode asym => --noise_mode: .*asym.*choose from .*imb.*sym
     --noise_mode given => --noise_mode given: .*--noise_file
     --noise_file nosuch.npy => --noise_file nosuch.npy
@@ -901,6 +902,7 @@ me_momentum_clothing:
     --num_classes 10 => --num_classes: Clothing1M has 14 classes, got 10
     --image_size 63 => --image_size: must be at least 64, got 63
     --pretrain --pretrained imagenet => --pretrained: .* both mean none, got imagenet
+    --data_root nosuch => clothing1m not found in .*noisy_train_key_list.txt
     --model_dir a => --model_dir: is a name for --out, .* got a and .*run
 manifold manifold_mini:
     --batch-size 1 => --batch-size: must be at least 2, got 1

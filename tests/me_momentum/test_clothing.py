@@ -1,7 +1,5 @@
 """Clothing.py and ClothingData.py: transforms, the index, the selection, and short runs."""
 
-import csv
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,6 @@ from torch import nn
 
 from common import datasets
 from common.datasets.file_lists import make_split
-from common.datasets.image_cache import build_caches
 from common.gpu import augment
 from common.gpu.device import Device
 from common.runs.cli import UserError
@@ -23,7 +20,9 @@ from me_momentum.clothing_images import Data, load
 from me_momentum.ClothingData import index_part, read_index, read_labels
 from me_momentum.flags import parse_clothing_args as parse_args
 from me_momentum.per_class import no_models
-from tests.common.small_file_data import make_clothing1m, plant
+from tests.common.small_file_data import make_clothing1m
+from tests.end_to_end.runs import result, state, table
+from tests.end_to_end.small_networks import clothing_network
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -269,11 +268,6 @@ def test_a_new_outer_loop_has_a_fresh_network_and_keeps_the_set():
 # runs -----------------------------------------------------------------------------------------------------------------
 
 
-def small_network(num_classes: int, _name: str, _pretrained: str) -> nn.Module:
-    layers = [nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, num_classes))
-
-
 def run_clothing(root: Path, words: str) -> Path:
     run = root.parent / "run"
     words += f" --no_pretrain --network resnet18 --image_size 64 --n_epoch 1 --data_root {root} --out {run}"
@@ -281,31 +275,16 @@ def run_clothing(root: Path, words: str) -> Path:
     return run
 
 
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def result(run: Path) -> dict:
-    return json.loads((run / "result.json").read_text())
-
-
-def test_cross_entropy_on_an_index_without_the_images_that_are_damaged(root):
+def test_cross_entropy_on_an_index(root):
     """With the real network. The same loss on all noisy images throughout, and no checkpoints of epochs."""
-    with np.load(build_index(root)) as file:
-        keys = file["train_data"].tolist()
+    build_index(root)
     without_lists(root)
-    plant(root / keys[5], "truncated")
-    plant(root / keys[0], "missing")
-    run = run_clothing(root, "--selection none --on_bad_image skip --batch_size 5 --max_inner_loop 2")
-    rows = table(run / "log.csv")
+    run = run_clothing(root, "--selection none --batch_size 5 --max_inner_loop 2")
+    rows = table(run)
     assert [(row["outer"], row["inner"]) for row in rows] == [("1", "1"), ("1", "2")]
     assert {row["confident_size"] for row in rows} == {row["class_models"] for row in rows} == {""}
     assert result(run)["images"] == 2 * 10 and result(run)["method"] == "CE"
-    skipped = [(row["path"], row["position"]) for row in table(run / "skipped_images.csv")]
-    assert skipped == [(str(root / keys[i]), str(i)) for i in (0, 5)]
-    assert np.load(run / "train_index.npy").tolist() == [i for i in range(12) if i not in (0, 5)]
-    memory = torch.load(run / "checkpoint.pt", weights_only=True)["state"]["memory"]
+    memory = state(run)["memory"]
     assert memory["weights"] == {} and memory["confident"] is None
 
 
@@ -316,35 +295,16 @@ def test_cross_entropy_on_an_index_without_the_images_that_are_damaged(root):
 def test_the_release_keeps_a_smaller_last_batch_and_reports_the_mean_over_batches(
     fidelity, images, metric, root, monkeypatch
 ):
-    monkeypatch.setattr(Clothing, "clothing_network", small_network)
+    monkeypatch.setattr(Clothing, "clothing_network", clothing_network)
     monkeypatch.setattr(Clothing, "predict", lambda _, batches, count, *__: torch.zeros(count).long())
     run = run_clothing(root, f"--fidelity {fidelity} --batch_size 5 --max_inner_loop 1 --max_outer_loop 1")
     # of test labels 0 0 1 1 2 2 the first two are hits: two of the first five, none of the last one
-    [row] = table(run / "log.csv")
+    [row] = table(run)
     accuracies = {"test_accuracy": 100 / 3, "test_accuracy_batchmean": 20}
     assert {name: float(row[name]) for name in accuracies} == pytest.approx(accuracies)
     assert (result(run)["images"], result(run)["metric"]) == (images, metric)
     for name in ("best", "last", "at_best_validation"):
         assert result(run)["metrics"][name] == pytest.approx(accuracies[metric])
-
-
-def test_part_of_the_images_from_a_cache_with_labels_of_a_file(root, monkeypatch):
-    monkeypatch.setattr(Clothing, "clothing_network", small_network)
-    build_caches(root.parent / "cache", datasets.load_clothing1m(root, "noisy"))
-    for image in root.rglob("*.jpg"):
-        image.write_bytes(b"")  # there, but never read
-    np.save(root.parent / "labels.npy", np.arange(12) % 3)
-    words = f"--image_cache {root.parent / 'cache'} --noise_file {root.parent / 'labels.npy'} --limit_train 8"
-    words += " --limit_test 2 --full_test_at_end --batch_size 4 --max_inner_loop 2 --max_outer_loop 1"
-    run = run_clothing(root, words)
-    index, observed = (np.load(run / f"{name}.npy") for name in ("train_index", "noisy_labels"))
-    assert len(index) == 8 and (np.diff(index) > 0).all()
-    assert observed.tolist() == (index % 3).tolist()
-    for row in table(run / "result.csv"):
-        assert (row["noise_type"], row["profile"]) == ("labels.npy", "short+limit_train=8+limit_test=2")
-    metrics = result(run)["metrics"]
-    assert metrics["last"] in (0, 50, 100) and metrics["full_test"] >= 0
-    assert metrics["full_test_images"] == 6
 
 
 @pytest.mark.parametrize(
