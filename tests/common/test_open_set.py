@@ -3,6 +3,7 @@
 import random
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from common.datasets.open_set import Corruption, OpenSetData, corrupt
 from common.gpu import processes
 from common.runs.cli import UserError
 from common.runs.locks import Lock
+from tests import lines
 from tests.common.small_file_data import make_imagenet32
 
 N = 600
@@ -270,13 +272,7 @@ def save(data: Data, path: Path) -> None:
     )  # fmt: skip
 
 
-def message(*arguments, **options) -> str:
-    """The one line that corrupting ends in."""
-    with pytest.raises(UserError) as error:
-        corrupt(*arguments, **options)
-    text = str(error.value)
-    assert "\n" not in text
-    return text
+message = partial(lines.message, corrupt)
 
 
 def assert_same(found: OpenSetData, expected: OpenSetData) -> None:

@@ -201,7 +201,7 @@ def assert_survived(
     out, err = printed(folder)
     again = len(statuses) - len(moments)
     assert statuses == [[-9]] * len(moments) + [[0]] * again, err
-    assert all(line.startswith("warning: class ") for line in err.splitlines()), err
+    assert all(line.startswith("warning: ") for line in err.splitlines()), err
     assert resumed(out) == list(gone_on)
     if again == 2:  # the last start had nothing to do
         assert "\nepoch " not in out.rpartition("resuming after epoch")[2]

@@ -17,7 +17,6 @@ from sklearn.metrics import roc_auc_score
 from common import datasets, noise
 from common.datasets import pools
 from common.gpu.loader import Images
-from common.runs import cli
 from manifold_dividemix import pretrain, train_semisup
 from manifold_dividemix.networks import Network, make_encoder
 from tests.end_to_end.runs import (
@@ -26,7 +25,6 @@ from tests.end_to_end.runs import (
     assert_survived,
     column,
     content_of,
-    differences,
     jobs_of,
     label_quality,
     log_without_seconds,
@@ -36,6 +34,7 @@ from tests.end_to_end.runs import (
     state,
     table,
 )
+from tests.lines import refused
 
 # two epochs of warm-up, splits at the third and the fifth; of 520 images, so that passes over all have a second batch
 FLAGS = split(
@@ -117,15 +116,6 @@ def encoder(base) -> Path:
         made(torch.randn(16, 1, 8, 8))
     safetensors.torch.save_file(made.state_dict(), base / "encoder.safetensors")
     return base / "encoder.safetensors"
-
-
-def refused(capsys, *words: str) -> str:
-    """The one line in which a command ends."""
-    with pytest.raises(SystemExit) as stop:
-        cli.exit_cleanly(train_semisup.main, [*TINY, *words])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 def write_npz(path: Path, count: int, side: int, seed: int) -> None:
@@ -313,36 +303,6 @@ def test_the_seed_of_the_noise_changes_labels_alone_and_that_of_the_run_neither_
 # variants ---------------------------------------------------------------------------------------------------------------
 
 
-def statistics(weights: dict, prefix: str = "") -> dict:
-    """The batch-norm statistics in a state dict, num_batches_tracked among them."""
-    ends = ("running_mean", "running_var", "num_batches_tracked")
-    return {
-        name.removeprefix(prefix): value
-        for name, value in weights.items()
-        if name.startswith(prefix) and name.endswith(ends)
-    }
-
-
-@pytest.mark.parametrize("words", ["--fidelity released", "--bn-mode frozen"])
-def test_frozen_batch_norms_keep_all_statistics_while_weights_are_trained(tmp_path, encoder, words):
-    run = small(tmp_path / "run", "--pretrained", str(encoder), *words.split())
-    weights, before = state(run)["network"], safetensors.torch.load_file(encoder)
-    assert len(statistics(before)) == 3 * 7  # the stem's and two of each of three blocks
-    assert differences(statistics(weights, "encoder."), statistics(before)) == []
-    assert (weights["projection_bn.running_mean"] == 0).all() and (
-        weights["projection_bn.running_var"] == 1
-    ).all()
-    assert weights["projection_bn.num_batches_tracked"] == 0
-    assert not torch.equal(weights["encoder.bn1.weight"], before["bn1.weight"])
-    assert len(column(run, "contrastive_loss")) == 1
-    arguments = json.loads((run / "args.json").read_text())["arguments"]
-    released = "released" in words
-    assert (arguments["ramp"], arguments["warmup_mask"]) == (
-        ("released", "batch") if released else ("fixed", "sample")
-    )
-    assert result(run)["fidelity"] == ("released" if released else "paper")
-
-
 @pytest.mark.slow
 def test_scores_of_the_encoder_before_training_are_kept_and_survive_a_kill(
     tmp_path, tiny, encoder, monkeypatch
@@ -493,7 +453,7 @@ def test_a_run_that_began_with_other_images_labels_or_arguments_is_refused(tmp_p
     def refused_again(*more: str) -> str:
         copy = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"  # a process frees its locks at its end
         shutil.copytree(run, copy)
-        line = refused(capsys, *words, *more, "--out", str(copy))
+        line = refused(capsys, train_semisup.main, *TINY, *words, *more, "--out", str(copy))
         assert content_of(copy) == before
         return line
 

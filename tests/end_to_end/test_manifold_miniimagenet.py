@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from common.runs import cli
 from manifold_dividemix import train_semisup_miniimagenet
 from tests.common.small_file_data import make_mini_imagenet
 from tests.end_to_end.runs import (
@@ -26,6 +25,7 @@ from tests.end_to_end.runs import (
     state,
     table,
 )
+from tests.lines import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -105,15 +105,6 @@ def small(folder: Path, data: Path, *words: str) -> Path:
 def tiny(base) -> Path:
     """A small run, and what others are compared with."""
     return small(base / "tiny" / "run", base / "data")
-
-
-def refused(capsys, *words: str) -> str:
-    """The one line in which a command ends."""
-    with pytest.raises(SystemExit) as stop:
-        cli.exit_cleanly(train_semisup_miniimagenet.main, [*TINY, *words])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 # whole runs -------------------------------------------------------------------------------------------------------------
@@ -248,8 +239,7 @@ def test_lists_and_files_of_labels_are_of_their_own_images_and_labels(tmp_path, 
 
 
 def test_a_list_that_is_not_there_is_named_with_those_that_are(tmp_path, base, capsys):
-    line = refused(
-        capsys, "--data-dir", str(base / "data"), "--noise-ratio", "0.2", "--out", str(tmp_path / "run")
-    )
+    words = [*TINY, "--data-dir", base / "data", "--noise-ratio", "0.2", "--out", tmp_path / "run"]
+    line = refused(capsys, train_semisup_miniimagenet.main, *words)
     assert "blue_noise_nl_0.2: there are blue_noise_nl_0.4, red_noise_nl_0.2" in line
     assert list(tmp_path.iterdir()) == []

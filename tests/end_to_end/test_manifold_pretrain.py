@@ -6,19 +6,15 @@ from shlex import split
 
 import numpy as np
 import pytest
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
-from common import datasets
 from common.datasets import pools
-from common.gpu.loader import Images
 from common.pretraining import simclr
 from common.pretraining.simclr import knn_accuracy
 from manifold_dividemix import pretrain, train_semisup, train_semisup_miniimagenet
 from manifold_dividemix.dataset import load_mini_imagenet, load_open_set
-from manifold_dividemix.networks import Network, make_encoder
 from manifold_dividemix.outliers import knn_scores
 from tests.common.small_file_data import make_mini_imagenet
 from tests.end_to_end.runs import (
@@ -126,23 +122,6 @@ def test_a_run_leaves_its_log_result_and_encoder(run):
     assert found["metrics"]["last_loss"] == float(rows[-1]["loss"])
     with safe_open(run / "encoder.safetensors", "pt") as file:
         assert file.metadata() == {"dataset": "digits", "epochs": str(EPOCHS), "seed": "1"}
-
-
-@pytest.mark.slow
-def test_the_knn_accuracy_is_that_of_the_encoder_in_the_file(run):
-    data, samples = datasets.load("digits", "."), np.load(run / "samples.npz")
-    encoder = make_encoder("resnet18", 1, 8)
-    encoder.load_state_dict(load_file(run / "encoder.safetensors"))
-    network, own = Network(encoder, 64, 10).eval(), ~samples["ood"]
-    train = data.train.images[np.load(run / "train_index.npy")][own]  # which are as they are in the data set
-    with torch.no_grad():
-        features, queries = (
-            network(Images(images, data.mean, data.std, torch.device("cpu")).view(torch.arange(len(images))))
-            for images in (train, data.test.images)
-        )
-    clean, test_labels = (torch.from_numpy(of) for of in (samples["clean"][own], data.test.labels))
-    found = knn_accuracy(features, clean, queries, test_labels, 10)
-    assert column(run, "knn_accuracy")[-1] == pytest.approx(found, abs=0.6)  # two of 360
 
 
 def test_neighbours_are_sought_among_images_of_the_data_set_and_outliers_among_all(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from common.gpu.loader import Batches, Images
 from common.pretraining.simclr import knn_accuracy, pooled_features
 from sanm import pretrain
 from sanm.networks import make_simclr, simclr_resnet
-from tests.end_to_end.runs import content_of, result, table
+from tests.end_to_end.runs import result, table
 
 EPOCHS = 3
 SETTING = f"--dataset digits --epochs {EPOCHS} --batch_size 64 --lr 0.01 --temp 0.15 --seed 1 --device cpu"
@@ -58,13 +58,6 @@ def test_a_run_leaves_its_log_result_and_an_encoder_that_is_better_than_an_untra
     assert found["metrics"]["last"] > untrained + 5
     with safe_open(run / "encoder.safetensors", "pt") as file:
         assert file.metadata() == {"dataset": "digits", "epochs": str(EPOCHS), "seed": "1"}
-
-
-@pytest.mark.slow
-def test_the_finished_run_started_again_changes_nothing(run):
-    before = content_of(run)
-    pretrain.main([*FLAGS, "--out", str(run)])
-    assert before == content_of(run)
 
 
 def test_small_colour_images_without_cosine_a_last_batch_of_one_and_knn_at_the_end_alone(tmp_path):

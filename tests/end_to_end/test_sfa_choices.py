@@ -1,8 +1,5 @@
 """sfa/Train_cifar.py with selections and losses of the standard head; who learns from whom."""
 
-import os
-import runpy
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from shlex import split
@@ -14,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from common.runs import selection_report
-from common.runs.run import Run
 from sfa import Train_cifar
 from sfa.evaluation import SELECTION_STATISTICS, selection_statistics
 from sfa.small_loss import SmallLoss
@@ -227,26 +223,3 @@ def test_moments_are_those_of_the_same_network_one_epoch_before(mode, watched, t
     for centroids, one in zip(kept["net1"], seen.selections[::2], strict=True):
         mean = one.found.centroids.mean(dim=0).numpy()
         assert np.allclose(centroids, mean, rtol=2e-3, atol=1e-6), "the mean draws of network 1, in 16 bits"
-
-
-def test_the_stop_button_ends_a_notebooks_cell_and_the_same_cell_resumes(tmp_path, monkeypatch, capsys):
-    flags = "--dataset digits --limit_train 120 --imb_factor 0.5 --num_epochs 2 --warm_up 2 --device cpu"
-    monkeypatch.setattr("sys.argv", [Train_cifar.__file__, *split(flags), "--out", str(tmp_path / "run")])
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    log = Run.log
-
-    def log_and_stop(self, epoch, **values):
-        log(self, epoch, **values)
-        if epoch == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Run, "log", log_and_stop)
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(Train_cifar.__file__, run_name="__main__")  # as %run does
-    assert stop.value.code == 130
-    assert capsys.readouterr().err == "SIGINT: stopped; the same command resumes after epoch 1\n"
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    for _ in range(2):  # the rest of the run, and a finished run once more
-        runpy.run_path(Train_cifar.__file__, run_name="__main__")
-        assert len(table(tmp_path / "run")) == 2
-    assert not (tmp_path / "run" / ".lock").exists()

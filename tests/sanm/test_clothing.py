@@ -12,7 +12,6 @@ from torch.optim import SGD
 
 from common.datasets.file_lists import make_split
 from common.gpu.device import Device
-from common.runs import cli
 from common.runs.cli import UserError
 from sanm import Train_clothing1M, clothing
 from sanm.clothing import Data, balanced_subset, subset_size
@@ -23,6 +22,7 @@ from sanm.Train_clothing1M import Division, Setting, co_divide, label_quality, p
 from tests.common.small_file_data import make_clothing1m, plant, write_lines
 from tests.end_to_end.runs import result, table
 from tests.end_to_end.small_networks import masked_network
+from tests.lines import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -41,16 +41,6 @@ def root(tmp_path) -> Path:
 
 
 # what only the data tell ----------------------------------------------------------------------------------------------
-
-
-def refused(argv: list[str], capsys) -> str:
-    """The one line that the script ends with, and status 2."""
-    with pytest.raises(SystemExit) as stop:
-        cli.exit_cleanly(Train_clothing1M.main, argv)
-    assert stop.value.code == 2
-    text = capsys.readouterr().err
-    assert re.fullmatch(r"[^\n]*error: [^\n]*\n", text), text
-    return text
 
 
 @pytest.mark.parametrize(
@@ -78,7 +68,7 @@ def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(
     if not words:
         plant(root / (root / "clean_val_key_list.txt").read_text().split()[3], "missing")
     before = sorted(root.parent.rglob("*"))
-    found = refused(f"{QUICK} --data_path data --out run {words}".split(), capsys)
+    found = refused(capsys, Train_clothing1M.main, *f"{QUICK} --data_path data --out run {words}".split())
     assert re.search(line, found), found
     assert sorted(root.parent.rglob("*")) == before
 
