@@ -136,12 +136,16 @@ def test_a_damaged_checkpoint_falls_back_to_its_predecessor_and_without_one_is_r
     assert found["epoch"] == 0 and torch.equal(found["weights"], torch.arange(1000.0))
     warning = capsys.readouterr().err
     assert warning.startswith(f"warning: {folder / 'checkpoint.pt'} ") and warning.count("\n") == 1
-    damage(folder / "checkpoint.previous.pt", how)
-    for _ in ("damaged", "missing"):
+    for path in folder.iterdir():
+        damage(path, how)
+    for _ in ("the predecessor is damaged", "there is none"):
         with pytest.raises(UserError, match="no readable checkpoint") as refusal:
             checkpoint.load(folder)
         assert str(folder) in str(refusal.value)
-        (folder / "checkpoint.previous.pt").unlink(missing_ok=True)
+        for path in folder.iterdir():
+            path.unlink()
+        checkpoint.save(folder, {"epoch": 1})
+        damage(folder / "checkpoint.pt", how)
 
 
 class Payload:
