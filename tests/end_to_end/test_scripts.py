@@ -3,7 +3,6 @@
 import json
 from shlex import split
 
-import numpy as np
 import pytest
 
 from sfa import Train_cifar
@@ -27,29 +26,6 @@ def test_by_path_a_script_uses_its_own_clone_even_where_another_copy_is_installe
     end = start(ROOT / script, "--help", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert end.status == 0, end.err
     assert "usage: " in end.out
-
-
-def test_cifar_from_npz_with_given_labels_in_the_released_networks_and_fidelity(tmp_path):
-    rng, clean, arrays = np.random.default_rng(0), np.arange(30) % 10, {}
-    for part, labels in (("train", clean), ("test", clean[:10])):
-        images = rng.integers(0, 256, (len(labels), 32, 32, 3), dtype=np.uint8)
-        arrays |= {f"{part}_images": images, f"{part}_labels": labels}
-    np.savez(tmp_path / "cifar10.npz", **arrays)
-    noisy = (clean + (np.arange(30) % 3 == 0)) % 10
-    (tmp_path / "labels.json").write_text(json.dumps(noisy.tolist()))
-    words = split(
-        "--imb_type none --num_epochs 2 --warm_up 1 --batch_size 16 --fidelity released --device cpu"
-    )
-    for flag, place in (("--data_path", ""), ("--noise_file", "labels.json"), ("--out", "run")):
-        words += [flag, str(tmp_path / place)]
-    Train_cifar.main(words)
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["noise"]["realised_rate"] == pytest.approx(1 / 3)
-    assert result["profile"] == "short" and result["fidelity"] == "released" and result["noise_rate"] is None
-    index, observed = (np.load(tmp_path / "run" / f"{name}.npy") for name in ("train_index", "noisy_labels"))
-    assert np.array_equal(observed, noisy[index])
-    kept = np.load(tmp_path / "run" / "clean_probability.npz")
-    assert np.array_equal(kept["clean"], clean[index]) and kept["net1"].shape == (30,)
 
 
 def test_on_digits_with_a_subset_and_every_draw_of_a_class(tmp_path):

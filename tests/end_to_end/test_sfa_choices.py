@@ -21,7 +21,6 @@ SAMPLES, CLASSES = 581, 10
 # name -> what is asked for, and what a result row calls it
 RUNS = {
     "sfa": ("", "SFA"),
-    "sfa-gce": ("--loss gce", "SFA + GCE"),
     "gmm-ldam": ("--selection gmm --loss ldam", "GMM + LDAM"),
     "none": ("--selection none", "no selection"),
 }
