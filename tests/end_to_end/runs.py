@@ -20,7 +20,7 @@ from torch import Tensor
 from common.runs.label_quality import COLUMNS, NAME
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE = 600  # seconds a process may take, on a busy machine
+DEADLINE = 3600  # seconds until a process counts as hanging; on a busy machine they take long
 # files that say when and where, or hold tensors in any order
 TIMED = {"args.json", "log.csv", "result.csv", "result.json", "checkpoint.pt", "checkpoint.previous.pt"}
 TIMED |= {"encoder.safetensors"}

@@ -60,17 +60,25 @@ def words_of(data: str, base: Path, workers: int = 1) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def statuses(base) -> dict[str, list[list[int]]]:
-    """Alone and by two processes, killed at several moments and started again."""
-    jobs = {}
-    for data in WORDS:
-        words = words_of(data, base)
-        jobs[f"{data}_alone"] = jobs_of("afm.train", base / f"{data}_alone", words)
-        jobs[f"{data}_by_two"] = jobs_of("afm.train", base / f"{data}_by_two", words, processes=2)
-    killed = jobs_of("afm.train", base / "digits_killed", words_of("digits", base), *MOMENTS)
-    jobs["digits_killed"] = [*killed, killed[-1]]
-    found = iter(run_jobs([job for own in jobs.values() for job in own]))
-    return {name: [next(found) for _ in own] for name, own in jobs.items()}
+def statuses(base):
+    """statuses(data): of the runs alone, by two processes and, on digits, killed at several moments; made at the first call."""
+    made = {}
+
+    def of(data: str) -> dict[str, list[list[int]]]:
+        if data not in made:
+            words, script = words_of(data, base), "afm.train"
+            jobs = {
+                "alone": jobs_of(script, base / f"{data}_alone", words),
+                "by_two": jobs_of(script, base / f"{data}_by_two", words, processes=2),
+            }
+            if data == "digits":
+                killed = jobs_of(script, base / "digits_killed", words, *MOMENTS)
+                jobs["killed"] = [*killed, killed[-1]]
+            found = iter(run_jobs([job for own in jobs.values() for job in own]))
+            made[data] = {name: [next(found) for _ in own] for name, own in jobs.items()}
+        return made[data]
+
+    return of
 
 
 @pytest.fixture
@@ -78,7 +86,7 @@ def alone(base, statuses):
     """alone(data): the run directory of one process."""
 
     def run(data: str) -> Path:
-        assert statuses[f"{data}_alone"] == [[0]], printed(base / f"{data}_alone")
+        assert statuses(data)["alone"] == [[0]], printed(base / f"{data}_alone")
         return base / f"{data}_alone" / "run"
 
     return run
@@ -136,9 +144,9 @@ def killed(base) -> Killed:
 
 @pytest.fixture(params=WORDS)
 def one_and_two(request, base, statuses) -> tuple[str, Path, Path]:
-    names = [f"{request.param}_{how}" for how in ("alone", "by_two")]
-    assert [statuses[name] for name in names] == [[[0]], [[0, 0]]], printed(base / names[1])
-    return request.param, *(base / name / "run" for name in names)
+    data, found = request.param, statuses(request.param)
+    assert (found["alone"], found["by_two"]) == ([[0]], [[0, 0]]), printed(base / f"{data}_by_two")
+    return data, base / f"{data}_alone" / "run", base / f"{data}_by_two" / "run"
 
 
 def test_two_processes_log_what_one_does_with_the_same_global_batch(one_and_two):
@@ -208,7 +216,7 @@ def test_only_the_first_process_writes_and_prints_and_their_number_is_recorded(o
 
 
 def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, alone, statuses):
-    killed = statuses["digits_killed"]
+    killed = statuses("digits")["killed"]
     assert_survived(base / "digits_killed", alone("digits"), killed, MOMENTS, (0, 1, 2, 4))
 
 
