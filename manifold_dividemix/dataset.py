@@ -117,6 +117,7 @@ def load_mini_imagenet(args: Namespace) -> Dataset:
         mean=files.mean,
         std=files.std,
         origin={"skipped": len(files.skipped), "sha256": files.train.sha256()},
+        skipped=files.skipped,
         tested=datasets.limited_test(files.test.labels, args.limit_test, args.seed),
         files=files.train.only(limited),
         classes=files.classes,

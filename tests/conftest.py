@@ -54,3 +54,14 @@ def golden():
         return found
 
     return cases
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that would have been written."""
+    from common.runs import figures  # noqa: PLC0415  (matplotlib, which most tests do without)
+
+    written = []
+    monkeypatch.setattr(figures, "write", lambda figure, out: written.append(figure))
+    yield written
+    figures.plt.close("all")

@@ -99,7 +99,7 @@ def mutants(path: str, source: bytes) -> Iterator[Mutant]:
 
 
 def tests_of(path: str) -> list[str]:
-    """The test files of a module's folder that import it, its own file first; all of the folder if there is none."""
+    """The test files of a module's folder, and of all scripts, that import it, its own file first; else all of the folder."""
     package, stem = path.removesuffix(".py").rpartition("/")[::2]
     dotted, folder = package.replace("/", "."), package.partition("/")[0]
     imports = re.compile(
@@ -108,7 +108,9 @@ def tests_of(path: str) -> list[str]:
     )
     found = [
         file
-        for file in sorted((ROOT / "tests" / folder).glob("test_*.py"))
+        for file in sorted(
+            [*(ROOT / "tests" / folder).glob("test_*.py"), *(ROOT / "tests").glob("test_*.py")]
+        )
         if imports.search(file.read_text("utf-8"))
     ]
     found.sort(key=lambda file: file.stem != f"test_{stem}")

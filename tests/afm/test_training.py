@@ -385,3 +385,11 @@ def test_pair_weights_are_those_of_every_ordered_pair(attention):
     for i in range(5):
         for j in range(5):
             torch.testing.assert_close(found[i, j], network.attention(features[[i, j]][None])[0].detach())
+
+
+def test_the_learning_rate_of_the_release_and_of_fine_tuning():
+    rates = [script.learning_rate(parse_args([]), epoch) for epoch in range(1, 31)]
+    assert rates == pytest.approx([0.01] * 15 + [0.001] * 10 + [0.0001] * 5)
+    args = parse_args(["--preset", "clothing1m/noisy+clean/afm", "--finetune-lr", "0.5"])
+    rates = [script.learning_rate(args, epoch) for epoch in range(1, 21)]
+    assert rates == pytest.approx([0.01] * 5 + [0.001] * 5 + [0.0001] * 5 + [0.5] * 5)

@@ -13,8 +13,9 @@ from afm.flags import method, parse_args
 from afm.networks import make_network
 from common.datasets.images import read_image
 from common.gpu.augment import normalise, resize_and_center_crop
-from common.runs import cli
 from tests.common.small_file_data import image_files, make_food101n
+from tests.figures import assert_refused
+from tests.lines import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 DIGITS = "--dataset digits"
@@ -35,16 +36,6 @@ def write_run(
         arrays |= {"known": rng.choice(known, samples), "observed": rng.integers(0, 10, samples)}
         np.savez(folder / "attention.npz", **arrays)
     return folder
-
-
-def refused(capsys, *words) -> str:
-    """The one line that a call ends in, with status 2."""
-    with pytest.raises(SystemExit) as stop:
-        cli.exit_cleanly(visualize.main, list(map(str, words)))
-    assert stop.value.code == 2
-    line = capsys.readouterr().err
-    assert re.fullmatch(r"[^\n]*error: [^\n]*\n", line)
-    return line
 
 
 def test_the_images_are_those_with_the_highest_and_the_lowest_weights(tmp_path, monkeypatch):
@@ -115,22 +106,15 @@ def test_a_run_without_attention_has_curves_alone(tmp_path):
     ("name", "content"),
     [
         ("args.json", None),
-        ("log.csv", "epoch,loss\n1,0.5\n"),
-        ("attention.npz", "half"),
-        ("attention.npz", np.zeros(3)),
+        ("log.csv", b"epoch,loss\n1,0.5\n"),
+        ("attention.npz", b"half"),
+        ("attention.npz", {"position": None, "known": None, "observed": None}),
     ],
 )
 def test_a_damaged_run_is_refused_in_one_line(name, content, tmp_path, capsys):
     run = write_run(tmp_path / "run")
-    if content is None:
-        (run / name).unlink()
-    elif isinstance(content, str):
-        (run / name).write_text(content)
-    else:
-        np.savez(run / name, weight=content)
-    assert str(run) in refused(capsys, run, "--out", tmp_path / "figure.png")
-    assert "--out " in refused(capsys, run, "--out", tmp_path / "figure.gif")
-    assert not list(tmp_path.glob("figure.*"))
+    assert_refused(visualize, run, name, content, "", tmp_path, capsys)
+    assert "--out " in refused(capsys, visualize.main, run, "--out", tmp_path / "figure.gif")
 
 
 # the release's vis.py ---------------------------------------------------------------------------------------------------
@@ -193,7 +177,7 @@ def test_a_list_that_does_not_serve_is_refused(content, line, food_run, tmp_path
     if content is not None:
         (tmp_path / "list.txt").write_bytes(content)
     words = words_of(food_run, tmp_path / "list.txt", tmp_path, tmp_path)
-    assert re.search(line, refused(capsys, food_run / "run", *words))
+    assert re.search(line, refused(capsys, visualize.main, food_run / "run", *words))
     assert not list(tmp_path.glob("*.npy"))
 
 
@@ -208,4 +192,4 @@ def test_a_list_that_does_not_serve_is_refused(content, line, food_run, tmp_path
 )
 def test_pairs_are_of_a_run_of_pairs_on_image_files_with_its_weights(flags, line, food_run, tmp_path, capsys):
     run = write_run(tmp_path / "run", flags, attentive="--lam" not in flags)
-    assert line in refused(capsys, run, *words_of(food_run, food_run / "list.txt", tmp_path))
+    assert line in refused(capsys, visualize.main, run, *words_of(food_run, food_run / "list.txt", tmp_path))

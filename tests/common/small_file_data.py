@@ -146,6 +146,17 @@ def make_webvision(
         write_lines(root / "info/synsets.txt", [f"{synset} a thing, or another" for synset in synsets])
 
 
+def make_doubtful_webvision(root: Path, classes: int, per_class: int, test_per_class: int = 2) -> None:
+    """make_webvision's with training images whose colours overlap: networks disagree, and selections change with the epochs."""
+    make_webvision(root, classes, per_class, test_per_class)
+    rng = np.random.default_rng(1)
+    for path in image_files(root / "google"):
+        colour = np.asarray(Image.open(path)).mean(axis=(0, 1))
+        pattern = rng.normal(0, 30, size=3) + rng.normal(0, 60, size=(5, 6, 3))
+        coarse = np.clip(128 + (colour - 128) / 2 + pattern, 0, 255).astype(np.uint8)
+        Image.fromarray(coarse).resize(SIZE, Image.Resampling.BICUBIC).save(path, quality=90)
+
+
 def make_imagenet32(folder: Path, sizes=(3, 1, 4, 2, 5, 3, 6, 2, 4, 3), seed: int = 0) -> np.ndarray:
     """The ten training batches of ImageNet 32x32 with so many images each; returns all, uint8 [N, 32, 32, 3]."""
     images = np.random.RandomState(seed).randint(0, 256, size=(sum(sizes), 32, 32, 3), dtype=np.uint8)

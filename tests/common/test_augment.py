@@ -1,16 +1,18 @@
 """Augmentations of batches against torchvision's transforms applied image by image."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy.stats import binomtest, chi2_contingency, chisquare, ks_2samp, kstest
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional, v2
 
-from common.gpu import augment
+from common.gpu import augment, policies
 from common.gpu.image_operations import hue
+from tests.common.pil import image_by_image
 
 
 def numbered(channels: int, height: int, width: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -127,15 +129,6 @@ def noise(count: int, channels: int, height: int, width: int, seed: int = 0) -> 
     return images
 
 
-def image_by_image(function, images: Tensor) -> Tensor:
-    """function(PIL image, number) of each of them."""
-    results = []
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        result = function(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image), i)
-        results.append(torch.from_numpy(np.array(result)).view(image.shape).permute(2, 0, 1))
-    return torch.stack(results)
-
-
 @both_modes
 @all_sizes
 def test_color_jitter_is_torchvisions(channels, height, width):
@@ -154,7 +147,7 @@ def test_color_jitter_is_torchvisions(channels, height, width):
             image = operations[number](image, draws.strength[i, min(number, 3)].item())
         return image
 
-    assert torch.equal(augment.apply_color_jitter(images, draws), image_by_image(jittered, images))
+    assert torch.equal(augment.apply_color_jitter(images, draws), image_by_image(images, jittered))
 
 
 def test_hue_is_torchvisions_for_all_kinds_of_colours():
@@ -162,7 +155,7 @@ def test_hue_is_torchvisions_for_all_kinds_of_colours():
     colours = torch.cartesian_prod(values, values, values).T.reshape(3, 1, -1)
     shifts = torch.tensor([-0.5, -0.2, -1 / 256, 0, 0.1, 0.35, 0.5], dtype=torch.float64)
     images = copies(colours, len(shifts))
-    theirs = image_by_image(lambda image, i: functional.adjust_hue(image, shifts[i].item()), images)
+    theirs = image_by_image(images, lambda image, i: functional.adjust_hue(image, shifts[i].item()))
     assert torch.equal(hue(images, shifts), theirs)
 
 
@@ -182,7 +175,7 @@ def test_random_affine_is_torchvisions(channels, height, width):
         angle, right, down, scale, shear_x, shear_y = (values[i].item() for values in draws)
         return functional.affine(image, angle, [int(right), int(down)], scale, [shear_x, shear_y])
 
-    assert torch.equal(augment.apply_affine(images, draws), image_by_image(moved, images))
+    assert torch.equal(augment.apply_affine(images, draws), image_by_image(images, moved))
 
 
 @both_modes
@@ -199,7 +192,7 @@ def test_random_resized_crop_is_torchvisions(channels, height, width):
         return functional.resized_crop(image, *(values[i].item() for values in draws), [height, width])
 
     ours = augment.apply_resized_crop(images, draws)
-    assert torch.equal(ours, image_by_image(cropped, images))
+    assert torch.equal(ours, image_by_image(images, cropped))
     assert torch.equal(ours[:2], images[:2])
     assert ours.is_contiguous(memory_format=torch.channels_last)
 
@@ -209,7 +202,7 @@ def test_random_resized_crop_is_torchvisions(channels, height, width):
 def test_random_grayscale_is_torchvisions_for_a_share_p_of_the_images(channels, p):
     images = noise(1000, channels, 8, 8)[2:]
     ours = augment.random_grayscale(images, generator(4), p)
-    theirs = image_by_image(lambda image, _: functional.rgb_to_grayscale(image, channels), images)
+    theirs = image_by_image(images, lambda image, _: functional.rgb_to_grayscale(image, channels))
     grey = (ours == theirs).flatten(1).all(1)
     untouched = (ours == images).flatten(1).all(1)
     if channels == 1:
@@ -370,6 +363,11 @@ OPERATIONS = {
         images, augment.draw_resized_crop(len(images), *images.shape[2:], g)
     ),
     "simclr_view": augment.simclr_view,
+    "auto_augment": policies.auto_augment,
+    "rand_augment": policies.rand_augment,
+    "six_views": partial(policies.six_views, crop=augment.crop_and_flip),
+    "weak_reference": partial(policies.six_views, crop=augment.crop_and_flip, weak_reference=True),
+    "four_views": partial(policies.four_views, crop=augment.crop_and_flip),
     "warm_up_view": lambda images, g: augment.warm_up_view(images, g, augment.crop_and_flip),
 }
 every_operation = pytest.mark.parametrize("function", OPERATIONS.values(), ids=OPERATIONS.keys())
@@ -378,13 +376,14 @@ every_operation = pytest.mark.parametrize("function", OPERATIONS.values(), ids=O
 @every_operation
 @both_modes
 @all_sizes
-@pytest.mark.parametrize("count", [0, 9])
+@pytest.mark.parametrize("count", [0, 1, 9])
 def test_shape_and_dtype_and_the_input_are_kept(function, channels, height, width, count):
     images = noise(9, channels, height, width)[:count]
     before = images.clone()
     out = function(images, generator())
-    assert out.shape == images.shape and out.dtype == torch.uint8
+    assert out.shape[-4:] == images.shape and out.dtype == torch.uint8
     assert torch.equal(images, before)
+    assert count == 0 or out.untyped_storage().data_ptr() != images.untyped_storage().data_ptr()
 
 
 @every_operation

@@ -15,6 +15,7 @@ from common import datasets
 from common.datasets.__main__ import main
 from common.datasets.in_memory import MNIST_MD5
 from common.runs.cli import UserError
+from tests import lines
 
 ROOT = Path(__file__).resolve().parents[2]
 UNPACK = ROOT.parent / "shared" / "data" / "unpack.py"
@@ -23,11 +24,7 @@ CIFAR10_FILES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batch
 
 def message(name: str, root: Path) -> str:
     """The one line that loading this data set ends in."""
-    with pytest.raises(UserError) as error:
-        datasets.load(name, root)
-    text = str(error.value)
-    assert "\n" not in text
-    return text
+    return lines.message(datasets.load, name, root)
 
 
 def test_digits_are_1437_and_360_grey_images_of_10_classes():
@@ -96,24 +93,22 @@ def test_an_npz_may_be_grey_with_small_label_types_and_noisy_labels(tmp_path):
     assert len(data.mean) == len(data.std) == 1
 
 
-def test_an_npz_of_a_known_name_has_that_data_sets_classes_and_constants(tmp_path):
-    write(tmp_path, "cifar100")
+def test_an_npz_of_a_known_name_has_that_data_sets_classes_and_constants_and_goes_before_the_embedded(
+    tmp_path,
+):
+    for name in ("cifar100", "digits"):
+        write(tmp_path, name)
     data = datasets.load("cifar100", tmp_path)
-    assert data.num_classes == 100
-    assert data.mean == (0.507, 0.487, 0.441)
-    assert data.std == (0.267, 0.256, 0.276)
-
-
-def test_an_npz_of_the_name_digits_goes_before_the_embedded_ones(tmp_path):
-    write(tmp_path, "digits")
+    assert (data.num_classes, data.mean, data.std) == (100, (0.507, 0.487, 0.441), (0.267, 0.256, 0.276))
     data = datasets.load("digits", tmp_path)
     assert data.num_classes == 10 and np.array_equal(data.train.images, GOOD["train_images"])
     assert len(datasets.load("digits", tmp_path / "elsewhere").train.labels) == 1437
-
-
-def test_constant_pixels_have_a_deviation_to_divide_by(tmp_path):
     write(tmp_path, train_images=np.full((20, 6, 5, 3), 7, np.uint8))
-    assert min(datasets.load("own", tmp_path).std) > 0
+    assert min(datasets.load("own", tmp_path).std) > 0, "of constant pixels: it is divided by"
+    for name, channels in (("cifar10", 1), ("mnist", 3)):  # other channels than the constants have
+        write(tmp_path, name, **{key: GOOD[key][..., :channels] for key in ("train_images", "test_images")})
+        data = datasets.load(name, tmp_path)
+        assert len(data.mean) == len(data.std) == channels
 
 
 def test_num_classes_settles_classes_that_only_the_test_set_has_and_a_column_of_labels_is_a_vector(tmp_path):
@@ -250,13 +245,6 @@ def test_old_pickles_of_torchvision_are_not_read(fashion, tmp_path):
     assert len(datasets.load("fashion_mnist", tmp_path).train.labels) == 12
 
 
-@pytest.mark.parametrize(("name", "channels"), [("cifar10", 1), ("mnist", 3)])
-def test_images_with_other_channels_than_the_constants_get_their_own(tmp_path, name, channels):
-    write(tmp_path, name, **{key: GOOD[key][..., :channels] for key in ("train_images", "test_images")})
-    data = datasets.load(name, tmp_path)
-    assert len(data.mean) == len(data.std) == channels
-
-
 def in_directory(content: bytes, offset: int) -> bytes:
     """A .npz with one bit changed in the first entry of its zip directory."""
     place = content.index(b"PK\x01\x02") + offset
@@ -324,8 +312,8 @@ def test_the_real_mnist_is_read_from_torchvisions_files_and_a_flipped_byte_is_fo
 def test_check_prints_what_a_data_set_holds(capsys):
     main(["check", "digits"])
     printed = capsys.readouterr().out
-    assert "digits train: images [1437, 8, 8, 1], 1437 labels of 10 classes" in printed
-    assert "digits test: images [360, 8, 8, 1], 360 labels of 10 classes" in printed
+    for part, count in (("train", 1437), ("test", 360)):
+        assert f"digits {part}: images [{count}, 8, 8, 1], {count} labels of 10 classes" in printed
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ from common.datasets.clothing1m import label_lines
 from common.datasets.file_lists import read_list
 from common.datasets.food101n import class_lines, food101_test_lines, food101n_lines, verified_lines
 from common.datasets.images import DamagedImage, read_image
-from common.runs.cli import UserError
 from tests.common.small_file_data import (
     DISHES,
     image_files,
@@ -25,6 +24,7 @@ from tests.common.small_file_data import (
     plant,
     write_lines,
 )
+from tests.lines import message
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -44,15 +44,6 @@ def clothes(tmp_path) -> Path:
     """A small Clothing1M: 12 noisy images of 3 classes, 6 in each clean list."""
     make_clothing1m(tmp_path)
     return tmp_path
-
-
-def message(function, *arguments) -> str:
-    """The one line of the UserError that a call ends in."""
-    with pytest.raises(UserError) as error:
-        function(*arguments)
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 def lines_of(path: Path) -> list[str]:
@@ -93,13 +84,10 @@ def test_a_wrong_line_is_named_with_its_number(reader, lines, offending):
         reader(lines, ["a", "b"])
 
 
-def test_class_ids_are_alphabetical_whatever_the_order_and_a_header_is_no_class():
+def test_class_ids_are_alphabetical_whatever_the_order_and_a_header_is_no_class(tmp_path):
     assert class_lines(["class_name", "waffles", "apple_pie"]) == ("apple_pie", "waffles")
     with pytest.raises(ValueError, match="line 2: pie is there already"):
         class_lines(["pie", "pie"])
-
-
-def test_a_list_that_is_no_text_is_named(tmp_path):
     (tmp_path / "list.txt").write_bytes(b"\xff\xfe\xfa")
     assert (
         message(read_list, tmp_path / "list.txt", class_lines) == f"{tmp_path / 'list.txt'}: not UTF-8 text"
@@ -134,20 +122,18 @@ def test_verified_rows_are_joined_by_class_and_file(food, capsys):
     assert "1 verified rows of no listed image" in capsys.readouterr().out
 
 
-def test_missing_lists_are_named_with_their_source_and_the_command(food):
-    (food / TRAIN / "meta/imagelist.tsv").unlink()
-    text = message(datasets.load_food101n, food)
-    assert (
-        f"looked in {food} for {TRAIN}/meta/imagelist.tsv; get it from http://data.vision.ee.ethz.ch" in text
-    )
-    assert f"python -m common.datasets check food101n --data_path {food}" in text
-
-
-def test_a_wrong_list_is_named_with_file_and_line(food):
+def test_missing_and_wrong_lists_are_named_with_their_source_and_the_command(food):
     path = food / TEST / "meta/test.txt"
-    write_lines(path, [*lines_of(path), "unheard_of/1"])
+    before = lines_of(path)
+    write_lines(path, [*before, "unheard_of/1"])
     text = message(datasets.load_food101n, food)
     assert f"{path}: line 7: class unheard_of is not among the 3" in text
+    write_lines(path, before)
+    (food / TRAIN / "meta/imagelist.tsv").unlink()
+    text = message(datasets.load_food101n, food)
+    source = "get it from http://data.vision.ee.ethz.ch"
+    assert f"looked in {food} for {TRAIN}/meta/imagelist.tsv; {source}" in text
+    assert f"python -m common.datasets check food101n --data_path {food}" in text
 
 
 def test_clothing1m_trains_on_the_noisy_list_and_tests_on_the_clean_ones(clothes, capsys):
@@ -332,17 +318,17 @@ def test_a_root_that_cannot_be_written_is_looked_through_at_every_run(food, monk
     assert not list(food.glob("damaged_images*"))
 
 
-def test_nothing_left_is_an_error(food):
-    for path in image_files(food / TEST):
-        plant(path, "missing")
-    assert "food101n test: no image left" in message(datasets.load_food101n, food, "skip")
-
-
-def test_an_unreadable_image_is_not_taken_for_a_damaged_one(food):
+def test_nothing_left_and_an_unreadable_image_are_errors(food):
     path = datasets.load_food101n(food).train.path(2)
+    content = path.read_bytes()
     path.unlink()
     path.mkdir()
     assert f"{path} cannot be read (Is a directory)" in message(datasets.load_food101n, food, "skip")
+    path.rmdir()
+    path.write_bytes(content)
+    for image in image_files(food / TEST):
+        plant(image, "missing")
+    assert "food101n test: no image left" in message(datasets.load_food101n, food, "skip")
 
 
 @pytest.fixture(params=["torchvision", "Pillow"])

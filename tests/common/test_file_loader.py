@@ -240,29 +240,24 @@ def test_a_worker_that_dies_while_its_parent_does_something_else_is_one_too(data
     assert error.value.status == 1 and not multiprocessing.active_children()
 
 
-def no_room(*_):
-    """In place of shared memory, or of a semaphore in it."""
-    raise RuntimeError(
-        "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
-    )
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ((torch.Tensor, "share_memory_"), r"No space left on device.*--shm-size, or use --workers 0"),
+        ((multiprocessing, "Lock"), r"workers cannot be started \(No space .*--shm-size, or use --workers 0"),
+    ],
+    ids=["images", "workers"],
+)
+def test_too_little_shared_memory_is_a_users_error(data, monkeypatch, place, line):
+    def no_room(*_):
+        if place[0] is multiprocessing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        raise RuntimeError("unable to allocate shared memory for </torch_1>: No space left on device (28)")
 
-
-def test_too_little_shared_memory_for_the_images_is_a_users_error(data, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
-    with pytest.raises(UserError, match=r"No space left on device.*--shm-size, or use --workers 0") as error:
+    monkeypatch.setattr(*place, no_room)
+    with pytest.raises(UserError, match=line) as error:
         whole_pass(batches(data.train, 5, noise, workers=2))
     assert error.value.status == 2 and not multiprocessing.active_children()
-
-
-def test_too_little_shared_memory_for_workers_is_a_users_error(data, monkeypatch):
-    def no_semaphore():
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(multiprocessing, "Lock", no_semaphore)
-    with pytest.raises(
-        UserError, match=r"workers cannot be started \(No space .*--shm-size, or use --workers 0"
-    ):
-        whole_pass(batches(data.train, 5, noise, workers=2))
 
 
 @pytest.mark.parametrize("way", [KeyboardInterrupt, SystemExit, ValueError])

@@ -20,10 +20,10 @@ from common.datasets.__main__ import main as command
 from common.datasets.folder import load_folder, load_folder_files, ordered, split_off
 from common.gpu.device import Device
 from common.runs import cli
-from common.runs.cli import UserError
 from sfa import Train_cifar, Train_webvision
 from sfa.flags import cifar_directory, parse_cifar_args
 from tests.common.small_file_data import write_lines
+from tests.lines import message
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -60,14 +60,6 @@ def make_lists(root: Path, names=CLASSES, truth=LABELS) -> None:
     for name, lines in (("train", rows), ("test", [["label", "path"], [names[3], "t.png"]])):
         with (root / f"{name}.csv").open("w", newline="") as file:
             csv.writer(file).writerows(lines)
-
-
-def message(function, *arguments, **options) -> str:
-    """The one line of the UserError that a call ends in."""
-    with pytest.raises(UserError) as error:
-        function(*arguments, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # what it lists --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from common.gpu import image_operations as operations
+from tests.common.pil import image_by_image
 
 SIZES = [(32, 32), (8, 8), (7, 13), (3, 3), (2, 9), (1, 5), (5, 1), (1, 1)]
 every_kind = pytest.mark.parametrize("channels", [1, 3], ids=["grey", "colour"])
@@ -36,17 +37,6 @@ def random_images(count: int, channels: int, height: int, width: int, seed: int 
     return torch.from_numpy(np.stack([one(i % 6) for i in range(count)]).astype(np.uint8))
 
 
-def to_pil(image: Tensor) -> Image.Image:
-    array = image.permute(1, 2, 0).numpy()
-    return Image.fromarray(array if array.shape[2] == 3 else array[..., 0])
-
-
-def pil_results(images: Tensor, operation) -> Tensor:
-    """operation(PIL image, i) for every image i of a batch, as a batch again."""
-    arrays = [np.array(operation(to_pil(image), i)) for i, image in enumerate(images)]
-    return torch.from_numpy(np.stack([a.reshape(*a.shape[:2], -1) for a in arrays])).permute(0, 3, 1, 2)
-
-
 def colour(image: Image.Image, value: int):
     return (value,) * 3 if image.mode == "RGB" else value
 
@@ -69,7 +59,9 @@ def factors(count: int, seed: int = 1) -> Tensor:
 @every_size
 def test_luminance_is_pils(channels, height, width):
     images = random_images(60, channels, height, width)
-    assert torch.equal(operations.luminance(images), pil_results(images, lambda image, i: image.convert("L")))
+    assert torch.equal(
+        operations.luminance(images), image_by_image(images, lambda image, i: image.convert("L"))
+    )
 
 
 @pytest.mark.parametrize("channels", [0, 2, 4])
@@ -91,7 +83,7 @@ def test_luminance_refuses_other_numbers_of_channels(channels):
 )
 def test_enhancing_is_pils(ours, theirs, channels, height, width):
     images, factor = random_images(180, channels, height, width), factors(180)
-    expected = pil_results(images, lambda image, i: theirs(image).enhance(factor[i].item()))
+    expected = image_by_image(images, lambda image, i: theirs(image).enhance(factor[i].item()))
     assert torch.equal(ours(images, factor), expected)
     assert torch.equal(ours(images, factor.float()), expected)  # PIL itself computes in float32
 
@@ -108,7 +100,7 @@ def test_enhancing_is_pils(ours, theirs, channels, height, width):
 )
 def test_operations_without_parameter_are_pils(ours, theirs, channels, height, width):
     images = random_images(240, channels, height, width)
-    assert torch.equal(ours(images), pil_results(images, lambda image, i: theirs(image)))
+    assert torch.equal(ours(images), image_by_image(images, lambda image, i: theirs(image)))
 
 
 def test_equalize_of_a_channel_whose_highest_value_is_common_is_pils():
@@ -117,7 +109,7 @@ def test_equalize_of_a_channel_whose_highest_value_is_common_is_pils():
     shares = r.uniform(0, 0.8, (60, 1, 1, 1))
     images = np.where(r.rand(60, 3, 32, 32) < shares, 250, r.randint(0, 250, (60, 3, 32, 32)))
     images = torch.from_numpy(images.astype(np.uint8))
-    expected = pil_results(images, lambda image, i: ImageOps.equalize(image))
+    expected = image_by_image(images, lambda image, i: ImageOps.equalize(image))
     assert torch.equal(operations.equalize(images), expected)
     assert not torch.equal(expected, images)
 
@@ -125,7 +117,7 @@ def test_equalize_of_a_channel_whose_highest_value_is_common_is_pils():
 @every_kind
 def test_posterize_is_pils(channels):
     images, bits = random_images(160, channels, 8, 8), torch.arange(1, 9).repeat(20)
-    expected = pil_results(images, lambda image, i: ImageOps.posterize(image, bits[i].item()))
+    expected = image_by_image(images, lambda image, i: ImageOps.posterize(image, bits[i].item()))
     assert torch.equal(operations.posterize(images, bits), expected)
 
 
@@ -134,7 +126,7 @@ def test_solarize_is_pils(channels):
     values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     for threshold in (torch.arange(0, 257), torch.linspace(256, 0, 10).double(), torch.rand(50) * 256):
         images = values.expand(len(threshold), channels, 16, 16)
-        expected = pil_results(images, lambda image, i: ImageOps.solarize(image, threshold[i].item()))  # noqa: B023
+        expected = image_by_image(images, lambda image, i: ImageOps.solarize(image, threshold[i].item()))  # noqa: B023
         assert torch.equal(operations.solarize(images, threshold), expected)
 
 
@@ -163,7 +155,7 @@ def matrices(kind: str, count: int, seed: int = 2) -> np.ndarray:
 def test_affine_nearest_is_pils(kind, channels, height, width):
     images, matrix = random_images(120, channels, height, width), matrices(kind, 120)
     nearest = Image.Resampling.NEAREST
-    expected = pil_results(images, lambda image, i: transform(image, matrix[i], nearest, 128))
+    expected = image_by_image(images, lambda image, i: transform(image, matrix[i], nearest, 128))
     assert torch.equal(operations.affine_nearest(images, torch.from_numpy(matrix), fill=128), expected)
 
 
@@ -174,7 +166,9 @@ def test_affine_nearest_adds_up_as_pil_where_rounding_decides():
     matrix = np.zeros((100, 6))
     matrix[:, 0], matrix[:, 4] = scale, scale[::-1]
     matrix[:, 2], matrix[:, 5] = -scale / 2, -scale[::-1] / 2  # the first pixel's centre comes from 0
-    expected = pil_results(images, lambda image, i: transform(image, matrix[i], Image.Resampling.NEAREST, 0))
+    expected = image_by_image(
+        images, lambda image, i: transform(image, matrix[i], Image.Resampling.NEAREST, 0)
+    )
     assert torch.equal(operations.affine_nearest(images, torch.from_numpy(matrix)), expected)
 
 
@@ -183,7 +177,7 @@ def test_affine_nearest_adds_up_as_pil_where_rounding_decides():
 def test_rotation_is_pils(channels, height, width):
     degrees = np.concatenate([np.arange(-390, 400, 15), np.linspace(0, 30, 10), np.linspace(-200, 200, 60)])
     images = random_images(len(degrees), channels, height, width)
-    expected = pil_results(images, lambda image, i: image.rotate(degrees[i], fillcolor=colour(image, 9)))
+    expected = image_by_image(images, lambda image, i: image.rotate(degrees[i], fillcolor=colour(image, 9)))
     matrix = operations.rotation(torch.from_numpy(degrees), height, width)
     assert torch.equal(operations.affine_nearest(images, matrix, fill=9), expected)
 
@@ -204,7 +198,7 @@ def test_shear_bicubic_is_pils(channels, height, width):
     ours = operations.shear_bicubic(
         images, torch.from_numpy(amounts * ~down), torch.from_numpy(amounts * down), 128
     )
-    assert torch.equal(ours, pil_results(images, sheared))
+    assert torch.equal(ours, image_by_image(images, sheared))
 
 
 # each with parameters [B] or [B, 6], drawn for B images

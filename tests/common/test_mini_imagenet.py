@@ -1,5 +1,6 @@
 """mini-ImageNet with controlled noisy web labels: what its lists say, and all its images in one array, decoded once."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,9 @@ from common.datasets.__main__ import main
 from common.datasets.file_lists import FileSplit
 from common.datasets.mini_imagenet import TEST_IMAGE, TRAIN_IMAGE, is_official, list_lines, train_list
 from common.gpu import processes
-from common.runs.cli import UserError
 from common.runs.locks import Lock
 from tests.common.small_file_data import make_mini_imagenet, plant, write_lines
+from tests.lines import message
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -35,15 +36,6 @@ def split(tmp_path_factory) -> FileSplit:
     folder = tmp_path_factory.mktemp("mini_imagenet")
     make_mini_imagenet(folder)
     return load_mini_imagenet(folder, "red", 0.2).train
-
-
-def message(function, *arguments) -> str:
-    """The one line of the UserError that a call ends in."""
-    with pytest.raises(UserError) as error:
-        function(*arguments)
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 def lines_of(path: Path) -> list[str]:
@@ -212,14 +204,18 @@ def test_check_names_missing_lists_and_finds_a_wrong_line_in_any(root, capsys):
     ]
 
 
-def test_it_is_neither_fetched_nor_cached(root):
-    words = ["mini_imagenet", "--data_path", str(root), "--out", str(root / "cache")]
-    with pytest.raises(UserError, match="cannot be fetched by a script: get it from the project page"):
-        main(["download", *words])
-    with pytest.raises(
-        UserError, match="mini_imagenet needs no cache: only food101n, clothing1m, webvision have"
+def test_what_lies_in_files_is_not_fetched_and_this_is_not_cached(root):
+    words = ["--data_path", str(root), "--out", str(root / "cache")]
+    text = message(main, ["download", "mini_imagenet", *words])
+    assert "cannot be fetched by a script: get it from the project page" in text
+    text = message(main, ["download", "webvision", "--data_path", str(root)])
+    for words_ in (
+        "cannot be fetched by a script: get it from WebVision 1.0",
+        "imagenet/val",
+        "image-net.org",
     ):
-        main(["cache", *words])
+        assert words_ in text
+    assert "mini_imagenet needs no cache" in message(main, ["cache", "mini_imagenet", *words])
     assert not (root / "cache").exists()
 
 
@@ -238,8 +234,10 @@ def difference(split: FileSplit, size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [32, 84, 7])
-def test_images_are_resized_as_pillow_does(split, size):
+def test_images_are_resized_as_pillow_does_and_no_random_number_is_drawn(split, size):
+    before = torch.get_rng_state()
     apart = difference(split, size)
+    assert torch.equal(torch.get_rng_state(), before)
     assert apart.max() <= 1  # measured: one value in a hundred is 1 off
     assert (apart > 0).mean() < 0.05
 
@@ -250,12 +248,6 @@ def test_many_images_stay_in_their_order(split, workers):
     images = decoded(split, 16, 0, None)
     assert len(np.unique(images, axis=0)) == 12
     assert np.array_equal(decoded(split.only(order), 16, workers, None), images[order])
-
-
-def test_no_random_number_is_drawn(split):
-    before = torch.get_rng_state()
-    decoded(split, 16, 0, None)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -307,44 +299,32 @@ def test_other_images_another_size_and_another_decoder_make_another_file(split, 
     assert len(kept(tmp_path)) == 4
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
+def spoilt(content: bytes, images: np.ndarray) -> dict:
+    """Other contents of the file: bytes, or arrays."""
+    bit = bytearray(content)
+    bit[len(content) // 2] ^= 1
+    with np.load(io.BytesIO(content)) as file:
+        parameters = file["parameters"]
+    return {
+        "cut": content[:-100],
+        "a bit turned": bytes(bit),
+        "of another list": {"images": images ^ 1, "parameters": np.array("{}")},
+        "of another shape": {"images": images[1:], "parameters": parameters},
+        "without images": {"pictures": np.zeros(3)},
+    }
 
 
-def turn_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def of_another_list(path: Path) -> None:
-    with np.load(path) as file:
-        np.savez(path, images=file["images"] ^ 1, parameters=np.array("{}"))
-
-
-def of_another_shape(path: Path) -> None:
-    with np.load(path) as file:
-        np.savez(path, images=file["images"][1:], parameters=file["parameters"])
-
-
-def without_images(path: Path) -> None:
-    np.savez(path, pictures=np.zeros(3))
-
-
-@pytest.mark.parametrize("spoil", [cut, turn_a_bit, of_another_list, of_another_shape, without_images])
-def test_a_damaged_file_is_told_and_made_anew(split, tmp_path, capsys, spoil):
+def test_a_damaged_file_is_told_and_made_anew(split, tmp_path, capsys):
     expected = decoded(split, 16, 0, tmp_path)
     (path,) = kept(tmp_path)
-    content = path.read_bytes()
-    spoil(path)
-    assert path.read_bytes() != content
-    capsys.readouterr()
-    assert np.array_equal(decoded(split, 16, 0, tmp_path), expected)
-    (note,) = capsys.readouterr().out.splitlines()
-    assert note.startswith(f"note: {path} ")
-    assert note.endswith("; every image is decoded again")
-    with np.load(path) as file:
-        assert np.array_equal(file["images"], expected)
+    for what, other in spoilt(path.read_bytes(), expected).items():
+        path.write_bytes(other) if isinstance(other, bytes) else np.savez(path, **other)
+        capsys.readouterr()
+        assert np.array_equal(decoded(split, 16, 0, tmp_path), expected), what
+        (note,) = capsys.readouterr().out.splitlines()
+        assert note.startswith(f"note: {path} ") and note.endswith("; every image is decoded again"), what
+        with np.load(path) as file:
+            assert np.array_equal(file["images"], expected)
     decoded(split, 16, 0, tmp_path)
     assert capsys.readouterr().out == ""
 

@@ -10,14 +10,7 @@ from common.runs import checkpoint
 from common.runs.cli import UserError
 from common.runs.run import Run
 
-CELL = {
-    "dataset": "digits",
-    "noise_type": "sym",
-    "noise_rate": 0.5,
-    "imb_factor": None,
-    "ood_ratio": None,
-    "profile": "short",
-}
+CELL = {"dataset": "digits", "noise_type": "sym", "noise_rate": 0.5, "imb_factor": None, "ood_ratio": None}
 
 
 def open_run(folder, device="cpu", **changed):
@@ -29,15 +22,11 @@ def open_run(folder, device="cpu", **changed):
         "fidelity": "paper",
         "preset": None,
     }
-    args = Namespace(**usual | {"device": device} | changed)
-    return Run(
-        args,
-        Device(torch.device("cpu"), "fp32", "for the test"),
-        paper="sfa",
-        method="SFA",
-        name="name",
-        cell=CELL,
+    args, cpu = (
+        Namespace(**usual | {"device": device} | changed),
+        Device(torch.device("cpu"), "fp32", "a test"),
     )
+    return Run(args, cpu, paper="sfa", method="SFA", name="name", cell=CELL | {"profile": "short"})
 
 
 def one_epoch(run, state):
@@ -59,20 +48,16 @@ def trained_on_a_card(tmp_path):
     return tmp_path
 
 
-def test_a_run_of_another_kind_of_device_is_refused(trained_on_a_card):
+def test_a_run_of_another_kind_of_device_is_refused_or_resumed_anyway_with_fresh_generators(
+    trained_on_a_card, capsys
+):
     run = open_run(trained_on_a_card)
-    with pytest.raises(
-        UserError, match=r"was trained on cuda, and this is cpu: .*--device cuda, or --resume anyway"
-    ):
+    line = r"was trained on cuda, and this is cpu: .*--device cuda, or --resume anyway"
+    with pytest.raises(UserError, match=line):
         run.resume({"generator": torch.Generator(), "step": 0})
     run.release()
-
-
-def test_resume_anyway_keeps_the_fresh_generators_and_all_else(trained_on_a_card, capsys):
-    run, state = (
-        open_run(trained_on_a_card, resume="anyway"),
-        {"generator": torch.Generator().manual_seed(5), "step": 0},
-    )
+    run = open_run(trained_on_a_card, resume="anyway")
+    state = {"generator": torch.Generator().manual_seed(5), "step": 0}
     run.resume(state)
     assert state["step"] == 7 and len(run.rows) == 1
     assert torch.equal(state["generator"].get_state(), torch.Generator().manual_seed(5).get_state())

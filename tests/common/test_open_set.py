@@ -3,6 +3,7 @@
 import random
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from common.datasets.open_set import Corruption, OpenSetData, corrupt
 from common.gpu import processes
 from common.runs.cli import UserError
 from common.runs.locks import Lock
+from tests import lines
 from tests.common.small_file_data import make_imagenet32
 
 N = 600
@@ -168,24 +170,20 @@ def test_ratio_1_replaces_every_image_and_leaves_the_labels():
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.1, float("nan")])
 def test_a_rate_outside_0_to_1_is_refused_by_name(wrong):
-    def in_distribution(rate, ood_ratio):
-        noise.in_distribution_noise("sym", LABELS[10], np.arange(2), rate, ood_ratio, 10, RandomState(0))
-
-    uses = {
-        "noise rate": [
-            lambda: in_distribution(wrong, 0.2),
-            lambda: noise.look_alike_matrix(wrong),
-            lambda: noise.next_in_group([0, 0], wrong),
-        ],
-        "ood ratio": [
-            lambda: in_distribution(0.2, wrong),
-            lambda: noise.open_set(N, wrong, 10, RandomState(0)),
-        ],
-    }
-    for name, own in uses.items():
-        for use in own:
-            with pytest.raises(ValueError, match=rf"^{name} must be in \[0, 1\], got {wrong}$"):
-                use()
+    for name, use in (
+        ("noise rate", lambda: draw("sym", LABELS[10], wrong, 0.2, 10)),
+        ("noise rate", lambda: noise.look_alike_matrix(wrong)),
+        ("noise rate", lambda: noise.next_in_group([0, 0], wrong)),
+        ("ood ratio", lambda: noise.open_set(N, wrong, 10, RandomState(0))),
+        (
+            "ood ratio",
+            lambda: noise.in_distribution_noise(
+                "sym", LABELS[10], np.arange(2), 0.2, wrong, 10, RandomState(0)
+            ),
+        ),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name} must be in \[0, 1\], got {wrong}$"):
+            use()
 
 
 @pytest.mark.parametrize(
@@ -270,13 +268,7 @@ def save(data: Data, path: Path) -> None:
     )  # fmt: skip
 
 
-def message(*arguments, **options) -> str:
-    """The one line that corrupting ends in."""
-    with pytest.raises(UserError) as error:
-        corrupt(*arguments, **options)
-    text = str(error.value)
-    assert "\n" not in text
-    return text
+message = partial(lines.message, corrupt)
 
 
 def assert_same(found: OpenSetData, expected: OpenSetData) -> None:
@@ -488,20 +480,16 @@ def test_a_pool_given_by_its_folder_is_kept_under_the_same_name(root):
     assert "(other files)" in message(small(), IMAGENET, root, root / "elsewhere", root / "cache")
 
 
-def test_another_ratio_pool_or_data_set_has_a_file_of_its_own(root):
-    cached(root)
-    cached(root, IMAGENET._replace(ood_ratio=0.2))
-    cached(root, IMAGENET._replace(pool="place365"))
+def test_each_ratio_pool_of_files_and_data_set_has_a_file_of_its_own(root):
+    before = sorted(root.rglob("*"))
+    corrupt(small(), IMAGENET, root)  # without a folder for caches
+    cached(root, IMAGENET._replace(pool="other"))  # a data set
+    assert sorted(root.rglob("*")) == before
+    for corruption in (IMAGENET, IMAGENET._replace(ood_ratio=0.2), IMAGENET._replace(pool="place365")):
+        cached(root, corruption)
     cached(root, data=small(name="second"))
     expected = [f"own-{kind}.npz" for kind in ("imagenet32-0.2", "imagenet32-0.3", "place365-0.3")]
     assert files(root) == [*expected, "second-imagenet32-0.3.npz"]
-
-
-def test_without_a_folder_and_of_data_sets_nothing_is_kept(root):
-    before = sorted(root.rglob("*"))
-    corrupt(small(), IMAGENET, root)
-    cached(root, IMAGENET._replace(pool="other"))
-    assert sorted(root.rglob("*")) == before
 
 
 def test_images_of_another_pool_are_refused(root):

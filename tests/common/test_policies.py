@@ -10,8 +10,8 @@ from scipy.stats import binomtest, chisquare, kstest
 from torch import Generator, Tensor
 
 from common.gpu import policies
-from common.gpu.augment import crop_and_flip
 from common.gpu.policies import AutoAugmentDraws, RandAugmentDraws
+from tests.common.pil import image_by_image
 
 every_kind = pytest.mark.parametrize("channels", [1, 3], ids=["grey", "colour"])
 every_size = pytest.mark.parametrize(("height", "width"), [(32, 32), (8, 8), (7, 13)])
@@ -149,14 +149,6 @@ def pil_cutout(image: Image.Image, centre: tuple[float, float], side: int, fill:
     return image
 
 
-def image_by_image(images: Tensor, function) -> Tensor:
-    results = []
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        result = function(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image), i)
-        results.append(torch.from_numpy(np.array(result)).view(image.shape).permute(2, 0, 1))
-    return torch.stack(results)
-
-
 @every_kind
 @every_size
 def test_auto_augment_is_pils_for_every_sub_policy_sign_and_choice(channels, height, width):
@@ -246,41 +238,6 @@ def test_rand_augment_refuses_what_its_tables_do_not_have(n, m):
 augmentations = pytest.mark.parametrize(
     "augmentation", [policies.auto_augment, policies.rand_augment], ids=["auto", "rand"]
 )
-whole_calls = pytest.mark.parametrize(
-    "call",
-    [
-        policies.auto_augment,
-        policies.rand_augment,
-        partial(policies.six_views, crop=crop_and_flip),
-        partial(policies.six_views, crop=crop_and_flip, weak_reference=True),
-        partial(policies.four_views, crop=crop_and_flip),
-    ],
-    ids=["auto", "rand", "six views", "weak reference", "four views"],
-)
-
-
-@whole_calls
-@every_kind
-@every_size
-@pytest.mark.parametrize("count", [0, 1, 9])
-def test_shape_and_dtype_are_kept_and_the_input_left_alone(call, channels, height, width, count):
-    images = images_of(9, channels, height, width)[:count]
-    before, state = images.clone(), torch.get_rng_state()
-    outputs = call(images, generator())
-    assert outputs.shape[-4:] == images.shape
-    assert outputs.dtype == torch.uint8
-    assert torch.equal(images, before)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert count == 0 or outputs.untyped_storage().data_ptr() != images.untyped_storage().data_ptr()
-
-
-@whole_calls
-def test_the_generator_decides(call):
-    images = images_of(64, 3, 32, 32)
-    first = call(images, generator(1))
-    assert torch.equal(first, call(images, generator(1)))
-    assert torch.equal(first, call(images.contiguous(memory_format=torch.channels_last), generator(1)))
-    assert not torch.equal(first, call(images, generator(2)))
 
 
 @augmentations

@@ -13,20 +13,11 @@ import pytest
 from PIL import Image
 
 from common.datasets import pools
-from common.runs.cli import UserError
 from tests.common.small_file_data import imagenet32_rows, make_imagenet32
+from tests.lines import message
 
 RNG = np.random.RandomState(0)
 IMAGES = RNG.randint(0, 256, size=(7, 32, 32, 3), dtype=np.uint8)
-
-
-def message(use, *arguments) -> str:
-    """The one line that this ends in."""
-    with pytest.raises(UserError) as error:
-        use(*arguments)
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 def taken(pool: pools.Pool, rows=None) -> np.ndarray:
@@ -168,6 +159,8 @@ def test_rows_run_through_the_batches_in_the_order_of_their_numbers(tmp_path):
     images = make_imagenet32(tmp_path)
     pool = pools.imagenet32(tmp_path)
     assert pool.size == len(images) == 33
+    assert pools.imagenet32_note(1_281_167) == ""
+    assert "holds 33 images, ImageNet 32x32 has 1281167: not the" in pools.imagenet32_note(33)
     assert np.array_equal(taken(pool), images)
     rows = RNG.permutation(33)  # across batches, in any order, the last and the first of a batch among them
     assert np.array_equal(taken(pool, rows), images[rows])
@@ -228,11 +221,6 @@ def test_missing_batches_are_named_with_the_folder(tmp_path):
     assert "Imagenet32_train.zip" in text and "--ood-dir" in text
     text = message(pools.open_pool, "imagenet32", tmp_path / "data")
     assert f"looked in {tmp_path / 'data' / 'imagenet32'} for train_data_batch_1, " in text
-
-
-def test_only_the_official_number_of_images_goes_without_a_note():
-    assert pools.imagenet32_note(1_281_167) == ""
-    assert "holds 33 images, ImageNet 32x32 has 1281167: not the" in pools.imagenet32_note(33)
 
 
 def photograph(mode: str, width: int = 50, height: int = 40) -> Image.Image:
@@ -390,12 +378,7 @@ def test_images_are_resized_first_and_get_the_channels_of_the_training_images_th
         image = image.convert("L" if shape[2] == 1 else "RGB")
         assert np.array_equal(ours, np.asarray(image).reshape(shape))
     assert (found[-1] == 77).all()
-
-
-def test_images_of_the_right_shape_are_taken_as_they_are_and_none_give_none():
-    for images in (IMAGES, IMAGES[..., :1]):
-        assert np.array_equal(pools.resized(list(images), images.shape[1:]), images)
-    assert np.array_equal(
-        pools.resized(list(IMAGES[..., :1]), (32, 32, 3)), np.repeat(IMAGES[..., :1], 3, axis=3)
-    )
-    assert pools.resized([], (8, 8, 1)).shape == (0, 8, 8, 1)
+    assert pools.resized([], shape).shape == (0, *shape)
+    if shape == (32, 32, 3):  # of the right shape: as they are
+        whole = IMAGES[..., :channels]
+        assert np.array_equal(pools.resized(list(whole), shape), np.broadcast_to(whole, IMAGES.shape))

@@ -310,6 +310,8 @@ def test_in_one_process_everything_hands_back_what_it_was_given(capsys):
     assert numbers() == (False, 1, 1, 0)
     assert_everything_hands_back_what_it_was_given()
     assert capsys.readouterr().out == "a word\n"
+    with processes.alone():
+        assert numbers() == (False, 1, 1, 0)
 
 
 def test_only_torchrun_makes_a_process_one_of_several(monkeypatch):
@@ -360,20 +362,10 @@ def test_after_alone_the_processes_share_the_work_again_whatever_happened_inside
     assert torch.equal(processes.piece(torch.arange(4)), torch.tensor([2, 3]))
 
 
-def test_alone_changes_nothing_in_one_process():
-    with processes.alone():
-        assert numbers() == (False, 1, 1, 0)
-    assert numbers() == (False, 1, 1, 0)
-
-
-def test_the_processes_know_their_number_before_and_after_they_join(both):
-    for rank, seen in enumerate(both):
-        assert seen["before"] == (True, 2, 1, rank)
+def test_the_processes_know_their_number_before_and_after_they_join_and_only_the_first_speaks(launch):
+    for rank, seen in enumerate(launch[0]):
+        assert seen["before"] == seen["stopped"] == (True, 2, 1, rank)
         assert seen["after"] == (True, 2, 2, rank)
-        assert seen["stopped"] == (True, 2, 1, rank)
-
-
-def test_only_the_first_speaks(launch):
     assert launch[1].stdout == "said by 0\n"
 
 
@@ -398,21 +390,13 @@ def test_gathered_rows_have_the_gradient_of_the_own_piece_times_the_processes(bo
         assert torch.equal(seen["gradient"], 2 * weights[2 * rank : 2 * rank + 2])
 
 
-def test_total_is_the_sum_and_leaves_what_it_was_given(both):
+def test_sums_parts_and_means_over_processes(both):
+    """Parts of 2, 1 and 3 rows are gathered one after another; a mean loss has the gradient of the own one."""
     for rank, seen in enumerate(both):
         assert seen["total"].tolist() == [2, 11] and not seen["total"].requires_grad
         assert seen["kept"].tolist() == [1, 10**rank]
-
-
-def test_parts_are_gathered_one_after_another_and_cut_again(both):
-    """Of parts of 2, 1 and 3 rows in each process."""
-    for rank, seen in enumerate(both):
         assert seen["parts"].tolist() == [0, 1, 10, 11, 0, 10, 0, 1, 2, 10, 11, 12]
         assert seen["own_parts"].tolist() == [10 * rank + row for row in (0, 1, 0, 0, 1, 2)]
-
-
-def test_a_mean_loss_is_that_of_both_processes_with_the_gradient_of_the_own_one(both):
-    for seen in both:
         assert (seen["mean"], seen["mean_gradient"]) == (5, 2)
 
 
@@ -460,14 +444,11 @@ def test_without_synchronisation_the_statistics_would_be_others(expected):
     assert (halves - expected["features"]).abs().max() > 0.1
 
 
-def test_both_processes_hold_the_same_network(both):
-    first, second = (seen["synchronised"]["state"] for seen in both)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_synchronising_replaces_the_layers_and_keeps_their_tensors(both):
+def test_synchronising_replaces_the_layers_keeps_their_tensors_and_both_hold_the_same_network(both):
     for seen in both:
         assert seen["same_tensors"] and seen["plain_layers"] == 0 and seen["wrapped"]
+    first, second = (seen["synchronised"]["state"] for seen in both)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_batch_normalisation_under_autocast_is_that_of_one_process(both):
@@ -509,14 +490,12 @@ def test_buffers_are_shared_and_weights_are_not(both):
         assert all((state[name] == rank + 5).all() for name in ("weight", "bias"))
 
 
-def test_from_first_is_made_once_and_known_to_all(both):
+def test_one_process_makes_it_for_all_or_before_all(both):
     assert [seen["from_first"] for seen in both] == [{"made_by": 0}] * 2
     assert [seen["calls"] for seen in both] == [[0], []]
-
-
-def test_another_process_may_make_it_for_all(both):
     assert [seen["from_second"] for seen in both] == [{"made_by": 1}] * 2
     assert [seen["calls_for_second"] for seen in both] == [[], [1]]
+    assert [seen["first_alone"] for seen in both] == ["0 fetched it", "1 found it"]
 
 
 def test_processes_that_work_alone_do_not_wait_for_each_other(both):
@@ -528,19 +507,12 @@ def test_processes_that_work_alone_do_not_wait_for_each_other(both):
         assert seen["numbers_afterwards"] == (True, 2, 2, rank)
 
 
-def test_first_alone_lets_the_others_in_afterwards(both):
-    assert [seen["first_alone"] for seen in both] == ["0 fetched it", "1 found it"]
-
-
-def test_a_user_error_of_the_first_ends_all_and_is_told_once(launch):
+def test_a_user_error_of_one_process_ends_all_and_is_told_once(launch):
     seen, ended = launch
     assert [rank["status"] for rank in seen] == [2, 2]
     assert ended.stderr.count("error: refused by 0") == 1 and "refused by 1" not in ended.stderr
     assert "Traceback" not in ended.stderr
-
-
-def test_a_user_error_of_another_process_ends_all_and_is_told_by_it(both):
-    assert [seen["refused_by_second"] for seen in both] == ["SystemExit(2)", "UserError('refused by 1')"]
+    assert [rank["refused_by_second"] for rank in seen] == ["SystemExit(2)", "UserError('refused by 1')"]
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def arguments(folder: Path, **changed) -> Namespace:
 
 @pytest.fixture
 def start(monkeypatch):
-    """start(folder, flag=value, ...) opens a run; a run left unfinished has to be given to `end` before another may start."""
+    """start(folder, flag=value, ...) opens a run; a run left unfinished has to be released before another may start."""
     monkeypatch.setattr("sys.argv", ["sfa/Train_cifar.py", "--dataset", "digits"])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # as of a script run by its path
     runs, handlers = [], {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -61,14 +61,9 @@ def start(monkeypatch):
 
     yield open_run
     for run in runs:
-        end(run)
+        run.release()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-def end(run: Run) -> None:
-    """What the end of its script does to a run."""
-    run.release()
 
 
 def begin(run: Run, state: dict | None = None) -> dict:
@@ -94,7 +89,7 @@ def train(run: Run, stop_after: int | None = None) -> dict:
     for epoch in run.epochs(run.args.num_epochs):
         do_epoch(run, epoch, state)
         if epoch == stop_after:
-            end(run)
+            run.release()
             return state
     run.finish(last_auc=run.rows[-1]["auc"], nothing=None)
     return state
@@ -139,22 +134,11 @@ def test_epochs_without_a_known_end_go_on_until_the_script_breaks_and_the_last_o
             break
         run.log(epoch, test_accuracy=float(epoch))
     assert "epoch 3  test_accuracy 3  " in capsys.readouterr().out
-    end(run)
+    run.release()
     again = start(tmp_path)
     begin(again)
     assert len(again.rows) == 3
     assert next(again.epochs(None)) == 4
-
-
-def test_a_row_with_other_columns_is_refused(start, tmp_path):
-    run = start(tmp_path)
-    begin(run)
-    epochs = run.epochs(3)
-    run.log(next(epochs), loss=1.0, test_accuracy=1.0)
-    before = (tmp_path / "log.csv").read_bytes()
-    with pytest.raises(ValueError, match=r"epoch 2 .*auc"):
-        run.log(next(epochs), loss=1.0, test_accuracy=1.0, auc=0.5)
-    assert (tmp_path / "log.csv").read_bytes() == before
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan")])
@@ -169,12 +153,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_logged(name, value, s
     assert not (tmp_path / "log.csv").exists()
 
 
-def test_an_epoch_that_was_not_logged_is_an_error(start, tmp_path):
+def test_a_row_with_other_columns_and_an_epoch_that_was_not_logged_are_errors(start, tmp_path):
     run = start(tmp_path)
     begin(run)
-    epochs = run.epochs(2)
-    assert next(epochs) == 1
-    with pytest.raises(RuntimeError, match="epoch 1 was not logged"):
+    epochs = run.epochs(3)
+    run.log(next(epochs), loss=1.0, test_accuracy=1.0)
+    before = (tmp_path / "log.csv").read_bytes()
+    with pytest.raises(ValueError, match=r"epoch 2 .*auc"):
+        run.log(next(epochs), loss=1.0, test_accuracy=1.0, auc=0.5)
+    assert (tmp_path / "log.csv").read_bytes() == before
+    with pytest.raises(RuntimeError, match="epoch 2 was not logged"):
         next(epochs)
 
 
@@ -200,40 +188,44 @@ def test_result_json_has_best_last_and_the_mean_of_the_last_ten(start, tmp_path)
     assert result["environment"]["device"] == "cpu" and result["environment"]["precision"] == "fp32"
     assert result["timing"]["seconds"] > 0 and result["timing"]["peak_memory_mb"] > 0
     assert result["timing"]["images_per_second"] > 0
+    kept = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert kept["arguments"]["lr"] == 0.1 and kept["arguments"]["seed"] == 1
+    assert kept["command"] == result["command"] and kept["environment"] == result["environment"]
+    assert kept["cell"]["dataset"] == "digits"
     noise = json.loads((tmp_path / "run" / "noise.json").read_text())
     assert result["noise"] == {key: noise[key] for key in ("sha256", "samples", "realised_rate")}
 
 
-def test_result_csv_has_a_row_per_metric_in_the_common_schema(start, tmp_path):
-    train(start(tmp_path, preset="longtail/if10"))
-    rows = table(tmp_path / "result.csv")
-    assert list(rows[0]) == list(results.COLUMNS)
-    # totals 1, 3, 6; a metric without a value has no row
-    values = {"best": 60, "last": 60, "last10": 100 / 3, "last_auc": 0.5}
-    assert {row["metric"]: float(row["value"]) for row in rows} == pytest.approx(values)
-    for row in rows:
-        assert (row["paper"], row["method"], row["table"], row["cell"]) == ("sfa", "SFA", "longtail", "if10")
-        assert (row["dataset"], row["noise_type"], float(row["noise_rate"])) == ("digits", "imb", 0.5)
-        assert (row["ood_ratio"], row["seed"], row["epochs"], row["profile"]) == ("", "1", "3", "short")
-        assert (row["device"], row["precision"], row["fidelity"]) == ("cpu", "fp32", "paper")
-        assert (row["reported"], row["delta"]) == ("", "")
-        assert row["command"] == "python sfa/Train_cifar.py --dataset digits"
-
-
 @pytest.mark.parametrize(
-    ("preset", "expected"),
+    ("preset", "named"),
     [
+        ("longtail/if10", ("longtail", "if10")),
         ("clothing1m/noisy+clean/afm", ("clothing1m", "noisy+clean")),
         ("alone", ("alone", "run")),
         (None, ("", "run")),
     ],
 )
-def test_table_and_cell_are_the_first_two_parts_of_the_preset(preset, expected, start, tmp_path):
+def test_result_csv_has_a_row_per_metric_named_by_the_first_two_parts_of_the_preset(
+    preset, named, start, tmp_path
+):
     train(start(tmp_path / "run", preset=preset))
-    kept = json.loads((tmp_path / "run" / "args.json").read_text())["cell"]
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    for row in (kept, result, *table(tmp_path / "run" / "result.csv")):
-        assert (row["table"], row["cell"]) == expected
+    rows = table(tmp_path / "run" / "result.csv")
+    assert list(rows[0]) == list(results.COLUMNS)
+    kept, result = (
+        json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("args", "result")
+    )
+    for own in (kept["cell"], result):
+        assert (own["table"], own["cell"]) == named
+    # totals 1, 3, 6; a metric without a value has no row
+    values = {"best": 60, "last": 60, "last10": 100 / 3, "last_auc": 0.5}
+    assert {row["metric"]: float(row["value"]) for row in rows} == pytest.approx(values)
+    for row in rows:
+        assert (row["paper"], row["method"], row["table"], row["cell"]) == ("sfa", "SFA", *named)
+        assert (row["dataset"], row["noise_type"], float(row["noise_rate"])) == ("digits", "imb", 0.5)
+        assert (row["ood_ratio"], row["seed"], row["epochs"], row["profile"]) == ("", "1", "3", "short")
+        assert (row["device"], row["precision"], row["fidelity"]) == ("cpu", "fp32", "paper")
+        assert (row["reported"], row["delta"]) == ("", "")
+        assert row["command"] == "python sfa/Train_cifar.py --dataset digits"
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -261,15 +253,6 @@ def test_a_finished_run_is_left_as_it_is(start, tmp_path):
     run.finish(last_auc=run.rows[-1]["auc"])
     assert state["memory"]["total"] == 6
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
-
-
-def test_args_json_has_arguments_command_and_environment(start, tmp_path):
-    start(tmp_path, lr=0.25)
-    kept = json.loads((tmp_path / "args.json").read_text())
-    assert kept["arguments"]["lr"] == 0.25 and kept["arguments"]["seed"] == 1
-    assert kept["command"] == "python sfa/Train_cifar.py --dataset digits"
-    assert kept["environment"]["device"] == "cpu" and kept["environment"]["precision"] == "fp32"
-    assert kept["cell"]["dataset"] == "digits"
 
 
 def test_without_out_the_directory_is_named_by_paper_and_name(start, tmp_path, monkeypatch):
@@ -333,17 +316,22 @@ def test_a_cache_of_images_is_what_its_indices_say(tmp_path):
     assert found[0] == found[1] != found[2]
 
 
-def test_other_training_images_or_other_images_left_out_are_refused(start, tmp_path):
+def test_other_training_images_labels_or_images_left_out_are_refused_and_change_nothing(start, tmp_path):
     run = start(tmp_path)
     run.save_skipped([("a.jpg", 4, "damaged")])
     train(run, stop_after=1)
     again = start(tmp_path)
     again.save_skipped([("a.jpg", 4, "damaged")])
+    before = content(tmp_path)
     with pytest.raises(UserError, match="began with other training images"):
         again.save_labels(INDEX + 1, CLEAN, NOISY, 3)
+    with pytest.raises(UserError, match="other labels") as refusal:
+        again.save_labels(INDEX, CLEAN, np.roll(NOISY, 1), 3)
+    assert str(tmp_path) in str(refusal.value)
     for skipped in ([], [("b.jpg", 5, "damaged")]):
         with pytest.raises(UserError, match="other images left out"):
             again.save_skipped(skipped)
+    assert content(tmp_path) == before
 
 
 @pytest.mark.parametrize("stop_after", [1, None], ids=["unfinished", "finished"])
@@ -363,6 +351,9 @@ def test_a_directory_with_files_of_something_else_is_refused(name, start, tmp_pa
         start(tmp_path)
     assert (tmp_path / name).read_text() == "of another program"
     assert not (tmp_path / "args.json").exists()
+    (tmp_path / "args.json").write_text("{")
+    with pytest.raises(UserError, match=r"args\.json is damaged"):
+        start(tmp_path)
 
 
 def test_a_directory_in_use_is_refused(start, tmp_path):
@@ -372,7 +363,7 @@ def test_a_directory_in_use_is_refused(start, tmp_path):
         start(tmp_path)
     assert str(tmp_path) in str(refusal.value)
     assert content(tmp_path) == before
-    end(first)
+    first.release()
     start(tmp_path)
 
 
@@ -401,16 +392,6 @@ def test_where_nobody_knows_the_true_labels_there_is_no_rate(start, tmp_path, ca
         run.log(epoch, test_accuracy=1.0)
     run.finish()
     assert json.loads((tmp_path / "result.json").read_text())["noise"]["realised_rate"] is None
-
-
-def test_other_labels_are_refused_when_a_run_goes_on(start, tmp_path):
-    train(start(tmp_path), stop_after=2)
-    run = start(tmp_path)
-    before = content(tmp_path)
-    with pytest.raises(UserError, match="other labels") as refusal:
-        run.save_labels(INDEX, CLEAN, np.roll(NOISY, 1), num_classes=3)
-    assert str(tmp_path) in str(refusal.value)
-    assert content(tmp_path) == before
 
 
 def test_a_file_is_written_whole_over_the_one_before_by_the_first_process_alone(start, tmp_path, monkeypatch):
@@ -452,7 +433,7 @@ def test_the_global_generator_goes_on_where_the_checkpoint_was_made(start, tmp_p
     torch.rand(3)
     next(epochs)  # makes the checkpoint of epoch 1
     expected = torch.rand(3)
-    end(run)
+    run.release()
     torch.manual_seed(6)
     begin(start(tmp_path))
     assert torch.equal(torch.rand(3), expected)
@@ -466,7 +447,7 @@ def test_images_and_time_count_over_all_the_parts_of_a_run(start, tmp_path):
     list(run.progress(batches, f"epoch {next(epochs)}"))
     run.log(1, test_accuracy=1.0)
     list(run.progress(batches, f"epoch {next(epochs)}"))  # of an epoch that will be done again
-    end(run)
+    run.release()
     seconds = run.seconds
     run = start(tmp_path)
     begin(run)
@@ -492,7 +473,7 @@ def test_a_signal_stops_at_the_next_step_and_the_run_goes_on_later(
     assert capsys.readouterr().err.splitlines() == [
         f"{number.name}: stopped; the same command resumes after epoch {done}"
     ]
-    end(run)
+    run.release()
     run = start(tmp_path)
     assert begin(run)["memory"]["total"] == (1 if moment == "batch" else 3)
     assert next(run.epochs(3)) == done + 1
@@ -590,7 +571,7 @@ def test_on_a_full_disk_the_last_checkpoint_stays_and_the_run_goes_on_later(
     run = start(folders[1])
     begin(run)
     assert resumes.endswith(f"epoch {len(run.rows)}") or fills == 0
-    end(run)
+    run.release()
     train(start(folders[1]))
     assert without_seconds(folders[1] / "log.csv") == without_seconds(folders[0] / "log.csv")
 
@@ -651,12 +632,9 @@ def test_a_run_is_named_by_what_differs_from_the_defaults(changed, name):
     assert named(**changed) == name
 
 
-def test_a_name_is_one_folder_whatever_the_values_are():
+def test_a_name_is_one_folder_whatever_the_values_are_and_long_ones_are_shortened_and_still_distinct():
     name = named(noise_file="/some where/ä:labels.npy")
     assert Path(name).name == name and name.isascii() and " " not in name and ":" not in name
-
-
-def test_long_names_are_shortened_and_still_distinct():
     names = [named(noise_file="x" * 300 + end) for end in "ab"]
     assert names[0] != names[1]
     assert all(len(name) <= 200 and name.startswith("dataset_cifar10-noise_file_xxx") for name in names)
@@ -672,13 +650,6 @@ def test_a_run_that_lost_its_checkpoints_is_refused_and_left_as_it_is(finished, 
     with pytest.raises(UserError, match=r"holds log\.csv but no checkpoint"):
         begin(start(tmp_path))
     assert {file.name: file.read_bytes() for file in tmp_path.glob("*.*s*")} == before
-
-
-def test_a_damaged_args_json_is_named(start, tmp_path):
-    train(start(tmp_path))
-    (tmp_path / "args.json").write_text("{")
-    with pytest.raises(UserError, match=r"args\.json is damaged"):
-        start(tmp_path)
 
 
 @pytest.mark.parametrize(

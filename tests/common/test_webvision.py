@@ -17,8 +17,8 @@ from common.datasets.image_cache import build, open_cache, open_caches
 from common.datasets.webvision import list_lines, read_webvision
 from common.gpu import augment
 from common.gpu.loader import FileBatches
-from common.runs.cli import UserError
 from tests.common.small_file_data import make_webvision, plant, write_lines
+from tests.lines import message
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -46,15 +46,6 @@ def all_classes(tmp_path) -> Path:
     """All 50 classes, with an image of each in every split."""
     make_webvision(tmp_path, classes=50, per_class=1, test_per_class=1)
     return tmp_path
-
-
-def message(function, *arguments, **options) -> str:
-    """The one line of the UserError that a call ends in."""
-    with pytest.raises(UserError) as error:
-        function(*arguments, **options)
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 def lines_of(path: Path) -> list[str]:
@@ -119,7 +110,7 @@ def test_all_thousand_classes_can_be_asked_for_and_no_more(root):
     assert len(data.train.labels) == len(lines_of(root / TRAIN)) == 31
     assert (data.train.labels.max(), data.test.labels[0], len(data.classes)) == (706, 999, 1000)
     for wrong in (1, 0, -3, 1001):
-        with pytest.raises(ValueError, match=f"num_class must be from 2 to 1000, got {wrong}"):
+        with pytest.raises(ValueError, match=f"from 2 to 1000, got {wrong}"):
             load_webvision(root, wrong)
 
 
@@ -127,9 +118,8 @@ def test_a_wrong_line_is_named_with_its_number_and_blanks_are_understood():
     lines = [" a/b.jpg 1 ", "", "a b/c d.jpg 0", "e.jpg\t1"]
     assert list_lines(lines, 2) == (["a/b.jpg", "a b/c d.jpg", "e.jpg"], [1, 0, 1])
     for line in ("b.jpg", " 7", "b.jpg x", "b.jpg 1000", "b.jpg -1", "b.jpg 1.0"):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match=re.escape(f"line 3: {line.strip()!r} is not a path")):
             list_lines(["a.jpg 999", "", line], 1000)
-        assert str(error.value) == f"line 3: {line.strip()!r} is not a path, a blank and a class id 0..999"
 
 
 @pytest.mark.parametrize("file", [TRAIN, TEST])
@@ -174,46 +164,42 @@ def test_images_are_in_the_order_of_classes_and_names_and_hidden_files_are_none(
     assert found.folder == root / VAL
 
 
-@pytest.mark.parametrize("none", ["none", Path("none")])
-def test_none_does_without(root, none):
-    data = load_webvision(root, 4, imagenet=none)
-    assert data.imagenet is None
-    assert [split.part for split in data.splits()] == ["train", "test"]
-    assert len(data.train.labels) == 24
-    load_webvision(root, 40, imagenet="none")  # nothing is looked for
-
-
 @pytest.mark.parametrize("kind", [str, Path])
-def test_they_may_be_in_another_folder(root, tmp_path_factory, kind):
+def test_they_may_be_in_another_folder_or_not_there(root, tmp_path_factory, kind):
+    data = load_webvision(root, 4, imagenet=kind("none"))
+    assert data.imagenet is None and len(data.train.labels) == 24
+    assert [split.part for split in data.splits()] == ["train", "test"]
+    load_webvision(root, 40, imagenet="none")  # nothing is looked for
     other = tmp_path_factory.mktemp("elsewhere")
     (root / "imagenet/val").rename(other / "val")
     found = load_webvision(root, 4, imagenet=kind(other)).imagenet
     assert found.folder == other / "val"
-    assert len(found.labels) == 8
-    assert all(path.is_file() for path in files(found))
+    assert len(found.labels) == 8 and all(path.is_file() for path in files(found))
     text = message(load_webvision, root, 4)
     assert f"looked in {root / VAL} for a folder of each of 4 classes" in text
 
 
-def test_a_missing_class_is_named(root):
-    for k in (1, 3):
-        (root / VAL / str(k)).rename(root / f"{k} is not there")
-    text = message(load_webvision, root, 4)
-    assert text == (
-        f"webvision: looked in {root / VAL} for a folder of each of 4 classes of ILSVRC12's validation images, "
-        "1 is missing (2 are): get them from image-net.org, or use --imagenet none"
-    )
-
-
-def test_other_folders_without_the_list_of_synsets_are_told(by_synset):
-    """Folders that only the list can explain."""
+def test_a_missing_class_and_folders_without_the_list_of_synsets_are_told(by_synset):
     (by_synset / SYNSETS).unlink()
     text = message(load_webvision, by_synset, 4)
-    assert text == (
-        f"{by_synset / VAL} has no folder 0, 1, ..., and there is no {SYNSETS} to find the classes by their synsets with: "
-        "get it from WebVision's info archive, or use --imagenet none"
-    )
+    for words in (
+        f"{by_synset / VAL} has no folder 0, 1, ...",
+        f"no {SYNSETS} to find",
+        "use --imagenet none",
+    ):
+        assert words in text
     assert load_webvision(by_synset, 4, imagenet="none").imagenet is None
+    make_webvision(by_synset)  # folders by class id beside them
+    for k in (1, 3):
+        (by_synset / VAL / str(k)).rename(by_synset / f"{k} is not there")
+    text = message(load_webvision, by_synset, 4)
+    for words in (
+        f"looked in {by_synset / VAL} for",
+        "4 classes",
+        "1 is missing (2 are)",
+        "use --imagenet none",
+    ):
+        assert words in text
 
 
 def by_meta_mat(folder: Path, synsets: list[str], order: list[str]) -> str:
@@ -287,9 +273,7 @@ def test_folders_without_images_are_told_and_a_single_one_is_counted(root, capsy
         path.unlink()
         (path.parent / ".gitkeep").touch()
     text = message(load_webvision, root, 4)
-    assert text == (
-        f"webvision: no image below {root / VAL}: get them from image-net.org, or use --imagenet none"
-    )
+    assert f"webvision: no image below {root / VAL}: get them from" in text and "use --imagenet none" in text
 
 
 def test_a_folder_that_cannot_be_listed_is_told(root, monkeypatch):
@@ -304,17 +288,12 @@ def test_a_folder_that_cannot_be_listed_is_told(root, monkeypatch):
     assert message(load_webvision, root, 4) == f"{root / VAL / '2'} cannot be listed (Permission denied)"
 
 
-@pytest.mark.parametrize(
-    ("change", "offending"),
-    [
-        (lambda lines: lines[:-1], "999 synsets in 999 lines, not 1000 in as many"),
-        (lambda lines: [*lines[:-1], lines[0]], "999 synsets in 1000 lines, not 1000 in as many"),
-        (lambda lines: [*lines, lines[0]], "1000 synsets in 1001 lines, not 1000 in as many"),
-    ],
-)
-def test_a_damaged_list_of_synsets_is_told(by_synset, change, offending):
-    write_lines(by_synset / SYNSETS, change(lines_of(by_synset / SYNSETS)))
-    assert message(load_webvision, by_synset, 4) == f"{by_synset / SYNSETS}: {offending}"
+def test_a_damaged_list_of_synsets_is_told(by_synset):
+    lines = lines_of(by_synset / SYNSETS)
+    for damaged in (lines[:-1], [*lines[:-1], lines[0]], [*lines, lines[0]]):
+        write_lines(by_synset / SYNSETS, damaged)
+        counts = f"{len({*damaged})} synsets in {len(damaged)} lines, not 1000"
+        assert message(load_webvision, by_synset, 4).startswith(f"{by_synset / SYNSETS}: {counts}")
 
 
 def test_the_counts_are_printed_and_where_they_are_not_the_official_ones(all_classes, capsys):
@@ -372,16 +351,6 @@ def test_check_of_a_whole_data_set_says_so(all_classes, capsys):
     printed = capsys.readouterr().out
     assert "webvision imagenet" not in printed
     assert printed.endswith(f"webvision in {all_classes}: every image is there\n")
-
-
-def test_nothing_is_downloaded(tmp_path):
-    text = message(main, ["download", "webvision", "--data_path", str(tmp_path)])
-    assert text.startswith(
-        "webvision cannot be fetched by a script: get it from WebVision 1.0 of data.vision"
-    )
-    assert text.endswith(
-        "and, below imagenet/val, the validation images of ILSVRC12 from image-net.org in a folder per class"
-    )
 
 
 def test_it_is_loaded_by_its_name(all_classes):

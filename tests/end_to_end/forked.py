@@ -1,26 +1,168 @@
-"""Run a script several times, in a process of its own each, but with one import for all: JSON [MODULE].
+"""Run scripts several times as they run by path, a process of its own each (or two), but with one import for all.
 
-JSON is [[MOMENT, FLAGS], ...], MODULE by default sanm.Train_cifar. MOMENT: null, or EPOCH:WHERE[:SIGNAL] as in `killed`, where
-the run gets the signal; the passes of an epoch are training (warm-up too) and losses. Prints the exit status of each.
+Takes a list of jobs as JSON, each the fields of `Job`; prints the exit statuses of each.
 """
 
 import importlib
 import json
 import os
 import signal
+import socket
 import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
+import torch
+import torch._dynamo  # what an optimiser imports when it is made, for seconds: here once for all
+
+from common.datasets import pools
+from common.gpu import augment, processes
 from common.runs import cli
-from tests.end_to_end.killed import MortalRun
+from common.runs.run import Run
+from manifold_dividemix import train_semisup, training
+from tests.end_to_end.small_networks import SMALL
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Job(NamedTuple):
+    """One start of a script."""
+
+    script: str  # its module
+    flags: list[str]
+    log: str  # what it prints is appended to LOG.out and LOG.err
+    moment: str = ""  # where it gets a signal, see MortalRun
+    processes: int = 1  # as many as torchrun would start
+    # with the small network for photographs, and in float64: there two processes differ from one by the last digits; in
+    # float32 the gradients of a ResNet on smooth images agree to one to three digits, and a selection can tip over
+    float64: bool = False
+    slow: bool = False  # checkpoints take the first process half a second: do the others wait?
+
+
+class MortalRun(Run):
+    """A run that gets a signal in one epoch: EPOCH:WHERE or EPOCH:WHERE:SIGNAL, by default SIGKILL.
+
+    WHERE is start (before the first checkpoint); a pass, by the beginning or the end of its name (warm-up, selection, ...;
+    training is any pass that trains), after its first batch; log, after the epoch's row is written and before its checkpoint
+    is; or save, after that (0:save: the first checkpoint).
+    """
+
+    moment, slow = "", False
+
+    def at(self, epoch: int, *places: str) -> None:
+        """The signal, if this is its moment."""
+        wanted, _, rest = self.moment.partition(":")
+        place, _, name = rest.partition(":")
+        if wanted == str(epoch) and any(own.startswith(place) or own.endswith(place) for own in places):
+            os.kill(os.getpid(), getattr(signal, name or "SIGKILL"))
+
+    def resume(self, state: dict) -> None:
+        """As ever, but it may end before."""
+        self.at(0, "start")
+        super().resume(state)
+
+    def progress(
+        self, batches: Iterable, description: str, training: bool = True, whole: bool = False
+    ) -> Iterator:
+        """As ever, but the first batch may be the last."""
+        name = description.split(" ", 2)[-1]  # after the epoch and its number
+        for number, batch in enumerate(super().progress(batches, description, training, whole)):
+            yield batch
+            if number == 0:
+                self.at(len(self.rows) + 1, name, *(["training"] if training else []))
+
+    def log(self, epoch: int, **values: float | int | None) -> None:
+        """As ever, but it may be the last."""
+        super().log(epoch, **values)
+        self.at(epoch, "log")
+
+    def _save(self) -> None:
+        if self.slow and processes.rank() == 0:
+            time.sleep(0.5)
+        super()._save()
+        self.at(len(self.rows), "save")
+
+
+def in_float64(script: str) -> None:
+    """Compute in float64 throughout, with small networks for photographs."""
+    normalise = augment.normalise
+    augment.normalise = lambda *arguments: normalise(*arguments).double()
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double  # what is taken out of the autocast: scores, losses, embeddings
+    if script in SMALL:
+        setattr(*SMALL[script])
+    if script.startswith("manifold_dividemix"):
+        # of a few images as of many: sides of a split of whole batches, for several processes drop the rest; and passes over
+        # all samples of several batches, which are dealt out
+        divide, batches = train_semisup.divide, training.Batches
+        train_semisup.divide = lambda *args: tuple(side[: len(side) // 8 * 8] for side in divide(*args))
+        training.Batches = lambda images, size, **more: batches(images, min(size, 10), **more)
+
+
+def run(job: Job) -> None:
+    """Be a process that the script runs in."""
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+        stream.flush()
+        file = os.open(f"{job.log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, stream.fileno())
+    script, status = importlib.import_module(job.script), 1
+    sys.argv = [str(ROOT / f"{job.script.replace('.', '/')}.py"), *job.flags]
+    sys.modules["__main__"].__spec__ = None  # as of a script run by its path
+    MortalRun.moment, MortalRun.slow = job.moment, job.slow
+    sys.modules[getattr(script, "start", script.main).__module__].Run = MortalRun
+    try:
+        if job.float64:
+            in_float64(job.script)
+        cli.exit_cleanly(script.main, job.flags)
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def started(job: Job) -> list[int]:
+    """Start the processes of a job with what torchrun gives them to know; their ids."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # free in a moment
+    children = []
+    for rank in range(job.processes):
+        children.append(os.fork())
+        if children[-1] == 0:
+            if job.processes > 1:
+                names = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": port}
+                names |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), job.processes)
+                os.environ |= {name: str(value) for name, value in names.items()}
+                os.environ["MASTER_ADDR"] = "127.0.0.1"
+            run(job)
+    return children
+
+
+def ended(children: list[int]) -> list[int]:
+    """Their exit statuses in the order in which they end; where one dies the others are killed, as by torchrun."""
+    left, statuses = set(children), []
+    while left:
+        child, status = os.wait()
+        left.remove(child)
+        statuses.append(os.waitstatus_to_exitcode(status))
+        if statuses[-1] not in (0, 2, 128 + signal.SIGTERM):
+            for other in left:
+                os.kill(other, signal.SIGKILL)
+    return statuses
+
 
 if __name__ == "__main__":
-    script = importlib.import_module([*sys.argv, "sanm.Train_cifar"][2])
-    script.Run = MortalRun
-    for moment, flags in json.loads(sys.argv[1]):
-        child = os.fork()
-        if child == 0:
-            epoch, where, name = [*(moment or "0:never").split(":"), "SIGKILL"][:3]
-            MortalRun.moment, MortalRun.signal = (int(epoch), where), signal.Signals[name]
-            cli.exit_cleanly(script.main, flags)
-            os._exit(0)
-        print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    jobs = [Job(**fields) for fields in json.loads(sys.argv[1])]
+    for script in {job.script for job in jobs}:
+        importlib.import_module(script)
+    if any(job.script.startswith("manifold_dividemix") and "digits" in job.flags for job in jobs):
+        made = pools.photographs()
+        pools.photographs = lambda: made  # they take as long as the rest of a start
+    for job in jobs:
+        print("status", *ended(started(job)), flush=True)

@@ -1,14 +1,5 @@
-"""me_momentum/Clothing.py as processes run it: alone, killed again and again, and two under torchrun; and what stops it.
+"""me_momentum/Clothing.py as processes run it: alone, killed again and again, and two under torchrun."""
 
-A process start costs seconds, so the processes that several tests look at are run once, two at a time.
-"""
-
-import csv
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +7,22 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from common.runs.cli import UserError
-from me_momentum import Clothing
-from tests.common.small_file_data import make_clothing1m, plant
-from tests.end_to_end.outcome import label_quality, log_without_seconds, result_without_time_and_place
+from tests.common.small_file_data import make_clothing1m
+from tests.end_to_end.runs import (
+    ROOT,
+    assert_close_logs,
+    assert_survived,
+    jobs_of,
+    label_quality,
+    printed,
+    result,
+    run_jobs,
+    start,
+    state,
+    table,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")]
-
-ROOT = Path(__file__).resolve().parents[2]
-DEADLINE = 150  # seconds a process may take, on a busy machine
-# one thread: side by side the processes do not slow each other down, and sums are always made in the same order
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
-    "OMP_NUM_THREADS": "1"
-}
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 # 18 images in batches of 6; of the last set 15, and the smaller last batch is dropped
 LOOPS = "--n_epoch 2 --max_inner_loop 6 --max_outer_loop 2 --lr 0.02"
@@ -37,21 +30,6 @@ FLAGS = f"--network resnet18 --no_pretrain --image_size 64 --batch_size 6 {LOOPS
 EPOCHS = 24
 # inside an inner loop; in a selection; between a row and its checkpoint; the fresh network's first epoch; a validation
 MOMENTS = ("2:training", "5:selection", "8:log", "13:training", "18:validation")
-
-
-def start(*words: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, *map(str, words)]
-    options = {"capture_output": True, "text": True, "timeout": DEADLINE}
-    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, check=False, **options)
-
-
-def table(run: Path) -> list[dict[str, str]]:
-    with (run / "log.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def state(run: Path) -> dict:
-    return torch.load(run / "checkpoint.pt", weights_only=True)["state"]
 
 
 @pytest.fixture(scope="module")
@@ -62,27 +40,17 @@ def base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ends(base):
-    """By name a future of how the process ended. Run directories have the same last name: it is a column of the results."""
-
-    def in_float64(name: str, *moments: str, starter: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-        (base / name).mkdir()
-        words = [*moments, *FLAGS.split(), "--data_root", base / "data", "--out", base / name / "run"]
-        return start(*starter, "-m", "tests.end_to_end.clothing_float64", *words)
-
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            "by_two": pool.submit(in_float64, "by_two", starter=TORCHRUN),
-            "killed": pool.submit(in_float64, "killed", *MOMENTS),
-            "alone": pool.submit(in_float64, "alone"),
-        }
+def statuses(base) -> list[list[int]]:
+    flags, script = [*FLAGS.split(), "--data_root", str(base / "data")], "me_momentum.Clothing"
+    jobs = jobs_of(script, base / "alone", flags, float64=True)
+    jobs += jobs_of(script, base / "killed", flags, *MOMENTS, float64=True)
+    return run_jobs([*jobs, *jobs_of(script, base / "by_two", flags, float64=True, processes=2)])
 
 
 @pytest.fixture
-def alone(base, ends) -> Path:
+def alone(base, statuses) -> Path:
     """The run directory of one process."""
-    end = ends["alone"].result()
-    assert end.returncode == 0, end.stderr
+    assert statuses[0] == [0], printed(base / "alone")
     return base / "alone" / "run"
 
 
@@ -123,83 +91,47 @@ def test_the_confident_examples_are_the_rightly_labelled_ones_and_checkpoints_in
 
 
 def test_the_result_is_that_of_the_best_validation_accuracy(alone):
-    rows, result = table(alone), json.loads((alone / "result.json").read_text())
+    rows, found = table(alone), result(alone)
     validation = [float(row["validation_accuracy"]) for row in rows]
     best = rows[int(np.argmax(validation))]
-    assert result["metrics"]["at_best_validation"] == float(best["test_accuracy"])
-    assert result["metrics"]["best_validation"] == max(validation)
+    assert found["metrics"]["at_best_validation"] == float(best["test_accuracy"])
+    assert found["metrics"]["best_validation"] == max(validation)
     new_best = [value > max(validation[:i], default=0.0) for i, value in enumerate(validation)]
     assert [row["new_best"] == "1" for row in rows] == new_best
-    with (alone / "result.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            assert (row["paper"], row["method"]) == ("me_momentum", "Me-Momentum")
-            assert (row["dataset"], row["noise_type"], row["noise_rate"]) == ("clothing1m", "real", "")
-            assert (row["profile"], row["seed"], row["epochs"]) == ("short", "1", str(EPOCHS))
     # the smaller last batches are dropped
-    assert result["images"] == sum(int(row["confident_size"] or 18) // 6 * 6 for row in rows)
-    assert json.loads((alone / "noise.json").read_text())["realised_rate"] is None
+    assert found["images"] == sum(int(row["confident_size"] or 18) // 6 * 6 for row in rows)
+    assert found["noise"]["realised_rate"] is None and found["profile"] == "short"
     assert np.load(alone / "train_index.npy").tolist() == list(range(18))
     quality, confident = label_quality(alone), state(alone)["memory"]["confident"]
     order = np.random.RandomState(1).permutation(18)  # the same draws as a shuffle
     assert sorted(order[confident]) == np.flatnonzero(quality.selected).tolist()
     # the first noisy image of each class has the label of the next one
     assert roc_auc_score(np.arange(18) % 6 > 0, quality.score) > 0.8
-    assert all(Path(path).is_file() for path in quality.path) and quality.path.is_unique
 
 
 # killed, and by two processes ------------------------------------------------------------------------------------------------
 
 
-def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, ends, alone):
-    killed, run = ends["killed"].result(), base / "killed" / "run"
-    assert killed.returncode == 0, killed.stderr
-    assert killed.stdout.count("status -9\n") == len(MOMENTS)
-    assert [f"resuming after epoch {epoch}\n" in killed.stdout for epoch in (1, 4, 7, 12, 17)] == [True] * 5
-    assert log_without_seconds(run) == log_without_seconds(alone)
-    assert result_without_time_and_place(run) == result_without_time_and_place(alone)
-    assert (run / "label_quality.csv").read_bytes() == (alone / "label_quality.csv").read_bytes()
-    first, second = (torch.load(of / "model_best.pt", weights_only=True) for of in (run, alone))
-    assert all(torch.equal(first[name], second[name]) for name in second)
+def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, statuses, alone):
+    assert_survived(base / "killed", alone, statuses[1:-1], MOMENTS, (1, 4, 7, 12, 17))
 
 
-def test_two_processes_train_as_one(base, ends, alone):
-    by_two, run = ends["by_two"].result(), base / "by_two" / "run"
-    assert by_two.returncode == 0, by_two.stderr
-    for row, wanted in zip(table(run), table(alone), strict=True):
-        for name in set(wanted) - {"seconds"}:
-            found, value = (float(of[name] or "nan") for of in (row, wanted))
-            assert found == pytest.approx(value, rel=1e-5, nan_ok=True), (name, wanted["epoch"])
+def test_two_processes_train_as_one(base, statuses, alone):
+    run, (out, err) = base / "by_two" / "run", printed(base / "by_two")
+    assert statuses[-1] == [0, 0], err
+    assert_close_logs(run, alone, loss=1e-9, rest=1e-9)
     one, two = state(alone), state(run)
     for name, values in one["network"].items():
-        torch.testing.assert_close(two["network"][name], values, rtol=1e-3, atol=1e-6, msg=name)
+        torch.testing.assert_close(two["network"][name], values, rtol=1e-7, atol=1e-9, msg=name)
     assert torch.equal(two["memory"]["confident"], one["memory"]["confident"])
     assert torch.equal(two["generator"], one["generator"])
-    assert "2 processes" in by_two.stdout
-    assert all(by_two.stdout.count(f"epoch {epoch}/{EPOCHS} ") == 1 for epoch in range(1, EPOCHS + 1))
+    assert "2 processes" in out
+    assert all(out.count(f"epoch {epoch}/{EPOCHS} ") == 1 for epoch in range(1, EPOCHS + 1))
 
 
-# what stops it ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_damaged_image_stops_the_run_in_one_line(tmp_path):
-    make_clothing1m(tmp_path / "data")
-    key = (tmp_path / "data" / "noisy_train_key_list.txt").read_text().split()[5]
-    plant(tmp_path / "data" / key, "truncated")
-    words = [*FLAGS.split(), "--workers", "1", "--data_root", tmp_path / "data", "--out", tmp_path / "run"]
-    with pytest.raises(UserError, match=r"^image \d+ of the train list.*is damaged \(.*--on_bad_image skip"):
-        Clothing.main([*map(str, words)])
-    assert not (tmp_path / "run" / "result.json").exists()
-
-
-def test_by_path_from_another_folder_missing_data_leave_nothing_and_the_index_has_its_default_place(tmp_path):
-    end = start(ROOT / "me_momentum" / "Clothing.py", *FLAGS.split(), cwd=tmp_path)
-    assert end.returncode == 2
-    (line,) = end.stderr.strip().splitlines()
-    assert line.startswith("Clothing.py: error: clothing1m not found in ")
-    assert "Clothing1M_Official" in line and "noisy_train_key_list.txt" in line
-    assert list(tmp_path.iterdir()) == []
+def test_the_index_is_made_by_path_in_its_default_place(tmp_path):
     make_clothing1m(tmp_path / "data" / "Clothing1M_Official")
     end = start(ROOT / "me_momentum" / "ClothingData.py", cwd=tmp_path)
-    assert end.returncode == 0, end.stderr
-    assert "train: 12 images\nclean_val: 6 images\ntest: 6 images\n" in end.stdout
+    assert end.status == 0, end.err
+    assert "train: 12 images\nclean_val: 6 images\ntest: 6 images\n" in end.out
     assert (tmp_path / "data" / "Clothing1M_Official" / "Clothing1m-data.npz").is_file()

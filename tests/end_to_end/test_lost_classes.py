@@ -1,7 +1,5 @@
 """A class that no selection takes: the log counts it, a warning names it once, also after a run was killed and resumed."""
 
-import csv
-from pathlib import Path
 from shlex import split
 
 import pytest
@@ -10,7 +8,7 @@ from common.runs import selection_report
 from manifold_dividemix import train_semisup
 from me_momentum import main as me_momentum
 from sfa import Train_cifar
-from tests.end_to_end.outcome import log_without_seconds
+from tests.end_to_end.runs import log_without_seconds, table
 
 pytestmark = pytest.mark.slow
 
@@ -30,11 +28,6 @@ RUNS = {
     ),
     "me_momentum": (me_momentum, [*DATA, *ME_MOMENTUM], f"{IN_A_ROW}: try a larger --es_limit", "", 2),
 }
-
-
-def table(run: Path) -> list[dict[str, str]]:
-    with (run / "log.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def warnings_of(text: str) -> list[str]:

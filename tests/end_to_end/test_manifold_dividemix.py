@@ -1,13 +1,9 @@
-"""manifold_dividemix/train_semisup.py as a user starts it, killed and resumed, by two processes; and in its variants.
-
-A process start costs seconds, so processes that several tests use are run once, two at a time.
-"""
+"""manifold_dividemix/train_semisup.py: a whole run, killed and resumed; and in its variants."""
 
 import json
 import math
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shlex import split
 from textwrap import dedent
@@ -21,25 +17,24 @@ from sklearn.metrics import roc_auc_score
 from common import datasets, noise
 from common.datasets import pools
 from common.gpu.loader import Images
-from common.runs import cli
 from manifold_dividemix import pretrain, train_semisup
 from manifold_dividemix.networks import Network, make_encoder
-from tests.end_to_end.manifold_runs import (
+from tests.end_to_end.runs import (
     ROOT,
-    Ended,
     assert_same_run,
+    assert_survived,
     column,
     content_of,
-    differences,
-    forked,
+    jobs_of,
+    label_quality,
+    log_without_seconds,
+    printed,
     result,
     run_jobs,
-    start,
     state,
     table,
-    wrong_copies,
 )
-from tests.end_to_end.outcome import label_quality, log_without_seconds
+from tests.lines import refused
 
 # two epochs of warm-up, splits at the third and the fifth; of 520 images, so that passes over all have a second batch
 FLAGS = split(
@@ -53,7 +48,7 @@ MOMENTS = (
     *("0:start", "1:embeddings", "1:warm-up", "2:log", "3:embeddings", "4:training", "5:training"),
     *("6:test", "6:training accuracy"),
 )
-GONE_ON = [0, 0, 1, 2, 3, 4, 5, 5, 6]  # epochs that the starts after the second find finished
+GONE_ON = (0, 0, 1, 2, 3, 4, 5, 5, 6)  # epochs that the starts after the second find finished
 COLUMNS = [
     "epoch", "loss", "test_accuracy", "test_top5", "ood_auroc", "removed", "removal_precision", "removal_recall", "labelled",
     "unlabelled", "labelled_precision", "labelled_ood", "clean_auc", "right_selected_min", "classes_unselected",
@@ -71,41 +66,23 @@ TINY = split(
 )
 
 
-def in_turn(base: Path) -> list[int]:
-    """As a module: to the end; killed at each moment and resumed, also when finished; two processes without a pool."""
-    for name in ("whole", "killed"):
-        (base / name).mkdir()
-    jobs = forked("train_semisup", base / "whole", FLAGS)
-    jobs += forked("train_semisup", base / "killed", FLAGS, *MOMENTS)
-    no_pool = forked("train_semisup", base / "no_pool", [*TINY, "--corruption", "nowhere"], processes=2)
-    return run_jobs([*jobs, jobs[-1], *no_pool])
-
-
-def by_two(base: Path) -> Ended:
-    """By path under torchrun, from another folder where other copies are installed."""
-    environment = wrong_copies(base / "by_two" / "other")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    script = ROOT / "manifold_dividemix" / "train_semisup.py"
-    words = [*TINY, *split("--batch-size 20 --limit_train 160 --out ../run")]
-    return start(*torchrun, script, *words, cwd=base / "by_two" / "other", **environment)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("manifold_dividemix")
 
 
 @pytest.fixture(scope="module")
-def ends(base):
-    """By name a future of how it ended. Run directories have the same last name: it is a column of the results."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {made.__name__: pool.submit(made, base) for made in (by_two, in_turn)}
+def statuses(base) -> list[list[int]]:
+    """To the end; killed at each moment and resumed, also when finished."""
+    script = "manifold_dividemix.train_semisup"
+    jobs = [*jobs_of(script, base / "whole", FLAGS), *jobs_of(script, base / "killed", FLAGS, *MOMENTS)]
+    return run_jobs([*jobs, jobs[-1]])
 
 
 @pytest.fixture
-def run(base, ends) -> Path:
+def run(base, statuses) -> Path:
     """The directory of a whole run that ended well."""
-    assert ends["in_turn"].result()[0] == 0, (base / "whole.err").read_text()
+    assert statuses[0] == [0], printed(base / "whole")
     return base / "whole" / "run"
 
 
@@ -141,15 +118,6 @@ def encoder(base) -> Path:
     return base / "encoder.safetensors"
 
 
-def refused(capsys, *words: str) -> str:
-    """The one line in which a command ends."""
-    with pytest.raises(SystemExit) as stop:
-        cli.exit_cleanly(train_semisup.main, [*TINY, *words])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
 def write_npz(path: Path, count: int, side: int, seed: int) -> None:
     """A data set of colour images in three classes, each in a colour of its own."""
     rng = np.random.default_rng(seed)
@@ -165,8 +133,7 @@ def write_npz(path: Path, count: int, side: int, seed: int) -> None:
 
 @pytest.mark.slow
 def test_it_leaves_its_files_and_the_log_has_no_split_in_the_warm_up(base, run):
-    out, err = ((base / f"whole.{name}").read_text() for name in ("out", "err"))
-    assert all(line.startswith("warning: class ") for line in err.splitlines())
+    out, _ = printed(base / "whole")
     assert f"epoch {EPOCHS}/{EPOCHS}  " in out and "\nfinished: test_accuracy best " in out
     assert content_of(run).keys() == {
         "args.json", "checkpoint.pt", "checkpoint.previous.pt", "images.json", "label_quality.csv", "log.csv", "noise.json",
@@ -199,7 +166,6 @@ def test_it_leaves_its_files_and_the_log_has_no_split_in_the_warm_up(base, run):
         "epochs": EPOCHS,
     }  # fmt: skip
     assert {name: found[name] for name in expected} == expected
-    assert found["command"].startswith("python -m manifold_dividemix.train_semisup --dataset digits ")
     # labelled samples alone count as trained on, of an epoch on a split
     assert found["images"] == 2 * 520 + sum(column(run, "labelled"))
 
@@ -285,33 +251,8 @@ def test_accuracies_are_those_of_the_last_checkpoints_network(run):
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, run, ends):
-    out, err = ((base / f"killed.{name}").read_text() for name in ("out", "err"))
-    assert ends["in_turn"].result()[1:-1] == [-9] * len(MOMENTS) + [0, 0]
-    assert all(line.startswith("warning: class ") for line in err.splitlines()), err
-    assert [int(n) for n in re.findall(r"resuming after epoch (\d+)\n", out)] == GONE_ON
-    # the last start had nothing to do
-    assert "\nepoch " not in out.rpartition(f"resuming after epoch {EPOCHS}")[2]
-    assert len(table(run)) == EPOCHS
-    assert_same_run(base / "killed" / "run", run)
-
-
-@pytest.mark.slow
-def test_two_processes_train_on_digits_to_the_end(base, ends):
-    end, run = ends["by_two"].result(), base / "by_two" / "run"
-    assert end.status == 0, end.err
-    assert "2 processes" in end.out and end.out.count("epoch 2/2 ") == 1
-    rows, found = table(run), result(run)
-    assert rows[1]["labelled_loss"] != ""  # it has come to MixEMatch
-    assert found["environment"]["processes"] == 2
-    torchrun = "torchrun --nproc_per_node=2 manifold_dividemix/train_semisup.py --dataset "
-    assert found["command"].startswith(torchrun)
-    # an image counts once, not in each process
-    assert found["images"] == 160 + int(rows[1]["labelled"]) // 20 * 20
-    # data that both lack give one line
-    assert ends["in_turn"].result()[-1] == 2
-    (line,) = (base / "no_pool.err").read_text().splitlines()
-    assert "--corruption nowhere: unknown data set nowhere" in line and not (base / "no_pool").exists()
+def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, run, statuses):
+    assert_survived(base / "killed", run, statuses[1:], MOMENTS, GONE_ON)
 
 
 # what it learns ---------------------------------------------------------------------------------------------------------
@@ -345,17 +286,10 @@ def test_the_oracle_of_the_readme_removes_ood_images_only(tmp_path, monkeypatch)
 # seeds ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_the_same_command_gives_the_same_run_and_another_seed_another(tmp_path, tiny):
-    again = small(tmp_path / "again" / "run")
-    assert_same_run(again, tiny)
-    other = small(tmp_path / "other", "--seed", "4")
-    assert log_without_seconds(other)[1:] != log_without_seconds(tiny)[1:]
-    # the benchmark's images, whatever the seed
-    assert (other / "images.json").read_bytes() == (tiny / "images.json").read_bytes()
-
-
-def test_the_seed_of_the_noise_changes_labels_alone(tmp_path, tiny):
+def test_the_seed_of_the_noise_changes_labels_alone_and_that_of_the_run_neither_images(tmp_path, tiny):
+    seeded = small(tmp_path / "seeded", "--seed", "4", "--epochs", "1")
+    assert log_without_seconds(seeded)[1] != log_without_seconds(tiny)[1]
+    assert (seeded / "images.json").read_bytes() == (tiny / "images.json").read_bytes()
     other = small(tmp_path / "run", "--noise-seed", "1", "--epochs", "1")
     found, wanted = (np.load(of / "samples.npz") for of in (other, tiny))
     assert np.array_equal(found["ood"], wanted["ood"]) and np.array_equal(found["clean"], wanted["clean"])
@@ -367,36 +301,6 @@ def test_the_seed_of_the_noise_changes_labels_alone(tmp_path, tiny):
 
 
 # variants ---------------------------------------------------------------------------------------------------------------
-
-
-def statistics(weights: dict, prefix: str = "") -> dict:
-    """The batch-norm statistics in a state dict, num_batches_tracked among them."""
-    ends = ("running_mean", "running_var", "num_batches_tracked")
-    return {
-        name.removeprefix(prefix): value
-        for name, value in weights.items()
-        if name.startswith(prefix) and name.endswith(ends)
-    }
-
-
-@pytest.mark.parametrize("words", ["--fidelity released", "--bn-mode frozen"])
-def test_frozen_batch_norms_keep_all_statistics_while_weights_are_trained(tmp_path, encoder, words):
-    run = small(tmp_path / "run", "--pretrained", str(encoder), *words.split())
-    weights, before = state(run)["network"], safetensors.torch.load_file(encoder)
-    assert len(statistics(before)) == 3 * 7  # the stem's and two of each of three blocks
-    assert differences(statistics(weights, "encoder."), statistics(before)) == []
-    assert (weights["projection_bn.running_mean"] == 0).all() and (
-        weights["projection_bn.running_var"] == 1
-    ).all()
-    assert weights["projection_bn.num_batches_tracked"] == 0
-    assert not torch.equal(weights["encoder.bn1.weight"], before["bn1.weight"])
-    assert len(column(run, "contrastive_loss")) == 1
-    arguments = json.loads((run / "args.json").read_text())["arguments"]
-    released = "released" in words
-    assert (arguments["ramp"], arguments["warmup_mask"]) == (
-        ("released", "batch") if released else ("fixed", "sample")
-    )
-    assert result(run)["fidelity"] == ("released" if released else "paper")
 
 
 @pytest.mark.slow
@@ -549,7 +453,7 @@ def test_a_run_that_began_with_other_images_labels_or_arguments_is_refused(tmp_p
     def refused_again(*more: str) -> str:
         copy = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"  # a process frees its locks at its end
         shutil.copytree(run, copy)
-        line = refused(capsys, *words, *more, "--out", str(copy))
+        line = refused(capsys, train_semisup.main, *TINY, *words, *more, "--out", str(copy))
         assert content_of(copy) == before
         return line
 

@@ -1,12 +1,6 @@
-"""manifold_dividemix/train_semisup_miniimagenet.py as processes run it: alone, killed, two together; and variants.
-
-A process start costs seconds, so processes that several tests use are run once, two at a time.
-"""
+"""manifold_dividemix/train_semisup_miniimagenet.py as processes run it: alone, killed, two together; and variants."""
 
 import json
-import re
-import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shlex import split
 
@@ -14,25 +8,24 @@ import numpy as np
 import pytest
 import torch
 
-from common.runs import cli
 from manifold_dividemix import train_semisup_miniimagenet
-from tests.common.small_file_data import make_mini_imagenet, plant
-from tests.end_to_end.manifold_runs import (
-    ROOT,
-    Ended,
+from tests.common.small_file_data import make_mini_imagenet
+from tests.end_to_end.runs import (
+    assert_close_logs,
     assert_same_run,
+    assert_survived,
     column,
-    content_of,
     differences,
-    forked,
+    jobs_of,
+    label_quality,
+    log_without_seconds,
+    printed,
     result,
     run_jobs,
-    start,
     state,
     table,
-    wrong_copies,
 )
-from tests.end_to_end.outcome import label_quality, log_without_seconds
+from tests.lines import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -72,19 +65,16 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-JOBS = ("alone", "killed", "by_two", "released", "released_by_two", "one_sided", "too_few", "odd")
-
-
-def in_float64(base: Path) -> list[int]:
-    """As a module: alone, killed again and again, and by two processes; as released; and what two processes cannot share."""
+@pytest.fixture(scope="module")
+def statuses(base) -> dict[str, list[list[int]]]:
+    """Alone, killed again and again, and by two processes; as released; and what two processes cannot share."""
     flags = [*FLAGS, "--data-dir", str(base / "data")]
     released = [*flags, "--fidelity", "released", "--epochs", "2"]
     few = [*TINY, "--data-dir", str(base / "data"), "--limit_train", "16"]
-    jobs = []
+    script, jobs = "manifold_dividemix.train_semisup_miniimagenet", {}
 
     def add(name: str, flags: list[str], *moments: str, **more: int | bool) -> None:
-        (base / name).mkdir()
-        jobs.extend(forked("train_semisup_miniimagenet", base / name, flags, *moments, **more))
+        jobs[name] = jobs_of(script, base / name, flags, *moments, **more)
 
     add("alone", flags, float64=True)
     add("killed", flags, *MOMENTS, float64=True)
@@ -94,40 +84,14 @@ def in_float64(base: Path) -> list[int]:
     add("one_sided", [*few, "--p-threshold", "1", "--warmup-epoch", "0"], processes=2)
     add("too_few", [*few, "--batch-size", "18"], processes=2)
     add("odd", [*few, "--batch-size", "3"], processes=2)
-    return run_jobs(jobs)
-
-
-def as_a_user(base: Path) -> Ended:
-    """By path from another folder where other copies are installed, with the real network and a worker."""
-    (base / "user").mkdir()
-    environment = wrong_copies(base / "user" / "other")
-    words = split(
-        "--epochs 2 --warmup-epoch 1 --limit_train 16 --seed 1 --img-size 16 --workers 1 --fidelity released "
-        "--limit_test 3 --full_test_at_end"
-    )
-    words = [*TINY, *words, "--data-dir", "../../data", "--decoded", "../decoded", "--out", "../run"]
-    script = ROOT / "manifold_dividemix" / "train_semisup_miniimagenet.py"
-    return start(script, *words, cwd=base / "user" / "other", **environment)
-
-
-@pytest.fixture(scope="module")
-def ends(base):
-    """By name a future of how it ended. Run directories have the same last name: it is a column of the results."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {"float64": pool.submit(in_float64, base), "user": pool.submit(as_a_user, base)}
-
-
-@pytest.fixture
-def statuses(ends) -> dict[str, list[int]]:
-    """The exit statuses of the starts in float64."""
-    found = iter(ends["float64"].result())
-    return {name: [next(found) for _ in range(len(MOMENTS) + 1 if name == "killed" else 1)] for name in JOBS}
+    found = iter(run_jobs([job for own in jobs.values() for job in own]))
+    return {name: [next(found) for _ in own] for name, own in jobs.items()}
 
 
 @pytest.fixture
 def alone(base, statuses) -> Path:
     """The directory of the run by one process that nothing disturbed."""
-    assert statuses["alone"] == [0], (base / "alone.err").read_text()
+    assert statuses["alone"] == [[0]], printed(base / "alone")
     return base / "alone" / "run"
 
 
@@ -143,21 +107,12 @@ def tiny(base) -> Path:
     return small(base / "tiny" / "run", base / "data")
 
 
-def refused(capsys, *words: str) -> str:
-    """The one line in which a command ends."""
-    with pytest.raises(SystemExit) as stop:
-        cli.exit_cleanly(train_semisup_miniimagenet.main, [*TINY, *words])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
 # whole runs -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_what_is_logged_of_warm_up_and_mixematch(base, alone):
-    (line,) = (base / "alone.err").read_text().splitlines()
+    (line,) = printed(base / "alone")[1].splitlines()
     assert line.startswith(
         "warning: class 2 has had no selected sample for 2 selections in a row: try a longer"
     )
@@ -178,31 +133,28 @@ def test_what_is_logged_of_warm_up_and_mixematch(base, alone):
         "noise_rate": 0.4, "ood_ratio": None, "profile": "short", "epochs": EPOCHS, "seed": 123,
     }  # fmt: skip
     assert {name: found[name] for name in expected} == expected
-    assert found["command"].startswith("python -m manifold_dividemix.train_semisup_miniimagenet --device ")
     assert found["images"] == 48 + sum(column(alone, "labelled"))
     assert found["metrics"]["last_ood_auroc"] is None and found["metrics"]["last_removed"] == 3
     assert sorted(np.load(alone / "samples.npz").files) == ["observed"]
     quality = label_quality(alone)
-    assert all(Path(path).is_file() for path in quality.path) and quality.path.is_unique
     assert quality.ood_score.notna().all() and quality.true_label.isna().all()
     assert json.loads((alone / "images.json").read_text())["skipped"] == 0
 
 
 @pytest.mark.slow
-def test_the_released_network_by_path_with_a_worker(base, ends):
-    end, run = ends["user"].result(), base / "user" / "run"
-    # of 16 images a split takes few
-    assert end.status == 0, end.err
-    assert all(line.startswith("warning: class ") for line in end.err.splitlines()), end.err
-    assert len(list((base / "user" / "decoded").glob("*16x16*.npz"))) == 2
+def test_the_released_network_with_a_worker(base, tmp_path):
+    words = (
+        "--epochs 2 --warmup-epoch 1 --limit_train 16 --seed 1 --img-size 16 --workers 1 --fidelity released "
+    )
+    words += f"--limit_test 3 --full_test_at_end --decoded {tmp_path / 'decoded'}"
+    run = small(tmp_path / "run", base / "data", *words.split())
+    assert len(list((tmp_path / "decoded").glob("*16x16*.npz"))) == 2
     found, weights = result(run), state(run)["network"]
     assert (found["fidelity"], found["profile"]) == ("released", "short+limit_train=16+limit_test=3")
     assert found["metrics"]["full_test"] >= 0 and found["metrics"]["full_test_images"] > 3
     assert weights["encoder.conv1.weight"].shape == (64, 3, 3, 3)
     assert weights["classifier.weight"].shape == (100, 512)
     assert len(column(run, "contrastive_loss")) == 1
-    arguments = json.loads((run / "args.json").read_text())["arguments"]
-    assert [arguments[name] for name in ("bn_mode", "warmup_mask", "ramp")] == ["warm-up", "all", "released"]
     # in train mode in the warm-up alone: two batches of eight
     assert weights["encoder.layer4.1.bn2.num_batches_tracked"] == 2
     assert weights["projection_bn.num_batches_tracked"] == 2
@@ -211,14 +163,7 @@ def test_the_released_network_by_path_with_a_worker(base, ends):
 
 @pytest.mark.slow
 def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, alone, statuses):
-    out, err = ((base / f"killed.{name}").read_text() for name in ("out", "err"))
-    assert statuses["killed"] == [-9] * len(MOMENTS) + [0]
-    # this small run does lose a class, and says so at each of its starts that comes to the second split
-    lost = r"warning: class \d+ has had no selected sample for 2 selections"
-    assert all(re.match(lost, line) for line in err.splitlines()), err
-    assert tuple(int(n) for n in re.findall(r"resuming after epoch (\d+)\n", out)) == GONE_ON
-    assert len(table(alone)) == EPOCHS
-    assert_same_run(base / "killed" / "run", alone)
+    assert_survived(base / "killed", alone, statuses["killed"], MOMENTS, GONE_ON)
 
 
 @pytest.mark.slow
@@ -230,14 +175,10 @@ def test_two_processes_train_as_one(base, statuses, two, one, epochs):
 
     As released batch norms are frozen in MixEMatch, and all views go through the encoder at once.
     """
-    assert (statuses[two], statuses[one]) == ([0], [0]), (base / f"{two}.err").read_text()
-    rows, expected = (table(base / name / "run") for name in (two, one))
+    assert (statuses[two], statuses[one]) == ([[0, 0]], [[0]]), printed(base / two)
+    expected = table(base / one / "run")
     assert len(expected) == epochs and expected[-1]["contrastive_loss"] != ""
-    for row, wanted in zip(rows, expected, strict=True):
-        for name in set(wanted) - {"seconds"}:
-            found, value = (float(of[name] or "nan") for of in (row, wanted))
-            tolerance = 1e-9 if name.endswith("loss") else 0
-            assert found == pytest.approx(value, rel=tolerance, abs=0, nan_ok=True), (name, wanted["epoch"])
+    assert_close_logs(base / two / "run", base / one / "run", loss=1e-9)
     ours, theirs = (state(base / name / "run") for name in (two, one))
     assert ours["network"].keys() == theirs["network"].keys()
     for name, values in theirs["network"].items():
@@ -245,7 +186,7 @@ def test_two_processes_train_as_one(base, statuses, two, one, epochs):
     assert differences(ours["memory"]["kept"], theirs["memory"]["kept"]) == []
     torch.testing.assert_close(ours["memory"]["clean"], theirs["memory"]["clean"], rtol=1e-7, atol=1e-9)
     assert differences([ours["loader"], ours["draws"]], [theirs["loader"], theirs["draws"]]) == []
-    out = (base / f"{two}.out").read_text()
+    out, _ = printed(base / two)
     assert "2 processes" in out
     assert all(out.count(f"epoch {epoch}/{epochs} ") == 1 for epoch in range(1, epochs + 1))
     found, wanted = (result(base / name / "run") for name in (two, one))
@@ -254,8 +195,8 @@ def test_two_processes_train_as_one(base, statuses, two, one, epochs):
 
 @pytest.mark.slow
 def test_what_two_processes_cannot_share_falls_back_or_is_refused(base, statuses):
-    assert statuses["one_sided"] == [0], (base / "one_sided.err").read_text()
-    out = (base / "one_sided.out").read_text()
+    out, err = printed(base / "one_sided")
+    assert statuses["one_sided"] == [[0, 0]], err
     note = "note: warm-up in place of MixEMatch, the split is 0 labelled and 14 unlabelled samples\n"
     assert out.count(note) == 2
     assert column(base / "one_sided" / "run", "contrastive_loss") == []
@@ -263,8 +204,8 @@ def test_what_two_processes_cannot_share_falls_back_or_is_refused(base, statuses
         "too_few": "--batch-size 18: more than all 16 images, which 2 processes share",
         "odd": "--batch-size 3: cannot be cut into equal pieces for 2 processes",
     }.items():
-        lines = (base / f"{name}.err").read_text().splitlines()
-        assert statuses[name] == [2] and lines, lines
+        lines = printed(base / name)[1].splitlines()
+        assert statuses[name] == [[2, 2]] and lines, lines
         assert all(line.endswith(words) for line in lines)  # of each process
         assert not (base / name / "run").exists()
 
@@ -297,45 +238,8 @@ def test_lists_and_files_of_labels_are_of_their_own_images_and_labels(tmp_path, 
     assert (own / "images.json").read_bytes() == (tiny / "images.json").read_bytes()
 
 
-def test_a_damaged_image_ends_the_run_or_is_left_out(tmp_path, capsys):
-    make_mini_imagenet(tmp_path / "data", classes=3, per_class=8, test_per_class=2)
-    bad = sorted((tmp_path / "data" / "all_images").glob("*_4.JPEG"))[1]
-    plant(bad, "text")
-    line = refused(capsys, "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run"))
-    assert str(bad) in line and not (tmp_path / "run").exists()
-    run = small(tmp_path / "run", tmp_path / "data", "--on_bad_image", "skip", "--epochs", "1")
-    assert json.loads((run / "images.json").read_text())["skipped"] == 1
-    assert np.load(run / "train_index.npy").tolist() == [i for i in range(24) if i != 8 + 4]
-
-
-def test_a_run_that_began_with_other_images_or_labels_is_refused(tmp_path, capsys):
-    data = tmp_path / "data"
-    make_mini_imagenet(data, classes=3, per_class=8, test_per_class=2)
-    words = ["--epochs", "1", "--decoded", "none"]
-    run = small(tmp_path / "run", data, *words)
-    before, names = content_of(run), data / "split" / "blue_noise_nl_0.4"
-    lines = names.read_text().splitlines()
-
-    def refused_with(*changed: str) -> str:
-        names.write_text("\n".join(changed) + "\n")
-        copy = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"  # a process frees its locks at its end
-        shutil.copytree(run, copy)
-        line = refused(capsys, *words, "--data-dir", str(data), "--out", str(copy))
-        assert content_of(copy) == before
-        return line
-
-    # the first two images of the first class's own label change places
-    swapped = [lines[0], lines[2], lines[1], *lines[3:]]
-    assert "began with other images: the pool or the list changed" in refused_with(*swapped)
-    assert "began with other labels" in refused_with(lines[0].replace(" 1", " 2"), *lines[1:])
-    names.write_text("\n".join(lines) + "\n")
-    small(run, data, *words)  # with everything as it was, it is finished
-    assert content_of(run) == before
-
-
 def test_a_list_that_is_not_there_is_named_with_those_that_are(tmp_path, base, capsys):
-    line = refused(
-        capsys, "--data-dir", str(base / "data"), "--noise-ratio", "0.2", "--out", str(tmp_path / "run")
-    )
+    words = [*TINY, "--data-dir", base / "data", "--noise-ratio", "0.2", "--out", tmp_path / "run"]
+    line = refused(capsys, train_semisup_miniimagenet.main, *words)
     assert "blue_noise_nl_0.2: there are blue_noise_nl_0.4, red_noise_nl_0.2" in line
     assert list(tmp_path.iterdir()) == []

@@ -1,47 +1,34 @@
-"""manifold_dividemix/pretrain.py as a user starts it, killed and resumed; and in its variants.
-
-A process start costs seconds, so processes that several tests use are run once, two at a time.
-"""
+"""manifold_dividemix/pretrain.py: a whole run, killed and resumed; and in its variants."""
 
 import json
-import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shlex import split
 
 import numpy as np
 import pytest
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
-from common import datasets
 from common.datasets import pools
-from common.gpu.loader import Images
 from common.pretraining import simclr
 from common.pretraining.simclr import knn_accuracy
-from common.runs import cli
 from manifold_dividemix import pretrain, train_semisup, train_semisup_miniimagenet
 from manifold_dividemix.dataset import load_mini_imagenet, load_open_set
-from manifold_dividemix.networks import Network, make_encoder
 from manifold_dividemix.outliers import knn_scores
 from tests.common.small_file_data import make_mini_imagenet
-from tests.end_to_end.manifold_runs import (
-    ROOT,
-    Ended,
-    assert_same_run,
+from tests.end_to_end.runs import (
+    assert_survived,
     column,
     content_of,
     differences,
-    forked,
+    jobs_of,
+    log_without_seconds,
+    printed,
     result,
     run_jobs,
-    start,
     table,
-    wrong_copies,
 )
-from tests.end_to_end.outcome import log_without_seconds
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -51,7 +38,7 @@ FLAGS = [*DATA, *split(f"--epochs {EPOCHS} --batch_size 64 --lr 0.05 --temp 0.15
 COLUMNS = ["epoch", "loss", "knn_accuracy", "ood_auroc", "lr", "seconds"]
 # before the first checkpoint; in training; between a row and its checkpoint; in the kNN pass
 MOMENTS = ("0:start", "1:training", "2:log", "3:training", "4:features")
-GONE_ON = [0, 1, 2, 3, 4]  # epochs that the starts after the second find finished
+GONE_ON = (0, 1, 2, 3, 4)  # epochs that the starts after the second find finished
 
 # an epoch in a fraction of a second
 TINY = split(
@@ -62,38 +49,23 @@ MINI = split(
 )
 
 
-def whole(folder: Path) -> Ended:
-    """By path from another folder, where other copies are installed."""
-    folder.mkdir()
-    environment = wrong_copies(folder / "other")
-    script = ROOT / "manifold_dividemix" / "pretrain.py"
-    return start(script, *FLAGS, "--out", "../run", cwd=folder / "other", **environment)
-
-
-def killed(folder: Path) -> list[int]:
-    """As a module, killed again and again, then left alone, and once more when it is finished; last by two processes."""
-    folder.mkdir()
-    jobs = forked("pretrain", folder, FLAGS, *MOMENTS)
-    return run_jobs([*jobs, jobs[-1], *forked("pretrain", folder.with_name("by_two"), TINY, processes=2)])
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("manifold_pretrain")
 
 
 @pytest.fixture(scope="module")
-def ends(base):
-    """By name a future of how it ended. Run directories have the same last name: it is a column of the results."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {made.__name__: pool.submit(made, base / made.__name__) for made in (whole, killed)}
+def statuses(base) -> list[list[int]]:
+    """To the end; killed at each moment and resumed, also when finished; and by two processes."""
+    script = "manifold_dividemix.pretrain"
+    jobs = [*jobs_of(script, base / "whole", FLAGS), *jobs_of(script, base / "killed", FLAGS, *MOMENTS)]
+    return run_jobs([*jobs, jobs[-1], *jobs_of(script, base / "by_two", TINY, processes=2)])
 
 
 @pytest.fixture
-def run(base, ends) -> Path:
+def run(base, statuses) -> Path:
     """The directory of a whole run that ended well."""
-    end = ends["whole"].result()
-    assert end.status == 0, end.err
+    assert statuses[0] == [0] and printed(base / "whole")[1] == "", printed(base / "whole")
     return base / "whole" / "run"
 
 
@@ -125,21 +97,11 @@ def mini(base) -> Path:
     return base / "mini"
 
 
-def refused(capsys, *words: str) -> str:
-    """The one line in which a command ends."""
-    with pytest.raises(SystemExit) as stop:
-        cli.exit_cleanly(pretrain.main, [*TINY, *words])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
 # on digits --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_run_leaves_its_log_result_and_encoder(run, ends):
-    assert ends["whole"].result().err == ""
+def test_a_run_leaves_its_log_result_and_encoder(run):
     assert content_of(run).keys() == {
         "args.json", "checkpoint.pt", "checkpoint.previous.pt", "encoder.safetensors", "images.json", "log.csv", "noise.json",
         "noisy_labels.npy", "noisy_labels.npz", "result.csv", "result.json", "samples.npz", "train_index.npy",
@@ -162,23 +124,6 @@ def test_a_run_leaves_its_log_result_and_encoder(run, ends):
         assert file.metadata() == {"dataset": "digits", "epochs": str(EPOCHS), "seed": "1"}
 
 
-@pytest.mark.slow
-def test_the_knn_accuracy_is_that_of_the_encoder_in_the_file(run):
-    data, samples = datasets.load("digits", "."), np.load(run / "samples.npz")
-    encoder = make_encoder("resnet18", 1, 8)
-    encoder.load_state_dict(load_file(run / "encoder.safetensors"))
-    network, own = Network(encoder, 64, 10).eval(), ~samples["ood"]
-    train = data.train.images[np.load(run / "train_index.npy")][own]  # which are as they are in the data set
-    with torch.no_grad():
-        features, queries = (
-            network(Images(images, data.mean, data.std, torch.device("cpu")).view(torch.arange(len(images))))
-            for images in (train, data.test.images)
-        )
-    clean, test_labels = (torch.from_numpy(of) for of in (samples["clean"][own], data.test.labels))
-    found = knn_accuracy(features, clean, queries, test_labels, 10)
-    assert column(run, "knn_accuracy")[-1] == pytest.approx(found, abs=0.6)  # two of 360
-
-
 def test_neighbours_are_sought_among_images_of_the_data_set_and_outliers_among_all(tmp_path, monkeypatch):
     scores, banks = [], []
 
@@ -197,26 +142,18 @@ def test_neighbours_are_sought_among_images_of_the_data_set_and_outliers_among_a
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, run, ends):
-    found = ends["killed"].result()[:-1]
-    err, out = ((base / f"killed.{name}").read_text() for name in ("err", "out"))
-    assert found == [-9] * len(MOMENTS) + [0, 0] and err == "", err
-    assert [int(n) for n in re.findall(r"resuming after epoch (\d+)\n", out)] == GONE_ON
-    assert "\nepoch " not in out.rpartition(f"resuming after epoch {EPOCHS}")[2]
-    assert_same_run(base / "killed" / "run", run)
+def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, run, statuses):
+    assert_survived(base / "killed", run, statuses[1:-1], MOMENTS, GONE_ON)
     encoders = [load_file(base / name / "run" / "encoder.safetensors") for name in ("killed", "whole")]
     assert differences(*encoders) == []
-    command = result(base / "killed" / "run")["command"]
-    assert command.startswith("python -m manifold_dividemix.pretrain --dataset ")
 
 
 @pytest.mark.slow
-def test_under_torchrun_it_says_that_it_is_one_process(base, ends):
-    assert ends["killed"].result()[-1] == 2
-    lines = (base / "by_two.err").read_text().splitlines()
-    assert len(lines) == 2  # one of each process
+def test_under_torchrun_it_says_that_it_is_one_process(base, statuses):
+    lines = printed(base / "by_two")[1].splitlines()
+    assert statuses[-1] == [2, 2] and len(lines) == 2  # one of each process
     assert all("runs as one process: start it with python, not with torchrun" in line for line in lines)
-    assert not (base / "by_two").exists()
+    assert not (base / "by_two" / "run").exists()
 
 
 def test_labels_change_nothing_and_another_seed_does(tmp_path, tiny):
@@ -273,20 +210,3 @@ def test_mini_imagenet_by_the_list_and_its_script_begins_from_the_encoder(tmp_pa
     args = train_semisup_miniimagenet.parse_args(words)
     network = train_semisup.initial_network(load_mini_imagenet(args), args)
     assert differences(dict(network.encoder.state_dict()), load_file(red / "encoder.safetensors")) == []
-
-
-# refused ----------------------------------------------------------------------------------------------------------------
-
-
-def test_a_run_that_began_with_other_images_is_refused(tmp_path, capsys):
-    images = np.random.default_rng(0).integers(0, 256, (400, 8, 8), dtype=np.uint8)
-    arrays = {"train_labels": np.arange(400) % 2, "test_labels": np.arange(4) % 2, "test_images": images[:4]}
-    np.savez(tmp_path / "pool.npz", train_images=images, **arrays)
-    words = ["--data-dir", str(tmp_path), "--corruption", "pool"]
-    run = small(tmp_path / "run", *TINY, *words)
-    before = content_of(run)
-    np.savez(tmp_path / "pool.npz", train_images=255 - images, **arrays)
-    assert "began with other images: the pool or the list changed" in refused(
-        capsys, *words, "--out", str(run)
-    )
-    assert content_of(run) == before

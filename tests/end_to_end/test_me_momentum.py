@@ -1,10 +1,5 @@
-"""me_momentum/main.py as a user starts it, killed and started again; and, within this process, what a run does step by step."""
+"""me_momentum/main.py killed and started again; and, within this process, what a run does step by step."""
 
-import csv
-import json
-import os
-import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from itertools import pairwise
@@ -23,10 +18,17 @@ from me_momentum.networks import SmallNet
 from me_momentum.report import summary
 from me_momentum.training import train_epoch
 from me_momentum.validation import split
-from tests.end_to_end.outcome import auroc, label_quality, log_without_seconds, result_without_time_and_place
-
-ROOT = Path(__file__).resolve().parents[2]
-DEADLINE = 150  # seconds a process may take, on a busy machine
+from tests.end_to_end.runs import (
+    assert_survived,
+    auroc,
+    differences,
+    jobs_of,
+    label_quality,
+    log_without_seconds,
+    result,
+    run_jobs,
+    table,
+)
 
 # 4 epochs of early stopping and 2 rounds of 4 in each of 2 outer loops
 SHORT = "--n_epoch 4 --max_outer_loop 2 --max_inner_loop 3 --batch_size 64 --lr 0.1"
@@ -41,21 +43,12 @@ COLUMNS = ["epoch", "outer", "round", "loss", "validation_accuracy", "test_accur
 COLUMNS += ["train_accuracy", "lr", "test_accuracy_batchmean", "kept", "new_best", "seconds"]
 
 
-def table(run: Path) -> list[dict[str, str]]:
-    with (run / "log.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def result(run: Path) -> dict:
-    return json.loads((run / "result.json").read_text())
-
-
 def weights(run: Path) -> dict[str, Tensor]:
     return torch.load(run / "model_best.pt", weights_only=True)
 
 
 def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
-    return list(one) == list(two) and all(torch.equal(value, two[name]) for name, value in one.items())
+    return differences(one, two) == []
 
 
 class Epoch(NamedTuple):
@@ -135,50 +128,13 @@ def predicted(state: dict[str, Tensor], images: Tensor) -> np.ndarray:
         return network(images).argmax(dim=1).numpy()
 
 
-# processes --------------------------------------------------------------------------------------------------------------
+# killed -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_by_path_from_another_folder_killed_in_every_kind_of_place_it_ends_as_if_nothing_had_happened(
-    recorded, tmp_path
-):
-    def start(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess:
-        variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        return subprocess.run(
-            [sys.executable, *map(str, words)],
-            cwd=cwd,
-            env={**variables, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=DEADLINE,
-        )
-
-    run, words = tmp_path / "run", [*FLAGS.split(), "--out", tmp_path / "run"]
-    deaths = start("-m", "tests.end_to_end.killed", *MOMENTS, "--", *words, cwd=ROOT)
-    lines = deaths.stdout.splitlines()
-    assert lines.count("status -9") == len(MOMENTS), deaths.stderr
-    assert [int(line.split()[-1]) for line in lines if line.startswith("resuming after")] == [2, 6, 12, 16]
-    assert len(table(run)) == 21
-    last = start(ROOT / "me_momentum" / "main.py", *words, cwd=tmp_path)
-    assert last.returncode == 0 and last.stderr == "" and "resuming after epoch 21" in last.stdout
-    assert "\nfinished: test_accuracy best " in last.stdout
-    assert log_without_seconds(run) == log_without_seconds(recorded.run)
-    assert result_without_time_and_place(run) == result_without_time_and_place(recorded.run)
-    assert same(weights(run), weights(recorded.run))
-    for name in ("noisy_labels.npy", "train_index.npy", "split.npz", "label_quality.csv"):
-        assert (run / name).read_bytes() == (recorded.run / name).read_bytes()
-    checkpoints = [torch.load(of / "checkpoint.pt", weights_only=True)["state"] for of in (run, recorded.run)]
-    found, wanted = (state["memory"] for state in checkpoints)
-    for name in ("confident", "first_confident"):
-        assert torch.equal(found[name], wanted[name])
-    assert same(found["best_of_loop"], wanted["best_of_loop"])
-    assert torch.equal(*(state["generator"] for state in checkpoints))
-    # the finished run once more: nothing changes
-    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
-    again = start("-m", "me_momentum.main", *words, cwd=ROOT)
-    assert again.returncode == 0
-    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(recorded, tmp_path):
+    jobs = jobs_of("me_momentum.main", tmp_path, FLAGS.split(), *MOMENTS)
+    assert_survived(tmp_path, recorded.run, run_jobs([*jobs, jobs[-1]]), MOMENTS, (2, 6, 12, 16, 21, 24))
 
 
 # what a run leaves ------------------------------------------------------------------------------------------------------
@@ -223,19 +179,13 @@ def test_what_is_reported_is_the_test_accuracy_of_the_last_new_best(recorded, di
     assert (quality.score[sure] == quality.predicted_probability[sure]).all() and 0 < sure.sum() < 1437
 
 
-def test_labels_split_and_results_say_what_was_run(recorded):
+def test_labels_and_split_are_those_of_the_seed(recorded):
     run, clean = recorded.run, datasets.load("digits", ".").train.labels
     observed, kept, parts = np.load(run / "noisy_labels.npy"), np.load(run / "split.npz"), split(1437, 0.9, 1)
     assert observed.tolist() == noise.add_noise("symmetric", clean, 0.4, 10, 1).tolist()
     assert np.load(run / "train_index.npy").tolist() == list(range(1437))
     assert np.array_equal(kept["train"], parts.train) and np.array_equal(kept["validation"], parts.validation)
     assert result(run)["noise"]["realised_rate"] == pytest.approx((observed != clean).mean())
-    with (run / "result.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        assert (row["paper"], row["method"], row["dataset"]) == ("me_momentum", "Me-Momentum", "digits")
-        assert (row["noise_type"], row["noise_rate"], row["profile"]) == ("symmetric", "0.4", "embedded")
-        assert (row["fidelity"], row["seed"], row["epochs"]) == ("paper", "1", "4")
 
 
 # what a run does --------------------------------------------------------------------------------------------------------

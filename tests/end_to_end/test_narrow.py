@@ -21,7 +21,7 @@ from common import datasets, noise
 from common.datasets.posterior import out_of_fold
 from common.runs import cli
 from manifold_dividemix import pretrain, train_semisup
-from tests.end_to_end.outcome import label_quality
+from tests.end_to_end.runs import label_quality
 
 COMMON = split("--dataset digits --device cpu --limit_train 160")
 MANIFOLD = [*COMMON, *split("--ood-ratio 0 --epochs 2 --lr-backbone 0.01 --warmup-epoch 1 --batch-size 32")]

@@ -1,6 +1,5 @@
-"""sanm/Train_cifar.py as a user starts it, killed and started again, and in its variants; who learns from whom."""
+"""sanm/Train_cifar.py: a whole run, killed and started again, and its variants; who learns from whom."""
 
-import json
 from pathlib import Path
 from shlex import split
 from types import SimpleNamespace
@@ -20,8 +19,19 @@ from sanm import Train_cifar
 from sanm.networks import make_network, simclr_resnet
 from sanm.selection import clean_probability, divide
 from sanm.training import sample_losses
-from tests.end_to_end.outcome import auroc, label_quality, log_without_seconds, result_without_time_and_place
-from tests.end_to_end.sanm_runs import ROOT, result, same_state, start, state, table
+from tests.end_to_end.runs import (
+    assert_survived,
+    auroc,
+    column,
+    differences,
+    jobs_of,
+    label_quality,
+    printed,
+    result,
+    run_jobs,
+    state,
+    table,
+)
 
 # two epochs of warm-up and two on a split; of 520 images, so that the pass over the losses has a second batch
 COMMON = ["--dataset", "digits", "--device", "cpu"]
@@ -48,10 +58,6 @@ VARIANTS = {
     "file": "--base dividemix --noise_file {folder}/labels.npy",
     "flags": "--base dividemix --ref-views weak --mask-anchor corner --clamp-targets --precision bf16",
 }
-
-
-def column(run: Path, name: str) -> list[float]:
-    return [float(row[name]) for row in table(run) if row[name] != ""]
 
 
 class Digits(NamedTuple):
@@ -89,16 +95,26 @@ def scores_of(run: Path, images: Tensor, base: str, softmax: bool = False) -> li
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """By path from another folder, to the end."""
-    folder = tmp_path_factory.mktemp("sanm_run")
-    (folder / "elsewhere").mkdir()
-    end = start(ROOT / "sanm" / "Train_cifar.py", *FLAGS, "--out", "../run", cwd=folder / "elsewhere")
-    assert end.status == 0 and end.err == "", end.err
+def base(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("sanm_run")
+
+
+@pytest.fixture(scope="module")
+def statuses(base) -> list[list[int]]:
+    """To the end; killed again and again, then left alone, and once more when it is finished."""
+    jobs = jobs_of("sanm.Train_cifar", base / "whole", FLAGS)
+    jobs += jobs_of("sanm.Train_cifar", base / "killed", FLAGS, *MOMENTS)
+    return run_jobs([*jobs, jobs[-1]])
+
+
+@pytest.fixture
+def run(base, statuses) -> Path:
+    """The directory of the whole run."""
+    out, err = printed(base / "whole")
+    assert statuses[0] == [0] and err == "", err
     note = "note: the learning rate never drops, --lr_drop 150, --num_epochs 3\n90 % rule on, --r 0.9: "
-    assert note in end.out and f"epoch {EPOCHS}/{EPOCHS}  " in end.out
-    assert "\nfinished: test_accuracy best " in end.out
-    return folder / "run"
+    assert note in out and f"epoch {EPOCHS}/{EPOCHS}  " in out
+    return base / "whole" / "run"
 
 
 @pytest.mark.slow
@@ -151,54 +167,21 @@ def test_labels_statistics_and_accuracies_are_those_of_the_files_of_the_run(run)
 
 
 @pytest.mark.slow
-def test_the_result_and_its_rows_say_what_was_run(run):
+def test_the_result_says_how_the_last_epochs_went(run):
     metrics, curve, last = result(run)["metrics"], column(run, "test_accuracy"), table(run)[-1]
     assert (metrics["best"], metrics["last"]) == (max(curve), curve[-1])
-    assert metrics["last10"] == pytest.approx(np.mean(curve))
+    assert metrics["last10"] == pytest.approx(np.mean(curve)) and metrics["map_auc"] is not None
     for name in ("selected", "auc", "precision", "recall"):
         assert metrics[f"last_net1_{name}"] == float(last[f"net1_{name}"])
-    rows = table(run, "result.csv")
-    assert {"best", "last", "last10", "last_net1_auc", "map_auc"} <= {row["metric"] for row in rows}
-    expected = {"paper": "sanm", "method": "SANM(DivideMix)", "dataset": "digits", "noise_type": "sym"}
-    expected |= {
-        "noise_rate": "0.9",
-        "profile": "embedded+limit_train=520",
-        "fidelity": "paper",
-        "seed": "123",
-    }
-    assert all({name: row[name] for name in expected} == expected for row in rows)
-    assert all(row["command"].startswith("python sanm/Train_cifar.py --dataset digits ") for row in rows)
+    assert (result(run)["method"], result(run)["profile"]) == ("SANM(DivideMix)", "embedded+limit_train=520")
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_several_moments_ends_as_if_nothing_had_happened(run, tmp_path):
-    """Killed again and again, then left alone, and once more when it is finished."""
-    killed = tmp_path / "run"  # the last name is a column of the results
-    jobs = [(moment, [*FLAGS, "--out", str(killed)]) for moment in (*MOMENTS, None, None)]
-    end = start("-m", "tests.end_to_end.forked", json.dumps(jobs))
-    lines = [line.split() for line in end.out.splitlines()]
-    assert [int(words[1]) for words in lines if words[:1] == ["status"]] == [-9] * len(MOMENTS) + [0, 0], (
-        end.err
-    )
-    went_on = [int(words[-1]) for words in lines if words[:3] == ["resuming", "after", "epoch"]]
-    assert went_on == [0, 1, 2, 2, 3, 3, 4]
-    assert (
-        "\nepoch " not in end.out.rpartition("resuming after epoch 4")[2]
-    )  # the last start had nothing to do
-    assert log_without_seconds(killed) == log_without_seconds(run)
-    assert result_without_time_and_place(killed) == result_without_time_and_place(run)
-    for name in ("noisy_labels.npy", "train_index.npy", "noise.json", "label_quality.csv"):
-        assert (killed / name).read_bytes() == (run / name).read_bytes()
-    found, wanted = (np.load(folder / "clean_probability.npz") for folder in (killed, run))
-    assert found.files == wanted.files
-    assert all(np.array_equal(found[name], wanted[name]) for name in wanted.files)
-    found, wanted = state(killed), state(run)
+def test_a_run_killed_at_several_moments_ends_as_if_nothing_had_happened(base, run, statuses):
+    assert_survived(base / "killed", run, statuses[1:], MOMENTS, (0, 1, 2, 2, 3, 3, 4))
     # the losses of both epochs on a split, of both networks, that the 90 % rule averages
-    for own, other in zip(found["memory"]["history"], wanted["memory"]["history"], strict=True):
-        assert len(own) == len(other) == 2 and all(map(torch.equal, own, other))
-        assert all(losses.min() == 0 and losses.max() == 1 for losses in own)
-    assert all(map(same_state, found["nets"], wanted["nets"]))
-    assert torch.equal(found["loader"], wanted["loader"]) and found["draws"] == wanted["draws"]
+    for losses in state(base / "killed" / "run")["memory"]["history"]:
+        assert len(losses) == 2 and all(own.min() == 0 and own.max() == 1 for own in losses)
 
 
 # variants ---------------------------------------------------------------------------------------------------------------
@@ -234,9 +217,8 @@ def test_both_networks_of_c2d_start_from_the_same_encoder_and_from_other_classif
     args = Train_cifar.parse_args(["--dataset", "digits", "--pretrained", str(file)])
     first, second = (Train_cifar.initial_network(datasets.load("digits"), args) for _ in range(2))
     weights = safetensors.torch.load_file(file)
-    assert same_state(first.encoder.state_dict(), weights) and same_state(
-        second.encoder.state_dict(), weights
-    )
+    for network in (first, second):
+        assert differences(dict(network.encoder.state_dict()), weights) == []
     assert not torch.equal(first.classifier.weight, second.classifier.weight)
     assert not torch.equal(first.decoder[0].weight, second.decoder[0].weight)
 

@@ -1,10 +1,8 @@
 """sanm/Train_clothing1M.py as processes run it: alone, killed again and again, and two under torchrun; as released."""
 
-import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,9 +10,20 @@ from common.runs import cli
 from sanm import Train_clothing1M
 from sanm.networks import clothing_network
 from tests.common.small_file_data import make_clothing1m
-from tests.end_to_end.outcome import label_quality, log_without_seconds, result_without_time_and_place
-from tests.end_to_end.sanm_clothing_float64 import small_network
-from tests.end_to_end.sanm_runs import ROOT, Ended, result, same_state, start, state, table
+from tests.end_to_end.runs import (
+    assert_close_logs,
+    assert_survived,
+    differences,
+    jobs_of,
+    label_quality,
+    log_without_seconds,
+    printed,
+    result,
+    run_jobs,
+    state,
+    table,
+)
+from tests.end_to_end.small_networks import masked_network
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -28,7 +37,7 @@ FLAGS = SETTING.split()
 # before the first checkpoint; in the warm-up; in a label quality; in co-divide; between a row and its checkpoint; in a
 # validation; in the test of the best weights, after the last checkpoint
 MOMENTS = ("0:start", "1:training", "1:losses", "2:training", "2:log", "3:validation", "4:weights")
-GONE_ON = [0, 0, 1, 1, 2, 3]  # epochs that the starts after the second find finished
+GONE_ON = (0, 0, 1, 1, 2, 3)  # epochs that the starts after the second find finished
 COLUMNS = """epoch loss net1_selected net2_selected net1_validation net2_validation test_accuracy labelled_loss prior_loss
 reconstruction_loss right_selected_min classes_unselected lr seconds"""
 OF_CO_DIVIDE = ["net1_selected", "net2_selected", "labelled_loss", "prior_loss", "reconstruction_loss"]
@@ -41,17 +50,18 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-def in_float64(base: Path, name: str, *moments: str, starter: tuple[str, ...] = ()) -> Ended:
-    """The last name of the run directory is a column of the results."""
-    words = [*moments, *FLAGS, "--data_path", base / "data", "--out", base / name / "run"]
-    return start(*starter, "-m", "tests.end_to_end.sanm_clothing_float64", *words)
-
-
 @pytest.fixture(scope="module")
-def alone(base) -> Path:
+def statuses(base) -> list[list[int]]:
+    flags, script = [*FLAGS, "--data_path", str(base / "data")], "sanm.Train_clothing1M"
+    jobs = jobs_of(script, base / "alone", flags, float64=True)
+    jobs += jobs_of(script, base / "killed", flags, *MOMENTS, float64=True)
+    return run_jobs([*jobs, *jobs_of(script, base / "by_two", flags, float64=True, processes=2)])
+
+
+@pytest.fixture
+def alone(base, statuses) -> Path:
     """A run that nothing disturbed."""
-    end = in_float64(base, "alone")
-    assert end.status == 0 and end.err == "", end.err
+    assert statuses[0] == [0] and printed(base / "alone")[1] == "", printed(base / "alone")
     return base / "alone" / "run"
 
 
@@ -76,59 +86,40 @@ def test_the_log_and_the_result_of_warm_up_co_divide_and_best_weights(alone):
     # warm-up: 40 of 42 images in batches of 8; co-divide: whole batches of labelled images alone
     steps = [int(row[name]) // 4 * 4 for row in rows[1:] for name in OF_CO_DIVIDE[:2]]
     assert found["images"] == 2 * 40 + sum(steps)
-    expected = {"paper": "sanm", "method": "SANM(DivideMix)", "dataset": "clothing1m", "noise_type": "real"}
-    expected |= {"noise_rate": "", "profile": "short", "seed": "123", "epochs": "2"}
-    assert all({name: row[name] for name in expected} == expected for row in table(alone, "result.csv"))
-    assert json.loads((alone / "noise.json").read_text())["realised_rate"] is None
-    assert np.load(alone / "train_index.npy").tolist() == list(range(42))
+    assert (found["method"], found["profile"]) == ("SANM(DivideMix)", "short")
+    assert found["noise"]["realised_rate"] is None
     quality = label_quality(alone)
-    assert all(Path(path).is_file() for path in quality.path) and quality.given_class.notna().all()
     # the first noisy image of each class has the label of the next one
     assert {0, 14, 28} <= {*quality.score.nsmallest(6).index} and quality.selected.notna().all()
 
 
 @pytest.mark.slow
-def test_the_real_network_by_path_with_workers(base):
-    (base / "user").mkdir()
-    words = [*FLAGS, "--data_path", "../data", "--out", "run", "--workers", "2"]
-    words += ["--num_batches", "14", "--num_epochs", "1", "--lr", "0.002"]
-    end = start(ROOT / "sanm" / "Train_clothing1M.py", *words, cwd=base / "user")
-    assert end.status == 0 and end.err == "", end.err
-    rows, memory = table(base / "user" / "run"), state(base / "user" / "run")["memory"]
-    assert result(base / "user" / "run")["metrics"]["at_best_validation"] >= 0
+def test_the_real_network_with_workers(base):
+    words = "--workers 2 --num_batches 14 --num_epochs 1 --lr 0.002"
+    run = small_run(base, words, clothing_network)
+    rows, memory = table(run), state(run)["memory"]
+    assert result(run)["metrics"]["at_best_validation"] >= 0
     # 14 batches of 4 are 56, 4 of each class: a division of 12 images
     assert [len(positions) for positions, _ in memory["divisions"]] == [12, 12]
     for i, best in enumerate(memory["best"]):
         assert best["accuracy"] == max(float(row[f"net{i + 1}_validation"]) for row in rows)
-        kept = torch.load(base / "user" / "run" / f"net{i + 1}_best.pt", weights_only=True)
+        kept = torch.load(run / f"net{i + 1}_best.pt", weights_only=True)
         clothing_network("resnet18", 14).load_state_dict(kept)  # strict: all names and shapes
-        assert same_state(best["weights"], kept)
+        assert differences(best["weights"], kept) == []
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, alone):
-    end, killed = in_float64(base, "killed", *MOMENTS), base / "killed" / "run"
-    assert end.status == 0 and end.out.count("status -9\n") == len(MOMENTS), end.err
-    assert [int(n) for n in re.findall(r"resuming after epoch (\d+)\n", end.out)] == GONE_ON
-    assert log_without_seconds(killed) == log_without_seconds(alone)
-    assert result_without_time_and_place(killed) == result_without_time_and_place(alone)
-    assert (killed / "label_quality.csv").read_bytes() == (alone / "label_quality.csv").read_bytes()
-    for name in ("net1_best.pt", "net2_best.pt"):
-        assert same_state(*(torch.load(run / name, weights_only=True) for run in (killed, alone)))
+def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, statuses, alone):
+    assert_survived(base / "killed", alone, statuses[1:-1], MOMENTS, GONE_ON)
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(base, alone):
+def test_two_processes_train_as_one(base, statuses, alone):
     """Losses to 1e-9, accuracies and selected counts alike, weights to 1e-7: sums in another order, in float64."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    end, by_two = in_float64(base, "by_two", starter=torchrun), base / "by_two" / "run"
-    assert end.status == 0, end.err
-    assert "2 processes" in end.out and all(end.out.count(f"epoch {epoch}/3 ") == 1 for epoch in (1, 2, 3))
-    for row, wanted in zip(table(by_two), table(alone), strict=True):
-        for name in set(wanted) - {"seconds"}:
-            found, value = (float(of[name] or "nan") for of in (row, wanted))
-            tolerance = 1e-9 if name.endswith("loss") else 0
-            assert found == pytest.approx(value, rel=tolerance, nan_ok=True), (name, wanted["epoch"])
+    by_two, (out, err) = base / "by_two" / "run", printed(base / "by_two")
+    assert statuses[-1] == [0, 0], err
+    assert "2 processes" in out and all(out.count(f"epoch {epoch}/3 ") == 1 for epoch in (1, 2, 3))
+    assert_close_logs(by_two, alone, loss=1e-9)
     one, two = state(alone), state(by_two)
     torch.testing.assert_close(two["nets"], one["nets"], rtol=1e-7, atol=1e-9)
     for ours, theirs in zip(two["memory"]["divisions"], one["memory"]["divisions"], strict=True):
@@ -145,17 +136,19 @@ def test_two_processes_train_as_one(base, alone):
 # other settings, in this process ---------------------------------------------------------------------------------------------
 
 
-def small_run(base: Path, monkeypatch, words: str) -> Path:
-    """With the small network, in float32."""
-    monkeypatch.setattr(Train_clothing1M, "clothing_network", small_network)
+def small_run(base: Path, words: str, network=masked_network) -> Path:
+    """In float32."""
     folder = base / f"run{words.replace(' ', '_')}"
-    Train_clothing1M.main([*FLAGS, "--data_path", str(base / "data"), "--out", str(folder), *words.split()])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Train_clothing1M, "clothing_network", network)
+        words = f"--data_path {base / 'data'} --out {folder} {words}"
+        Train_clothing1M.main([*FLAGS, *words.split()])
     return folder
 
 
 @pytest.mark.slow
-def test_without_masks_it_is_dividemix_and_workers_change_nothing(base, monkeypatch):
-    runs = [small_run(base, monkeypatch, f"--masking none --num_epochs 1 --workers {n}") for n in (0, 2)]
+def test_without_masks_it_is_dividemix_and_workers_change_nothing(base):
+    runs = [small_run(base, f"--masking none --num_epochs 1 --workers {n}") for n in (0, 2)]
     loss, x, prior, rec = (float(table(runs[0])[1][name]) for name in ("loss", *OF_CO_DIVIDE[2:]))
     assert loss == pytest.approx(x + prior, rel=1e-6) and rec == 0  # the last digits of sums in float32
     assert result(runs[0])["method"] == "DivideMix"
@@ -164,17 +157,17 @@ def test_without_masks_it_is_dividemix_and_workers_change_nothing(base, monkeypa
     assert log_without_seconds(runs[0]) == log_without_seconds(runs[1])
 
 
-def test_the_released_targets_drive_the_loss_without_bound(base, monkeypatch):
+def test_the_released_targets_drive_the_loss_without_bound(base):
     """With targets that lose hundreds to their top class; at the release's learning rate it takes longer than this to NaN."""
-    run = small_run(base, monkeypatch, "--fidelity released --lr 0.0009")
+    run = small_run(base, "--fidelity released --lr 0.0009")
     losses = [float(row["labelled_loss"]) for row in table(run)[1:]]
     assert losses[-1] < losses[0] < -20  # no cross-entropy of a distribution is below 0
     assert (run / "result.json").exists()
 
 
-def test_a_released_run_that_is_no_longer_finite_ends_in_one_line(base, monkeypatch, capsys):
+def test_a_released_run_that_is_no_longer_finite_ends_in_one_line(base, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.exit_cleanly(lambda _: small_run(base, monkeypatch, "--fidelity released --lr 5"))
+        cli.exit_cleanly(lambda _: small_run(base, "--fidelity released --lr 5"))
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(r"error: (loss is|losses of training samples are) .*: lower --lr", line)

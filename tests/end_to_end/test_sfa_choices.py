@@ -1,14 +1,5 @@
-"""sfa/Train_cifar.py with selections and losses of the standard head; who learns from whom; killed and started again.
+"""sfa/Train_cifar.py with selections and losses of the standard head; who learns from whom."""
 
-This file is also the script that the killed runs are started by, in a process of its own each, with one import for all.
-"""
-
-import json
-import os
-import runpy
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from shlex import split
@@ -20,36 +11,25 @@ import torch
 import torch.nn.functional as F
 
 from common.runs import selection_report
-from common.runs.run import Run
 from sfa import Train_cifar
 from sfa.evaluation import SELECTION_STATISTICS, selection_statistics
 from sfa.small_loss import SmallLoss
-from tests.end_to_end.killed import MortalRun
-from tests.end_to_end.manifold_runs import table
-from tests.end_to_end.outcome import auroc, label_quality, log_without_seconds, result_without_time_and_place
+from tests.end_to_end.runs import arrays, auroc, label_quality, log_without_seconds, result, table
 
-ROOT = Path(__file__).resolve().parents[2]
 FLAGS = split("--dataset digits --imb_factor 0.1 --num_epochs 4 --warm_up 2 --device cpu")
 SAMPLES, CLASSES = 581, 10
 # name -> what is asked for, and what a result row calls it
 RUNS = {
     "sfa": ("", "SFA"),
-    "sfa-gce": ("--loss gce", "SFA + GCE"),
     "gmm-ldam": ("--selection gmm --loss ldam", "GMM + LDAM"),
     "none": ("--selection none", "no selection"),
 }
-# name -> where it is killed, one time after the other, before it is left to end
-KILLED = {"gmm-ldam": ("3:selection", "4:training"), "sfa": ("3:log", "4:selection")}
 STATISTICS = [f"net{i}_{name}" for i in (1, 2) for name in (*SELECTION_STATISTICS, "drawn_classes")]
 STATISTICS += selection_report.COLUMNS
 
 
 def words(name: str, folder: Path) -> list[str]:
     return [*FLAGS, *RUNS[name][0].split(), "--out", str(folder / name)]
-
-
-def arrays(run: Path, name: str) -> dict[str, np.ndarray]:
-    return dict(np.load(run / f"{name}.npz", allow_pickle=False))
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +39,7 @@ def run(tmp_path_factory) -> Callable[[str], Path]:
 
     def made(name: str) -> Path:
         if not (base / name).exists():
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)  # as the killed ones have, so that sums are made in the same order
-            try:
-                Train_cifar.main(words(name, base))
-            finally:
-                torch.set_num_threads(threads)
+            Train_cifar.main(words(name, base))
         return base / name
 
     return made
@@ -74,7 +49,7 @@ def run(tmp_path_factory) -> Callable[[str], Path]:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_leaves_what_its_selection_found(name, run):
     folder, selection = run(name), name.partition("-")[0]
-    rows, written = table(folder), json.loads((folder / "result.json").read_text())
+    rows, written = table(folder), result(folder)
     assert (written["method"], written["profile"]) == (RUNS[name][1], "embedded")
     curve = [float(row["test_accuracy"]) for row in rows]
     assert [written["metrics"][key] for key in ("last", "best")] == pytest.approx([curve[-1], max(curve)])
@@ -122,28 +97,6 @@ def test_a_run_leaves_what_its_selection_found(name, run):
     assert int(last["classes_unselected"]) == max(missing)
 
 
-@pytest.mark.slow
-def test_killed_runs_end_as_if_nothing_had_happened(run, tmp_path):
-    jobs = [[moment, words(name, tmp_path)] for name in KILLED for moment in (*KILLED[name], None)]
-    command = [sys.executable, "-m", "tests.end_to_end.test_sfa_choices", json.dumps(jobs)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
-    statuses = [int(line.split()[1]) for line in ended.stdout.splitlines() if line.startswith("status")]
-    assert statuses == [-9, -9, 0] * len(KILLED), ended.stderr
-    for name in KILLED:
-        undisturbed, killed = run(name), tmp_path / name
-        assert log_without_seconds(killed) == log_without_seconds(undisturbed)
-        assert result_without_time_and_place(killed) == result_without_time_and_place(undisturbed)
-        assert (killed / "label_quality.csv").read_bytes() == (undisturbed / "label_quality.csv").read_bytes()
-        files = [path.stem for path in undisturbed.glob("*.npz")]
-        assert sorted(files) == sorted(path.stem for path in killed.glob("*.npz"))
-        for file in files:
-            found, expected = arrays(killed, file), arrays(undisturbed, file)
-            assert all(np.array_equal(found[key], expected[key]) for key in expected), file
-
-
 # who learns from whom -------------------------------------------------------------------------------------------------
 
 
@@ -156,7 +109,7 @@ def test_where_nothing_is_selected_nothing_is_trained_and_a_warning_says_so(tmp_
     assert [row["net1_selected"] for row in rows] == ["", "0", "0"]
     warning = "warning: epoch {}: no sample selected, one network is not trained"
     assert capsys.readouterr().err.splitlines() == [warning.format(epoch) for epoch in (2, 2, 3, 3)]
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["images"] == 2 * 120
+    assert result(tmp_path / "run")["images"] == 2 * 120
 
 
 @pytest.fixture
@@ -269,38 +222,3 @@ def test_moments_are_those_of_the_same_network_one_epoch_before(mode, watched, t
     for centroids, one in zip(kept["net1"], seen.selections[::2], strict=True):
         mean = one.found.centroids.mean(dim=0).numpy()
         assert np.allclose(centroids, mean, rtol=2e-3, atol=1e-6), "the mean draws of network 1, in 16 bits"
-
-
-def test_the_stop_button_ends_a_notebooks_cell_and_the_same_cell_resumes(tmp_path, monkeypatch, capsys):
-    flags = "--dataset digits --limit_train 120 --imb_factor 0.5 --num_epochs 2 --warm_up 2 --device cpu"
-    monkeypatch.setattr("sys.argv", [Train_cifar.__file__, *split(flags), "--out", str(tmp_path / "run")])
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    log = Run.log
-
-    def log_and_stop(self, epoch, **values):
-        log(self, epoch, **values)
-        if epoch == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Run, "log", log_and_stop)
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(Train_cifar.__file__, run_name="__main__")  # as %run does
-    assert stop.value.code == 130
-    assert capsys.readouterr().err == "SIGINT: stopped; the same command resumes after epoch 1\n"
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    for _ in range(2):  # the rest of the run, and a finished run once more
-        runpy.run_path(Train_cifar.__file__, run_name="__main__")
-        assert len(table(tmp_path / "run")) == 2
-    assert not (tmp_path / "run" / ".lock").exists()
-
-
-if __name__ == "__main__":
-    Train_cifar.Run = MortalRun
-    for moment, flags in json.loads(sys.argv[1]):
-        child = os.fork()
-        if child == 0:
-            epoch, where = (moment or "0:never").split(":")
-            MortalRun.moment = (int(epoch), where)
-            Train_cifar.main(flags)
-            os._exit(0)
-        print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

@@ -1,12 +1,5 @@
-"""sfa/Train_webvision.py as processes run it: alone, a network in each of two, both in both; killed, stopped, and moved.
+"""sfa/Train_webvision.py as processes run it: alone, a network in each of two, both in both; killed, stopped, and moved."""
 
-A process start costs seconds, so the runs that several tests look at are made once, two at a time.
-"""
-
-import json
-import re
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shlex import split
 
@@ -15,23 +8,27 @@ import pytest
 import torch
 
 from sfa.networks import webvision_network
-from tests.end_to_end.manifold_runs import (
+from tests.common.small_file_data import make_doubtful_webvision
+from tests.end_to_end.runs import (
     ROOT,
-    TIMED,
-    Ended,
-    content_of,
+    assert_close_logs,
     differences,
+    jobs_of,
+    label_quality,
+    log_without_seconds,
+    printed,
     result,
+    result_without_time_and_place,
+    resumed,
+    run_jobs,
+    same_files,
     start,
     state,
     table,
 )
-from tests.end_to_end.outcome import label_quality, log_without_seconds, result_without_time_and_place
-from tests.end_to_end.webvision_float64 import make_doubtful_webvision
 
 pytestmark = pytest.mark.slow
 
-FLOAT64 = ("-m", "tests.end_to_end.webvision_float64")
 # 40 training images of four classes and 36 in each test set, two batches of either. Moments carry over from epoch 3 on
 SETTING = split(
     "--num_class 4 --network resnet18 --image_size 64 --batch_size 4 --lr_drop 3 --device cpu --workers 0"
@@ -81,58 +78,27 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-def run_all(base: Path, names: list[str]) -> dict[str, list[list[int]]]:
+@pytest.fixture(scope="module")
+def runs(base) -> dict[str, list[list[int]]]:
     """By name the exit statuses of the processes of each start, in the run directory NAME/run."""
     jobs = []
-    for name in names:
-        (base / name).mkdir()
-        words, starts, _, _ = RUNS[name]
+    for name, (words, starts, _, _) in RUNS.items():
         flags = [*SETTING, "--num_epochs", str(EPOCHS), "--data_path", str(base / "data")]
-        flags += ["--out", str(base / name / "run")]
         for moment, processes in starts:
             # networks in one process is none; under torchrun that is the default, data
             typed = words.replace(NETWORKS, "") if processes == 1 else words
-            job = {"flags": [*flags, *typed.split()], "log": str(base / name / "log"), "processes": processes}
-            jobs.append({**job, "moment": moment or "0:never", "slow": bool(moment) and processes > 1})
-    end = start(*FLOAT64, json.dumps(jobs))
-    assert end.status == 0, end.err
-    # of two processes the other may end by itself before it is killed
-    lines = [line.replace("-9 1", "-9 -9") for line in end.out.splitlines()]
-    statuses = iter([[int(word) for word in line.split()[1:]] for line in lines])
-    return {name: [next(statuses) for _ in RUNS[name][1]] for name in names}
-
-
-def as_a_user(base: Path, name: str, *words: str) -> Ended:
-    """By path from another folder, with the real network."""
-    (base / name).mkdir()
-    words = ("--data_path", "../data/", "--out", "run", "--limit_train", "14", "--num_epochs", "2", *words)
-    return start(ROOT / "sfa" / "Train_webvision.py", *SETTING, *words, cwd=base / name)
-
-
-@pytest.fixture(scope="module")
-def ends(base) -> Iterator[dict]:
-    """Futures of the statuses. Run directories have the same last name: it is a column of the results."""
-    one = [name for name, (_, starts, _, _) in RUNS.items() if {processes for _, processes in starts} == {1}]
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            "two": pool.submit(run_all, base, [name for name in RUNS if name not in one]),
-            "one": pool.submit(run_all, base, one),
-            "user": pool.submit(as_a_user, base, "user", "--workers", "2"),
-            "user_networks": pool.submit(as_a_user, base, "user_networks", "--parallel", "networks"),
-        }
-
-
-@pytest.fixture
-def runs(base, ends) -> dict[str, list[list[int]]]:
-    return ends["one"].result() | ends["two"].result()
+            slow = bool(moment) and processes > 1
+            more = {"processes": processes, "slow": slow, "float64": True}
+            job = jobs_of("sfa.Train_webvision", base / name, [*flags, *typed.split()], **more)[0]
+            jobs.append({**job, "moment": moment})
+    found = iter(run_jobs(jobs))
+    return {name: [next(found) for _ in starts] for name, (_, starts, _, _) in RUNS.items()}
 
 
 def assert_same_training(found: Path, wanted: Path) -> None:
     """Log, result, weights, generators and selections, whatever the number of processes."""
     assert log_without_seconds(found) == log_without_seconds(wanted)
-    assert differences(state(found), state(wanted)) == []
-    ours, theirs = ({n: c for n, c in content_of(of).items() if n not in TIMED} for of in (found, wanted))
-    assert {"clean_probability.npz", "centroids.npz", "noisy_labels.npy"} <= theirs.keys() and ours == theirs
+    assert differences(state(found), state(wanted)) == [] and same_files(found, wanted)
     results = [result_without_time_and_place(run) for run in (found, wanted)]
     for of in results:
         del of["environment"]["processes"]
@@ -141,11 +107,7 @@ def assert_same_training(found: Path, wanted: Path) -> None:
 
 def assert_nearly_same(found: Path, wanted: Path) -> None:
     """Losses to 1e-9, accuracies and selections alike, weights to 1e-7: sums in another order, in float64."""
-    for row, other in zip(table(found), table(wanted), strict=True):
-        for name in set(other) - {"seconds"}:
-            ours, theirs = (float(of[name] or "nan") for of in (row, other))
-            tolerance = 1e-9 if name == "loss" else 0
-            assert ours == pytest.approx(theirs, rel=tolerance, abs=0, nan_ok=True), (name, other["epoch"])
+    assert_close_logs(found, wanted, loss=1e-9)
     ours, theirs = (np.load(run / "clean_probability.npz") for run in (found, wanted))
     for name in ("net1", "net2"):
         assert ((ours[name] > 0.5) == (theirs[name] > 0.5)).all()
@@ -162,7 +124,7 @@ def assert_nearly_same(found: Path, wanted: Path) -> None:
 
 def test_a_run_by_one_process_learns(base, runs):
     run = base / "alone" / "run"
-    assert runs["alone"] == [[0]] and (base / "alone" / "log.err").read_text() == ""
+    assert runs["alone"] == [[0]] and printed(base / "alone")[1] == ""
     rows = table(run)
     # both sides of a split have a batch at least, the networks disagree, and selections change
     numbers = [[int(row[f"net{i}_selected"]) for row in rows] for i in (1, 2)]
@@ -173,19 +135,18 @@ def test_a_run_by_one_process_learns(base, runs):
     quality, both = label_quality(run), np.load(run / "clean_probability.npz")
     assert quality.score.to_numpy() == pytest.approx((both["net1"] + both["net2"]) / 2, abs=1e-5)
     assert quality.selected.tolist() == ((both["net1"] > 0.5) & (both["net2"] > 0.5)).tolist()
-    assert all(Path(path).is_file() for path in quality.path)
     steps = sum(int(row[f"net{i}_selected"]) // 4 * 4 for row in rows[:-1] for i in (1, 2))
     assert result(run)["images"] == 2 * 40 + steps and result(run)["environment"]["processes"] == 1
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "alone"])
 def test_however_it_is_run_it_ends_as_the_run_that_nothing_disturbed(name, base, runs):
-    _, starts, statuses, resumed = RUNS[name]
-    out, err = ((base / name / f"log.{stream}").read_text() for stream in ("out", "err"))
+    _, starts, statuses, finished = RUNS[name]
+    out, err = printed(base / name)
     # beside a killed process the other one may end by the closed connection, before it is killed
     ended = [[-9 if -9 in start and status == 1 else status for status in start] for start in runs[name]]
     assert ended == statuses, err
-    assert tuple(int(n) for n in re.findall(r"resuming after epoch (\d+)\n", out)) == resumed
+    assert tuple(resumed(out)) == finished
     if [-9, -9] not in statuses:
         stopped = "SIGTERM: stopped; the same command resumes after epoch"
         assert err.count(stopped) == err.count("\n") == name.count("stopped")
@@ -208,18 +169,18 @@ def test_as_released_moments_and_momentum_differ(base, runs):
     assert ours[1].split(",")[1] == theirs[1].split(",")[1] and ours[2:] != theirs[2:]
 
 
-def test_the_real_network_by_path_alone_and_started_as_two(base, ends):
-    """By plain python, with worker processes; the second command becomes two processes of its own accord."""
-    one, two = ends["user"].result(), ends["user_networks"].result()
-    assert one.status == 0 and one.err == "", one.err
-    assert two.status == 0, two.err
+def test_the_real_network_is_started_as_two_by_plain_python(base):
+    """With worker processes; the command becomes two processes of its own accord."""
+    (base / "user").mkdir()
+    words = split(
+        "--data_path ../data/ --out run --limit_train 14 --num_epochs 2 --parallel networks --workers 2"
+    )
+    end = start(ROOT / "sfa" / "Train_webvision.py", *SETTING, *words, cwd=base / "user")
+    assert end.status == 0, end.err
     run = base / "user" / "run"
     assert [row["epoch"] for row in table(run)] == ["1", "2"]
     for learner in state(run)["learners"]:
         webvision_network("resnet18", 4).load_state_dict(learner["network"])  # strict: all names and shapes
-    assert_same_training(base / "user_networks" / "run", run)
-    assert "2 processes" in two.out and "processes" not in one.out
-    assert two.out.count("webvision train: 40 images") == 1
-    commands = [result(base / name / "run")["command"] for name in ("user", "user_networks")]
-    assert commands[0].startswith("python sfa/Train_webvision.py --num_class 4 ")
-    assert commands[1].startswith("torchrun --nproc_per_node=2 sfa/Train_webvision.py --num_class 4 ")
+    assert "2 processes" in end.out and end.out.count("webvision train: 40 images") == 1
+    command = "torchrun --nproc_per_node=2 sfa/Train_webvision.py --num_class 4 "
+    assert result(run)["command"].startswith(command)

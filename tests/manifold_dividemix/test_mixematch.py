@@ -82,23 +82,6 @@ def test_each_view_is_a_batch_of_its_own_unless_batch_norms_are_frozen(frozen, g
 # targets ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [0.25, 0.5, 1.0, 2.0])
-def test_sharpening_is_the_plain_formula(temperature, generator):
-    rows = torch.softmax(torch.randn(64, 10, generator=generator), dim=1)
-    found = mixematch.sharpen(rows, temperature)
-    torch.testing.assert_close(found, plain_sharpened(rows, temperature), rtol=1e-5, atol=1e-7)
-
-
-def test_sharpening_makes_no_nan_of_zeros_or_of_a_tiny_temperature(generator):
-    assert torch.equal(mixematch.sharpen(torch.eye(4), T), torch.eye(4))
-    rows = torch.softmax(torch.randn(64, 10, generator=generator), dim=1)
-    surest = F.one_hot(rows.argmax(dim=1), 10).float()
-    torch.testing.assert_close(mixematch.sharpen(rows, 1e-4), surest, atol=1e-3, rtol=0)
-    for temperature in (0, -0.5):
-        with pytest.raises(ValueError, match=f"temperature must be > 0, got {temperature}"):
-            mixematch.sharpen(torch.eye(2), temperature)
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_targets_are_the_sharpened_means_of_the_views(training, generator):
     own = network().train(training)
@@ -122,14 +105,6 @@ def test_a_guess_is_sure_from_the_threshold_on():
     masks = [mixematch.confident(targets, threshold).tolist() for threshold in (0.75, 1.0, 0.0)]
     assert masks == [[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]]
     assert mixematch.confident(targets, 0.5).dtype == torch.float32
-
-
-@pytest.mark.parametrize("lam", [0.0, 0.3, 0.5, 0.7, 1.0])
-def test_each_row_keeps_the_larger_part_of_itself(lam, generator):
-    rows, permutation = images(6, generator), torch.tensor([5, 0, 2, 1, 4, 3])
-    found, larger = mixematch.mix(rows, lam, permutation), max(lam, 1 - lam)
-    for i, j in enumerate(permutation.tolist()):
-        torch.testing.assert_close(found[i], larger * rows[i] + (1 - larger) * rows[j])
 
 
 # the loss ---------------------------------------------------------------------------------------------------------------

@@ -1,16 +1,15 @@
 """The figure of Manifold DivideMix's runs: curves by setting, what was removed, where it lies; refusals in one line."""
 
-import json
-import re
-
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from common.runs import cli
 from manifold_dividemix import visualize
-from manifold_dividemix.visualize import figures, read_run
+from manifold_dividemix.visualize import read_run
+from tests import figures
+from tests.figures import assert_refused, change
+from tests.lines import refused
 
 DIGITS = {
     "dataset": "digits",
@@ -33,14 +32,9 @@ N, SHOWN = 60, 40
 COLUMNS = "epoch,test_accuracy,removed,removal_precision,removal_recall"
 
 
-def write_run(folder, method, values, column="test_accuracy", paper="manifold_dividemix", **arguments):
+def write_run(folder, method, values, column="test_accuracy", **arguments):
     """A run directory as far as curves are read of it."""
-    folder.mkdir()
-    content = {"paper": paper, "method": method, "arguments": {**DIGITS, **arguments}}
-    (folder / "args.json").write_text(json.dumps(content))
-    rows = [f"{epoch},{value}" for epoch, value in enumerate(values, start=1)]
-    (folder / "log.csv").write_text("\n".join([f"epoch,{column}", *rows]) + "\n")
-    return folder
+    return figures.write_run(folder, "manifold_dividemix", method, values, column, **DIGITS | arguments)
 
 
 def outliers(seed, removed, split):
@@ -72,41 +66,15 @@ def write_finished(folder, method="Manifold DivideMix", known=True, last=True, *
     return folder
 
 
-def change(path, **arrays):
-    """Replace arrays of an .npz file; None takes one out."""
-    with np.load(path) as file:
-        content = {name: value for name, value in {**file, **arrays}.items() if value is not None}
-    np.savez(path, **content)
-
-
 @pytest.fixture
 def run(tmp_path):
     return write_finished(tmp_path / "run")
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that would have been written."""
-    written = []
-    monkeypatch.setattr(visualize.figures, "write", lambda figure, out: written.append(figure))
-    yield written
-    figures.plt.close("all")
 
 
 def draw(drawn, *words):
     """The panels that were drawn, by the first line of their titles."""
     visualize.main([*map(str, words), "--projection", "pca", "--out", "figure.png"])
     return {axes.get_title().split("\n")[0]: axes for axes in drawn[-1].axes if axes.axison}
-
-
-def refused(capsys, *words) -> str:
-    """The one line that a call ends in, with status 2."""
-    with pytest.raises(SystemExit) as stop:
-        cli.exit_cleanly(visualize.main, list(map(str, words)))
-    assert stop.value.code == 2
-    line = capsys.readouterr().err
-    assert re.fullmatch(r"[^\n]*error: [^\n]*\n", line)
-    return line
 
 
 # what is read -----------------------------------------------------------------------------------------------------------
@@ -203,31 +171,6 @@ def test_a_projection_is_the_same_each_time_and_keeps_neighbours(projection):
 
 
 # the figure -------------------------------------------------------------------------------------------------------------
-
-
-def test_the_curves_have_a_panel_per_setting_and_one_for_pretraining(tmp_path, drawn):
-    flags = {"selection": "gmm", "warmup_epoch": 1}
-    runs = [
-        write_run(tmp_path / "a", "CE", [10, 20], selection="none", warmup_epoch=10),
-        write_run(tmp_path / "b", "Manifold DivideMix", [30, 40], **flags),
-        write_run(tmp_path / "c", "Manifold DivideMix", [50, 80], **flags),
-        write_run(tmp_path / "d", "Manifold DivideMix", [1, 2], noise_ratio=0.5),
-        write_run(tmp_path / "e", "SimCLR", ["", 50, "", 60], "knn_accuracy"),
-        write_run(tmp_path / "f", "SimCLR", ["", 70, 75, 90], "knn_accuracy", noise_ratio=0.5),
-    ]
-    visualize.main([*map(str, runs), "--out", str(tmp_path / "figure.png")])
-    first, second, knn = drawn[0].axes
-    assert first.get_title() == "Test accuracy: digits with 20 % photographs\n25 % symmetric noise"
-    assert second.get_title() == "Test accuracy: digits with 20 % photographs\n50 % symmetric noise"
-    lines = {line.get_label(): line for line in first.get_lines()}
-    assert lines["CE, 1 run(s)"].get_ydata().tolist() == [10, 20]
-    assert lines["Manifold DivideMix, 2 run(s)"].get_ydata().tolist() == [40, 60]
-    assert lines["end of the warm-up"].get_xdata()[0] == 1.5
-    (alone,) = second.get_lines()
-    assert alone.get_color() == lines["Manifold DivideMix, 2 run(s)"].get_color()
-    (line,) = knn.get_lines()
-    assert line.get_label() == "SimCLR on digits with 20 % photographs, 2 run(s)"
-    assert (list(line.get_xdata()), list(line.get_ydata())) == ([2, 4], [60, 75])
 
 
 def filled(axes):
@@ -344,13 +287,6 @@ def test_the_figure_is_written_whole_with_t_sne_by_default(run, tmp_path, monkey
 # mistakes ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_of_another_paper_is_refused(tmp_path, capsys):
-    for name, values, column in (("run", [50], "test_accuracy"), ("knn", ["", 50], "knn_accuracy")):
-        folder = write_run(tmp_path / name, "SimCLR", values, column, paper="sanm")
-        assert "is a run of sanm, not of manifold_dividemix" in refused(capsys, folder)
-    assert "nosuch is no run directory: args.json is missing" in refused(capsys, "nosuch")
-
-
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
@@ -374,28 +310,14 @@ def test_a_run_of_another_paper_is_refused(tmp_path, capsys):
         ("outliers_last.npz", {"embedding": np.ones(SHOWN)}, "of another kind"),
         ("outliers_last.npz", {"shown": np.arange(SHOWN - 1)}, "not the positions"),
         ("outliers_last.npz", {"shown": np.arange(SHOWN) + N - SHOWN + 1}, "not the positions"),
-        ("args.json", "p_threshold", "args.json is damaged: it has no p_threshold"),
-        ("args.json", "warmup_epoch", "args.json is damaged: it has no warmup_epoch"),
+        ("args.json", {"p_threshold": None}, "args.json is damaged: it has no p_threshold"),
+        ("args.json", {"warmup_epoch": None}, "args.json is damaged: it has no warmup_epoch"),
     ],
 )  # fmt: skip
 def test_a_damaged_run_is_refused_in_one_line(name, content, line, run, tmp_path, capsys):
-    """content: of the file, None: it is missing; arrays that change in it; a flag that is missing."""
-    path = run / name
-    if isinstance(content, dict):
-        change(path, **content)
-    elif isinstance(content, str):
-        description = json.loads(path.read_text())
-        del description["arguments"][content]
-        path.write_text(json.dumps(description))
-    elif content is None:
-        path.unlink()
-    else:
-        path.write_bytes(content)
-    message = refused(capsys, run, "--out", tmp_path / "figure.png")
-    assert line in message and str(run) in message
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert_refused(visualize, run, name, content, line, tmp_path, capsys)
 
 
-@pytest.mark.parametrize("flags", [["--out", "figure.gif"], ["--projection", "umap"]])
-def test_flags_that_make_no_sense_are_refused_before_anything_is_read(flags, tmp_path, capsys):
-    assert flags[0] in refused(capsys, tmp_path / "nosuch", *flags)
+def test_another_projection_is_refused_before_anything_is_read(tmp_path, capsys):
+    words = tmp_path / "nosuch", "--projection", "umap"
+    assert "--projection" in refused(capsys, visualize.main, *words)

@@ -1,8 +1,5 @@
-"""Clothing.py and ClothingData.py: flags, what is refused, transforms, the index, the selection, and short runs."""
+"""Clothing.py and ClothingData.py: transforms, the index, the selection, and short runs."""
 
-import csv
-import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -13,143 +10,27 @@ from torch import nn
 
 from common import datasets
 from common.datasets.file_lists import make_split
-from common.datasets.image_cache import build_caches
 from common.gpu import augment
 from common.gpu.device import Device
-from common.runs import cli
 from common.runs.cli import UserError
 from common.runs.selection_report import no_streaks
 from me_momentum import Clothing, ClothingData
 from me_momentum.Clothing import begin_inner_loop, select
 from me_momentum.clothing_images import Data, load
 from me_momentum.ClothingData import index_part, read_index, read_labels
-from me_momentum.flags import PRESETS, clothing_cell, clothing_directory_name, make_clothing_parser, method
 from me_momentum.flags import parse_clothing_args as parse_args
 from me_momentum.per_class import no_models
-from tests.common.small_file_data import make_clothing1m, plant
+from tests.common.small_file_data import make_clothing1m
+from tests.end_to_end.runs import result, state, table
+from tests.end_to_end.small_networks import clothing_network
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
 CPU = Device(torch.device("cpu"), "fp32", "tests")
 
-# names and defaults, frozen: a change of one is a change for every user
-FLAGS = """
--h/--help='==SUPPRESS==' --data_root='data/Clothing1M_Official/' --num_classes=14 --image_size=256
---on_bad_image='error' --image_cache=None --workers=8 --network='resnet50' --pretrained=None
---pretrain=True --no_pretrain=True --selection='confident' --beta=0.45 --n_epoch=5 --max_inner_loop=6
---max_outer_loop=3 --lr=0.005 --weight_decay=0.001 --batch_size=32 --sync_bn/--no-sync_bn=None
---legacy_batch_mean/--no-legacy_batch_mean=None --model_dir=None --out=None --seed=1 --device='auto'
---precision='auto' --compile=False --fidelity='paper' --preset=None --noise_file=None -r/--resume='auto'
---limit_train=None --limit_test=None --full_test_at_end=False
-"""
-# typed values of the release's flags, and what they are read as
-RELEASED = (
-    "--seed 5 --lr 0.1 --weight_decay 5e-4 --batch_size 64 --num_classes 14 --data_root elsewhere --beta 1 "
-    "--n_epoch 2 --max_inner_loop 3 --max_outer_loop 4 --model_dir here"
-)
-READ = {
-    **{"seed": 5, "lr": 0.1, "weight_decay": 5e-4, "batch_size": 64, "num_classes": 14, "beta": 1.0},
-    **{"data_root": "elsewhere", "n_epoch": 2, "max_inner_loop": 3, "max_outer_loop": 4},
-    **{"num_epochs": 24, "out": "here", "model_dir": None},
-}
-
 
 def parsed(words: str):
     return parse_args(words.split())
-
-
-# the command line -----------------------------------------------------------------------------------------------------
-
-
-def test_flags_and_defaults_are_the_frozen_ones_and_every_flag_has_a_help_line():
-    actions = make_clothing_parser()._actions
-    found = [f"{'/'.join(action.option_strings)}={action.default!r}".replace(" ", "") for action in actions]
-    assert found == FLAGS.split()
-    assert all(action.help and action.help.strip() and "\n" not in action.help for action in actions)
-    [switch] = [action for action in actions if "--pretrain" in action.option_strings]
-    assert "inverted" in switch.help
-
-
-def test_the_released_flags_keep_their_names_and_types():
-    args = vars(parsed(RELEASED))
-    assert {name: (args[name], type(args[name])) for name in READ} == {
-        n: (v, type(v)) for n, v in READ.items()
-    }
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ("", {"num_epochs": 90, "pretrained": "imagenet", "pretrain": True}),
-        ("", {"legacy_batch_mean": False, "sync_bn": True}),
-        ("--fidelity released", {"legacy_batch_mean": True, "sync_bn": False}),
-        (
-            "--fidelity released --no-legacy_batch_mean --sync_bn",
-            {"legacy_batch_mean": False, "sync_bn": True},
-        ),
-        ("--legacy_batch_mean --no-sync_bn", {"legacy_batch_mean": True, "sync_bn": False}),
-        ("--selection none", {"max_outer_loop": 1, "num_epochs": 30}),
-        ("--pretrain", {"pretrained": "none", "pretrain": False}),  # the release's inverted switch
-        ("--no_pretrain --pretrained none", {"pretrained": "none", "pretrain": False}),
-        ("--pretrained weights.pt", {"pretrained": "weights.pt", "pretrain": True}),
-    ],
-)
-def test_defaults_that_depend_on_other_flags(words, expected):
-    args = vars(parsed(words))
-    assert {name: args[name] for name in expected} == expected
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        ("--num_classes 10", r"argument --num_classes: Clothing1M has 14 classes, got 10"),
-        ("--image_size 63", r"argument --image_size: must be at least 64, got 63"),
-        ("--pretrain --pretrained imagenet", r"argument --pretrained: .* both mean none, got imagenet"),
-        ("--model_dir a --out b", r"argument --model_dir: is a name for --out, .* got a and b"),
-        ("--beta 1.5", r"argument --beta: must be between 0 and 1, got 1.5"),
-        ("--lr 0", r"argument --lr: must be > 0, got 0"),
-        ("--n_epoch 0", r"argument --n_epoch: must be at least 1, got 0"),
-        ("--max_inner_loop 0", r"argument --max_inner_loop: must be at least 1, got 0"),
-    ],
-)
-def test_what_is_refused_is_refused_in_one_line(words, line, capsys):
-    with pytest.raises(SystemExit) as error:
-        parsed(words)
-    assert error.value.code == 2
-    found = capsys.readouterr().err
-    assert found.count("\n") == 1 and re.search(line, found)
-
-
-@pytest.mark.parametrize(
-    ("words", "name", "profile"),
-    [
-        ("", "clothing1m-seed_1", "paper"),
-        (
-            "--fidelity released --beta 0.5 --n_epoch 4 --seed 3",
-            "clothing1m-fidelity_released-seed_3-beta_0.5-n_epoch_4",
-            "short",
-        ),
-        ("--selection none", "clothing1m-selection_none-seed_1", "paper"),
-        ("--pretrain", "clothing1m-seed_1-pretrained_none-pretrain_False", "paper"),
-        ("--max_inner_loop 5", "clothing1m-seed_1-max_inner_loop_5", "short"),
-        ("--max_outer_loop 2", "clothing1m-seed_1-max_outer_loop_2", "short"),
-        ("--image_size 224", "clothing1m-seed_1-image_size_224", "short"),
-        ("--network resnet18", "clothing1m-seed_1-network_resnet18", "short"),
-    ],
-)
-def test_run_directory_and_profile_say_what_was_run(words, name, profile):
-    args = parsed(words)
-    assert (clothing_directory_name(args), clothing_cell(args)["profile"]) == (name, profile)
-    assert method(args) == ("CE" if "none" in words else "Me-Momentum")
-
-
-def test_the_presets_of_clothing1m_are_read_by_this_script():
-    names = [name for name in cli.read_presets(PRESETS) if name.startswith("clothing1m/")]
-    assert names
-    for name in names:
-        args = parse_args(["--preset", name])
-        assert clothing_cell(args)["profile"] == "paper" and args.pretrained == "imagenet"
-        assert method(args) == ("CE" if name.endswith("/ce") else "Me-Momentum")
 
 
 # transforms -----------------------------------------------------------------------------------------------------------
@@ -387,11 +268,6 @@ def test_a_new_outer_loop_has_a_fresh_network_and_keeps_the_set():
 # runs -----------------------------------------------------------------------------------------------------------------
 
 
-def small_network(num_classes: int, _name: str, _pretrained: str) -> nn.Module:
-    layers = [nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, num_classes))
-
-
 def run_clothing(root: Path, words: str) -> Path:
     run = root.parent / "run"
     words += f" --no_pretrain --network resnet18 --image_size 64 --n_epoch 1 --data_root {root} --out {run}"
@@ -399,31 +275,16 @@ def run_clothing(root: Path, words: str) -> Path:
     return run
 
 
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def result(run: Path) -> dict:
-    return json.loads((run / "result.json").read_text())
-
-
-def test_cross_entropy_on_an_index_without_the_images_that_are_damaged(root):
+def test_cross_entropy_on_an_index(root):
     """With the real network. The same loss on all noisy images throughout, and no checkpoints of epochs."""
-    with np.load(build_index(root)) as file:
-        keys = file["train_data"].tolist()
+    build_index(root)
     without_lists(root)
-    plant(root / keys[5], "truncated")
-    plant(root / keys[0], "missing")
-    run = run_clothing(root, "--selection none --on_bad_image skip --batch_size 5 --max_inner_loop 2")
-    rows = table(run / "log.csv")
+    run = run_clothing(root, "--selection none --batch_size 5 --max_inner_loop 2")
+    rows = table(run)
     assert [(row["outer"], row["inner"]) for row in rows] == [("1", "1"), ("1", "2")]
     assert {row["confident_size"] for row in rows} == {row["class_models"] for row in rows} == {""}
     assert result(run)["images"] == 2 * 10 and result(run)["method"] == "CE"
-    skipped = [(row["path"], row["position"]) for row in table(run / "skipped_images.csv")]
-    assert skipped == [(str(root / keys[i]), str(i)) for i in (0, 5)]
-    assert np.load(run / "train_index.npy").tolist() == [i for i in range(12) if i not in (0, 5)]
-    memory = torch.load(run / "checkpoint.pt", weights_only=True)["state"]["memory"]
+    memory = state(run)["memory"]
     assert memory["weights"] == {} and memory["confident"] is None
 
 
@@ -434,35 +295,16 @@ def test_cross_entropy_on_an_index_without_the_images_that_are_damaged(root):
 def test_the_release_keeps_a_smaller_last_batch_and_reports_the_mean_over_batches(
     fidelity, images, metric, root, monkeypatch
 ):
-    monkeypatch.setattr(Clothing, "clothing_network", small_network)
+    monkeypatch.setattr(Clothing, "clothing_network", clothing_network)
     monkeypatch.setattr(Clothing, "predict", lambda _, batches, count, *__: torch.zeros(count).long())
     run = run_clothing(root, f"--fidelity {fidelity} --batch_size 5 --max_inner_loop 1 --max_outer_loop 1")
     # of test labels 0 0 1 1 2 2 the first two are hits: two of the first five, none of the last one
-    [row] = table(run / "log.csv")
+    [row] = table(run)
     accuracies = {"test_accuracy": 100 / 3, "test_accuracy_batchmean": 20}
     assert {name: float(row[name]) for name in accuracies} == pytest.approx(accuracies)
     assert (result(run)["images"], result(run)["metric"]) == (images, metric)
     for name in ("best", "last", "at_best_validation"):
         assert result(run)["metrics"][name] == pytest.approx(accuracies[metric])
-
-
-def test_part_of_the_images_from_a_cache_with_labels_of_a_file(root, monkeypatch):
-    monkeypatch.setattr(Clothing, "clothing_network", small_network)
-    build_caches(root.parent / "cache", datasets.load_clothing1m(root, "noisy"))
-    for image in root.rglob("*.jpg"):
-        image.write_bytes(b"")  # there, but never read
-    np.save(root.parent / "labels.npy", np.arange(12) % 3)
-    words = f"--image_cache {root.parent / 'cache'} --noise_file {root.parent / 'labels.npy'} --limit_train 8"
-    words += " --limit_test 2 --full_test_at_end --batch_size 4 --max_inner_loop 2 --max_outer_loop 1"
-    run = run_clothing(root, words)
-    index, observed = (np.load(run / f"{name}.npy") for name in ("train_index", "noisy_labels"))
-    assert len(index) == 8 and (np.diff(index) > 0).all()
-    assert observed.tolist() == (index % 3).tolist()
-    for row in table(run / "result.csv"):
-        assert (row["noise_type"], row["profile"]) == ("labels.npy", "short+limit_train=8+limit_test=2")
-    metrics = result(run)["metrics"]
-    assert metrics["last"] in (0, 50, 100) and metrics["full_test"] >= 0
-    assert metrics["full_test_images"] == 6
 
 
 @pytest.mark.parametrize(

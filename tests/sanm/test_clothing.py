@@ -1,7 +1,5 @@
 """Train_clothing1M.py and clothing.py: what is refused, lists, subsets, label quality, divisions, best weights."""
 
-import csv
-import json
 import random
 import re
 from pathlib import Path
@@ -12,20 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from common import datasets
 from common.datasets.file_lists import make_split
-from common.datasets.image_cache import build_caches
 from common.gpu.device import Device
-from common.runs import cli
 from common.runs.cli import UserError
 from sanm import Train_clothing1M, clothing
 from sanm.choices import MaskRule
 from sanm.clothing import Data, balanced_subset, subset_size
 from sanm.masking import draw_clothing_masks, mask_clothing
-from sanm.networks import MaskedNetwork, Outputs
+from sanm.networks import Outputs
 from sanm.selection import clean_probability, normalised
 from sanm.Train_clothing1M import Division, Setting, co_divide, label_quality, parse_args
 from tests.common.small_file_data import make_clothing1m, plant, write_lines
+from tests.end_to_end.runs import result, table
+from tests.end_to_end.small_networks import masked_network
+from tests.lines import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -43,27 +41,7 @@ def root(tmp_path) -> Path:
     return tmp_path / "data"
 
 
-def small_network(_name: str, num_classes: int, _pretrained: str) -> MaskedNetwork:
-    encoder = nn.Sequential(nn.Conv2d(3, 8, 5, stride=8), nn.BatchNorm2d(8), nn.ReLU())
-    return MaskedNetwork(encoder, 8, num_classes, nn.ConvTranspose2d(8, 3, 8, stride=8))
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 # what only the data tell ----------------------------------------------------------------------------------------------
-
-
-def refused(argv: list[str], capsys) -> str:
-    """The one line that the script ends with, and status 2."""
-    with pytest.raises(SystemExit) as stop:
-        cli.exit_cleanly(Train_clothing1M.main, argv)
-    assert stop.value.code == 2
-    text = capsys.readouterr().err
-    assert re.fullmatch(r"[^\n]*error: [^\n]*\n", text), text
-    return text
 
 
 @pytest.mark.parametrize(
@@ -91,24 +69,9 @@ def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(
     if not words:
         plant(root / (root / "clean_val_key_list.txt").read_text().split()[3], "missing")
     before = sorted(root.parent.rglob("*"))
-    found = refused(f"{QUICK} --data_path data --out run {words}".split(), capsys)
+    found = refused(capsys, Train_clothing1M.main, *f"{QUICK} --data_path data --out run {words}".split())
     assert re.search(line, found), found
     assert sorted(root.parent.rglob("*")) == before
-
-
-def test_a_damaged_image_ends_the_run_without_a_result_or_is_left_out(root, capsys, monkeypatch):
-    monkeypatch.setattr(Train_clothing1M, "clothing_network", small_network)
-    key = (root / "noisy_train_key_list.txt").read_text().split()[5]
-    plant(root / key, "truncated")
-    argv = [*QUICK.split(), "--data_path", str(root), "--out"]
-    found = refused([*argv, str(root.parent / "stopped")], capsys)
-    assert re.search(f"of the train list.*{key}.*is damaged \\(.*use --on_bad_image skip", found)
-    assert not (root.parent / "stopped" / "result.json").exists()
-    run = root.parent / "run"
-    Train_clothing1M.main([*argv, str(run), "--on_bad_image", "skip"])
-    skipped = table(run / "skipped_images.csv")
-    assert [(row["path"], row["position"]) for row in skipped] == [(str(root / key), "5")]
-    assert np.load(run / "train_index.npy").tolist() == [i for i in range(12) if i != 5]
 
 
 # the lists ------------------------------------------------------------------------------------------------------------
@@ -356,7 +319,7 @@ def test_masks_are_those_of_clothing1m_by_the_rule_of_the_flags(words, rule, mon
 
 
 def run_small(root: Path, monkeypatch, words: str = "") -> Path:
-    monkeypatch.setattr(Train_clothing1M, "clothing_network", small_network)
+    monkeypatch.setattr(Train_clothing1M, "clothing_network", masked_network)
     run = root.parent / "run"
     Train_clothing1M.main(f"{QUICK} --data_path {root} --out {run} {words}".split())
     return run
@@ -394,7 +357,7 @@ def test_each_network_learns_from_the_division_that_its_peer_made_at_the_end_of_
         assert done == 2 * (epoch + 1)
         expected = divisions[2 * epoch + 1 - learner]
         assert torch.equal(peers.positions, expected.positions) and torch.equal(peers.clean, expected.clean)
-    rows = table(run / "log.csv")
+    rows = table(run)
     # net2's losses select what net1 learns from
     for row, (of_first, of_second) in zip(rows[1:], zip(used[::2], used[1::2], strict=True), strict=True):
         assert (int(row["net2_selected"]), int(row["net1_selected"])) == (of_first[3], of_second[3])
@@ -429,7 +392,7 @@ def test_the_weights_that_are_best_on_validation_are_kept_and_tested_at_the_end(
         for weights in (saved, seen[-1][2][i]):
             assert weights.keys() == wanted.keys()
             assert all(torch.equal(value, wanted[key]) for key, value in weights.items())
-    metrics = json.loads((run / "result.json").read_text())["metrics"]
+    metrics = result(run)["metrics"]
     assert {name: metrics[name] for name in ("at_best_validation", "best", "last")} == {
         "at_best_validation": 77, "best": 99, "last": 96
     }  # fmt: skip
@@ -460,20 +423,3 @@ def test_the_release_keeps_a_smaller_last_batch(fidelity, images, root, monkeypa
     monkeypatch.setattr(Train_clothing1M, "warm_up", warm_up)
     run_small(root, monkeypatch, f"--batch_size 5 --fidelity {fidelity}")
     assert sum(seen) == images and max(seen) == 10
-
-
-def test_part_of_the_images_from_a_cache_with_labels_of_a_file(root, monkeypatch):
-    build_caches(root.parent / "cache", datasets.load_clothing1m(root, "noisy"))
-    for image in root.rglob("*.jpg"):
-        image.write_bytes(b"")  # there, but never read
-    np.save(root.parent / "labels.npy", np.arange(12) % 3)
-    where = f"--image_cache {root.parent / 'cache'} --noise_file {root.parent / 'labels.npy'}"
-    run = run_small(root, monkeypatch, f"{where} --limit_train 8 --limit_test 2 --full_test_at_end")
-    index, observed = (np.load(run / f"{name}.npy") for name in ("train_index", "noisy_labels"))
-    assert len(index) == 8 and (np.diff(index) > 0).all()
-    assert observed.tolist() == (index % 3).tolist()
-    for row in table(run / "result.csv"):
-        assert (row["noise_type"], row["profile"]) == ("labels.npy", "short+limit_train=8+limit_test=2")
-    metrics = json.loads((run / "result.json").read_text())["metrics"]
-    assert metrics["last"] in (0, 50, 100) and metrics["full_test"] >= 0
-    assert metrics["full_test_images"] == len(datasets.load_clothing1m(root, "noisy").test.labels) > 2

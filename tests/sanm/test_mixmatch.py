@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sanm import mixmatch
@@ -41,24 +40,6 @@ def simplex(count: int, generator: torch.Generator) -> Tensor:
 
 
 # targets ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("temperature", [0.25, 1.0, 2.0])
-def test_sharpening_is_the_plain_formula(temperature, generator):
-    rows = simplex(64, generator)
-    powers = rows.double() ** (1 / temperature)
-    expected = (powers / powers.sum(dim=1, keepdim=True)).float()
-    torch.testing.assert_close(mixmatch.sharpen(rows, temperature), expected, rtol=1e-5, atol=1e-7)
-
-
-def test_sharpening_makes_no_nan_of_zeros_or_of_a_tiny_temperature_and_refuses_one_of_zero(generator):
-    rows = simplex(64, generator)
-    assert torch.equal(mixmatch.sharpen(torch.eye(4), T), torch.eye(4))
-    surest = F.one_hot(rows.argmax(dim=1), K).float()
-    torch.testing.assert_close(mixmatch.sharpen(rows, 1e-4), surest, atol=1e-3, rtol=0)
-    for temperature in (0, -0.5):
-        with pytest.raises(ValueError, match=f"temperature must be > 0, got {temperature}"):
-            mixmatch.sharpen(rows, temperature)
 
 
 def test_four_forward_passes_move_the_statistics_of_the_trained_network_and_none_those_of_the_peer(generator):
@@ -99,17 +80,6 @@ def plain_rows(x: Samples, u: Samples, targets: Tensor, masked: Masked | None) -
             rows += [(masked.at_max[start + i], masked.targets_max[start + i]) for i in range(count)]
             rows += [(masked.at_min[start + i], masked.targets_min[start + i]) for i in range(count)]
     return rows
-
-
-@pytest.mark.parametrize("lam", [0.3, 0.5, 0.9])
-def test_each_row_is_mixed_with_its_partner_by_the_larger_weight_and_a_short_permutation_mixes_the_first_rows(
-    lam,
-):
-    rows, permutation = torch.arange(10.0).view(5, 2) ** 2, [3, 0, 4, 1, 2]
-    larger = max(lam, 1 - lam)
-    expected = torch.stack([larger * rows[i] + (1 - larger) * rows[j] for i, j in enumerate(permutation)])
-    torch.testing.assert_close(mixmatch.mix(rows, lam, torch.tensor(permutation)), expected)
-    torch.testing.assert_close(mixmatch.mix(rows, lam, torch.tensor(permutation[:2])), expected[:2])
 
 
 # the loss ---------------------------------------------------------------------------------------------------------------

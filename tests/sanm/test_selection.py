@@ -1,16 +1,13 @@
-"""Label quality and the split, from hand-made and from extreme losses."""
+"""Label quality and the split. Clean probabilities: test_dividemix.py."""
 
 import numpy as np
 import pytest
 import torch
 
-from common.runs.cli import UserError
 from sanm.choices import averages_history
 from sanm.selection import (
-    clean_probability,
     divide,
     estimate_label_quality,
-    normalised,
     remember,
     split_statistics,
 )
@@ -18,31 +15,6 @@ from sanm.selection import (
 
 def unit(count: int, seed: int) -> torch.Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-EXTREMES = {
-    "one high": torch.cat([torch.zeros(99), torch.ones(1)]),
-    "one low": torch.cat([torch.zeros(1), torch.ones(99)]),
-    "half": torch.cat([torch.zeros(50), torch.ones(50)]),
-    "equal": torch.zeros(100),
-    "nearly equal": torch.linspace(0, 1e-7, 100),
-    "two": torch.tensor([0.0, 1.0]),
-    "two equal": torch.zeros(2),
-    "one far": torch.cat([torch.linspace(0, 1e-6, 99), torch.ones(1)]),
-}
-
-
-# losses -----------------------------------------------------------------------------------------------------------------
-
-
-def test_losses_are_scaled_to_0_and_1_whatever_their_unit():
-    losses = torch.tensor([2.0, 4.0, 3.0, 2.5])
-    assert normalised(losses).tolist() == [0, 1, 0.5, 0.25]
-    torch.testing.assert_close(normalised(7 * losses + 3), normalised(losses))
-    assert normalised(torch.tensor([0.1, 1e30])).tolist() == [0, 1]
-    assert losses.tolist() == [2, 4, 3, 2.5]
-    for value in (0.0, 2.3, 1e30):  # equal ones are all zero
-        assert normalised(torch.full((5,), value)).tolist() == [0] * 5
 
 
 @pytest.mark.parametrize(
@@ -63,43 +35,6 @@ def test_the_last_five_losses_are_remembered_in_their_order():
         history = remember(history, torch.tensor([float(epoch)]))
         assert [float(of) for of in history] == list(range(max(0, epoch - 4), epoch + 1))
         assert [float(of) for of in before] == [float(of) for of in history[:-1]] or len(before) == 5
-
-
-# clean probability ------------------------------------------------------------------------------------------------------
-
-
-def test_the_seed_decides_and_the_global_generators_do_not():
-    losses = torch.rand(300, generator=torch.Generator().manual_seed(4))
-    np.random.seed(0)
-    before = np.random.get_state()[1].copy()
-    first = clean_probability(losses, 1)
-    assert np.array_equal(np.random.get_state()[1], before)
-    np.random.seed(5)
-    assert torch.equal(clean_probability(losses, 1), first)
-    # if the start of k-means matters, so does the seed
-    assert len({tuple(clean_probability(losses, seed).tolist()) for seed in range(8)}) > 1
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", EXTREMES)
-def test_extreme_losses_give_probabilities_and_two_sides_without_a_warning(name):
-    losses = normalised(EXTREMES[name])
-    clean = clean_probability(losses, 0)
-    assert clean.shape == losses.shape and torch.isfinite(clean).all()
-    assert clean.min() >= 0 and clean.max() <= 1
-    for threshold in (0.0, 0.5, 1.0):
-        assert 0 < divide(clean, threshold).sum() < len(losses)
-    if name in ("one high", "one low", "half", "two"):  # of two values the lower are clean
-        assert divide(clean, 0.5).tolist() == (losses == 0).tolist()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_losses_that_are_not_finite_are_an_error(value):
-    losses = torch.linspace(0, 1, 9)
-    losses[7] = value
-    for given in (losses, normalised(losses)):
-        with pytest.raises(UserError, match="not finite: lower --lr"):
-            clean_probability(given, 0)
 
 
 # division ---------------------------------------------------------------------------------------------------------------

@@ -2,15 +2,17 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from common.datasets import Data, Split
 from common.gpu.device import Device
 from common.gpu.loader import Batches, Images
-from sanm import mixmatch
+from sanm import mixmatch, pretrain
 from sanm.choices import MaskRule
 from sanm.masking import draw_masks, mask
 from sanm.mixmatch import Samples
@@ -215,3 +217,13 @@ def test_losses_and_scores_are_float32_under_bfloat16():
 def test_accuracy_is_in_percent():
     scores = torch.tensor([[3.0, 0.0], [3.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     assert accuracy(scores, torch.tensor([1, 0, 1, 1])) == 75
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "mean"),
+    [("cifar100", 3, 0.5071), ("cifar100", 1, 0.2), ("cifar10", 3, 0.2), ("digits", 1, 0.2)],
+)
+def test_in_pre_training_only_cifar100_has_constants_of_its_own(name, channels, mean):
+    split = Split(np.zeros((1, 8, 8, channels), np.uint8), np.zeros(1, np.int64))
+    data = Data(name, split, split, 10, (0.2,) * channels, (0.3,) * channels)
+    assert pretrain.normalisation(data)[0][0] == mean

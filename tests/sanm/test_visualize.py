@@ -1,7 +1,6 @@
 """The figure of SANM's runs: curves by setting, the split, and some samples with their masks; refusals in one line."""
 
 import json
-import re
 import shutil
 
 import numpy as np
@@ -10,12 +9,13 @@ import torch
 
 from common import datasets
 from common.gpu.augment import normalise
-from common.runs import cli
 from sanm import Train_cifar, visualize
 from sanm.choices import MaskRule
 from sanm.masking import draw_masks, mask, quantised_activation
 from sanm.networks import make_network
 from sanm.visualize import figures, read_run
+from tests.figures import assert_refused, write_run
+from tests.lines import refused
 
 SMALL = "--base dividemix --dataset digits --limit_train 64 --batch_size 16 --num_epochs 2 --warm_up 1 --seed 1 --device cpu"
 
@@ -43,47 +43,12 @@ def describe(folder, method=None, **arguments):
     return folder
 
 
-def write_run(folder, method, values, column="test_accuracy", **arguments):
-    """A run directory as far as curves are read of it."""
-    folder.mkdir()
-    (folder / "args.json").write_text(json.dumps({"method": method, "arguments": arguments}))
-    rows = [f"{epoch},{value}" for epoch, value in enumerate(values, start=1)]
-    (folder / "log.csv").write_text("\n".join([f"epoch,{column}", *rows]) + "\n")
-    return folder
-
-
-def write_pretraining(folder, values, dataset="digits", **arguments):
-    return write_run(folder, "SimCLR", values, "knn_accuracy", dataset=dataset, **arguments)
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that would have been written."""
-    written = []
-    monkeypatch.setattr(visualize.figures, "write", lambda figure, out: written.append(figure))
-    yield written
-    figures.plt.close("all")
-
-
-def refused(capsys, *words) -> str:
-    """The one line that a call ends in, with status 2."""
-    with pytest.raises(SystemExit) as stop:
-        cli.exit_cleanly(visualize.main, list(map(str, words)))
-    assert stop.value.code == 2
-    lines = [
-        line for line in capsys.readouterr().err.splitlines(keepends=True) if not line.startswith("warning")
-    ]
-    assert len(lines) == 1
-    assert re.fullmatch(r"[^\n]*error: [^\n]*\n", lines[0])
-    return lines[0]
-
-
 # what is read -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_first_run_with_masks_is_shown_else_the_first_with_a_split(run, tmp_path):
-    folders = [write_pretraining(tmp_path / "pretraining", [50])]
-    folders.append(write_run(tmp_path / "clothing", "SANM(DivideMix)", [50], masking="adversarial"))
+    folders = [write_run(tmp_path / "pretraining", "sanm", "SimCLR", [50], "knn_accuracy", dataset="digits")]
+    folders.append(write_run(tmp_path / "clothing", "sanm", "SANM(DivideMix)", [50], masking="adversarial"))
     folders += [shutil.copytree(run, tmp_path / name) for name in ("unfinished", "plain", "weightless")]
     (tmp_path / "unfinished" / "clean_probability.npz").unlink()
     describe(tmp_path / "plain", "DivideMix", masking="none")
@@ -179,31 +144,13 @@ def test_samples_of_one_kind_fill_both_blocks(sanm_run):
 # the figure -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_curves_have_a_panel_per_setting_and_one_for_pre_training(tmp_path, drawn):
-    sym, asym = ({"dataset": "cifar10", "noise_mode": mode, "r": 0.4} for mode in ("sym", "asym"))
-    runs = [
-        write_run(tmp_path / "a", "CE", [10, 20], **sym, selection="none", warm_up=10),
-        write_run(tmp_path / "b", "SANM(C2D)", [30, 40], **sym, selection="gmm", warm_up=1),
-        write_run(tmp_path / "c", "SANM(C2D)", [50, 80], **sym, selection="gmm", warm_up=1),
-        write_run(tmp_path / "d", "SANM(C2D)", [1, 2], **asym, selection="gmm"),
-        write_run(tmp_path / "e", "CE", [1, 2], dataset="own", noise_mode="given", r=0.5, selection="none"),
-        write_run(tmp_path / "f", "DivideMix", [1, 2], num_batches=3),
-        write_pretraining(tmp_path / "g", ["", 50, "", 60]),
-    ]
+def test_a_setting_is_named_by_data_and_labels(tmp_path, drawn):
+    given = {"dataset": "own", "noise_mode": "given", "r": 0.5, "selection": "none"}
+    runs = [write_run(tmp_path / "e", "sanm", "CE", [1, 2], **given)]
+    runs += [write_run(tmp_path / "f", "sanm", "DivideMix", [1, 2], num_batches=3)]
     visualize.main([*map(str, runs), "--out", str(tmp_path / "figure.png")])
-    first, *others, knn = [axes for axes in drawn[0].axes if axes.get_title()]
-    settings = [
-        "cifar10, symmetric noise, r = 0.4",
-        "cifar10, asymmetric noise, r = 0.4",
-        "own, given labels",
-    ]
-    titles = [f"Test accuracy: {name}" for name in (*settings, "Clothing1M")]
-    assert [axes.get_title() for axes in (first, *others)] == titles
-    lines = {line.get_label(): line for line in first.get_lines()}
-    assert lines["SANM(C2D), 2 run(s)"].get_ydata().tolist() == [40, 60]
-    assert lines["end of the warm-up"].get_xdata()[0] == 1.5
-    (measured,) = knn.get_lines()
-    assert (list(measured.get_xdata()), list(measured.get_ydata())) == ([2, 4], [50, 60])
+    titles = [axes.get_title() for axes in drawn[0].axes if axes.get_title()]
+    assert titles == ["Test accuracy: own, given labels", "Test accuracy: Clothing1M"]
 
 
 def test_a_run_without_masks_gives_curves_and_histograms(run, tmp_path, drawn):
@@ -252,27 +199,24 @@ def test_a_run_with_masks_has_its_samples_in_five_panels_and_is_left_as_it_is(
 )
 def test_a_damaged_run_is_refused_in_one_line(name, content, line, run, tmp_path, capsys):
     (run / "checkpoint.previous.pt").unlink()
-    (run / name).unlink()
-    if content is not None:
-        (run / name).write_bytes(content)
-    message = refused(capsys, run, "--out", tmp_path / "figure.png")
-    assert line in message and str(run) in message
-    assert not list(tmp_path.glob("*figure*"))
+    assert_refused(visualize, run, name, content, line, tmp_path, capsys)
 
 
 def test_files_that_do_not_fit_each_other_are_named(run, tmp_path, capsys):
     describe(run, base="c2d")
-    assert "checkpoint.pt does not fit the network for digits" in refused(capsys, run)
+    assert "checkpoint.pt does not fit the network for digits" in refused(capsys, visualize.main, run)
     describe(run, base="dividemix", dataset="mnist", data_path=str(tmp_path / "nosuch"))
-    line = refused(capsys, run)
+    line = refused(capsys, visualize.main, run)
     assert "mnist not found in " in line
     assert f"or say where the training images of {run} are with --data_path DIR" in line
     description = json.loads((run / "args.json").read_text())
     del description["arguments"]["mask_anchor"]
     (run / "args.json").write_text(json.dumps(description))
-    assert "args.json is damaged: it has no mask_anchor" in refused(capsys, run)
+    assert "args.json is damaged: it has no mask_anchor" in refused(capsys, visualize.main, run)
     np.savez(run / "clean_probability.npz", net1=np.ones(3), net2=np.ones(2), observed=[1], clean=[1])
-    assert "clean_probability.npz is damaged: its arrays are of shapes" in refused(capsys, run)
+    assert "clean_probability.npz is damaged: its arrays are of shapes" in refused(
+        capsys, visualize.main, run
+    )
 
 
 def test_the_data_may_have_moved_but_must_be_the_same(run, tmp_path, capsys):
@@ -285,4 +229,6 @@ def test_the_data_may_have_moved_but_must_be_the_same(run, tmp_path, capsys):
     assert len(shown.observed) == 4
     arrays["train_labels"][np.load(run / "train_index.npy")[0]] ^= 1
     np.savez(tmp_path / "own.npz", **arrays)
-    assert "was not trained on the own that is here" in refused(capsys, run, "--data_path", tmp_path)
+    assert "was not trained on the own that is here" in refused(
+        capsys, visualize.main, run, "--data_path", tmp_path
+    )

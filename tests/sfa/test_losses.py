@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sfa import losses, robust_losses
+from sfa import Train_cifar, losses, robust_losses
 from sfa.mixmatch import semi_loss
 
 COUNTS = [400, 90, 30, 7, 1]
@@ -182,3 +182,26 @@ def test_the_total_is_back_propagated_and_its_parts_are_not():
 
 def test_the_unlabelled_weight_ramps_over_sixteen_epochs():
     assert [losses.ramp_up(25, p, 30) for p in (30, 38, 46, 99)] == [0, 12.5, 25, 25]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("ce", losses.cross_entropy),
+        ("ldam --ldam_margin 0.2", partial(robust_losses.ldam, largest_margin=0.2, scale=30)),
+        ("ldam --ldam_scale 5", partial(robust_losses.ldam, largest_margin=0.5, scale=5)),
+        ("gce", partial(robust_losses.generalised_cross_entropy, q=0.7)),
+        ("gce --gce_q 1", partial(robust_losses.generalised_cross_entropy, q=1)),
+        ("sce --sce_ce 2", partial(robust_losses.symmetric_cross_entropy, ce_weight=2, rce_weight=1)),
+        ("sce --sce_rce 3", partial(robust_losses.symmetric_cross_entropy, ce_weight=0.1, rce_weight=3)),
+        ("logit_adjusted", robust_losses.balanced_softmax),
+        ("logit_adjusted --adjustment_tau 0.5", partial(robust_losses.logit_adjusted, tau=0.5)),
+        ("balanced_softmax", robust_losses.balanced_softmax),
+    ],
+)
+def test_the_loss_asked_for_is_the_one_trained_with_and_its_flags_arrive(words, expected):
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(4, 3, generator=generator), torch.rand(4, 3, generator=generator)
+    given = (logits, targets, torch.tensor([50, 9, 2]))
+    loss = robust_losses.standard_loss(Train_cifar.parse_args(["--loss", *words.split()]))
+    torch.testing.assert_close(loss(*given), expected(*given))

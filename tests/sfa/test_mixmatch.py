@@ -1,6 +1,5 @@
 """The semi-supervised step: targets, partners and guards against plain formulas."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -29,15 +28,6 @@ def rows(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_sharpen_agrees_with_the_plain_formula_and_refuses_no_temperature():
-    p = torch.softmax(rows(0, 8, K), dim=1)
-    torch.testing.assert_close(mixmatch.sharpen(p, 0.5), p**2 / (p**2).sum(1, keepdim=True))
-    torch.testing.assert_close(mixmatch.sharpen(p, 1.0), p)
-    assert torch.equal(mixmatch.sharpen(torch.eye(K), 1e-3), torch.eye(K))
-    with pytest.raises(ValueError, match="temperature must be > 0, got 0"):
-        mixmatch.sharpen(p, 0)
-
-
 def test_guessed_labels_are_the_mean_of_four_predictions_sharpened():
     network, peer, views = Linear(), Linear(), (rows(0, 7, 6), rows(1, 7, 6))
     mean = sum(F.softmax(n(v)[1], dim=1) for n in (network, peer) for v in views) / 4
@@ -56,15 +46,6 @@ def test_a_clean_sample_keeps_its_label_and_another_takes_the_mean_prediction():
     mean = sum(F.softmax(network(view)[1], dim=1) for view in views) / 2
     torch.testing.assert_close(refined[0], F.one_hot(torch.tensor(3), K).float())
     torch.testing.assert_close(refined[1], mean[1].detach())
-
-
-@pytest.mark.parametrize("lam", [0.3, 0.7])
-@pytest.mark.parametrize("count", [6, 4])
-def test_a_row_is_mixed_with_its_partner_by_the_larger_part(lam, count):
-    own, permutation = rows(0, 6, 2, 3), torch.tensor([3, 5, 0, 4, 1, 2])[:count]
-    mixed = mixmatch.mix(own, lam, permutation)
-    expected = [0.7 * own[i] + 0.3 * own[j] for i, j in enumerate(permutation.tolist())]
-    torch.testing.assert_close(mixed, torch.stack(expected))
 
 
 def test_rows_that_are_not_forwarded_still_serve_as_partners():

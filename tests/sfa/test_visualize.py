@@ -1,7 +1,6 @@
 """The figure of SFA's runs: curves by setting, one run's selection, accuracy by class; refusals in one line."""
 
 import json
-import re
 import shutil
 
 import numpy as np
@@ -9,9 +8,11 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from common.runs import cli
 from sfa import visualize
-from sfa.visualize import figures, read_run
+from sfa.visualize import read_run
+from tests import figures
+from tests.figures import assert_refused, change, change_json
+from tests.lines import refused
 
 EPOCHS, WARM_UP = 6, 2
 DIGITS = {"dataset": "digits", "imb_type": "exp", "num_class": 10, "selection": "sfa", "warm_up": WARM_UP}
@@ -27,13 +28,10 @@ def write_log(folder, columns):
     (folder / "log.csv").write_text("\n".join(lines) + "\n")
 
 
-def write_run(folder, method="SFA", values=(50, 60), paper="sfa", cell=CELL, **arguments):
+def write_run(folder, method="SFA", values=(50, 60), cell=CELL, **arguments):
     """A run directory as far as curves are read of it, which is all there is of a baseline."""
-    folder.mkdir(parents=True)
-    content = {"paper": paper, "method": method, "cell": cell, "arguments": {"p_threshold": 0.5, **arguments}}
-    (folder / "args.json").write_text(json.dumps(content))
-    write_log(folder, {"epoch": range(1, 1 + len(values)), "test_accuracy": values})
-    return folder
+    arguments = {"p_threshold": 0.5, **arguments}
+    return figures.write_run(folder, "sfa", method, values, cell=cell, **arguments)
 
 
 def log_of(counts, epochs, selecting, seed):
@@ -82,23 +80,6 @@ def write_webvision(folder, seed=1, epochs=3):
     return folder
 
 
-def change(path, **arrays):
-    """Replace arrays of an .npz file; None takes one out."""
-    with np.load(path) as file:
-        content = {name: value for name, value in {**file, **arrays}.items() if value is not None}
-    np.savez(path, **content)
-
-
-def change_json(path, **values):
-    """Replace what a JSON file says, arguments of a run among it; None takes one out."""
-    content = json.loads(path.read_text())
-    part = content["arguments"] if values.keys() <= content.get("arguments", {}).keys() else content
-    part |= values
-    for name in [name for name, value in values.items() if value is None]:
-        del part[name]
-    path.write_text(json.dumps(content))
-
-
 def log(folder):
     """Columns of log.csv, float [E]; NaN where a cell is empty."""
     return np.genfromtxt(folder / "log.csv", delimiter=",", names=True)
@@ -107,15 +88,6 @@ def log(folder):
 @pytest.fixture
 def run(tmp_path):
     return write_finished(tmp_path / "run")
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that would have been written."""
-    written = []
-    monkeypatch.setattr(visualize.figures, "write", lambda figure, out: written.append(figure))
-    yield written
-    figures.plt.close("all")
 
 
 def draw(drawn, *runs):
@@ -147,16 +119,6 @@ def marks_of(axes):
             key = to_rgb(group.get_facecolors()[0][:3]), len(group.get_paths()[0].vertices)
             marks[key] = group.get_offsets().tolist()
     return marks
-
-
-def refused(capsys, *words) -> str:
-    """The one line that a call ends in, with status 2."""
-    with pytest.raises(SystemExit) as stop:
-        cli.exit_cleanly(visualize.main, list(map(str, words)))
-    assert stop.value.code == 2
-    line = capsys.readouterr().err
-    assert re.fullmatch(r"[^\n]*error: [^\n]*\n", line)
-    return line
 
 
 CLASSES, PATHS = "Accuracy by class after epoch 6", "Directions of the drawn centroids"
@@ -214,26 +176,6 @@ def test_at_most_ten_classes_are_shown_evenly_spaced_by_rank_the_most_frequent_f
     assert visualize.classes_to_show(np.array([5, 0, 9, 5, 1])).tolist() == [2, 0, 3, 4]
     assert visualize.classes_to_show(np.arange(1, 101)).tolist() == [*range(99, -1, -11)]
     assert len(visualize.classes_to_show(np.arange(1, 12))) == 10
-
-
-# curves ---------------------------------------------------------------------------------------------------------------
-
-
-def test_the_curves_have_a_panel_per_setting_and_the_end_of_the_warm_up(tmp_path, drawn):
-    runs = [
-        write_run(tmp_path / "a", "CE", [10, 20]),
-        write_run(tmp_path / "b", "SFA", [30, 40], **DIGITS),
-        write_run(tmp_path / "c", "SFA", [50, 80], **DIGITS),
-        write_run(tmp_path / "d", "no selection", [5, 6], **{**DIGITS, "selection": "none", "warm_up": 30}),
-        write_run(tmp_path / "e", "SFA", [1, 2], cell={**CELL, "imb_factor": 0.01}, **DIGITS),
-    ]
-    visualize.main([*map(str, runs), "--out", str(tmp_path / "figure.png")])
-    first, second = drawn[0].axes
-    assert first.get_title() == "Test accuracy: digits, imbalance 10\n50 % noise by class size"
-    assert second.get_title() == "Test accuracy: digits, imbalance 100\n50 % noise by class size"
-    lines = lines_of(first)
-    assert lines["CE, 1 run(s)"] == [[1, 2], [10, 20]] and lines["SFA, 2 run(s)"] == [[1, 2], [40, 60]]
-    assert lines["end of the warm-up"][0] == [WARM_UP + 0.5] * 2, "that of the runs with a selection"
 
 
 # the selection of one run ---------------------------------------------------------------------------------------------
@@ -436,19 +378,16 @@ def test_the_figure_is_written_whole_and_the_run_left_as_it_is(tmp_path, monkeyp
 # refusals -------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_run_of_this_paper_is_refused(run, tmp_path, capsys):
-    assert "is no run directory: args.json is missing" in refused(capsys, tmp_path / "nosuch")
-    other = write_run(tmp_path / "other", paper="sanm")
-    assert "other is a run of sanm, not of sfa" in refused(capsys, other)
-    assert "an unknown paper" in refused(capsys, write_run(tmp_path / "older", paper=None))
-    assert "--out" in refused(capsys, tmp_path / "nosuch", "--out", "figure.gif")
-    baseline = write_run(tmp_path / "ce", "CE")
+def test_runs_that_do_not_belong_together_are_refused(run, tmp_path, capsys):
     three = write_finished(tmp_path / "three", counts=[3, 2, 1])
-    line = refused(capsys, run, baseline, three)
+    line = refused(capsys, visualize.main, run, write_run(tmp_path / "ce", "CE"), three)
     assert f"{three} has 3 classes, the runs before it have 10: other data" in line
     second = write_finished(tmp_path / "second", "GMM", selection="gmm")  # a run that is not shown
     (second / "noise.json").unlink()
-    assert str(second / "noise.json") in refused(capsys, run, second)
+    assert str(second / "noise.json") in refused(capsys, visualize.main, run, second)
+
+
+SAMPLES = sum(COUNTS)
 
 
 @pytest.mark.parametrize(
@@ -473,64 +412,37 @@ def test_what_is_no_run_of_this_paper_is_refused(run, tmp_path, capsys):
         ("noise.json", b'{"observed_counts": [1, 2]}', "are not of the 10 classes in log.csv"),
         ("clean_probability.npz", b"half", "clean_probability.npz is damaged"),
         ("centroids.npz", b"half", "centroids.npz is damaged"),
-    ],
-)
-def test_a_damaged_run_is_refused_in_one_line(name, content, line, run, tmp_path, capsys):
-    (run / name).unlink()
-    if content is not None:
-        (run / name).write_bytes(content)
-    figure = tmp_path / "figure.png"
-    figure.write_bytes(b"older")
-    message = refused(capsys, run, "--out", figure)
-    assert line in message and str(run) in message
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.png", "run"]
-    assert figure.read_bytes() == b"older"
-
-
-SAMPLES = sum(COUNTS)
-
-
-@pytest.mark.parametrize(
-    ("name", "arrays", "line"),
-    [
-        ("clean_probability", {"observed": None}, "it has no observed"),
-        ("clean_probability", {"net1": np.ones(3)}, f"not of the {SAMPLES} samples in noise.json"),
-        ("clean_probability", {"clean": np.ones(3, int)}, f"not of the {SAMPLES} samples"),
-        ("clean_probability", {"net1": np.full(SAMPLES, 1.5)}, "net1 is not probabilities"),
-        ("clean_probability", {"net1": np.full(SAMPLES, -0.5)}, "net1 is not probabilities"),
-        ("clean_probability", {"observed": np.zeros(SAMPLES)}, "observed or clean is not labels"),
-        ("clean_probability", {"observed": np.full(SAMPLES, -1)}, "observed or clean is not labels"),
-        ("clean_probability", {"clean": np.full(SAMPLES, 10)}, "observed or clean is not labels"),
+        ("clean_probability.npz", {"observed": None}, "it has no observed"),
+        ("clean_probability.npz", {"net1": np.ones(3)}, f"not of the {SAMPLES} samples in noise.json"),
+        ("clean_probability.npz", {"clean": np.ones(3, int)}, f"not of the {SAMPLES} samples"),
+        ("clean_probability.npz", {"net1": np.full(SAMPLES, 1.5)}, "net1 is not probabilities"),
+        ("clean_probability.npz", {"net1": np.full(SAMPLES, -0.5)}, "net1 is not probabilities"),
+        ("clean_probability.npz", {"observed": np.zeros(SAMPLES)}, "observed or clean is not labels"),
+        ("clean_probability.npz", {"observed": np.full(SAMPLES, -1)}, "observed or clean is not labels"),
+        ("clean_probability.npz", {"clean": np.full(SAMPLES, 10)}, "observed or clean is not labels"),
         (
-            "clean_probability",
+            "clean_probability.npz",
             {"observed": np.zeros(SAMPLES, int)},
             "not of the labels that noise.json counts",
         ),
-        ("centroids", {"net1": None, "net3": np.ones(1)}, "it has no net1"),
-        ("centroids", {"net1": np.ones((4, 9, 16))}, "of shape (4, 9, 16) is not centroids"),
-        ("centroids", {"net1": np.ones((4, 10, 1))}, "of shape (4, 10, 1) is not centroids"),
-        ("centroids", {"net1": np.ones((7, 10, 16))}, "7 selections in 6 epochs"),
-        ("centroids", {"net1": np.ones((0, 10, 16))}, "0 selections in 6 epochs"),
-        ("centroids", {"net1": np.full((4, 10, 16), np.inf)}, "net1 is not finite numbers"),
+        ("centroids.npz", {"net1": None, "net3": np.ones(1)}, "it has no net1"),
+        ("centroids.npz", {"net1": np.ones((4, 9, 16))}, "of shape (4, 9, 16) is not centroids"),
+        ("centroids.npz", {"net1": np.ones((4, 10, 1))}, "of shape (4, 10, 1) is not centroids"),
+        ("centroids.npz", {"net1": np.ones((7, 10, 16))}, "7 selections in 6 epochs"),
+        ("centroids.npz", {"net1": np.ones((0, 10, 16))}, "0 selections in 6 epochs"),
+        ("centroids.npz", {"net1": np.full((4, 10, 16), np.inf)}, "net1 is not finite numbers"),
+        ("args.json", {"p_threshold": "much"}, "args.json is damaged (could not convert"),
+        ("args.json", {"warm_up": "much"}, "args.json is damaged (could not convert"),
+        ("args.json", {"p_threshold": None}, "args.json is damaged: it has no p_threshold"),
     ],
 )
-def test_arrays_that_do_not_fit_are_refused(name, arrays, line, run, capsys):
-    change(run / f"{name}.npz", **arrays)
-    message = refused(capsys, run)
-    assert f"{run / name}.npz is damaged" in message and line in message
-
-
-def test_a_flag_that_is_damaged_or_missing_is_named(run, capsys):
-    for values in ({"p_threshold": "much"}, {"p_threshold": 0.5, "warm_up": "much"}):
-        change_json(run / "args.json", **values)
-        assert "args.json is damaged (could not convert" in refused(capsys, run)
-    change_json(run / "args.json", p_threshold=None, warm_up=2)
-    assert "args.json is damaged: it has no p_threshold" in refused(capsys, run)
+def test_a_damaged_run_is_refused_in_one_line(name, content, line, run, tmp_path, capsys):
+    assert_refused(visualize, run, name, content, line, tmp_path, capsys)
 
 
 def test_a_figure_that_cannot_be_written_leaves_nothing_behind(tmp_path, capsys):
     baseline = write_run(tmp_path / "ce", "CE")
     (tmp_path / "figure.png").mkdir()
-    line = refused(capsys, baseline, "--out", tmp_path / "figure.png")
+    line = refused(capsys, visualize.main, baseline, "--out", tmp_path / "figure.png")
     assert "figure.png cannot be written (Is a directory)" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ce", "figure.png"]

@@ -1,6 +1,5 @@
 """Train_webvision.py step by step: who trains on what, selections and moments, the data, and the files of a run."""
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,9 @@ from sfa.learners import Learner, make_learner
 from sfa.selection import Moments, stochastic_feature_averaging
 from sfa.Train_webvision import Setting, co_divide, parse_args
 from sfa.webvision import Data, load
-from tests.common.small_file_data import image_files, make_webvision, plant
-from tests.end_to_end.manifold_runs import result, state, table
-from tests.end_to_end.outcome import log_without_seconds
-from tests.end_to_end.webvision_float64 import SmallNetwork, make_doubtful_webvision
+from tests.common.small_file_data import make_doubtful_webvision, make_webvision
+from tests.end_to_end.runs import log_without_seconds, result, state, table
+from tests.end_to_end.small_networks import WebvisionNetwork
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -46,7 +44,7 @@ def root(tmp_path_factory) -> Path:
 def run_small(root: Path, run: Path, words: str = "") -> Path:
     """With the small network."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learners, "webvision_network", SmallNetwork)
+        patch.setattr(learners, "webvision_network", WebvisionNetwork)
         Train_webvision.main([*ARGS, "--data_path", str(root), "--out", str(run), *words.split()])
     return run
 
@@ -519,7 +517,7 @@ def test_an_epoch_in_which_nothing_is_selected_leaves_its_loss_empty(root, tmp_p
 
 
 def test_the_two_learners_differ_in_weights_and_draws(monkeypatch):
-    monkeypatch.setattr(learners, "webvision_network", SmallNetwork)
+    monkeypatch.setattr(learners, "webvision_network", WebvisionNetwork)
     args = parse_args([*ARGS, "--lr", "0.3", "--seed", "5"])
     one, two = (make_learner(i, args, CPU) for i in (0, 1))
     assert not same(weights(one.network), weights(two.network))
@@ -618,23 +616,6 @@ def test_part_of_the_images_with_labels_of_a_file_and_a_long_tail(root, tmp_path
     metrics = result(limited)["metrics"]
     assert metrics["full_test_images"] == len(datasets.load_webvision(root, K).test.labels) > 3
     assert {"full_test", "full_test_imagenet_accuracy"} <= metrics.keys()
-
-
-def test_bad_images_are_left_out_from_the_start(tmp_path):
-    data = tmp_path / "data"
-    make_webvision(data, classes=K, per_class=4)
-    lines = (data / "info/train_filelist_google.txt").read_text().splitlines()
-    train = [data / line.split()[0] for line in lines if int(line.split()[1]) < K]
-    test = image_files(data / "val_images_256")[3]
-    for image, kind in ((train[4], "truncated"), (train[1], "missing"), (test, "text")):
-        plant(image, kind)
-    run = run_small(data, tmp_path / "run", "--on_bad_image skip --num_epochs 1 --batch_size 2")
-    with (run / "skipped_images.csv").open(newline="") as file:
-        skipped = {(row["path"], row["position"]): row["reason"] for row in csv.DictReader(file)}
-    assert skipped.keys() == {(str(train[1]), "1"), (str(train[4]), "4"), (str(test), "3")}
-    assert skipped.pop((str(train[1]), "1")) == "missing" and "missing" not in skipped.values()
-    assert np.load(run / "train_index.npy").tolist() == [i for i in range(16) if i not in (1, 4)]
-    assert len(np.load(run / "clean_probability.npz")["net1"]) == 14
 
 
 @pytest.mark.slow
