@@ -83,10 +83,10 @@ class _Shared(torch.autograd.Function):
         parts = [gradients[start : start + count] for start in range(0, len(gradients), count)]
         used = [i for i in range(count) if parts[-1][i] is not None]
         dtypes = [ctx.dtypes[i] for i in used]
-        found = [_cast([part[i] for i in used], dtypes) for part in parts]
-        total = found.pop()
-        while found:
-            total = list(torch._foreach_add(total, found.pop()))
+        total: list[Tensor] = []
+        for part in reversed(parts):
+            own = _cast([part[i] for i in used], dtypes)
+            total = list(torch._foreach_add(total, own)) if total else own
         back = dict(zip(used, total, strict=True))
         return (None, None, *(back.get(i) for i in range(count)))
 
