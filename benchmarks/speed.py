@@ -6,7 +6,8 @@
     python -m benchmarks.speed launches     # operators and waits of a training step on a GPU, counted without one
 
 images: JPEGs of 512 x 384 pixels, cut from the two photographs of scikit-learn, through the training pipeline of Food-101N
-(random resized crop to 224, flip, normalisation).
+(random resized crop to 224, flip, normalisation): files and cache by ours, and the files by PIL and torchvision in the workers of
+a DataLoader, as the release does.
 views: 32 x 32 pixels of the same photographs, through SANM's pipelines for CIFAR (its six views, the SimCLR pair, the view
 of its warm-up): batches on the device, and PIL and torchvision image by image in the workers of a DataLoader.
 steps, launches: see benchmarks/step_speed.py and benchmarks/launches.py.
@@ -19,6 +20,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,14 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.launches import launch_line, launches
-from benchmarks.speed_inputs import PilViews, make_small_images, pil_loader, surroundings, views_by_pil
+from benchmarks.speed_inputs import (
+    PilViews,
+    make_small_images,
+    pil_files,
+    pil_loader,
+    surroundings,
+    views_by_pil,
+)
 from benchmarks.step_speed import add_step_flags, step_line, steps
 from common.datasets.file_lists import IMAGENET_MEAN, IMAGENET_STD, FileSplit, make_split
 from common.datasets.image_cache import build, open_cache
@@ -85,7 +94,7 @@ def row_line(row: dict) -> str:
     name = f"{row['pipeline']}, {row['source']}" if "pipeline" in row else f"{row['source']:>5}"
     return (
         f"{name}, {row['workers']} workers: {row['median_images_per_second']:8.1f} images/s "
-        f"({row['q1']:.1f} to {row['q3']:.1f})"
+        f"({row['q1']:.1f} to {row['q3']:.1f}), {row['least_processor_us_per_image']} us of processor time an image"
     )
 
 
@@ -127,6 +136,8 @@ def images(args: Namespace) -> Iterator[dict]:
                 crop = augment.random_resized_crop_and_flip()
                 batches = FileBatches(split, min(BATCH, args.images), crop, **options)
                 yield measured(args, batches, device, source=source, workers=workers)
+            loader = pil_loader(pil_files(split), min(BATCH, args.images), workers, device, shuffle=True)
+            yield measured(args, Moved(loader, device), device, source="PIL", workers=workers)
 
 
 def views(args: Namespace) -> Iterator[dict]:
@@ -157,10 +168,12 @@ def views(args: Namespace) -> Iterator[dict]:
 
 def measured(args: Namespace, batches: Iterable, device: torch.device, **which: str | int) -> dict:
     """A row of the CSV: images per second over the passes that are timed. which: columns that name the row."""
-    speeds = [args.images / seconds(batches, device) for _ in range(1 + args.passes)][1:]
+    passes = [seconds(batches, device) for _ in range(1 + args.passes)][1:]
+    speeds = [args.images / elapsed for elapsed, _ in passes]
     quartiles = (round(float(speed), 1) for speed in np.percentile(speeds, [50, 25, 75]))
     row = {"what": args.what, **which, "images": args.images, "passes": args.passes}
     row |= zip(("median_images_per_second", "q1", "q3"), quartiles, strict=True)
+    row["least_processor_us_per_image"] = round(1e6 * min(spent for _, spent in passes) / args.images)
     return row | surroundings(device)
 
 
@@ -202,14 +215,21 @@ def make_photographs(folder: Path, count: int) -> FileSplit:
     return make_split(folder, names, [i % 2 for i in range(count)])
 
 
-def seconds(batches: Iterable, device: torch.device) -> float:
-    """How long one pass takes, until the last batch is on the device."""
-    start = time.perf_counter()
+def seconds(batches: Iterable, device: torch.device) -> tuple[float, float]:
+    """How long one pass takes until the last batch is on the device, and the processor time of this process and its workers."""
+    start, spent = time.perf_counter(), processor_seconds()
     for _ in batches:
         pass
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, processor_seconds() - spent
+
+
+def processor_seconds() -> float:
+    """What this process and its live workers have computed so far: of all their threads, on Linux."""
+    threads = [Path(f"/proc/{worker.pid}/task").glob("*/schedstat") for worker in active_children()]
+    nanoseconds = [int(file.read_text().split()[0]) for files in threads for file in files]
+    return time.process_time() + sum(nanoseconds) / 1e9
 
 
 if __name__ == "__main__":

@@ -420,7 +420,9 @@ def test_resize_random_crop_and_flip_cuts_a_square_out_of_the_resized_image():
 
 
 def test_resize_random_resized_crop_and_flip_cuts_a_part_out_of_the_resized_image():
-    image, transform = noise(3, 3, 60, 90)[2], augment.resize_random_resized_crop_and_flip(32, 28)
+    # channels-last in memory, as decoded
+    image = noise(3, 60, 90, 3)[2].permute(2, 0, 1)
+    transform = augment.resize_random_resized_crop_and_flip(32, 28)
     crop, resized = v2.RandomResizedCrop(28), v2.Resize(32)(image)
     assert resized.shape == (3, 32, 48)
     torch.manual_seed(0)
