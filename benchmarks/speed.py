@@ -2,12 +2,14 @@
 
     python -m benchmarks.speed images       # training images per second from files and from the cache of small images
     python -m benchmarks.speed views        # images per second that get all their views, ours and PIL's
+    python -m benchmarks.speed parts        # ways to decode such files and to crop cached images, by processor time
     python -m benchmarks.speed steps        # training steps of all methods, part by part, beside a plain reference path
     python -m benchmarks.speed launches     # operators and waits of a training step on a GPU, counted without one
 
 images: JPEGs of 512 x 384 pixels, cut from the two photographs of scikit-learn, through the training pipeline of Food-101N
 (random resized crop to 224, flip, normalisation): files and cache by ours, and the files by PIL and torchvision in the workers of
 a DataLoader, as the release does.
+parts: the same files by torchvision and Pillow, and by simplejpeg, imagecodecs and pyvips where they are installed.
 views: 32 x 32 pixels of the same photographs, through SANM's pipelines for CIFAR (its six views, the SimCLR pair, the view
 of its warm-up): batches on the device, and PIL and torchvision image by image in the workers of a DataLoader.
 steps, launches: see benchmarks/step_speed.py and benchmarks/launches.py.
@@ -43,6 +45,7 @@ from benchmarks.speed_inputs import (
     surroundings,
     views_by_pil,
 )
+from benchmarks.speed_parts import parts
 from benchmarks.step_speed import add_step_flags, step_line, steps
 from common.datasets.file_lists import IMAGENET_MEAN, IMAGENET_STD, FileSplit, make_split
 from common.datasets.image_cache import build, open_cache
@@ -65,6 +68,7 @@ def main(argv=None):
     """Measure, print a table, write a CSV."""
     args = make_parser().parse_args(argv)
     kinds = {"images": (images, row_line), "views": (views, row_line), "steps": (steps, step_line)}
+    kinds["parts"] = (partial(parts, make_photographs=make_photographs), part_line)
     kinds["launches"] = (launches, launch_line)
     measure, line = kinds[args.what]
     out = Path(args.out or f"results/speed_{args.what}.csv")
@@ -98,17 +102,29 @@ def row_line(row: dict) -> str:
     )
 
 
+def part_line(row: dict) -> str:
+    """A row of `parts` as it is printed."""
+    return (
+        f"{row['part']}, {row['way']}: {row['processor_us_per_image']} us an image, "
+        f"pixels within {row['largest_difference']} of torchvision's"
+    )
+
+
 def make_parser() -> cli.Parser:
     """The command line: a measurement, and its own flags."""
     parser = cli.Parser(prog="python -m benchmarks.speed", description=__doc__)
-    measurements = parser.add_subparsers(dest="what", required=True, metavar="{images,views,steps,launches}")
-    for what, about in (("images", "images read from files and cache"), ("views", "views of small images")):
+    measurements = parser.add_subparsers(
+        dest="what", required=True, metavar="{images,parts,views,steps,launches}"
+    )
+    abouts = {"images": "images read from files and cache", "parts": "ways to decode and to crop"}
+    for what, about in {**abouts, "views": "views of small images"}.items():
         flags = measurements.add_parser(what, help=about)
         add = flags.add_argument
         count: dict[str, Any] = {"type": cli.count, "metavar": "N"}
         workers = "processes that decode, or augment with PIL"
-        add("--images", **count, default=512, help="images to make")
-        add("--workers", nargs="+", type=cli.count_or_zero, default=[0, 1, 2], metavar="N", help=workers)
+        add("--images", **count, default=64 if what == "parts" else 512, help="images to make")
+        if what != "parts":
+            add("--workers", nargs="+", type=cli.count_or_zero, default=[0, 1, 2], metavar="N", help=workers)
         add("--passes", **count, default=5, help="timed passes, after one that is not timed")
     add_step_flags(measurements.add_parser("steps", help="training steps of all methods"))
     measurements.add_parser(

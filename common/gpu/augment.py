@@ -13,7 +13,7 @@ images, bit for bit. `draw_...` draws the parameters and `apply_...` applies the
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -401,7 +401,7 @@ def random_resized_crop_and_flip(size: int = 224) -> Callable[[Tensor], Tensor]:
 class ResizedCrop(NamedTuple):
     """A torchvision RandomResizedCrop of uint8 images [3, H, W] that are channels-last in memory, with the same pixels."""
 
-    drawn: Callable  # the RandomResizedCrop
+    drawn: Any  # the RandomResizedCrop
 
     def __call__(self, image: Tensor) -> Tensor:
         """The resized crop, channels-last in memory: torchvision resizes a contiguous channels-last image in less time."""

@@ -303,7 +303,7 @@ def _views(
 ) -> Tensor:
     """All views of the images of a batch, in a worker: uint8 [k, B, H, W, 3]. UserError: an image cannot be read."""
     seed, positions = batch
-    pixels = None
+    pixels = torch.empty(0)  # until the size of a view is known
     # only the CPU's generator: workers must not touch the GPU
     with torch.random.fork_rng(devices=[]):
         for place, i in enumerate(positions.tolist()):
@@ -311,7 +311,7 @@ def _views(
             for view in range(views):
                 torch.default_generator.manual_seed(_mixed(seed, i, view))
                 made = transform(image).permute(1, 2, 0)
-                if pixels is None:
+                if not len(pixels):
                     pixels = batch_memory((views, len(positions), *made.shape))
                 pixels[view, place] = made
     return pixels

@@ -35,6 +35,18 @@ def test_images_are_timed_from_files_and_cache(tmp_path, capsys):
     assert f"written to {out}" in printed
 
 
+def test_ways_to_decode_and_to_crop_are_timed_and_compared(tmp_path):
+    out = tmp_path / "parts.csv"
+    main(["parts", "--images", "2", "--passes", "1", "--out", str(out)])
+    rows = {(row["part"], row["way"]): row for row in read(out)}
+    assert {("decode", "torchvision"), ("decode", "Pillow"), ("crop", "two matrix products, by batch")} < set(
+        rows
+    )
+    for (part, way), row in rows.items():
+        assert int(row["processor_us_per_image"]) > 0
+        assert int(row["largest_difference"]) <= (way == "two matrix products, by batch"), (part, way)
+
+
 def test_where_nothing_can_be_written_nothing_is_measured(tmp_path):
     (tmp_path / "file").touch()
     for out, text in ((tmp_path, "cannot be written"), (tmp_path / "file" / "x.csv", "cannot be made")):
