@@ -8,7 +8,7 @@
 
 images: JPEGs of 512 x 384 pixels, cut from the two photographs of scikit-learn, through the training pipeline of Food-101N
 (random resized crop to 224, flip, normalisation): files and cache by ours, and the files by PIL and torchvision in the workers of
-a DataLoader, as the release does.
+a DataLoader.
 parts: the same files by torchvision and Pillow, and by simplejpeg, imagecodecs and pyvips where they are installed.
 views: 32 x 32 pixels of the same photographs, through SANM's pipelines for CIFAR (its six views, the SimCLR pair, the view
 of its warm-up): batches on the device, and PIL and torchvision image by image in the workers of a DataLoader.

@@ -112,7 +112,7 @@ class PilFiles(PilViews):
 
 
 def pil_files(split: FileSplit) -> PilFiles:
-    """Images of Food-101N as the release reads them: see `common.gpu.augment.random_resized_crop_and_flip`."""
+    """The images of a split by PIL and torchvision: the views of `common.gpu.augment.random_resized_crop_and_flip`."""
     view = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()])
     paths = np.array([str(split.path(i)) for i in range(len(split.paths))])
     return PilFiles(paths, [view], IMAGENET_MEAN, IMAGENET_STD)

@@ -7,6 +7,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,8 @@ def parts(args: Namespace, make_photographs: Callable) -> Iterator[dict]:
     with tempfile.TemporaryDirectory() as folder:
         split = make_photographs(Path(folder) / "files", args.images)
         files = [split.path(i).read_bytes() for i in range(args.images)]
-    crop = random_resized_crop_and_flip().transforms[0]
+    pipeline: Any = random_resized_crop_and_flip()
+    crop = pipeline.transforms[0]
     whole = [_torchvision(content, (0, 0, 0, 0)) for content in files]
     boxes = [_box(crop, image, i) for i, image in enumerate(whole)]
     jobs: dict[tuple[str, str], Callable] = {}
@@ -94,7 +96,7 @@ def _seeded(crop: Callable, number: int, image: Tensor) -> Tensor:
 
 
 def _box(crop: ResizedCrop, image: Tensor, number: int) -> Box:
-    drawn = _seeded(lambda image: crop.drawn.make_params([image]), number, image)
+    drawn: Any = _seeded(lambda image: crop.drawn.make_params([image]), number, image)
     return drawn["left"], drawn["top"], drawn["width"], drawn["height"]
 
 

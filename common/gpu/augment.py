@@ -370,7 +370,8 @@ def scaled(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """images * scale - shift in a new float32 tensor with the strides of images [..., C, H, W]; scale, shift: [C, 1, 1]."""
     last = images.movedim(-3, -1)
     if images.is_cuda or len(scale) == 1 or not last.is_contiguous():
-        return images.to(torch.float32, copy=True).mul_(scale).sub_(shift)
+        pixels = images.float()
+        return (pixels * scale if pixels is images else pixels.mul_(scale)).sub_(shift)
     # a CPU is slow with C numbers at a time: rows of W C numbers instead, the same operations
     pixels = new_memory(last.shape).copy_(last)
     scale, shift = (values.flatten().repeat(last.shape[-2]) for values in (scale, shift))
