@@ -106,7 +106,7 @@ def part_line(row: dict) -> str:
     """A row of `parts` as it is printed."""
     return (
         f"{row['part']}, {row['way']}: {row['processor_us_per_image']} us an image, "
-        f"pixels within {row['largest_difference']} of torchvision's"
+        f"pixels within {row['largest_difference']} of those of the first way"
     )
 
 
