@@ -2,12 +2,15 @@
 
     python -m benchmarks.speed images       # training images per second from files and from the cache of small images
     python -m benchmarks.speed views        # images per second that get all their views, ours and PIL's
+    python -m benchmarks.speed parts        # ways to decode such files and to crop cached images, by processor time
     python -m benchmarks.speed steps        # training steps of all methods, part by part, beside a plain reference path
     python -m benchmarks.speed launches     # operators and waits of a training step on a GPU, counted without one
     python -m benchmarks.speed operators    # what part of a training step the network's own operators take, on a CPU
 
 images: JPEGs of 512 x 384 pixels, cut from the two photographs of scikit-learn, through the training pipeline of Food-101N
-(random resized crop to 224, flip, normalisation).
+(random resized crop to 224, flip, normalisation): files and cache by ours, and the files by PIL and torchvision in the workers of
+a DataLoader.
+parts: the same files by torchvision and Pillow, and by simplejpeg, imagecodecs and pyvips where they are installed.
 views: 32 x 32 pixels of the same photographs, through SANM's pipelines for CIFAR (its six views, the SimCLR pair, the view
 of its warm-up): batches on the device, and PIL and torchvision image by image in the workers of a DataLoader.
 steps, launches, operators: see benchmarks/step_speed.py, launches.py and operators.py.
@@ -20,6 +23,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +42,12 @@ from benchmarks.speed_inputs import (
     PilViews,
     make_small_images,
     photograph_parts,
+    pil_files,
     pil_loader,
     surroundings,
     views_by_pil,
 )
+from benchmarks.speed_parts import parts
 from benchmarks.step_speed import add_step_flags, step_line, steps
 from common.datasets.file_lists import IMAGENET_MEAN, IMAGENET_STD, FileSplit, make_split
 from common.datasets.image_cache import build, open_cache
@@ -64,6 +70,7 @@ def main(argv=None):
     """Measure, print a table, write a CSV."""
     args = make_parser().parse_args(argv)
     kinds = {"images": (images, row_line), "views": (views, row_line), "steps": (steps, step_line)}
+    kinds["parts"] = (partial(parts, make_photographs=make_photographs), part_line)
     kinds["launches"], kinds["operators"] = (launches, launch_line), (operators, operator_line)
     measure, line = kinds[args.what]
     out = Path(args.out or f"results/speed_{args.what}.csv")
@@ -88,7 +95,15 @@ def row_line(row: dict) -> str:
     name = f"{row['pipeline']}, {row['source']}" if "pipeline" in row else f"{row['source']:>5}"
     return (
         f"{name}, {row['workers']} workers: {row['median_images_per_second']:8.1f} images/s "
-        f"({row['q1']:.1f} to {row['q3']:.1f})"
+        f"({row['q1']:.1f} to {row['q3']:.1f}), {row['least_processor_us_per_image']} us of processor time an image"
+    )
+
+
+def part_line(row: dict) -> str:
+    """A row of `parts` as it is printed."""
+    return (
+        f"{row['part']}, {row['way']}: {row['processor_us_per_image']} us an image, "
+        f"pixels within {row['largest_difference']} of those of the first way"
     )
 
 
@@ -96,15 +111,17 @@ def make_parser() -> cli.Parser:
     """The command line: a measurement, and its own flags."""
     parser = cli.Parser(prog="python -m benchmarks.speed", description=__doc__)
     measurements = parser.add_subparsers(
-        dest="what", required=True, metavar="{images,views,steps,launches,operators}"
+        dest="what", required=True, metavar="{images,parts,views,steps,launches,operators}"
     )
-    for what, about in (("images", "images read from files and cache"), ("views", "views of small images")):
+    abouts = {"images": "images read from files and cache", "parts": "ways to decode and to crop"}
+    for what, about in {**abouts, "views": "views of small images"}.items():
         flags = measurements.add_parser(what, help=about)
         add = flags.add_argument
         count: dict[str, Any] = {"type": cli.count, "metavar": "N"}
         workers = "processes that decode, or augment with PIL"
-        add("--images", **count, default=512, help="images to make")
-        add("--workers", nargs="+", type=cli.count_or_zero, default=[0, 1, 2], metavar="N", help=workers)
+        add("--images", **count, default=64 if what == "parts" else 512, help="images to make")
+        if what != "parts":
+            add("--workers", nargs="+", type=cli.count_or_zero, default=[0, 1, 2], metavar="N", help=workers)
         add("--passes", **count, default=5, help="timed passes, after one that is not timed")
     add_step_flags(measurements.add_parser("steps", help="training steps of all methods"))
     measurements.add_parser(
@@ -134,6 +151,8 @@ def images(args: Namespace) -> Iterator[dict]:
                 crop = augment.random_resized_crop_and_flip()
                 batches = FileBatches(split, min(BATCH, args.images), crop, **options)
                 yield measured(args, batches, device, source=source, workers=workers)
+            loader = pil_loader(pil_files(split), min(BATCH, args.images), workers, device, shuffle=True)
+            yield measured(args, Moved(loader, device), device, source="PIL", workers=workers)
 
 
 def views(args: Namespace) -> Iterator[dict]:
@@ -158,10 +177,12 @@ def views(args: Namespace) -> Iterator[dict]:
 
 def measured(args: Namespace, batches: Iterable, device: torch.device, **which: str | int) -> dict:
     """A row of the CSV: images per second over the passes that are timed. which: columns that name the row."""
-    speeds = [args.images / seconds(batches, device) for _ in range(1 + args.passes)][1:]
+    passes = [seconds(batches, device) for _ in range(1 + args.passes)][1:]
+    speeds = [args.images / elapsed for elapsed, _ in passes]
     quartiles = (round(float(speed), 1) for speed in np.percentile(speeds, [50, 25, 75]))
     row = {"what": args.what, **which, "images": args.images, "passes": args.passes}
     row |= zip(("median_images_per_second", "q1", "q3"), quartiles, strict=True)
+    row["least_processor_us_per_image"] = round(1e6 * min(spent for _, spent in passes) / args.images)
     return row | surroundings(device)
 
 
@@ -196,14 +217,21 @@ def make_photographs(folder: Path, count: int) -> FileSplit:
     return make_split(folder, names, [i % 2 for i in range(count)])
 
 
-def seconds(batches: Iterable, device: torch.device) -> float:
-    """How long one pass takes, until the last batch is on the device."""
-    start = time.perf_counter()
+def seconds(batches: Iterable, device: torch.device) -> tuple[float, float]:
+    """How long one pass takes until the last batch is on the device, and the processor time of this process and its workers."""
+    start, spent = time.perf_counter(), processor_seconds()
     for _ in batches:
         pass
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, processor_seconds() - spent
+
+
+def processor_seconds() -> float:
+    """What this process and its live workers have computed so far: of all their threads, on Linux."""
+    threads = [Path(f"/proc/{worker.pid}/task").glob("*/schedstat") for worker in active_children()]
+    nanoseconds = [int(file.read_text().split()[0]) for files in threads for file in files]
+    return time.process_time() + sum(nanoseconds) / 1e9
 
 
 if __name__ == "__main__":

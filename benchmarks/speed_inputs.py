@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from common.datasets.file_lists import IMAGENET_MEAN, IMAGENET_STD, FileSplit
 from common.gpu import augment
 from common.gpu.policies import four_views, six_views
 from common.runs.run import command, git_commit
@@ -89,8 +90,28 @@ class PilViews(Dataset):
 
     def __getitem__(self, number: int) -> tuple[Tensor | int, ...]:
         i = self.positions[number]
-        image = Image.fromarray(self.images[i])
+        image = self.open(i)
         return *(self.normalised(view(image)) for view in self.views), i
+
+    def open(self, i: int) -> Image.Image:
+        """Image i."""
+        return Image.fromarray(self.images[i])
+
+
+class PilFiles(PilViews):
+    """The same of image files: images are their paths."""
+
+    def open(self, i: int) -> Image.Image:
+        """Image i, decoded."""
+        with Image.open(self.images[i]) as image:
+            return image.convert("RGB")
+
+
+def pil_files(split: FileSplit) -> PilFiles:
+    """The images of a split by PIL and torchvision: the views of `common.gpu.augment.random_resized_crop_and_flip`."""
+    view = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()])
+    paths = np.array([str(split.path(i)) for i in range(len(split.paths))])
+    return PilFiles(paths, [view], IMAGENET_MEAN, IMAGENET_STD)
 
 
 def pil_loader(views: PilViews, size: int, workers: int, device: torch.device, **options) -> DataLoader:

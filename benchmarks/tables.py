@@ -90,6 +90,11 @@ def speed_rows(name: str) -> list[dict]:
     return pd.read_csv(file, dtype=str, keep_default_na=False).to_dict("records") if file.is_file() else []
 
 
+def columns_table(columns: dict[str, str], rows: list[dict]) -> list[str]:
+    """Columns of rows as Markdown: columns maps each heading to the name of its column."""
+    return markdown_table(list(columns), [[row[name] for name in columns.values()] for row in rows])
+
+
 def speed_table(rows: list[dict]) -> list[str]:
     """What benchmarks.speed steps measured, as Markdown: each method beside the plain path."""
     heading = [
@@ -169,7 +174,8 @@ def page() -> str:
     every = reference_rows()
     rows = every[every["file"] != CLAIMS_CSV]  # other files may have rows of the claims, too
     crossed, own = rows[rows["table"] == CROSS], rows[rows["table"] != CROSS]
-    speed, launches, operators = (speed_rows(name) for name in ("steps", "launches", "operators"))
+    kinds = ("steps", "images", "parts", "launches", "operators")
+    speed, images, parts, launches, operators = map(speed_rows, kinds)
     environment = Environment(
         trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, autoescape=False
     )
@@ -183,11 +189,28 @@ def page() -> str:
         speed_table=speed_table,
         operators=operators,
         operators_table=operators_table,
-        launches=launches,
-        launches_table=markdown_table(
-            ["step", "operators", "waits"],
-            [[row["step"], row["operators"], row["waits"]] for row in launches],
+        images=images,
+        images_table=columns_table(
+            {
+                "source": "source",
+                "workers": "workers",
+                "images/s": "median_images_per_second",
+                "processor µs an image": "least_processor_us_per_image",
+            },
+            images,
         ),
+        parts=parts,
+        parts_table=columns_table(
+            {
+                "step": "part",
+                "way": "way",
+                "processor µs an image": "processor_us_per_image",
+                "largest difference of a pixel": "largest_difference",
+            },
+            parts,
+        ),
+        launches=launches,
+        launches_table=columns_table({name: name for name in ("step", "operators", "waits")}, launches),
         not_measured=[line for paper in PAPERS for line in not_measured(paper, own)],
         on_cards=(every["device"] != "cpu").any(),
         commands={paper: commands(paper) for paper in PAPERS},

@@ -667,7 +667,9 @@ def test_a_schedule_that_does_not_fit_gets_a_note(capsys, monkeypatch):
         for words, count in (("--selection none --warmup-epoch 300", 0), ("--epochs 5 --warmup-epoch 5", 1)):
             parse(script, words)
             assert capsys.readouterr().out.count("--warmup-epoch 5 is not below --epochs 5") == count
-    monkeypatch.setattr("common.gpu.processes.rank", lambda: 1)  # of several processes the first alone says so
+    monkeypatch.setattr(
+        "common.gpu.processes.rank", lambda: 1
+    )  # of several processes the first alone says so
     parse("manifold", "--epochs 5 --warmup-epoch 5")
     assert capsys.readouterr().out == ""
 

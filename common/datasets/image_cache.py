@@ -37,7 +37,7 @@ class ImageCache:
         bytes, int [N]; by default they follow one another."""
         self.path, self.sizes = path, sizes
         self.ends = np.cumsum(3 * sizes.prod(axis=1, dtype=np.int64)) if ends is None else ends
-        self._pixels: np.memmap | None = None  # each process opens it at its first read
+        self._pixels: np.ndarray | None = None  # each process opens it at its first read
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -49,10 +49,10 @@ class ImageCache:
     def __getitem__(self, i: int) -> Tensor:
         """Image i: uint8 [3, h, w], channels-last in memory."""
         if self._pixels is None:
-            self._pixels = np.memmap(self.path, dtype=np.uint8, mode="r")
+            self._pixels = np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))
         height, width = self.sizes[i]
         end = self.ends[i]
-        image = np.array(self._pixels[end - 3 * height * width : end])  # a copy: torch needs writable memory
+        image = self._pixels[end - 3 * height * width : end].copy()  # torch needs writable memory
         return torch.from_numpy(image).view(height, width, 3).permute(2, 0, 1)
 
     def __getstate__(self) -> dict:

@@ -1,10 +1,12 @@
 """Image files as tensors, read one by one or by worker processes."""
 
 import io
+import math
 import multiprocessing.queues
 import os
 import signal
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from copy import copy
@@ -14,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common.runs.cli import SHARED_MEMORY, MachineError, UserError, at_end, worker_died
@@ -82,6 +84,26 @@ def _read_with_pillow(content: bytes, path: Path) -> Tensor:
 # worker processes -----------------------------------------------------------------------------------------------------
 
 
+IN_FLIGHT = 2  # results of each worker that wait, or that it computes, while the parent uses another one
+_memory: deque[Tensor] = deque()  # of this process, a worker: what `batch_memory` hands out in turn
+
+
+def batch_memory(shape: Sequence[int]) -> Tensor:
+    """Empty uint8 memory for a Tensor that a function of `in_workers` returns, one for each call of the function.
+
+    In a worker it is shared memory that is used again. So the parent must copy a result before it asks for the next one.
+    MachineError: shared memory is too small.
+    """
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    size = math.prod(shape)
+    memory = _memory.popleft() if len(_memory) > IN_FLIGHT else torch.empty(0, dtype=torch.uint8)
+    if len(memory) < size:
+        memory = _shared(torch.empty(size, dtype=torch.uint8))
+    _memory.append(memory)
+    return memory[:size].view(*shape)
+
+
 class _Calls(Dataset):
     """A function in the form that DataLoader needs."""
 
@@ -89,25 +111,25 @@ class _Calls(Dataset):
         self.function = function
 
     def __getitem__(self, argument: Any) -> Any:
-        result = self.function(argument)
-        if get_worker_info() is not None:
-            try:
-                _share(result)
-            except (
-                RuntimeError
-            ) as error:  # if a thread of the worker raises this later, the parent waits for ever
-                reason = str(error).splitlines()[0].rpartition(": ")[2]
-                return MachineError(f"no room for images in shared memory ({reason}): {SHARED_MEMORY}")
-        return result
+        try:
+            result = self.function(argument)
+            return result if get_worker_info() is None else _shared(result)
+        except UserError as error:
+            return error
 
 
-def _share(result: Any) -> None:
-    """Move the tensors of a result to shared memory, from where the parent reads them. RuntimeError: it is too small."""
+def _shared(result: Any) -> Any:
+    """A result with its tensors moved to shared memory, from where the parent reads them. MachineError: it is too small."""
     if isinstance(result, Tensor):
-        result.share_memory_()
+        try:
+            result.share_memory_()
+        except RuntimeError as error:  # if a thread of the worker raises it later, the parent waits for ever
+            reason = str(error).splitlines()[0].rpartition(": ")[2]
+            raise MachineError(f"no room for images in shared memory ({reason}): {SHARED_MEMORY}") from None
     elif isinstance(result, (list, tuple)):
         for part in result:
-            _share(part)
+            _shared(part)
+    return result
 
 
 def in_workers(
@@ -116,7 +138,8 @@ def in_workers(
     """function(argument) for each argument in order, computed by worker processes (by this process for 0 workers).
 
     The workers live as long as the result, at most until the script ends, through any number of passes. `arguments` may change
-    between passes. One pass at a time; a pass may stop before its end. A pass raises a UserError that the function returns.
+    between passes. One pass at a time; a pass may stop before its end. A pass raises a UserError that the function raises or
+    returns.
     MachineError: workers cannot be started, or one has died. An error ends all workers.
     """
     loader = partial(
@@ -126,6 +149,7 @@ def in_workers(
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=workers,
+        prefetch_factor=IN_FLIGHT if workers else None,
         persistent_workers=workers > 0,
         worker_init_fn=_leave_the_process_group,
         pin_memory=pin_memory,
@@ -142,6 +166,7 @@ class Passes:
         self._new_loader = new_loader
         self._loader: DataLoader | None = None
         self._running: Any = None
+        self._mapped: deque[UntypedStorage] = deque()  # memory of the workers that stays mapped
 
     def __iter__(self) -> Iterator[Any]:
         self._start()
@@ -158,11 +183,14 @@ class Passes:
             if isinstance(result, UserError):
                 self.close()
                 raise result
+            if isinstance(result, Tensor):
+                self._mapped.append(result.untyped_storage())
             yield result
 
     def _start(self) -> None:
         if self._loader is None:
             self._loader = self._new_loader()
+            self._mapped = deque(maxlen=self._loader.num_workers * (IN_FLIGHT + 1))
             at_end(partial(_close, weakref.ref(self)))
         try:
             _try_semaphores(self._loader.num_workers)
@@ -176,6 +204,7 @@ class Passes:
     def close(self) -> None:
         """End the workers now; another pass starts new ones."""
         running, self._running, self._loader = self._running, None, None
+        self._mapped.clear()
         if hasattr(
             running, "_shutdown_workers"
         ):  # `del` is not enough: the traceback of an error keeps the pass

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from common.datasets.file_lists import FileSplit, require_heads
 from common.datasets.image_cache import ImageCache
-from common.datasets.images import in_workers
+from common.datasets.images import batch_memory, in_workers
 from common.datasets.in_memory import Data, Split
 from common.datasets.limit import limited_test
 from common.gpu import augment
@@ -50,13 +50,11 @@ class Images:
         batch = self.pixels[index]
         if augmentation is not None:
             batch = augmentation(batch, generator)
-        if (
-            batch.is_cuda
-        ):  # channels-last, for its convolutions; on a CPU these take either form, and float() is faster
+        if batch.is_cuda:  # channels-last, for its convolutions; on a CPU these take either form
             batch = (
                 batch.movedim(-3, -1).to(torch.float32, memory_format=torch.contiguous_format).movedim(-1, -3)
             )
-        return (batch.float() * self._scale - self._shift).to(self.device)  # augment.normalise
+        return augment.scaled(batch, self._scale, self._shift).to(self.device)  # augment.normalise
 
 
 class Batches:
@@ -304,22 +302,21 @@ class Part(NamedTuple):
 
 def _views(
     split: FileSplit, cache: ImageCache | None, transform: Callable, views: int, batch: tuple[int, np.ndarray]
-) -> Tensor | UserError:
-    """All views of the images of a batch, in a worker: uint8 [k, B, H, W, 3]."""
+) -> Tensor:
+    """All views of the images of a batch, in a worker: uint8 [k, B, H, W, 3]. UserError: an image cannot be read."""
     seed, positions = batch
-    rows = []
+    pixels = torch.empty(0)  # until the size of a view is known
     # only the CPU's generator: workers must not touch the GPU
     with torch.random.fork_rng(devices=[]):
-        for i in positions.tolist():
-            try:
-                image = split.read(i) if cache is None else cache[i]
-            except UserError as error:
-                return error
+        for place, i in enumerate(positions.tolist()):
+            image = split.read(i) if cache is None else cache[i]
             for view in range(views):
                 torch.default_generator.manual_seed(_mixed(seed, i, view))
-                rows.append(transform(image).permute(1, 2, 0))
-    pixels = torch.stack(rows)
-    return pixels.view(len(positions), views, *pixels.shape[1:]).transpose(0, 1).contiguous()
+                made = transform(image).permute(1, 2, 0)
+                if not len(pixels):
+                    pixels = batch_memory((views, len(positions), *made.shape))
+                pixels[view, place] = made
+    return pixels
 
 
 def _mixed(seed: int, position: int, view: int) -> int:

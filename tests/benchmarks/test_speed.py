@@ -28,7 +28,7 @@ BY_PIPELINE = [("float32 on the device", "0"), ("PIL", "0"), ("PIL", "1")]
 @pytest.mark.parametrize(
     ("what", "sources"),
     [
-        ("images", [(None, *pair) for pair in itertools.product(("files", "cache"), "01")]),
+        ("images", [(None, *pair) for pair in itertools.product(("files", "cache", "PIL"), "01")]),
         ("views", [(name, *pair) for name in PIPELINES for pair in BY_PIPELINE]),
     ],
 )
@@ -42,10 +42,22 @@ def test_every_source_is_timed_with_each_number_of_workers(what, sources, tmp_pa
     for row in rows:
         assert (row["what"], row["images"], row["passes"], row["device"]) == (what, "12", "3", "cpu")
         assert 0 < float(row["q1"]) <= float(row["median_images_per_second"]) <= float(row["q3"])
-        assert None not in row.values()
+        assert int(row["least_processor_us_per_image"]) > 0 and None not in row.values()
     printed = capsys.readouterr().out
     assert printed.count("images/s") == len(sources)
     assert f"written to {out}" in printed
+
+
+def test_ways_to_decode_and_to_crop_are_timed_and_compared(tmp_path):
+    out = tmp_path / "parts.csv"
+    main(["parts", "--images", "2", "--passes", "1", "--out", str(out)])
+    rows = {(row["part"], row["way"]): row for row in read(out)}
+    assert {("decode", "torchvision"), ("decode", "Pillow"), ("crop", "two matrix products, by batch")} < set(
+        rows
+    )
+    for (part, way), row in rows.items():
+        assert float(row["processor_us_per_image"]) > 0
+        assert int(row["largest_difference"]) <= (way == "two matrix products, by batch"), (part, way)
 
 
 def test_where_nothing_can_be_written_nothing_is_measured(tmp_path):

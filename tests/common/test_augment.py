@@ -107,11 +107,24 @@ def test_training_augmentation_crops_by_an_eighth_and_mirrors_all_but_handwritin
 def test_normalise_is_to_tensor_and_normalize(mean, std):
     images = np.random.RandomState(0).randint(0, 256, size=(20, 9, 7, len(mean)), dtype=np.uint8)
     theirs = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
-    ours = augment.normalise(
-        torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(mean), torch.tensor(std)
-    )
+    batch, constants = torch.from_numpy(images).permute(0, 3, 1, 2), (torch.tensor(mean), torch.tensor(std))
+    ours = augment.normalise(batch, *constants)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, torch.stack([theirs(image) for image in images]), rtol=0, atol=1e-6)
+    # in every memory format: the bits of the plain formula, its strides, and the images stay what they are
+    scale, shift = augment.scale_and_shift(*constants)
+    before = batch.clone()
+    for given in (
+        batch,
+        batch.contiguous(),
+        batch[:, :, 1:, ::2],
+        batch.float(),
+        batch.view(2, 10, *batch.shape[1:]),
+    ):
+        made, plain = augment.normalise(given, *constants), given.float() * scale - shift
+        assert torch.equal(made, plain)
+        assert made.stride() == plain.stride()
+    assert torch.equal(batch, before)
 
 
 # all of it exact: no tolerance anywhere below
@@ -406,7 +419,9 @@ def test_resize_random_crop_and_flip_cuts_a_square_out_of_the_resized_image():
 
 
 def test_resize_random_resized_crop_and_flip_cuts_a_part_out_of_the_resized_image():
-    image, transform = noise(3, 3, 60, 90)[2], augment.resize_random_resized_crop_and_flip(32, 28)
+    # channels-last in memory, as decoded
+    image = noise(3, 60, 90, 3)[2].permute(2, 0, 1)
+    transform = augment.resize_random_resized_crop_and_flip(32, 28)
     crop, resized = v2.RandomResizedCrop(28), v2.Resize(32)(image)
     assert resized.shape == (3, 32, 48)
     torch.manual_seed(0)
@@ -420,7 +435,7 @@ def test_the_default_sizes_are_those_of_the_releases():
     resize, crop, flip = augment.resize_random_crop_and_flip().transforms
     assert (resize.size, crop.size, flip.p) == ([256], (224, 224), 0.5)
     resize, part = augment.resize_random_resized_crop_and_flip().transforms
-    crop, flip = part.transforms
+    crop, flip = part.transforms[0].drawn, part.transforms[1]
     assert (resize.size, crop.size, flip.p) == ([320], (299, 299), 0.5)
     assert (crop.scale, crop.ratio) == ((0.08, 1.0), (3 / 4, 4 / 3))
-    assert augment.random_resized_crop_and_flip().transforms[0].size == (224, 224)
+    assert augment.random_resized_crop_and_flip().transforms[0].drawn.size == (224, 224)

@@ -12,6 +12,7 @@ import torch
 
 from common import datasets
 from common.datasets.image_cache import build_caches, open_caches
+from common.datasets.images import batch_memory, in_workers
 from common.gpu import augment
 from common.gpu.loader import FileBatches
 from common.runs import cli
@@ -159,6 +160,24 @@ def test_a_pass_left_early_is_followed_by_a_whole_one(data):
     with pytest.raises(RuntimeError, match="another pass"):
         for _ in alone:
             next(iter(alone))
+
+
+def filled(number: int) -> torch.Tensor:
+    """In place of the views of a batch."""
+    return batch_memory((2, 3)).fill_(number)
+
+
+def test_workers_use_the_same_memory_again_and_never_that_of_the_result_in_use():
+    passes = in_workers(filled, range(16), 2)
+    places = []
+    for _ in range(2):
+        for number, result in enumerate(passes):
+            places.append(result.data_ptr())
+            if number < 8:
+                time.sleep(0.01)  # as a step does: the workers run ahead as far as they may
+            assert result.unique().tolist() == [number]
+    assert len(set(places)) == 6
+    passes.close()
 
 
 @pytest.mark.parametrize("world", [2, 4])
