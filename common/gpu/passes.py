@@ -48,12 +48,16 @@ def separate(network: nn.Module, batches: Sequence[Tensor]) -> Iterator[Tensor]:
     casts = torch.is_autocast_enabled(batches[0].device.type)
     sums = torch.is_grad_enabled() and len(batches) > 1 and (casts or batches[0].is_cuda)
     places = [place for place in _places(network) if sums or place[2]] if casts or sums else []
+    return _with_shared(places, batches, casts) if places else iter(batches)
+
+
+def _with_shared(places: Sequence[Place], batches: Sequence[Tensor], casts: bool) -> Iterator[Tensor]:
     weights = _weights(places)
     dtypes = [
         torch.bfloat16 if casts and of_convolution else weight.dtype
         for (*_, of_convolution), weight in zip(places, weights, strict=True)
     ]
-    shared = _Shared.apply(len(batches), dtypes, *weights) if places else []
+    shared = _Shared.apply(len(batches), dtypes, *weights)
     try:
         for number, batch in enumerate(batches):
             _put(places, shared[number * len(places) : (number + 1) * len(places)])
