@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -588,6 +588,14 @@ def run_name(args: Namespace, defaults: dict[str, Any], always: Iterable[str]) -
     ]
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(words))
     return name if len(name) <= 200 else f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+def run_name_of_files(args: Namespace, defaults: dict[str, Any], always: Sequence[str], classes: str) -> str:
+    """The name of a run directory of a script for image files: its data set, then as `run_name`. classes: the flag
+    of their number, which a folder sets."""
+    if args.dataset != "folder":
+        return f"{args.dataset}-{run_name(args, defaults, always)}"
+    return run_name(args, defaults | {classes: getattr(args, classes)}, ["dataset", *always])
 
 
 def _plain(value: Any) -> float | int | str | None:

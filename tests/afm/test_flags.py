@@ -12,7 +12,7 @@ from common.runs import cli
 
 # names and defaults, frozen: a change of one is a change for every user
 FLAGS = """
--h/--help='==SUPPRESS==' --dataset='food' --data-root=None --train-on='noisy' --noise-type='symmetric'
+-h/--help='==SUPPRESS==' --dataset='food' --data-root/--data_path=None --train-on='noisy' --noise-type='symmetric'
 --noise-rate=0.5 --posterior=None --on_bad_image='error' --image-cache=None --workers=4
 --image_size=32 --test_split=0.2
 --network='resnet50' --pretrained=None --shared-classifier/--no-shared-classifier=True --group-size=2

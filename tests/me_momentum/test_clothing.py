@@ -34,7 +34,8 @@ CPU = Device(torch.device("cpu"), "fp32", "tests")
 
 # names and defaults, frozen: a change of one is a change for every user
 FLAGS = """
--h/--help='==SUPPRESS==' --data_root='data/Clothing1M_Official/' --num_classes=14 --image_size=256
+-h/--help='==SUPPRESS==' --data_root/--data_path='data/Clothing1M_Official/' --num_classes=14 --dataset='clothing1m'
+--test_split=0.2 --image_size=256
 --on_bad_image='error' --image_cache=None --workers=8 --network='resnet50' --pretrained=None
 --pretrain=True --no_pretrain=True --selection='confident' --beta=0.45 --n_epoch=5 --max_inner_loop=6
 --max_outer_loop=3 --lr=0.005 --weight_decay=0.001 --batch_size=32 --sync_bn/--no-sync_bn=None

@@ -33,7 +33,8 @@ FROZEN = {
     --clamp-targets=False --recon-weight=0.02:non_negative --ref-views='strong':strong|weak
     --image_size=32:count --test_split=0.2:fraction --on_bad_image='error':error|skip --workers=4:count_or_zero""",
     CLOTHING: """-h,--help='==SUPPRESS==' --data_path='./Dataset/noise_label_data/Clothing1M':place
-    --num_batches=15625:count --num_class=14:count --image_size=224:count --on_bad_image='error':error|skip
+    --num_batches=15625:count --num_class=14:count --dataset='clothing1m':clothing1m|folder --test_split=0.2:fraction
+    --image_size=224:count --on_bad_image='error':error|skip
     --image_cache=None:place --workers=5:count_or_zero --id='clothing1m' --network='resnet50':resnet50|resnet18
     --pretrained='imagenet':place --batch_size=8:count --lr,--learning_rate=0.0009:positive --lr_drop=40:count
     --num_epochs=80:count --alpha=0.5:positive --lambda_u=0:non_negative --T=0.5:positive --p_threshold=0.5:fraction

@@ -39,7 +39,8 @@ FLAGS = {
         *(("on_bad_image", "error"), ("workers", 4), *SHARED),
     ],
     Train_webvision: [
-        *(("help", "==SUPPRESS=="), ("data_path", "./webvision/"), ("imagenet", None), ("num_class", 50)),
+        *(("help", "==SUPPRESS=="), ("dataset", "webvision"), ("test_split", 0.2)),
+        *(("data_path", "./webvision/"), ("imagenet", None), ("num_class", 50)),
         *(("imb_type", "exp"), ("imb_factor", 1), ("image_size", 299), ("on_bad_image", "error")),
         *(("image_cache", None), ("workers", 8), ("network", "inception_resnet_v2"), ("feat_size", 1536)),
         *(("batch_size", 32), ("lr", 0.01), ("lr_drop", 50), ("num_epochs", 100), ("alpha", 0.5)),
@@ -68,6 +69,7 @@ CHOICES = {
         "mixture": ["em", "sklearn"],
     },
     Train_webvision: {
+        "dataset": ["webvision", "folder"],
         "imb_type": ["exp", "step"],
         "network": ["inception_resnet_v2", "resnet50", "resnet18"],
         "reset_momentum": ["yes", "no"],
