@@ -404,6 +404,21 @@ def test_the_scripts_for_image_files_read_a_folder_and_train_on_decisions(
     assert result["dataset"] == "folder" and result["profile"] == "short+removed=1"
 
 
+def test_decisions_about_other_files_are_refused(tmp_path):
+    make_lists(tmp_path)
+    lines = ["index,path,given_label,decision,new_label", *(f"{i},x/{i:02}.png,0,keep," for i in range(30))]
+    write_lines(tmp_path / "decisions.csv", lines)
+    data, files = load_folder(tmp_path, 8), load_folder_files(tmp_path)
+    some, path = np.array([8, 2]), tmp_path / "decisions.csv"
+    assert datasets.observed_labels(data, some, "given", 0, 0, path).tolist() == [0, 0]
+    assert datasets.relabelled(files, path).train.labels.tolist() == [0] * 30
+    (tmp_path / "pictures/07.png").write_bytes(b"no picture")
+    data, files = load_folder(tmp_path, 8, on_bad_image="skip"), load_folder_files(tmp_path, 0.2, "skip")
+    assert 7 not in files.positions and len(datasets.relabelled(files, path).train.labels) == 29
+    line = message(datasets.observed_labels, data, some, "given", 0, 0, path)
+    assert "decisions.csv: image 8 is x/08.png there, and pictures/09.png in this data set: export" in line
+
+
 def quality_of(run: Path) -> dict[int, dict[str, str]]:
     """The rows of label_quality.csv by image."""
     with (run / "label_quality.csv").open(newline="") as file:
