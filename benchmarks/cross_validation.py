@@ -100,9 +100,9 @@ def cleanlab_folder(run: Path, quality: pd.DataFrame, data_path: str | None, dev
     try:
         from cleanlab.filter import find_label_issues  # noqa: PLC0415
         from cleanlab.rank import get_label_quality_scores  # noqa: PLC0415
-    except ImportError:
+    except ImportError as error:
         raise UserError(
-            "--cleanlab: cleanlab is not installed: pip install '.[cleanlab]' (its licence is the AGPL)"
+            f"--cleanlab: cleanlab is not installed ({error}): pip install '.[cleanlab]' (its licence is the AGPL)"
         ) from None
     begun = time.perf_counter()
     description, index, given = baseline.read_run(run)
