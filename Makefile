@@ -67,7 +67,7 @@ cross: setup  ## all methods and cross-entropy on the same images, labels, backb
 claims: setup  ## what the papers claim and which of it holds: on digits, and on the data sets that DATA has
 	$(RUN) -m benchmarks.claims --data_path $(DATA) $(ARGS)
 
-tables: setup  ## write benchmarks/README.md and the claims in README.md anew
+tables: setup  ## write benchmarks/README.md and the tables of README.md
 	$(RUN) -m benchmarks.tables $(ARGS)
 
 report: setup  ## one HTML page of all results, measured and published, in results/report.html

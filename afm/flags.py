@@ -70,6 +70,7 @@ def add_data_flags(released: ArgumentGroup, further: ArgumentGroup) -> None:
     )
     released.add_argument(
         "--data-root",
+        "--data_path",
         metavar="DIR",
         type=cli.place,
         help="where the data set is; by default ./data/food, ./data/clothing1m, and ./data for the others",

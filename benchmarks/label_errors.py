@@ -3,10 +3,12 @@
     python -m benchmarks.label_errors results/runs/sfa/embedded/*/*/seed*
     python -m benchmarks.label_errors RUN [RUN ...] [--csv OUT.csv] [--markdown OUT.md]
     python -m benchmarks.label_errors RUN --cleanlab            # beside it cleanlab's ranking (benchmarks/cross_validation.py)
+    python -m benchmarks.label_errors RUN ... --results results/cross_digits.csv        # named as benchmarks.cross names them
 
 Images are ranked by their score, the lowest first; wrong labels are to stand in front. k is the number of wrong labels. An
 image of no class (true label -1) has a wrong label. Among equal scores every order counts alike. The rows of --csv have the
-columns of all results, with the time and the command of the training run; the values are shares, from 0 to 1:
+columns of all results, with the time and the command of the training run; the values are shares, from 0 to 1. With --results
+these columns come from the row with the same command: benchmarks.cross knows the noise and the time of pre-training.
 
 label_error_auroc                area under the ROC curve
 label_error_average_precision    area under the curve of precision over recall
@@ -31,8 +33,13 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m benchmarks.label_errors", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directories of finished runs")
     parser.add_argument("--csv", metavar="OUT.csv", help="write the result rows to this file")
+    named = (
+        "result rows of these runs, such as cross_digits.csv of benchmarks.cross: the columns come from there"
+    )
+    parser.add_argument("--results", metavar="FILE.csv", help=named)
     parser.add_argument("--markdown", metavar="OUT.md", help="write the printed table to this file")
-    peer = "also rank by cleanlab (an optional extra), from cross-entropy out of fold, in RUN/cleanlab; trains five times"
+    peer = "also rank by cleanlab (an optional extra), from cross-entropy out of fold, in RUN/cleanlab; trains five times; "
+    peer += "of runs with the same labels and seed for the first alone"
     parser.add_argument("--cleanlab", action="store_true", help=peer)
     parser.add_argument(
         "--data_path", metavar="DIR", help="of --cleanlab: the data sets; by default as in RUN"
@@ -47,7 +54,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from benchmarks.cross_validation import cleanlab_folder
+from benchmarks.cross_validation import cleanlab_folder, first_of_labels
 from benchmarks.results import CONDITION, KEY, figure, keyed, markdown_table, read_results, write_text
 from common.runs.cli import UserError
 from common.runs.label_quality import COLUMNS, NAME
@@ -55,6 +62,11 @@ from common.runs.results import COLUMNS as RESULT_COLUMNS
 from common.runs.results import to_csv
 
 BINS = 15  # of the calibration error
+# columns of cleanlab's rows that are not those of the run
+OF_PEER = (
+    *("method", "seconds", "images_per_second", "peak_memory_mb"),
+    *("device", "precision", "torch", "git", "command"),
+)
 SHOWN = {
     "label_error_rate": "wrong labels",
     "label_error_auroc": "AUROC",
@@ -117,20 +129,35 @@ def calibration_error(score: np.ndarray, right: np.ndarray) -> float:
     return float(np.abs(np.bincount(bins, score - right)).sum() / len(score))
 
 
-def rows_of(folder: Path) -> list[dict]:
-    """The result rows of a run: its own columns, with the metrics of its ranking. UserError: as `read_quality`; no result."""
-    quality = read_quality(folder)
+def own_row(folder: Path, described: dict[str, dict] | None) -> dict:
+    """The columns of a run's result rows, from its result.csv or from --results. UserError: there is none.
+
+    described: the rows of --results by command; None without it.
+    """
     if not (folder / "result.csv").is_file():
         raise UserError(f"{folder}: no result.csv in it: let the run come to its end")
-    own = read_results(folder / "result.csv").iloc[0].to_dict() | {"reported": "", "delta": ""}
+    own = read_results(folder / "result.csv").iloc[0].to_dict()
+    if described is not None:
+        if own["command"] not in described:
+            raise UserError(f"--results: no row has the command of {folder}: give the results of this run")
+        own = described[own["command"]]
+    return own | {"reported": "", "delta": ""}
+
+
+def rows_of(quality: pd.DataFrame, own: dict) -> list[dict]:
+    """Result rows with the metrics of a ranking, as `read_quality` gives it. own: their other columns."""
     wrong = (quality.given_label != quality.true_label).to_numpy()
     found = measure(quality.given_label.to_numpy(), wrong, quality.score.to_numpy())
     return [{**own, "metric": name, "value": value} for name, value in found.items()]
 
 
 def format_table(rows: Sequence[dict]) -> list[str]:
-    """Lines of a Markdown table: in percent, mean and standard deviation over seeds. UserError: a run is given twice."""
+    """Lines of a Markdown table: in percent, mean and standard deviation over seeds, cell by cell. UserError: a run is given
+    twice.
+    """
     frame = keyed(pd.DataFrame(rows), "the runs").assign(value=[100 * row["value"] for row in rows])
+    cells = {cell: place for place, cell in enumerate(frame["cell"].unique())}
+    frame = frame.sort_values("cell", key=lambda column: column.map(cells), kind="stable")
     groups = [name for name in (*KEY, *CONDITION) if name != "metric"]
     lines = []
     for _, own in frame.groupby(groups, sort=False):
@@ -145,10 +172,15 @@ def format_table(rows: Sequence[dict]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the rankings of runs, print a table, write result rows."""
     args = make_parser().parse_args(argv)
-    rows = [row for run in args.runs for row in rows_of(Path(run))]
-    if args.cleanlab:
-        for run in map(Path, args.runs):
-            rows += rows_of(cleanlab_folder(run, read_quality(run), args.data_path, args.device))
+    described = None
+    if args.results is not None:
+        described = {row["command"]: row for row in read_results(args.results).to_dict("records")}
+    runs = list(map(Path, args.runs))
+    rows = [row for run in runs for row in rows_of(read_quality(run), own_row(run, described))]
+    for run in first_of_labels(runs) if args.cleanlab else ():
+        folder = cleanlab_folder(run, read_quality(run), args.data_path, args.device)
+        of_run, own = own_row(run, described), own_row(folder, None)
+        rows += rows_of(read_quality(folder), of_run | {name: own[name] for name in OF_PEER})
     table = "\n".join(format_table(rows))
     if args.csv is not None:
         write_text(to_csv(rows, RESULT_COLUMNS), args.csv, "--csv")

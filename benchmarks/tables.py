@@ -3,7 +3,7 @@
     make tables                                  # or python -m benchmarks.tables
     python -m benchmarks.tables --check          # status 1 if a page is not what the files say
 
-Also writes the short table of the claims in the README of the repository.
+Also writes the short tables of the claims and of label errors in the README of the repository.
 
 Figures come from reference/*.csv alone, cells from the papers' presets.toml, the text from readme.md.jinja. Nothing is run.
 """
@@ -11,6 +11,7 @@ Figures come from reference/*.csv alone, cells from the papers' presets.toml, th
 import shlex
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +21,7 @@ from jinja2 import Environment, StrictUndefined
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cells import PAPERS, ROOT, cells
+from benchmarks.label_errors import format_table
 from benchmarks.results import CROSS, figure, markdown_table, read_results
 from benchmarks.verdicts import CLAIMS_CSV, outcomes, read_claims, short_table, whole_table
 from common.runs.cli import Parser, UserError, exit_cleanly
@@ -27,8 +29,12 @@ from common.runs.files import write_atomic
 
 REFERENCE, PAGE = ROOT / "benchmarks" / "reference", ROOT / "benchmarks" / "README.md"
 TEMPLATE, CROSS_SETTINGS = ROOT / "benchmarks" / "readme.md.jinja", ROOT / "benchmarks" / "cross.toml"
-FRONT = ROOT / "README.md"  # the table of the claims stands between two comments
-MARKS = ("<!-- claims, written by make tables -->", "<!-- end of claims -->")
+FRONT = ROOT / "README.md"  # each table stands between two comments
+MARKS = {
+    name: (f"<!-- {name}, written by make tables -->", f"<!-- end of {name} -->")
+    for name in ("claims", "label errors")
+}
+LABEL_ERRORS = "label_errors.csv"  # written by benchmarks.label_errors
 METRICS = {
     "best": "best",
     "last": "last",
@@ -169,10 +175,22 @@ def claim_outcomes(render) -> list[str]:
     return render(claims, outcomes(claims, read_results(path))) if path.is_file() else []
 
 
+def label_errors(render: Callable[[list[dict]], list[str]]) -> list[str]:
+    """The rows of label errors as `render` lays them out; no line without a reference file of them."""
+    path = REFERENCE / LABEL_ERRORS
+    return render(read_results(path).to_dict("records")) if path.is_file() else []
+
+
+def short_label_errors(rows: list[dict]) -> list[str]:
+    """Average precision in percent: settings down, methods across."""
+    return cross_table(pd.DataFrame(rows), "label_error_average_precision", scale=100)
+
+
 def page() -> str:
     """The text of benchmarks/README.md."""
     every = reference_rows()
-    rows = every[every["file"] != CLAIMS_CSV]  # other files may have rows of the claims, too
+    # other files may have rows of the claims, too
+    rows = every[~every["file"].isin([CLAIMS_CSV, LABEL_ERRORS])]
     crossed, own = rows[rows["table"] == CROSS], rows[rows["table"] != CROSS]
     kinds = ("steps", "images", "parts", "launches", "operators")
     speed, images, parts, launches, operators = map(speed_rows, kinds)
@@ -181,6 +199,7 @@ def page() -> str:
     )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         claims=claim_outcomes(whole_table),
+        label_errors=label_errors(format_table),
         measured={paper: table(own[own["paper"] == paper]) for paper in PAPERS},
         cross=dict(iter(crossed.groupby("file", sort=False))),
         cross_missing=cross_missing(crossed),
@@ -218,13 +237,17 @@ def page() -> str:
 
 
 def front() -> str:
-    """The README of the repository with the table of the claims as the files say. UserError: its marks are not there."""
+    """The README of the repository with its tables as the files say. UserError: their marks are not there."""
     text = FRONT.read_text(encoding="utf-8") if FRONT.is_file() else ""
-    if [text.count(mark) for mark in MARKS] != [1, 1]:
-        raise UserError(f"{FRONT} must have each of these lines once: {', '.join(MARKS)}")
-    lines = claim_outcomes(short_table) or ["Not measured yet."]
-    before, rest = text.split(MARKS[0])
-    return "\n".join([f"{before}{MARKS[0]}", *lines, f"{MARKS[1]}{rest.split(MARKS[1])[1]}"])
+    tables = {"claims": claim_outcomes(short_table), "label errors": label_errors(short_label_errors)}
+    for name, lines in tables.items():
+        first, last = MARKS[name]
+        if [text.count(mark) for mark in MARKS[name]] != [1, 1]:
+            raise UserError(f"{FRONT} must have each of these lines once: {first}, {last}")
+        before, rest = text.split(first)
+        shown = lines or ["Not measured yet."]
+        text = "\n".join([f"{before}{first}", *shown, f"{last}{rest.split(last)[1]}"])
+    return text
 
 
 def main(argv=None) -> None:

@@ -243,7 +243,7 @@ def main(argv=None) -> None:
     run = Run(
         args, device, paper="me_momentum", method=method(args), name=directory_name(args), cell=cell(args)
     )
-    run.save_labels(data.index, None, data.observed, args.num_classes)
+    run.save_labels(data.index, data.clean, data.observed, args.num_classes)
     run.save_skipped(data.skipped)
 
     network = device.prepare(network, args.compile)

@@ -1,4 +1,4 @@
-"""The images of Clothing.py: Clothing1M's noisy training images, clean validation images and clean test images."""
+"""The images of Clothing.py: noisy training images, validation and test images of Clothing1M, or of a folder."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common import datasets
-from common.datasets import FileData, FileSplit
+from common.datasets import FileData, FileSplit, folder
 from common.datasets.clothing1m import folder_of_lists
 from common.datasets.file_lists import missing_files, without_bad_images
 from common.datasets.image_cache import ImageCache, open_caches
@@ -39,6 +39,7 @@ class Data(NamedTuple):
     whole_test: Labelled | None = None  # all test images
     order: np.ndarray | None = None  # int64 [N]: where the images of `split` stand in `index`
     classes: tuple[str, ...] = ()  # names
+    clean: np.ndarray | None = None  # int64 [N]: true labels of `index`, where a folder has them
 
     def training(self, positions: Tensor, args: Namespace) -> FileBatches:
         """Augmented batches of the training images at `positions`, in a new order at every pass."""
@@ -58,9 +59,11 @@ class Data(NamedTuple):
 def load(args: Namespace, device: Device) -> Data:
     """The noisy training list, the clean validation list and the clean test list (README, section 8).
 
-    The training list is shuffled once, as in the release, before any other random number. UserError: data or flags do not fit.
+    The training list is shuffled once, as in the release, before any other random number. Sets --num_classes to that of a
+    folder. UserError: data or flags do not fit.
     """
     files = processes.from_first(lambda: _load_files(args))
+    args.num_classes = files.num_classes
     kept = datasets.kept_images(args, np.arange(len(files.positions)), files.positions)
     order = shuffled(len(kept), args.seed)
     caches = open_caches(args.image_cache, files) if args.image_cache else {}
@@ -90,6 +93,7 @@ def load(args: Namespace, device: Device) -> Data:
         in_order(files.test),
         order,
         files.classes,
+        None if files.true_labels is None else files.true_labels[kept],
     )
 
 
@@ -99,7 +103,11 @@ def _load_files(args: Namespace) -> FileData:
             f"--batch_size {args.batch_size}: cannot be cut into equal pieces for {processes.world()} processes"
         )
     root = Path(args.data_root)
-    if missing_files(folder_of_lists(root, LISTS), LISTS) and (root / INDEX).is_file():
+    if args.dataset == folder.NAME:
+        data = folder.load_folder_files(
+            root, args.test_split, args.on_bad_image, args.workers, validates=True
+        )
+    elif missing_files(folder_of_lists(root, LISTS), LISTS) and (root / INDEX).is_file():
         data = without_bad_images(read_index(root), root, args.on_bad_image, args.workers)
     else:
         data = datasets.load_clothing1m(root, "noisy", args.on_bad_image, args.workers)

@@ -10,11 +10,13 @@ from common.runs.data_flags import (
     CLOTHING1M,
     CLOTHING1M_CLASSES,
     POSTERIOR_HELP,
+    add_dataset_flag,
     add_folder_flags,
     add_posterior_flag,
     check_posterior_flag,
+    noise_of_files,
 )
-from common.runs.names import run_name
+from common.runs.names import run_name, run_name_of_files
 from me_momentum.alternation import Limits
 from me_momentum.choices import DATA_ROOT, INDEX, NETWORKS
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 PRESETS = Path(__file__).with_name("presets.toml")
 # defaults that differ for a folder: its labels as they are
 OF_FOLDER = {"noise_type": "given"}
+CLOTHING_OF_FOLDER = {"data_root": "./data"}  # of Clothing.py
 # flags of the release that only keep its commands valid:
 #   --model_dir    another name for --out; None once it is read (`settle_shared`)
 #   --num_classes  Clothing1M has 14 classes, no other number is accepted
@@ -260,17 +263,20 @@ def make_clothing_parser() -> cli.Parser:
 def _add_clothing_data_flags(released, further) -> None:
     released.add_argument(
         "--data_root",
+        "--data_path",
         default=DATA_ROOT,
         metavar="DIR",
         type=cli.place,
-        help=f"the lists of Clothing1M are in it or in its annotations/; without lists its {INDEX} is read",
+        help=f"the lists of Clothing1M are in it or in its annotations/; without lists its {INDEX} is read; of a folder by "
+        "default ./data",
     )
     released.add_argument(
         "--num_classes",
         type=cli.count,
         default=CLOTHING1M_CLASSES,
-        help="of Clothing1M; no other number fits",
+        help="of Clothing1M, where no other number fits; a folder has its own",
     )
+    add_dataset_flag(further, CLOTHING1M)
     further.add_argument(
         "--image_size",
         type=cli.count,
@@ -341,7 +347,7 @@ def _add_clothing_training_flags(released, further) -> None:
 def parse_clothing_args(argv=None) -> Namespace:
     """Parse, settle the defaults that depend on other flags, and count the epochs of all loops as num_epochs."""
     parser = make_clothing_parser()
-    args = cli.parse_args(parser, argv, PRESETS)
+    args = cli.parse_args(parser, argv, PRESETS, CLOTHING_OF_FOLDER)
     if not args.pretrain and args.pretrained not in (None, "none"):
         parser.error(
             f"argument --pretrained: --pretrain and --no_pretrain both mean none, got {args.pretrained} beside one of them"
@@ -350,7 +356,7 @@ def parse_clothing_args(argv=None) -> Namespace:
     args.pretrain = args.pretrained != "none"
     settle_shared(parser, args)
     args.sync_bn = args.fidelity != "released" if args.sync_bn is None else args.sync_bn
-    if args.num_classes != CLOTHING1M_CLASSES:
+    if args.dataset == CLOTHING1M and args.num_classes != CLOTHING1M_CLASSES:
         parser.error(
             f"argument --num_classes: Clothing1M has {CLOTHING1M_CLASSES} classes, got {args.num_classes}"
         )
@@ -366,9 +372,10 @@ def clothing_directory_name(args: Namespace) -> str:
     """The run directory's name: data and seed, then every flag that is not at its default."""
     released, alone = args.fidelity == "released", args.selection == "none"
     always = [*(["selection"] if alone else []), *(["fidelity"] if released else []), "seed"]
-    defaults = vars(parse_clothing_args(["--fidelity", args.fidelity, "--selection", args.selection]))
+    words = ["--dataset", args.dataset, "--fidelity", args.fidelity, "--selection", args.selection]
     # num_epochs follows from the loops
-    return f"{CLOTHING1M}-{run_name(args, {**defaults, 'num_epochs': args.num_epochs}, always)}"
+    defaults = {**vars(parse_clothing_args(words)), "num_epochs": args.num_epochs}
+    return run_name_of_files(args, defaults, always, "num_classes")
 
 
 def clothing_cell(args: Namespace) -> dict:
@@ -376,10 +383,10 @@ def clothing_cell(args: Namespace) -> dict:
     defaults = parse_clothing_args(["--selection", args.selection])
     bounds = ("n_epoch", "max_inner_loop", "max_outer_loop", "image_size")
     shortened = any(getattr(args, bound) < getattr(defaults, bound) for bound in bounds)
-    published = args.network == defaults.network and not shortened
+    published = args.dataset == CLOTHING1M and args.network == defaults.network and not shortened
     return {
-        "dataset": CLOTHING1M,
-        "noise_type": Path(args.noise_file).name if args.noise_file else "real",
+        "dataset": args.dataset,
+        "noise_type": noise_of_files(args),
         "noise_rate": None,
         "imb_factor": None,
         "ood_ratio": None,

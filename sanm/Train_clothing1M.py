@@ -237,7 +237,7 @@ def main(argv=None) -> None:
     ]
     method, name = flags.clothing_method(args), flags.clothing_directory(args)
     run = Run(args, device, paper="sanm", method=method, name=name, cell=flags.clothing_cell(args))
-    run.save_labels(data.index, None, data.split.labels, args.num_class)
+    run.save_labels(data.index, data.clean, data.split.labels, args.num_class)
     run.save_skipped(data.skipped)
 
     nets = [device.prepare(net, args.compile) for net in nets]

@@ -1,4 +1,4 @@
-"""Clothing1M for SANM (README, section 9): both layouts of its lists, batches of its images, class-balanced subsets."""
+"""Clothing1M for SANM (README, section 9), or a folder: lists of images, their batches, class-balanced subsets."""
 
 import random
 from argparse import Namespace
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from common import datasets
-from common.datasets import FileData, FileSplit
+from common.datasets import FileData, FileSplit, folder
 from common.datasets.clothing1m import CLASSES, NAME, OFFICIAL, label_lines, located
 from common.datasets.file_lists import make_split, missing_files, read_list, report, without_bad_images
 from common.datasets.image_cache import ImageCache, open_caches
@@ -93,6 +93,7 @@ class Data(NamedTuple):
     batches: Callable  # (split, cache, transform, batch_size, **training) -> FileBatches
     full_test: Labelled | None = None  # all test images
     classes: tuple[str, ...] = ()  # names
+    clean: np.ndarray | None = None  # int64 [N]: true labels, where a folder has them
 
     def training(self, positions: np.ndarray, batch_size: int, views: int, args: Namespace) -> FileBatches:
         """Shuffled batches of augmented training images at `positions` [n]; their index counts from 0 to n - 1."""
@@ -129,11 +130,15 @@ def test_batch_size(args: Namespace) -> int:
 
 
 def load(args: Namespace, device: Device) -> Data:
-    """The noisy training, clean validation and clean test images (README, section 9). UserError: data or flags do not fit."""
+    """The noisy training, clean validation and clean test images (README, section 9). UserError: data or flags do not fit.
+
+    Sets --num_class to that of a folder.
+    """
     files = processes.from_first(lambda: _load_files(args))
+    args.num_class = files.num_classes
     kept = datasets.kept_images(args, np.arange(len(files.positions)), files.positions)
     caches = open_caches(args.image_cache, files) if args.image_cache else {}
-    loading = {"mean": MEAN, "std": STD, "device": device.device, "workers": args.workers}
+    loading = {"mean": files.mean, "std": files.std, "device": device.device, "workers": args.workers}
     loading |= {"rank": processes.rank(), "world": processes.world()}
 
     def batches(split: FileSplit, cache: ImageCache | None, transform, size: int, **training) -> FileBatches:
@@ -155,6 +160,7 @@ def load(args: Namespace, device: Device) -> Data:
         batches,
         in_order(files.test),
         files.classes,
+        None if files.true_labels is None else files.true_labels[kept],
     )
 
 
@@ -163,10 +169,14 @@ def _load_files(args: Namespace) -> FileData:
         raise UserError(
             f"--batch_size {args.batch_size}: cannot be cut into equal pieces for {processes.world()} processes"
         )
-    data = read_lists(Path(args.data_path), args.on_bad_image, args.workers)
+    root, reading = Path(args.data_path), (args.on_bad_image, args.workers)
+    if args.dataset == folder.NAME:
+        data = folder.load_folder_files(root, args.test_split, *reading, validates=True)
+    else:
+        data = read_lists(root, *reading)._replace(mean=MEAN, std=STD)
     data = datasets.relabelled(data, args.noise_file)
     kept = datasets.kept_images(args, np.arange(len(data.positions)), data.positions)
-    size = subset_size(data.train.labels[kept], args.num_batches * args.batch_size, args.num_class)
+    size = subset_size(data.train.labels[kept], args.num_batches * args.batch_size, data.num_classes)
     if size < 2 * args.batch_size:
         raise UserError(
             f"--batch_size {args.batch_size}: the class-balanced subset has only {size} images, and both sides of the split need "

@@ -15,11 +15,13 @@ from common.runs.data_flags import (
     CLOTHING1M,
     CLOTHING1M_CLASSES,
     POSTERIOR_HELP,
+    add_dataset_flag,
     add_folder_flags,
     add_posterior_flag,
     check_posterior_flag,
+    noise_of_files,
 )
-from common.runs.names import run_name
+from common.runs.names import run_name, run_name_of_files
 from sanm.choices import ARCHS, BASES, CLOTHING_RULE, HISTORY, MaskRule, averages_history
 
 PRESETS = Path(__file__).with_name("presets.toml")
@@ -27,6 +29,7 @@ BASE_NAMES = {"dividemix": "DivideMix", "c2d": "C2D"}
 
 # defaults that differ for a folder: its labels as they are
 OF_FOLDER = {"noise_mode": "given"}
+CLOTHING_OF_FOLDER = {"data_path": "./data"}  # of Train_clothing1M.py
 # flags of the release without effect here; --num_class of Train_clothing1M.py must fit
 WITHOUT_EFFECT = {
     "--num_class": "ignored: the data set decides",
@@ -327,7 +330,8 @@ def clothing_parser(description: str | None = None) -> cli.Parser:
         default="./Dataset/noise_label_data/Clothing1M",
         metavar="DIR",
         type=cli.place,
-        help="folder with Clothing1M's official lists (in it or in its annotations/), or with the release's lists",
+        help="folder with Clothing1M's official lists (in it or in its annotations/), or with the release's lists; of a folder "
+        "by default ./data",
     )
     released.add_argument(
         "--num_batches", type=cli.count, default=15625, help="batches that a class-balanced subset fills"
@@ -336,8 +340,9 @@ def clothing_parser(description: str | None = None) -> cli.Parser:
         "--num_class",
         type=cli.count,
         default=CLOTHING1M_CLASSES,
-        help="classes of Clothing1M; no other number fits",
+        help="classes of Clothing1M, where no other number fits; a folder has its own",
     )
+    add_dataset_flag(ours, CLOTHING1M)
     ours.add_argument(
         "--image_size",
         type=cli.count,
@@ -404,9 +409,9 @@ def _add_clothing_training_flags(released, ours) -> None:
 def clothing_args(argv=None, description: str | None = None) -> Namespace:
     """Parse the flags of Train_clothing1M.py, and settle the defaults that depend on other flags."""
     parser = clothing_parser(description)
-    args = cli.parse_args(parser, argv, PRESETS)
+    args = cli.parse_args(parser, argv, PRESETS, CLOTHING_OF_FOLDER)
     _settle_mask_flags(parser, args)
-    if args.num_class != CLOTHING1M_CLASSES:
+    if args.dataset == CLOTHING1M and args.num_class != CLOTHING1M_CLASSES:
         parser.error(
             f"argument --num_class: Clothing1M has {CLOTHING1M_CLASSES} classes, got {args.num_class}"
         )
@@ -424,18 +429,17 @@ def clothing_method(args: Namespace) -> str:
 def clothing_directory(args: Namespace) -> str:
     """The run directory's name: data and seed, then every flag not at its default."""
     always = [*(["fidelity"] if args.fidelity == "released" else []), "seed"]
-    return f"{CLOTHING1M}-{run_name(args, vars(clothing_args(['--fidelity', args.fidelity])), always)}"
+    defaults = vars(clothing_args(["--dataset", args.dataset, "--fidelity", args.fidelity]))
+    return run_name_of_files(args, defaults, always, "num_class")
 
 
 def clothing_cell(args: Namespace) -> dict:
     """The columns of a result row for the cell of the table."""
     defaults = clothing_args([])
     bounds = ("num_epochs", "num_batches", "image_size")
-    full = args.network == defaults.network and all(
-        getattr(args, bound) >= getattr(defaults, bound) for bound in bounds
-    )
-    noise = Path(args.noise_file).name if args.noise_file else "real"
-    return _cell(CLOTHING1M, noise, None, "paper" if full else "short")
+    full = (args.dataset, args.network) == (CLOTHING1M, defaults.network)
+    full &= all(getattr(args, bound) >= getattr(defaults, bound) for bound in bounds)
+    return _cell(args.dataset, noise_of_files(args), None, "paper" if full else "short")
 
 
 # pretrain.py ----------------------------------------------------------------------------------------------------------

@@ -105,6 +105,7 @@ def long_tailed_noisy(data: Data, args: Namespace) -> tuple[np.ndarray, np.ndarr
             num_classes,
             is_subset=lambda file: (file != clean).sum() == changed,
             otherwise=clean,
+            paths=data.files(index),
         )
     elif args.noise_mode == "given":
         if data.noisy_labels is None:

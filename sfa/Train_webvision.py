@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     data = load(args, device)
     name, cell = webvision_directory(args), webvision_cell(args)
     run = Run(args, device, paper="sfa", method="SFA", name=name, cell=cell)
-    run.save_labels(data.index, None, data.split.labels, args.num_class)
+    run.save_labels(data.index, data.clean, data.split.labels, args.num_class)
     run.save_skipped(data.skipped)
 
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator

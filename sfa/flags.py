@@ -11,11 +11,13 @@ from common.runs.data_flags import (
     FOLDER,
     POSTERIOR_HELP,
     WEBVISION,
+    add_dataset_flag,
     add_folder_flags,
     add_posterior_flag,
     check_posterior_flag,
+    noise_of_files,
 )
-from common.runs.names import run_name
+from common.runs.names import run_name, run_name_of_files
 
 if TYPE_CHECKING:
     from common.datasets import Data
@@ -33,6 +35,7 @@ LOSSES = {
 }
 # defaults that differ for a folder: its labels and images as they are
 OF_FOLDER = {"noise_mode": "given", "imb_type": "none"}
+WEBVISION_OF_FOLDER = {"data_path": "./data"}  # of Train_webvision.py
 # flags of the release that have no effect, there or here: type, default, and what decides in their place
 WITHOUT_EFFECT = {
     "--num_class": (cli.count, 10, "the data set decides"),  # Train_cifar.py
@@ -300,12 +303,13 @@ def make_webvision_parser() -> cli.Parser:
 
 
 def _add_webvision_data_flags(released: ArgumentGroup, further: ArgumentGroup) -> None:
+    add_dataset_flag(further, WEBVISION)
     released.add_argument(
         "--data_path",
         default="./webvision/",
         metavar="DIR",
         type=cli.place,
-        help="info/, val_images_256/ and the training images of WebVision 1.0 are in it",
+        help="info/, val_images_256/ and the training images of WebVision 1.0 are in it; of a folder by default ./data",
     )
     further.add_argument(
         "--imagenet",
@@ -314,7 +318,10 @@ def _add_webvision_data_flags(released: ArgumentGroup, further: ArgumentGroup) -
         help="val/ of ILSVRC12 is in it; none: test on WebVision alone; by default DATA_PATH/imagenet",
     )
     released.add_argument(
-        "--num_class", type=cli.count, default=50, help="train on the first so many classes"
+        "--num_class",
+        type=cli.count,
+        default=50,
+        help="train on the first so many classes; a folder's are all",
     )
     further.add_argument(
         "--imb_type",
@@ -386,7 +393,7 @@ def _add_webvision_training_flags(released: ArgumentGroup, further: ArgumentGrou
 def parse_webvision_args(argv: list[str] | None = None) -> Namespace:
     """The checked arguments of Train_webvision.py, with the defaults that depend on other flags."""
     parser = make_webvision_parser()
-    args = cli.parse_args(parser, argv, PRESETS)
+    args = cli.parse_args(parser, argv, PRESETS, WEBVISION_OF_FOLDER)
     if not 2 <= args.num_class <= 1000:
         parser.error(
             f"argument --num_class: WebVision has 1000 classes, 2 at least are needed, got {args.num_class}"
@@ -446,8 +453,8 @@ def _check_parallel(parser: cli.Parser, args: Namespace) -> None:
 def webvision_directory(args: Namespace) -> str:
     """The run directory's name: data and seed, then every flag that is not at its default."""
     always = [*(["fidelity"] if args.fidelity == "released" else []), "seed"]
-    defaults = parse_webvision_args(["--fidelity", args.fidelity])
-    return f"{WEBVISION}-{run_name(args, vars(defaults), always)}"
+    defaults = vars(parse_webvision_args(["--dataset", args.dataset, "--fidelity", args.fidelity]))
+    return run_name_of_files(args, defaults, always, "num_class")
 
 
 def webvision_cell(args: Namespace) -> dict:
@@ -457,9 +464,10 @@ def webvision_cell(args: Namespace) -> dict:
         getattr(args, flag) == getattr(usual, flag) for flag in ("network", "num_class", "imb_factor")
     )
     published &= args.num_epochs >= usual.num_epochs and args.image_size >= usual.image_size
+    published &= args.dataset == WEBVISION
     return {
-        "dataset": WEBVISION,
-        "noise_type": Path(args.noise_file).name if args.noise_file else "real",
+        "dataset": args.dataset,
+        "noise_type": noise_of_files(args),
         "noise_rate": None,
         "imb_factor": args.imb_factor if args.imb_factor < 1 else None,
         "ood_ratio": None,

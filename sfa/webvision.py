@@ -1,4 +1,4 @@
-"""mini-WebVision as SFA trains and tests on it (README, section 7): images, long tail, batches by process."""
+"""mini-WebVision or a folder as SFA trains and tests on it (README, section 7): images, long tail, batches by process."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from common import datasets, noise
-from common.datasets import FileData, FileSplit
+from common.datasets import FileData, FileSplit, folder
 from common.datasets.image_cache import ImageCache, open_caches
 from common.gpu import processes
 from common.gpu.augment import resize_and_center_crop, resize_random_resized_crop_and_flip
@@ -30,6 +30,7 @@ class Data(NamedTuple):
     batches: Callable  # (split, cache, transform, batch_size, **training) -> FileBatches
     full_tests: dict[str, Labelled] | None = None  # all images
     classes: tuple[str, ...] = ()  # names
+    clean: np.ndarray | None = None  # int64 [N]: true labels, where a folder has them
 
     def training(
         self, positions: np.ndarray, batch_size: int, views: int, generator: torch.Generator, args: Namespace
@@ -70,8 +71,12 @@ def test_transform(args: Namespace) -> Callable:
 
 
 def load(args: Namespace, device: Device) -> Data:
-    """The training images of the first classes, and both test sets. UserError: data or flags do not fit."""
+    """The training images of the first classes, and both test sets. UserError: data or flags do not fit.
+
+    Sets --num_class to that of a folder.
+    """
     files = processes.from_first(lambda: load_files(args))
+    args.num_class = files.num_classes
     kept = kept_images(args, files)
     caches = open_caches(args.image_cache, files, CACHE_SIZES) if args.image_cache else {}
     loading = {"mean": files.mean, "std": files.std, "device": device.device, "workers": args.workers}
@@ -97,6 +102,7 @@ def load(args: Namespace, device: Device) -> Data:
         batches=batches,
         full_tests={split.part: in_order(split) for split in splits},
         classes=files.classes,
+        clean=None if files.true_labels is None else files.true_labels[kept],
     )
 
 
@@ -106,9 +112,11 @@ def load_files(args: Namespace) -> FileData:
         raise UserError(
             f"--batch_size {args.batch_size}: cannot be cut into equal pieces for {processes.world()} processes"
         )
-    data = datasets.load_webvision(
-        args.data_path, args.num_class, args.on_bad_image, args.workers, args.imagenet
-    )
+    reading = args.on_bad_image, args.workers
+    if args.dataset == folder.NAME:
+        data = folder.load_folder_files(args.data_path, args.test_split, *reading)
+    else:
+        data = datasets.load_webvision(args.data_path, args.num_class, *reading, args.imagenet)
     data = datasets.relabelled(data, args.noise_file)
     images = len(kept_images(args, data))
     if images < processes.planned():
@@ -126,7 +134,7 @@ def kept_images(args: Namespace, data: FileData) -> np.ndarray:
         kept = np.flatnonzero(np.isin(data.positions, decisions.images))
     elif args.imb_factor < 1:
         labels = data.train.labels
-        counts = np.bincount(labels, minlength=args.num_class)
+        counts = np.bincount(labels, minlength=data.num_classes)
         budget = noise.web_class_budget(counts, args.imb_type, args.imb_factor)
         kept = np.sort(noise.long_tailed(labels, budget, np.random.RandomState(args.seed)))
     return datasets.kept_images(args, kept, data.positions)

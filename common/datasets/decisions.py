@@ -4,7 +4,8 @@ A table of the columns index, path, given_label, decision, new_label, with one r
 position in the data set. decision: keep, relabel (to new_label) or remove (leave the image out of training).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from os.path import basename
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ class Decisions(NamedTuple):
     labels: np.ndarray  # int64 [N]: new labels of relabelled images, given labels of the others
     relabelled: np.ndarray  # bool [N]
     removed: np.ndarray  # bool [N]
+    paths: np.ndarray | None = None  # str [N], empty for data in memory
 
     def without_removed(self, index: np.ndarray) -> np.ndarray:
         """Which training images, given by their positions [n], are not removed: bool [n]. ValueError: one is not listed."""
@@ -30,6 +32,20 @@ class Decisions(NamedTuple):
                 f"does not list training image {missing[0]}: export it from a run on the same images"
             )
         return ~np.isin(index, self.images[self.removed])
+
+    def check_files(self, index: np.ndarray, paths: Sequence[str]) -> None:
+        """ValueError: a training image, given by its position [n] and its file [n], is another file here."""
+        named = (
+            {} if self.paths is None else dict(zip(self.images.tolist(), self.paths.tolist(), strict=True))
+        )
+        for image, path in zip(index.tolist(), paths, strict=True):
+            own = named.get(image)
+            # by name alone: the folder may have moved
+            if own and basename(own) != basename(path):
+                raise ValueError(
+                    f"image {image} is {own} there, and {path} in this data set: export it from a run on the "
+                    "same images, with the same ones left out"
+                )
 
 
 def is_decisions(names: list[str]) -> bool:
@@ -62,4 +78,4 @@ def make_decisions(table: dict[str, Any], whole_numbers: Callable[[Any, str], np
     labels = given.copy()
     if relabelled.any():
         labels[relabelled] = whole_numbers(new[relabelled], "new_label")
-    return Decisions(index, labels, relabelled, decision == REMOVE)
+    return Decisions(index, labels, relabelled, decision == REMOVE, columns.get("path"))

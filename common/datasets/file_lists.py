@@ -96,7 +96,9 @@ def relabelled(data: FileData, noise_file: str | None) -> FileData:
     if not noise_file:
         return data
     own = data.train.labels
-    labels = labels_of(noise_file, data.positions, data.listed, data.num_classes, otherwise=own)
+    paths = [os.fsdecode(path) for path in data.train.paths.tolist()]
+    place = data.positions, data.listed, data.num_classes
+    labels = labels_of(noise_file, *place, otherwise=own, paths=paths)
     return data._replace(train=data.train._replace(labels=labels))
 
 

@@ -2,6 +2,7 @@
 
 DIR/train/CLASS/ and DIR/test/CLASS/ hold image files, or DIR/train.csv and DIR/test.csv the columns path (relative to DIR), label
 and perhaps true_label. These labels are the observed ones. Without a test part, some of the training images are tested on.
+Scripts that need validation images find them in a part of that name, or take some of the training images.
 """
 
 import csv
@@ -36,6 +37,7 @@ from common.runs.cli import UserError
 from common.runs.data_flags import FOLDER as NAME
 from common.runs.data_flags import IMAGE_SIZE, TEST_SPLIT
 
+PARTS = ("train", "test", "validation")
 # of the test split: the same images for every --seed, so that runs compare and a label's index names one image
 SPLIT_SEED = 0
 LAYOUT = "DIR/train/CLASS/ with image files, or DIR/train.csv with the columns path,label[,true_label]"
@@ -101,14 +103,19 @@ def load_folder(
 
 
 def load_folder_files(
-    root: str | Path, test_split: float = TEST_SPLIT, on_bad_image: str = "error", workers: int = 0
+    root: str | Path,
+    test_split: float = TEST_SPLIT,
+    on_bad_image: str = "error",
+    workers: int = 0,
+    validates: bool = False,
 ) -> FileData:
     """The image files of a folder with their observed labels. on_bad_image, workers: as for Food-101N.
 
-    UserError: as `load_folder`.
+    validates: also give validation images. Where they are taken from the training images, they keep their observed labels, and
+    `positions` leaves them out, so that a position names the same image in every script. UserError: as `load_folder`.
     """
     root = Path(root)
-    train, test = read_folder(root)
+    train, test, validation = read_folder(root)
     labels, truth = numbers(train.labels, train.classes), None
     if train.true_labels is not None:
         truth = numbers(train.true_labels, train.classes)
@@ -121,15 +128,24 @@ def load_folder_files(
         test_labels = (labels if truth is None else truth)[tested]
     else:
         test_paths = test.paths
-        test_labels = numbers(test.labels if test.true_labels is None else test.true_labels, train.classes)
+        test_labels = best_labels(test, train.classes)
+    listed, positions, validated = len(kept), np.arange(len(kept)), None
+    if validates and validation is not None:
+        validated = make_split(root, validation.paths, best_labels(validation, train.classes), "validation")
+    elif validates:
+        held = split_off(labels[kept], test_split)
+        validated = make_split(root, [train.paths[i] for i in kept[held]], labels[kept[held]], "validation")
+        positions = np.setdiff1d(positions, held)
+        kept = kept[positions]
     data = FileData(
         NAME,
         make_split(root, [train.paths[i] for i in kept], labels[kept]),
         make_split(root, test_paths, test_labels, "test"),
         len(train.classes),
         train.classes,
-        positions=np.arange(len(kept)),
-        listed=len(kept),
+        positions=positions,
+        listed=listed,
+        validation=validated,
         verified=np.full(len(kept), -1) if truth is None else (truth == labels)[kept].astype(np.int8),
         true_labels=None if truth is None else truth[kept],
     )
@@ -139,6 +155,12 @@ def load_folder_files(
         print(
             f"warning: {root} has no test part: --test_split {test_split} of its training images are tested on, and their "
             "labels are as noisy as those that are trained on",
+            file=sys.stderr,
+        )
+    if validates and validation is None:
+        print(
+            f"warning: {root} has no validation part: --test_split {test_split} of its training images validate, with their "
+            "observed labels",
             file=sys.stderr,
         )
     return without_bad_images(data, root, on_bad_image, workers)
@@ -169,26 +191,26 @@ def state_of(split: FileSplit) -> str:
 # what the folder lists ------------------------------------------------------------------------------------------------
 
 
-def read_folder(root: Path) -> tuple[Listed, Listed | None]:
-    """The training and the test images of a folder, whether the files exist or not; None without a test part.
+def read_folder(root: Path) -> tuple[Listed, Listed | None, Listed | None]:
+    """The training, test and validation images of a folder, whether the files exist or not; None for a part that it has not.
 
-    UserError: no such layout; a list with a bad line, which is named; fewer than two classes; a test class without training
-    images.
+    UserError: no such layout; a list with a bad line, which is named; fewer than two classes; a class of another part without
+    training images.
     """
-    train, test = (read_part(root, part) for part in ("train", "test"))
+    train, test, validation = (read_part(root, part) for part in PARTS)
     if train is None:
         raise UserError(f"{NAME} needs {LAYOUT}: there is neither in {root.resolve()}")
     if len(train.classes) < 2:
         raise UserError(
             f"{root}: its training images are of {len(train.classes)} class, 2 at least are needed"
         )
-    for names in (test.labels, test.true_labels or []) if test else ():
-        new = sorted({*names} - {*train.classes})
+    for part, listed in (("test", test), ("validation", validation)):
+        new = sorted({*listed.labels, *(listed.true_labels or [])} - {*train.classes}) if listed else []
         if new:
             raise UserError(
-                f"{root}: class {new[0]} of the test part is not among the {len(train.classes)} of train"
+                f"{root}: class {new[0]} of the {part} part is not among the {len(train.classes)} of train"
             )
-    return train, test
+    return train, test, validation
 
 
 def read_part(root: Path, part: str) -> Listed | None:
@@ -266,6 +288,11 @@ def images_below(folder: Path) -> Iterator[str]:
         yield from (os.path.join(place, name) for name in sorted(names) if is_image_name(name))
 
 
+def best_labels(listed: Listed, classes: Sequence[str]) -> np.ndarray:
+    """The ids of the true labels where they are known, else of the observed ones, int64 [N]."""
+    return numbers(listed.labels if listed.true_labels is None else listed.true_labels, classes)
+
+
 def numbers(names: Sequence[str], classes: Sequence[str]) -> np.ndarray:
     """The ids of names of classes, int64 [N]."""
     ids = {name: i for i, name in enumerate(classes)}
@@ -282,13 +309,14 @@ def check(root: str | Path, images: bool = False, workers: int = 0) -> None:
     in `workers` processes. UserError, at the end: an image is missing or damaged.
     """
     root = Path(root)
-    train, test = read_folder(root)
+    train, *others = read_folder(root)
     listings: dict[bytes, set[bytes]] = {}
     files: list[tuple[Path, str]] = []
     bad = 0
-    for part, listed in (("train", train), ("test", test)):
+    for part, listed in zip(PARTS, (train, *others), strict=True):
         if listed is None:
-            print(f"{NAME} {part}: none; training tests on --test_split of the training images")
+            if part == "test":
+                print(f"{NAME} {part}: none; training tests on --test_split of the training images")
             continue
         split = make_split(root, listed.paths, numbers(listed.labels, train.classes), part)
         describe(part, listed)
@@ -358,7 +386,11 @@ def report_duplicates(files: Sequence[tuple[Path, str]]) -> None:
             print(f"the same image under two labels, one of them is wrong: {shown}")
     parts = [{files[i][1].partition(" ")[0] for i in group} for group in groups]
     if shared := sum(len(names) > 1 for names in parts):
-        print(f"warning: {shared} images are in train and in test", file=sys.stderr)
+        several = set().union(*(names for names in parts if len(names) > 1))
+        print(
+            f"warning: {shared} images are in {' and in '.join(part for part in PARTS if part in several)}",
+            file=sys.stderr,
+        )
 
 
 def same_bytes(paths: Sequence[Path]) -> list[list[int]]:

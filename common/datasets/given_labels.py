@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -58,18 +58,24 @@ def labels_of(
     num_classes: int,
     is_subset: Callable[[np.ndarray], bool] | None = None,
     otherwise: np.ndarray | None = None,
+    paths: Sequence[str] = (),
 ) -> np.ndarray:
     """The file's labels of the training images at `index` [n], out of `total`: int64 [n].
 
     The file holds one label per training image of the data set. A run's noisy_labels.npz (or .npy with the train_index.npy
     beside it) says itself whose labels it holds. is_subset: whether labels [n] without an index provably belong to
     the images at `index`, in that order; without it such a file is refused. otherwise: labels [n] of the images that a
-    decisions file does not list; without it such a file is refused. UserError: as read_labels, or labels of other images.
+    decisions file does not list; without it such a file is refused. paths: the files of these images [n], if they come from
+    files; a decisions file that has others is refused. UserError: as read_labels, or labels of other images.
     """
     file, column = split_column(path)
     where = f"--noise_file {path}"
     decisions = read_decisions(path)
     if decisions is not None:
+        try:
+            decisions.check_files(index[: len(paths)], paths)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
         labels = _checked(decisions.labels, where, (len(decisions.images),), num_classes)
         return _matched(labels, decisions.images, index, where, otherwise)
     own = _own_labels(file, where) if column is None else None

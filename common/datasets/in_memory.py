@@ -78,6 +78,10 @@ class Data(NamedTuple):
         """
         return None if noise_type == "given" and not self.truth_known else self.train.labels[index]
 
+    def files(self, index: np.ndarray) -> list[str]:
+        """The paths of the training images at `index` [n]; empty unless they come from files."""
+        return [self.paths[i] for i in index.tolist()] if self.paths else []
+
 
 def load(name: str, root: str | Path = "./data", download: bool = False) -> Data:
     """The data set `name`: <root>/<name>.npz if that exists, else digits or torchvision's copy under root.

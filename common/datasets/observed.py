@@ -29,7 +29,7 @@ def observed_labels(
     """
     labels = data.train.labels
     if noise_file:
-        return labels_of(noise_file, index, len(labels), data.num_classes)
+        return labels_of(noise_file, index, len(labels), data.num_classes, paths=data.files(index))
     if noise_type == "given":
         if data.noisy_labels is None:
             raise UserError(f"{flag} given: {data.name} brings no noisy_labels; use --noise_file")

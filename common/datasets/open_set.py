@@ -66,7 +66,14 @@ def corrupt(
     try:
         if noise_file:
             everywhere = np.arange(len(labels))
-            observed = labels_of(noise_file, everywhere, len(labels), data.num_classes, otherwise=labels)
+            observed = labels_of(
+                noise_file,
+                everywhere,
+                len(labels),
+                data.num_classes,
+                otherwise=labels,
+                paths=data.files(everywhere),
+            )
         elif undrawn is not None:
             observed = undrawn.copy()
         elif corruption.noise_type in noise.POSTERIOR_TYPES:

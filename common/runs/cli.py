@@ -407,8 +407,8 @@ def _checked(parser: Parser, words: list[str], of_folder: dict[str, Any] | None)
     asks = ("--dataset", "folder") in pairwise(words) or "--dataset=folder" in words
     if of_folder is None and asks:
         parser.error(
-            "argument --dataset: folder is not for this script, which reads its own data set: use afm/train.py, "
-            "sfa/Train_cifar.py, me_momentum/main.py, manifold_dividemix/train_semisup.py or sanm/Train_cifar.py"
+            "argument --dataset: folder is not for this script, which keeps the images of mini-ImageNet in memory: use "
+            "manifold_dividemix/train_semisup.py with --image_size 32, or any script of the other papers"
         )
     args = parser.parse_args(words)
     if of_folder and args.dataset == "folder":

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from common.noise import POSTERIOR_TYPES
@@ -34,7 +35,8 @@ def add_folder_flags(group: Any, without: Collection[str] = ()) -> None:
         (
             "test_split",
             split,
-            "without a test part: fraction of the training images that is tested on instead",
+            "without a test part: fraction of the training images that is tested on instead; scripts for image files that "
+            "validate take as many to validate on, without a validation part",
         ),
         ("on_bad_image", bad, "images that are missing or damaged: stop, or leave them out"),
         ("workers", workers, "processes that decode its images, once"),
@@ -42,6 +44,20 @@ def add_folder_flags(group: Any, without: Collection[str] = ()) -> None:
     for name, options, what in flags:
         if name not in without:
             group.add_argument(f"--{name}", **options, help=f"of {FOLDER}: {what}")
+
+
+def add_dataset_flag(group: Any, name: str) -> None:
+    """Add --dataset to a script for the image files of one data set, of this name, and --test_split."""
+    what = f"the data set, or {FOLDER}: the images in DIR, which are read from their files in every epoch"
+    group.add_argument("--dataset", choices=[name, FOLDER], default=name, help=what)
+    add_folder_flags(group, without=("image_size", "on_bad_image", "workers"))
+
+
+def noise_of_files(args: Namespace) -> str:
+    """The noise type in a result row of a script with `add_dataset_flag`."""
+    if args.noise_file:
+        return Path(args.noise_file).name
+    return "given" if args.dataset == FOLDER else "real"
 
 
 def add_posterior_flag(group: Any) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +33,11 @@ def run_name(args: Namespace, defaults: dict[str, Any], always: Iterable[str]) -
     ]
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(words))
     return name if len(name) <= 200 else f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+def run_name_of_files(args: Namespace, defaults: dict[str, Any], always: Sequence[str], classes: str) -> str:
+    """The name of a run directory of a script for image files: its data set, then as `run_name`. classes: the flag
+    of their number, which a folder sets."""
+    if args.dataset != "folder":
+        return f"{args.dataset}-{run_name(args, defaults, always)}"
+    return run_name(args, defaults | {classes: getattr(args, classes)}, ["dataset", *always])

@@ -1,6 +1,7 @@
 """benchmarks.label_errors on made-up files: the metrics, the rows, the table, the errors; images out of fold for cleanlab."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from afm.flags import parse_args as afm_args
 from benchmarks import baseline, cross_validation, label_errors
 from benchmarks.results import read_results
 from common import datasets
@@ -83,6 +85,19 @@ def test_the_rows_are_those_of_the_runs_and_the_table_is_over_seeds(tmp_path, ca
     assert "| sfa | SFA | c | 2 | 50.00 ± 0.00 | 91.67 ± 11.79 |" in table and "| 2.50 ± 0.00 |" in table
 
 
+def test_columns_come_from_the_results_that_have_the_command(tmp_path, capsys):
+    run, results, out = make_run(tmp_path / "a"), tmp_path / "cross.csv", tmp_path / "out.csv"
+    described = {**OWN, "cell": "digits-sym0.5", "seconds": "9", "seed": "1", "metric": "last", "value": "1"}
+    write(results, [described])
+    label_errors.main([str(run), "--results", str(results), "--csv", str(out)])
+    assert {(row["cell"], row["seconds"]) for row in read(out)} == {("digits-sym0.5", "9")}
+    write(results, [described | {"command": "python b.py"}])
+    capsys.readouterr()
+    assert f"--results: no row has the command of {run}: give" in refused(
+        capsys, str(run), "--results", str(results)
+    )
+
+
 def test_what_cannot_be_measured_ends_in_one_line(tmp_path, capsys):
     run = str(make_run(tmp_path / "run"))
     assert f"{tmp_path}: no {NAME} in it: give run" in refused(capsys, str(tmp_path))
@@ -110,7 +125,7 @@ def digits_run(tmp_path) -> Path:
     np.save(folder / "train_index.npy", np.arange(120))
     np.save(folder / "noisy_labels.npy", given)
     arguments = {"dataset": "digits", "seed": 1, "num_epochs": 4}
-    (folder / "args.json").write_text(json.dumps({"arguments": arguments, "cell": {}}))
+    (folder / "args.json").write_text(json.dumps({"paper": "sfa", "arguments": arguments, "cell": {}}))
     images = zip(truth.tolist(), given.tolist(), strict=True)
     rows = [{"index": i, "given_label": g, "true_label": t, "score": 0.5} for i, (t, g) in enumerate(images)]
     write(folder / NAME, rows, COLUMNS)
@@ -164,11 +179,40 @@ def test_cleanlab_ranks_images_by_networks_that_were_trained_without_them(
     assert "| CE, 5 folds, cleanlab | c | 1 |" in capsys.readouterr().out
     label_errors.main(words)  # what was trained is not trained again
     assert len(watched) == 5 * 5
+    # nor a second time for another method's run on the same labels
+    shutil.copytree(digits_run, tmp_path / "other", ignore=shutil.ignore_patterns("cleanlab"))
+    write(tmp_path / "other/result.csv", [{**OWN, "method": "M", "seed": 1, "metric": "last", "value": 90}])
+    label_errors.main([words[0], str(tmp_path / "other"), *words[1:]])
+    assert len(watched) == 5 * 5 and not (tmp_path / "other/cleanlab").exists()
+    assert {row["method"] for row in read(tmp_path / "out.csv")} == {"SFA", "M", "CE, 5 folds, cleanlab"}
+
+
+def test_cleanlabs_networks_have_the_schedule_of_a_run_of_cross_entropy():
+    words = "--dataset digits --network preact_narrow --lam 0 --lr 0.05 --schedule 2 3 --weight-decay 5e-4 --train-batch 64"
+    own = afm_args(words.split())
+    recipe = cross_validation.recipe_of({"paper": "afm", "arguments": vars(own)}, 10, 1, 8)
+    assert [round(recipe.learning_rate(epoch), 6) for epoch in (1, 2, 3, 4)] == [0.1, 0.1, 0.01, 0.001]
+    assert (recipe.batch_size, recipe.drop_last, recipe.momentum) == (64, True, 0.9)
+    # as afm/train.py trains: its loss is twice the cross-entropy
+    torch.manual_seed(0)
+    networks = [recipe.network(), recipe.network()]
+    networks[1].load_state_dict(networks[0].state_dict())
+    images, labels = torch.rand(8, 1, 8, 8), torch.arange(8)
+    for network, rate, decay, factor in zip(
+        networks, (0.1, 0.05), (recipe.weight_decay, 5e-4), (1, 2), strict=True
+    ):
+        optimizer = torch.optim.SGD(network.parameters(), rate, 0.9, weight_decay=decay)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (factor * torch.nn.functional.cross_entropy(network(images), labels)).backward()
+            optimizer.step()
+    weights = [network.classifier.weight for network in networks]
+    assert torch.allclose(*weights, atol=1e-6)
 
 
 def test_without_cleanlab_or_with_other_images_one_line_says_so(digits_run, watched, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cleanlab.rank", None)
-    assert "cleanlab is not installed: pip install" in refused(capsys, str(digits_run), "--cleanlab")
+    assert "cleanlab is not installed (" in refused(capsys, str(digits_run), "--cleanlab")
     monkeypatch.setitem(sys.modules, "cleanlab.rank", SimpleNamespace(get_label_quality_scores=None))
     rows = read(digits_run / NAME)
     for changed in ({"path": "a.jpg"}, {"true_label": "-1"}, {"true_label": ""}):

@@ -19,7 +19,7 @@ SCRIPTS = (
     *("python afm/train.py ", "python me_momentum/main.py ", "python sfa/Train_cifar.py "),
     *("python manifold_dividemix/pretrain.py ", "python manifold_dividemix/train_semisup.py "),
     *("python sanm/pretrain.py ", "python sanm/Train_cifar.py "),
-    "python -m benchmarks.baseline ",
+    *("python -m benchmarks.baseline ", "python -m benchmarks.label_errors "),
 )
 FIGURE = re.compile(r"\d+\.\d\d ± \d+\.\d\d")
 PLACE = ["file", "noise", "cell", "method", "fidelity", "metric"]

@@ -48,7 +48,7 @@ def test_a_run_by_the_published_protocol_fills_its_setting(tmp_path, monkeypatch
     assert "- sfa, grid: 11 of 12 settings" in text and "Nothing has been measured on a GPU yet." in text
     cells_of_row = "| cifar10-if0.1-imb0.2 | imb 0.2 | SFA | paper | 200 | 2 | 91.00 ± 0.71 |"
     assert f"{cells_of_row} [`x.csv`](reference/x.csv) |\n" in text
-    assert text.count("Not measured yet.\n") == 2, "neither claims nor speeds"
+    assert text.count("Not measured yet.\n") == 3, "neither claims nor label errors nor speeds"
     write(tmp_path / "x.csv", [ROW | {"profile": "short", "fidelity": "released", "device": "H200"}])
     text = page()
     assert "- sfa, grid: 12 of 12 settings" in text and "on a GPU yet" not in text
@@ -82,6 +82,21 @@ def test_the_table_of_all_methods_is_apart_and_says_what_is_missing(tmp_path, mo
     assert "cifar10-sym0.2, " in last and "digits-sym0.5" not in last and "cifar10-human-worst" in last
 
 
+def test_label_errors_are_on_both_pages_and_in_no_other_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "REFERENCE", tmp_path)
+    names = {name: f"label_error_{name}" for name in ("rate", "auroc", "average_precision")}
+    rows = [
+        cross_row(method, seed, value, metric=metric)
+        for method, seed, value in (("CE", "1", 0.5), ("CE", "2", 0.7), ("CE, cleanlab", "1", 0.9))
+        for metric in names.values()
+    ]
+    write(tmp_path / tables.LABEL_ERRORS, rows)
+    text = page()
+    assert "|  | CE | digits-sym0.5 | 2 | 60.00 ± 14.14 | 60.00 ± 14.14 |" in text
+    assert "in full: digits-sym0.2, digits-sym0.5" in text, "no row of the table of all methods"
+    assert "| digits-sym0.5 | embedded | 32 | 2 | 60.00 ± 14.14 | 90.00 |" in tables.front()
+
+
 def test_speeds_of_both_paths_are_shown_with_their_ratio_whatever_it_is():
     shared = {f"{part}_ms": "2" for part in ("augment", "forward", "backward", "optimiser", "rest")}
     shared |= {"method": "ce", "step_ms": "10", "q1": "4", "q3": "6", "one_selection_seconds": "0"}
@@ -103,7 +118,7 @@ def test_a_page_that_is_out_of_date_is_named_and_left_as_it_is(tmp_path, monkeyp
     monkeypatch.setattr(tables, "PAGE", tmp_path / "PAGE.md")
     monkeypatch.setattr(tables, "page", lambda: "a page")
     monkeypatch.setattr(tables, "FRONT", tmp_path / "README.md")
-    tables.FRONT.write_text("\n".join([tables.MARKS[0], "older", tables.MARKS[1]]))
+    tables.FRONT.write_text("\n".join(f"{first}\nolder\n{last}" for first, last in tables.MARKS.values()))
     for content in (None, "older"):
         if content is not None:
             tables.PAGE.write_text(content)
