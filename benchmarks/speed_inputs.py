@@ -111,7 +111,7 @@ def pil_files(split: FileSplit) -> PilFiles:
     """The images of a split by PIL and torchvision: the views of `common.gpu.augment.random_resized_crop_and_flip`."""
     view = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()])
     paths = np.array([str(split.path(i)) for i in range(len(split.paths))])
-    return PilFiles(paths, [view], IMAGENET_MEAN, IMAGENET_STD)
+    return PilFiles(paths, [view], IMAGENET_MEAN, IMAGENET_STD, range(len(paths)))
 
 
 def pil_loader(views: PilViews, size: int, workers: int, device: torch.device, **options) -> DataLoader:

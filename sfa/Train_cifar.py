@@ -255,12 +255,11 @@ def main(argv: list[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
     nets = [device.prepare(make_network(data, args), args.compile) for _ in range(2)]
-    if args.cuda_graphs and not args.compile:
-        for net in nets:  # two views of a full labelled and a full unlabelled batch
-            device.replay(net, (4 * args.batch_size, *train.pixels.shape[1:]))
-    optimizers = [
-        SGD(net.parameters(), args.lr, 0.9, weight_decay=5e-4, fused=device.on_cuda()) for net in nets
-    ]
+    for net in nets if args.cuda_graphs and not args.compile else ():
+        # two views of a full labelled and a full unlabelled batch
+        device.replay(net, (4 * args.batch_size, *train.pixels.shape[1:]))
+    fused = device.on_cuda()
+    optimizers = [SGD(net.parameters(), args.lr, 0.9, weight_decay=5e-4, fused=fused) for net in nets]
     loader, draws = device.generator(args.seed), np.random.default_rng(args.seed)
     memory = empty_memory(data.num_classes)
     run.resume({"nets": nets, "optimizers": optimizers, "loader": loader, "draws": draws, "memory": memory})
