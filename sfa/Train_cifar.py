@@ -255,8 +255,7 @@ def main(argv: list[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)  # the initial weights are the only draws from the global generator
     nets = [device.prepare(make_network(data, args), args.compile) for _ in range(2)]
-    for net in nets if args.cuda_graphs and not args.compile else ():
-        # two views of a full labelled and a full unlabelled batch
+    for net in nets if args.cuda_graphs and not args.compile else ():  # two views, labelled and unlabelled
         device.replay(net, (4 * args.batch_size, *train.pixels.shape[1:]))
     fused = device.on_cuda()
     optimizers = [SGD(net.parameters(), args.lr, 0.9, weight_decay=5e-4, fused=fused) for net in nets]
