@@ -111,7 +111,8 @@ FROZEN = {
 --image_size=32:count --test_split=0.2:fraction --on_bad_image='error':error|skip --workers=4:count_or_zero
 """,
     "sfa_webvision": """
---dataset='webvision':webvision|folder --test_split=0.2:fraction *--data_path='./webvision/':place --imagenet=None:place *--num_class=50:count --imb_type='exp':exp|step
+--dataset='webvision':webvision|folder --test_split=0.2:fraction
+*--data_path='./webvision/':place --imagenet=None:place *--num_class=50:count --imb_type='exp':exp|step
 --imb_factor=1:positive --image_size=299:count --on_bad_image='error':error|skip --image_cache=None:place
 --workers=8:count_or_zero --network='inception_resnet_v2':inception_resnet_v2|resnet50|resnet18
 *!--feat_size=1536:count *--batch_size=32:count *--lr,--learning_rate=0.01:positive --lr_drop=50:count
@@ -199,7 +200,8 @@ FROZEN = {
 """,
     "sanm_clothing": """
 *--data_path='./Dataset/noise_label_data/Clothing1M':place *--num_batches=15625:count *--num_class=14:count
---dataset='clothing1m':clothing1m|folder --test_split=0.2:fraction --image_size=224:count --on_bad_image='error':error|skip --image_cache=None:place --workers=5:count_or_zero
+--dataset='clothing1m':clothing1m|folder --test_split=0.2:fraction
+--image_size=224:count --on_bad_image='error':error|skip --image_cache=None:place --workers=5:count_or_zero
 *--id='clothing1m' --network='resnet50':resnet50|resnet18 --pretrained='imagenet':place *--batch_size=8:count
 *--lr,--learning_rate=0.0009:positive --lr_drop=40:count *--num_epochs=80:count *--alpha=0.5:positive
 *--lambda_u=0:non_negative *--T=0.5:positive *--p_threshold=0.5:fraction --sync_bn,--no-sync_bn=None
