@@ -348,9 +348,11 @@ def test_the_pages_show_the_claims_of_the_reference_file(tmp_path, monkeypatch):
     assert "(reference/claims.png)" in text and all(claim.sentence in text for claim in EVERY)
     assert "reference/claims.csv) |" not in text, "rows of claims are no rows of a table of a paper"
     monkeypatch.setattr(tables, "FRONT", tmp_path / "README.md")
-    tables.FRONT.write_text("\n".join(["before", tables.MARKS[0], "OUTDATED", tables.MARKS[1], "after"]))
+    marks = tables.MARKS["claims"]
+    lines = ["before", marks[0], "OUTDATED", marks[1], *tables.MARKS["label errors"], "after"]
+    tables.FRONT.write_text("\n".join(lines))
     front = tables.front()
-    assert front.startswith(f"before\n{tables.MARKS[0]}\n| paper | claim |") and front.endswith("\nafter")
+    assert front.startswith(f"before\n{marks[0]}\n| paper | claim |") and front.endswith("\nafter")
     assert "| holds 1 of 2, not run 1 of 2 | not run 2 of 2 |" in front and "OUTDATED" not in front
     tables.FRONT.write_text("before")
     with pytest.raises(UserError, match="must have each of these lines once"):

@@ -26,8 +26,8 @@ from sanm import Train_clothing1M
 from sfa import Train_cifar, Train_webvision
 from sfa.flags import cifar_directory, parse_cifar_args
 from tests.common.small_file_data import write_lines
+from tests.end_to_end.small_networks import masked_network
 from tests.lines import message
-from tests.sanm.test_clothing import small_network
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -358,7 +358,7 @@ FILE_SCRIPTS = {
 def test_the_scripts_for_image_files_read_a_folder_and_train_on_decisions(
     paper, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(Train_clothing1M, "clothing_network", small_network)
+    monkeypatch.setattr(Train_clothing1M, "clothing_network", masked_network)
     make_lists(tmp_path)
     (tmp_path / "pictures/07.png").write_bytes(b"no picture")
     script, words = FILE_SCRIPTS[paper]

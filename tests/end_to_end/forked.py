@@ -88,8 +88,8 @@ class MortalRun(Run):
 
 def in_float64(script: str) -> None:
     """Compute in float64 throughout, with small networks for photographs."""
-    normalise = augment.normalise
-    augment.normalise = lambda *arguments: normalise(*arguments).double()
+    scaled = augment.scaled
+    augment.scaled = lambda *arguments: scaled(*arguments).double()
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double  # what is taken out of the autocast: scores, losses, embeddings
     if script in SMALL:

@@ -166,7 +166,8 @@ def differences(found: object, wanted: object, place: str = "") -> list[str]:
     if isinstance(wanted, Tensor):
         same = isinstance(found, Tensor) and found.dtype == wanted.dtype and torch.equal(found, wanted)
         return [] if same else [place]
-    if isinstance(wanted, dict | list) and type(found) is type(wanted) and len(found) == len(wanted):
+    kind = dict if isinstance(wanted, dict) else list
+    if isinstance(wanted, kind) and isinstance(found, kind) and len(found) == len(wanted):
         names = wanted if isinstance(wanted, dict) else range(len(wanted))
         if isinstance(wanted, dict) and found.keys() != wanted.keys():
             return [place]

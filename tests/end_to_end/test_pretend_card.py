@@ -14,7 +14,7 @@ from common.gpu import device as gpu
 from common.gpu.device import Device
 from common.runs.run import ROOT, Run
 from manifold_dividemix import train_semisup
-from tests.end_to_end.outcome import label_quality
+from tests.end_to_end.runs import label_quality
 from tests.pretend_card import PretendCard, usable
 
 pytestmark = [
