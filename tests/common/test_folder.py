@@ -348,7 +348,7 @@ FILE_SCRIPTS = {
     ),
     "sanm": (
         Train_clothing1M,
-        "--pretrained none --image_size 64 --batch_size 4 --num_batches 4 --num_epochs 1",
+        "--network resnet18 --pretrained none --image_size 64 --batch_size 4 --num_batches 4 --num_epochs 1",
     ),
 }
 
