@@ -496,6 +496,13 @@ def make_mini_imagenet_parser() -> cli.Parser:
 def parse_mini_imagenet_args(argv: list[str] | None = None) -> Namespace:
     """The checked arguments of train_semisup_miniimagenet.py, with the defaults that depend on other flags."""
     parser = make_mini_imagenet_parser()
+    finder = cli.Parser(add_help=False)
+    finder.add_argument("--dataset")
+    if finder.parse_known_args(argv)[0].dataset == FOLDER:
+        parser.error(
+            "argument --dataset: folder is not for this script, which keeps the images of mini-ImageNet in memory: use "
+            "manifold_dividemix/train_semisup.py with --image_size 32, or any script of the other papers"
+        )
     args = cli.parse_args(parser, argv, PRESETS)
     _settle_training(parser, args, released_bn="warm-up", released_mask="all")
     args.dataset = MINI_IMAGENET

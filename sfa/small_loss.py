@@ -41,7 +41,7 @@ def clean_probability(losses: Tensor, seed: int) -> Tensor:
             "losses of training samples are not finite: lower --lr or try --precision fp32, with another --out"
         )
     if not scaled.any():
-        return gpu.put(gpu.wide(torch.ones_like(scaled)), losses.device)
+        return gpu.put(torch.ones(len(scaled), dtype=torch.float64), losses.device)
     return lower_posterior(scaled, seed)
 
 

@@ -214,7 +214,7 @@ ON_CPU = {  # operators that CPUs have not
 
 
 class PretendCard(TorchDispatchMode):
-    """See the module. cards: how many torch.cuda counts. root: of the project whose lines are told.
+    """See the module. cards: how many torch.cuda counts. root: the project; `syncs` names its lines.
 
     float64: whether the card has it. On a card without it, as MPS, an operator that returns float64 is refused.
     """

@@ -14,7 +14,6 @@ import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from contextvars import ContextVar
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -404,12 +403,6 @@ def parse_args(
 
 def _checked(parser: Parser, words: list[str], of_folder: dict[str, Any] | None) -> argparse.Namespace:
     """The arguments, with the shared flags checked against each other."""
-    asks = ("--dataset", "folder") in pairwise(words) or "--dataset=folder" in words
-    if of_folder is None and asks:
-        parser.error(
-            "argument --dataset: folder is not for this script, which keeps the images of mini-ImageNet in memory: use "
-            "manifold_dividemix/train_semisup.py with --image_size 32, or any script of the other papers"
-        )
     args = parser.parse_args(words)
     if of_folder and args.dataset == "folder":
         parser.set_defaults(**of_folder)
