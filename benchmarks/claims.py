@@ -3,6 +3,7 @@
     make claims                                           # digits: no data, no GPU
     make claims DATA=DIR                                  # also MNIST, CIFAR-10 and CIFAR-10N, if DIR has them
     python -m benchmarks.claims --claims afm-attention sfa-rare-classes --seeds 1 2 3 4 5
+    python -m benchmarks.claims --second                  # also the undecided tests again, with other seeds
 
 A finished run is not run again, a killed run resumes; a cell that several claims name is run once per seed. Tests whose data
 are missing are listed as not run. claims.csv (rows), claims.md (table), claims.png (figure) and claims_logs/ are of all
@@ -126,9 +127,7 @@ def cells_of(claims: Iterable[Claim]) -> dict[str, list[Cell]]:
     return {name: cells(paper, profile, [preset]) for name, ((paper, preset), profile) in parts.items()}
 
 
-def runs_of(
-    claims: Iterable[Claim], seeds: Sequence[int] | None, prepared: dict[str, Prepared], args: Namespace
-) -> list[CellRun]:
+def runs_of(claims: Iterable[Claim], prepared: dict[str, Prepared], args: Namespace) -> list[CellRun]:
     """Every cell once with each of its seeds: all cells with their first seed, then all with the second."""
     out, data_path = Path(args.out).resolve(), Path(args.data_path).resolve()
     named = cells_of(claims)
@@ -136,7 +135,7 @@ def runs_of(
         (cell, seed): place
         for claim in claims
         for test in claim.tests
-        for name, (place, seed) in itertools.product(test.cells, enumerate(seeds or test.seeds))
+        for name, (place, seed) in itertools.product(test.cells, enumerate(test.seeds))
         for cell in named[name]
     }
     runs = []
@@ -147,6 +146,11 @@ def runs_of(
         task = make_task(cell, seed, folder_of(cell, out), data, [], baseline=False)
         runs.append(CellRun(cell, seed, task))
     return runs
+
+
+def with_seeds(claim: Claim, seeds: Sequence[int]) -> Claim:
+    """The claim with its tests on other seeds; second experiments keep theirs."""
+    return claim._replace(tests=tuple(t if t.second else t._replace(seeds=tuple(seeds)) for t in claim.tests))
 
 
 def folder_of(cell: Cell, out: Path) -> Path:
@@ -213,6 +217,9 @@ def make_parser() -> cli.Parser:
     seeds = "one run each; by default those of claims.toml"
     collecting = "run nothing, write the files of what is finished"
     parser.add_argument("--seeds", nargs="+", type=cli.seed, metavar="N", help=seeds)
+    parser.add_argument(
+        "--second", action="store_true", help="run also the undecided tests again, with other seeds"
+    )
     parser.add_argument("--data_path", default="./data", metavar="DIR", help="where the data sets are")
     parser.add_argument("--out", default="results", metavar="DIR", help="for claims.*, cross_data/ and runs/")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")
@@ -244,11 +251,13 @@ def main(argv=None) -> None:
     args = make_parser().parse_args(argv)
     out, data_path = Path(args.out).resolve(), Path(args.data_path).resolve()
     every, prepared = read_claims(), read_prepared()
-    asked = chosen(every, args.claims, args.only)
+    if args.seeds:
+        every = [with_seeds(claim, args.seeds) for claim in every]
+    asked = chosen(every, args.claims, args.only, second=args.second)
     lacking = {name: missing(name, prepared, data_path) for name in cells_of(asked)}
     wanted = {t: {name for cell in t.cells for name in lacking[cell]} for c in asked for t in c.tests}
     possible = [c._replace(tests=tuple(t for t in c.tests if not wanted[t])) for c in asked]
-    runs = runs_of(possible, args.seeds, prepared, args)
+    runs = runs_of(possible, prepared, args)
     if args.dry_run:
         print_commands(run.task for run in runs)
         return

@@ -35,6 +35,7 @@ class ClaimTest(NamedTuple):
     cell: str  # paper/preset
     than: str | None
     seeds: tuple[int, ...]
+    second: bool = False  # the same test with other seeds
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -84,15 +85,21 @@ class Outcome(NamedTuple):
 def read_claims(path: Path = CLAIMS) -> list[Claim]:
     """The claims of claims.toml. ValueError: an entry is misspelt, missing, or names no preset."""
     description = tomllib.loads(path.read_text(encoding="utf-8"))
-    usual = {"direction": "above", "value": 0, "than": None, "seeds": description["seeds"]}
+    usual = {"direction": "above", "value": 0, "than": None, "seeds": description["seeds"], "second": False}
     claims = []
     for name, claim in description["claims"].items():
         shared = {key: value for key, value in claim.items() if key in ClaimTest._fields}
         texts = {key: value for key, value in claim.items() if key not in (*ClaimTest._fields, "tests")}
         if texts.keys() != {"paper", "claim", "source"} or texts["paper"] not in (*PAPERS, ALL):
             raise ValueError(f"claim {name}: paper, claim and source are needed, and nothing else: {texts}")
-        tests = tuple(_test(name, usual | shared | test) for test in claim["tests"])
-        claims.append(Claim(name, texts["paper"], texts["claim"], texts["source"], tests))
+        tests = []
+        for entries in claim["tests"]:
+            tests.append(_test(name, usual | shared | entries | {"second": False}))
+            if entries.get("second"):
+                words = f"{tests[-1].data} (second experiment, other seeds)"
+                seeds = tuple(description["second_seeds"])
+                tests.append(tests[-1]._replace(data=words, seeds=seeds, second=True))
+        claims.append(Claim(name, texts["paper"], texts["claim"], texts["source"], tuple(tests)))
     return claims
 
 
@@ -114,17 +121,20 @@ def preset_of(cell: str) -> dict:
     return sections[name]
 
 
-def chosen(claims: Sequence[Claim], names: Sequence[str] | None, only: str | None) -> list[Claim]:
+def chosen(
+    claims: Sequence[Claim], names: Sequence[str] | None, only: str | None, *, second: bool = False
+) -> list[Claim]:
     """The named claims, all by default. only: keep the tests on digits ("embedded") or on other data ("real").
 
-    UserError: no claim has this name.
+    second: keep the same tests with other seeds. UserError: no claim has this name.
     """
     known = [claim.name for claim in claims]
     if unknown := [name for name in names or () if name not in known]:
         raise UserError(f"no claim {unknown[0]}: choose from {', '.join(known)}")
     kinds = (True, False) if only is None else (only == "embedded",)
     kept = [claim for claim in claims if not names or claim.name in names]
-    kept = [c._replace(tests=tuple(t for t in c.tests if t.embedded in kinds)) for c in kept]
+    tests = [tuple(t for t in c.tests if t.embedded in kinds and t.second <= second) for c in kept]
+    kept = [claim._replace(tests=own) for claim, own in zip(kept, tests, strict=True)]
     return [claim for claim in kept if claim.tests]
 
 
@@ -132,18 +142,20 @@ def chosen(claims: Sequence[Claim], names: Sequence[str] | None, only: str | Non
 
 
 def outcomes(claims: Iterable[Claim], rows: pd.DataFrame) -> dict[str, list[Outcome]]:
-    """The outcome of every test, by claim. A cell's rows are found by the --preset of their command."""
+    """The outcome of every test with its seeds, by claim. A cell's rows are found by the --preset of their command."""
     preset = rows["command"].str.extract(r"--preset[ =](\S+)", expand=False)
-    rows = rows.assign(cell=rows["paper"] + "/" + preset, value=rows["value"].astype(float))
+    numbers = {"value": rows["value"].astype(float), "seed": rows["seed"].astype(int)}
+    rows = rows.assign(cell=rows["paper"] + "/" + preset, **numbers)
     rows = rows[preset.notna()].drop_duplicates(["cell", "metric", "seed"], keep="last")
-    values = {key: list(own) for key, own in rows.groupby(["cell", "metric"], sort=False)["value"]}
+    groups = rows.groupby(["cell", "metric"], sort=False)
+    values = {key: dict(zip(own["seed"], own["value"], strict=True)) for key, own in groups}
     return {claim.name: [outcome(test, values) for test in claim.tests] for claim in claims}
 
 
-def outcome(test: ClaimTest, values: Mapping[tuple[str, str], Sequence[float]]) -> Outcome:
-    """One test. values: over seeds, by (cell, metric)."""
-    cells = (test.cell, test.than)
-    own, than = ([test.scale * value for value in values.get((cell, test.metric), ())] for cell in cells)
+def outcome(test: ClaimTest, values: Mapping[tuple[str, str], Mapping[int, float]]) -> Outcome:
+    """One test. values: by (cell, metric), then by seed."""
+    found = [values.get((cell, test.metric), {}) for cell in (test.cell, test.than)]
+    own, than = ([test.scale * one[seed] for seed in test.seeds if seed in one] for one in found)
     if not own or (test.than and not than):
         return Outcome(test, own, than, math.nan, math.nan, math.nan, NOT_RUN)
     bound = test.scale * test.value

@@ -155,19 +155,20 @@ def outcome_of(test: ClaimTest, *rows: dict) -> verdicts.Outcome:
 def test_of_two_methods_the_interval_is_welchs_in_points():
     test = ClaimTest("digits", "recall", "above", 0.0, "sfa/a/b/m", "sfa/a/b/base", (1, 2, 3))
     values = {"a/b/m": (0.90, 0.92, 0.94), "a/b/base": (0.80, 0.82, 0.84)}
-    rows = [row(p, s, "recall", v) for p, own in values.items() for s, v in enumerate(own)]
+    rows = [row(p, s, "recall", v) for p, own in values.items() for s, v in enumerate(own, 1)]
     found = outcome_of(test, *rows, row("a/b/other", 1, "recall", 0), row("a/b/m", 1, "last", 0))
     assert found.values == pytest.approx([90, 92, 94]) and found.than == pytest.approx([80, 82, 84])
     # two samples of three, deviation 2 each: 10 -+ 2.776 * sqrt(4/3 + 4/3)
     assert (found.difference, found.low, found.high) == pytest.approx((10, 5.467, 14.533), abs=1e-3)
     assert found.verdict == "holds"
+    assert outcome_of(test, *rows, row("a/b/m", 4, "recall", 0)) == found, "of its seeds alone"
     assert outcome_of(test._replace(value=0.2), *rows).verdict == "contradicted"
     assert outcome_of(test._replace(value=0.12), *rows).verdict == "undecided"
 
 
 def test_of_one_method_the_interval_is_students_against_the_bound():
     test = ClaimTest("digits", "auc", "above", 0.5, "sfa/a/b/m", None, (1, 2, 3))
-    rows = [row("a/b/m", seed, "auc", value) for seed, value in enumerate((0.6, 0.62, 0.64))]
+    rows = [row("a/b/m", seed, "auc", value) for seed, value in enumerate((0.6, 0.62, 0.64), 1)]
     found = outcome_of(test, *rows)
     # 62 - 50 -+ 4.303 * 2 / sqrt(3)
     assert (found.difference, found.low, found.high) == pytest.approx((12, 7.032, 16.968), abs=1e-3)
@@ -217,9 +218,19 @@ def test_without_data_the_cells_on_digits_are_run_once_per_seed_and_encoders_wit
     assert len(dry_run(capsys, "--data_path", str(tmp_path), "--seeds", "7")) == len(set(presets))
 
 
+def test_undecided_tests_are_run_again_with_other_seeds_only_if_asked(tmp_path, capsys):
+    words = ("--data_path", str(tmp_path), "--claims", "sfa-moments")
+    assert [int(re.search(r"--seed (\d+)", c)[1]) for c in dry_run(capsys, *words)] == [1, 1, 2, 2, 3, 3]
+    seeds = [
+        int(re.search(r"--seed (\d+)", c)[1]) for c in dry_run(capsys, *words, "--second", "--seeds", "1")
+    ]
+    assert sorted(seeds) == sorted([1, 4, 5, 6, 7, 8, 9, 10] * 2)
+
+
 def test_the_methods_of_a_prepared_setting_read_the_same_data_set(tmp_path):
     names = claims.make_parser().parse_args(["--out", str(tmp_path), "--data_path", str(tmp_path / "data")])
-    runs = runs_of(chosen(EVERY, ["across-above-ce"], None), [5], PREPARED, names)
+    (own,) = chosen(EVERY, ["across-above-ce"], None)
+    runs = runs_of([claims.with_seeds(own, [5])], PREPARED, names)
     assert len(runs) == 7 and len({run.cell.paper for run in runs}) == 5
     folder = str(tmp_path / "cross_data" / "cifar10-human-worst-limit10000-seed5")
     for run in runs:
