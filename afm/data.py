@@ -120,7 +120,7 @@ def from_files(args: Namespace, device: Device, loader: Generator) -> Data:
     sampled = sampled_positions(data.verified[kept], args.seed)
     caches = open_caches(args.image_cache, data) if args.image_cache else {}
     loading = {"mean": data.mean, "std": data.std, "device": device.device, "workers": args.workers}
-    loading |= {"rank": processes.rank(), "world": processes.world()}
+    loading |= {"rank": processes.rank(), "world": processes.world(), "decoded_on": args.decode}
     training = {"shuffle": True, "drop_last": True, "generator": loader, **loading}
 
     crop, plain = random_resized_crop_and_flip(IMAGE_SIZE), resize_and_center_crop(size=IMAGE_SIZE)

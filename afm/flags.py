@@ -103,6 +103,7 @@ def add_data_flags(released: ArgumentGroup, further: ArgumentGroup) -> None:
         help="read images from a cache made by python -m common.datasets cache",
     )
     released.add_argument("--workers", type=cli.count_or_zero, default=4, help="processes that decode images")
+    cli.add_decode_flag(further)
     add_folder_flags(further, without=("on_bad_image", "workers"))
 
 

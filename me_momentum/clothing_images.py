@@ -68,7 +68,7 @@ def load(args: Namespace, device: Device) -> Data:
     order = shuffled(len(kept), args.seed)
     caches = open_caches(args.image_cache, files) if args.image_cache else {}
     loading = {"mean": files.mean, "std": files.std, "device": device.device, "workers": args.workers}
-    loading |= {"rank": processes.rank(), "world": processes.world()}
+    loading |= {"rank": processes.rank(), "world": processes.world(), "decoded_on": args.decode}
 
     def batches(split: FileSplit, cache: ImageCache | None, transform: Callable, **training) -> FileBatches:
         return FileBatches(split, args.batch_size, transform, cache=cache, **loading, **training)

@@ -139,7 +139,7 @@ def load(args: Namespace, device: Device) -> Data:
     kept = datasets.kept_images(args, np.arange(len(files.positions)), files.positions)
     caches = open_caches(args.image_cache, files) if args.image_cache else {}
     loading = {"mean": files.mean, "std": files.std, "device": device.device, "workers": args.workers}
-    loading |= {"rank": processes.rank(), "world": processes.world()}
+    loading |= {"rank": processes.rank(), "world": processes.world(), "decoded_on": args.decode}
 
     def batches(split: FileSplit, cache: ImageCache | None, transform, size: int, **training) -> FileBatches:
         return FileBatches(split, size, transform, cache=cache, **loading, **training)

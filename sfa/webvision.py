@@ -80,6 +80,7 @@ def load(args: Namespace, device: Device) -> Data:
     kept = kept_images(args, files)
     caches = open_caches(args.image_cache, files, CACHE_SIZES) if args.image_cache else {}
     loading = {"mean": files.mean, "std": files.std, "device": device.device, "workers": args.workers}
+    loading["decoded_on"] = args.decode
 
     def batches(split: FileSplit, cache: ImageCache | None, transform, size: int, **training) -> FileBatches:
         world = processes.world()

@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = Device(torch.device("cpu"), "fp32", "check")
 # largest relative difference of a loss: float32 without TF32, bfloat16, and a graph or a compiled network beside eager
 FLOAT32, BFLOAT16, SAME = 1e-4, 0.05, 1e-3
+LEVELS = 2.0  # mean difference of pixels that two decoders and two ways to resize make, of 255
 VIEWS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "crop and flip": augment.crop_and_flip,
     "AutoAugment": policies.auto_augment,
@@ -125,6 +126,30 @@ def views(card: Device, count: int = 64) -> Iterator[Check]:
             )
 
         yield guarded("views", name, run)
+
+
+def decoded(card: Device, folder: Path) -> Iterator[Check]:
+    """Image files decoded and cropped by the card (--decode gpu) against the CPU's: mean difference in levels of 255."""
+    from common.datasets import load_food101n  # noqa: PLC0415  (only here: files are written for it)
+    from common.gpu.loader import FileBatches  # noqa: PLC0415
+    from tests.common.small_file_data import make_food101n  # noqa: PLC0415
+
+    def pixels(device: torch.device, decoded_on: str) -> Tensor:
+        levels = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
+        made = FileBatches(
+            *(load_food101n(folder).train, 12, augment.random_resized_crop_and_flip(64)),
+            **{"device": device, "workers": 0, "decoded_on": decoded_on, **levels},
+        )
+        return torch.cat([views[0].cpu() for views, _ in made])
+
+    def run() -> Check:
+        make_food101n(folder, size=(256, 192))
+        found, wanted = pixels(card.device, "gpu"), pixels(CPU.device, "cpu")
+        mean, most = float((found - wanted).abs().mean()), float((found - wanted).abs().max())
+        detail = f"mean difference {mean:.2f} levels of 255, largest {most:.0f}"
+        return Check("files", "--decode gpu", "ok" if mean <= LEVELS else "differs", detail)
+
+    yield guarded("files", "--decode gpu", run)
 
 
 def recorded(card: Device, size: int, batch: int) -> Iterator[Check]:
@@ -277,6 +302,7 @@ def main(argv=None) -> None:
     for group in (
         steps(card, 32, 8),
         views(card),
+        decoded(card, folder / "decoded"),
         recorded(card, 32, 8),
         speed(card),
         resumed(folder),

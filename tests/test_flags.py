@@ -85,7 +85,7 @@ FROZEN = {
 *--dataset='food' *--data-root,--data_path=None:place --train-on='noisy':noisy|noisy+verified|noisy+clean
 --noise-type='symmetric':NOISE|given|none
 --noise-rate=0.5:fraction --posterior=None:place --on_bad_image='error':error|skip --image-cache=None:place
-*--workers=4:count_or_zero --image_size=32:count --test_split=0.2:fraction
+*--workers=4:count_or_zero --decode='cpu':cpu|gpu --image_size=32:count --test_split=0.2:fraction
 *--network='resnet50':resnet18|resnet34|resnet50|resnet101|resnet152|preact_resnet18|preact_narrow
 --pretrained=None:place --shared-classifier,--no-shared-classifier=True --group-size=2:count --group-rounds=None:count
 --group-order=None:halves|random --pair-chunks=None:count --interaction='sum':sum|concat|mul
@@ -114,7 +114,7 @@ FROZEN = {
 --dataset='webvision':webvision|folder --test_split=0.2:fraction
 *--data_path='./webvision/':place --imagenet=None:place *--num_class=50:count --imb_type='exp':exp|step
 --imb_factor=1:positive --image_size=299:count --on_bad_image='error':error|skip --image_cache=None:place
---workers=8:count_or_zero --network='inception_resnet_v2':inception_resnet_v2|resnet50|resnet18
+--workers=8:count_or_zero --decode='cpu':cpu|gpu --network='inception_resnet_v2':inception_resnet_v2|resnet50|resnet18
 *!--feat_size=1536:count *--batch_size=32:count *--lr,--learning_rate=0.01:positive --lr_drop=50:count
 *--num_epochs=100:count *--alpha=0.5:positive *!--lambda_u=0:non_negative *--T=0.5:positive
 --reset_momentum=None:yes|no *--gpuid1=0:count_or_zero *--gpuid2=1:count_or_zero --parallel=None:none|networks|data
@@ -135,7 +135,7 @@ FROZEN = {
     "me_momentum_clothing": """
 *--data_root,--data_path='data/Clothing1M_Official/':place *--num_classes=14:count
 --dataset='clothing1m':clothing1m|folder --test_split=0.2:fraction --image_size=256:count
---on_bad_image='error':error|skip --image_cache=None:place --workers=8:count_or_zero
+--on_bad_image='error':error|skip --image_cache=None:place --workers=8:count_or_zero --decode='cpu':cpu|gpu
 --network='resnet50':resnet50|resnet18 --pretrained=None:place *--pretrain=True --no_pretrain->pretrain=True
 --selection='confident':confident|none *--beta=0.45:fraction *--n_epoch=5:count *--max_inner_loop=6:count
 *--max_outer_loop=3:count *--lr=0.005:positive *--weight_decay=0.001:non_negative *--batch_size=32:count
@@ -202,6 +202,7 @@ FROZEN = {
 *--data_path='./Dataset/noise_label_data/Clothing1M':place *--num_batches=15625:count *--num_class=14:count
 --dataset='clothing1m':clothing1m|folder --test_split=0.2:fraction
 --image_size=224:count --on_bad_image='error':error|skip --image_cache=None:place --workers=5:count_or_zero
+--decode='cpu':cpu|gpu
 *--id='clothing1m' --network='resnet50':resnet50|resnet18 --pretrained='imagenet':place *--batch_size=8:count
 *--lr,--learning_rate=0.0009:positive --lr_drop=40:count *--num_epochs=80:count *--alpha=0.5:positive
 *--lambda_u=0:non_negative *--T=0.5:positive *--p_threshold=0.5:fraction --sync_bn,--no-sync_bn=None

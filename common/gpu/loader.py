@@ -14,7 +14,7 @@ from common.datasets.image_cache import ImageCache
 from common.datasets.images import batch_memory, in_workers
 from common.datasets.in_memory import Data, Split
 from common.datasets.limit import limited_test
-from common.gpu import augment
+from common.gpu import augment, decode
 from common.gpu import device as gpu
 from common.gpu.image_operations import to_device
 from common.runs.cli import UserError
@@ -169,18 +169,22 @@ class FileBatches:
         rank: int = 0,
         world: int = 1,
         cache: ImageCache | None = None,
+        decoded_on: str = "cpu",
     ):
         """transform: uint8 [3, h, w] to uint8 [3, H, W], drawing from torch's global CPU generator if at all.
 
         batch_size: of all processes together. drop_last: leave out a last batch that is smaller. generator: on the CPU and in
         the same state in all processes; gives each pass its order and its draws; without it every pass has the same draws.
-        cache: read the images from it. UserError: batches that cannot be cut into equal pieces, or no batch; a file to test on
-        that is no image.
+        cache: read the images from it. decoded_on: "cpu", or "gpu" to decode and transform JPEG files there. UserError: batches
+        that cannot be cut into equal pieces, or no batch; a file to test on that is no image; "gpu" without one or with a cache.
         """
         if shuffle and generator is None:
             raise ValueError("shuffling needs a generator")
         if cache is not None and len(cache) != len(split.paths):
             raise ValueError(f"a cache of {len(cache)} images for a split of {len(split.paths)}")
+        if decoded_on == "gpu" and (device.type != "cuda" or cache is not None):
+            wrong = "--image_cache" if cache is not None else f"--device {device.type}"
+            raise UserError(f"--decode gpu decodes files on a CUDA device: leave one out, it or {wrong}")
         if cache is None:
             require_heads(split)
         self.count, self.batch_size, self.views = len(split.paths), batch_size, views
@@ -191,8 +195,12 @@ class FileBatches:
         # the work of the workers: for each batch the seed of the pass, and positions
         self._plan: list[tuple[int, np.ndarray]] = []
         self._check_sizes()
-        view = partial(_views, split, cache, transform, views)
-        self._pixels = in_workers(view, self._plan, workers, pin_memory=device.type == "cuda")
+        self._decoded: Callable | None = None
+        work = partial(_views, split, cache, transform, views)
+        if decoded_on == "gpu":
+            self._decoded = partial(_views_on_card, split, transform, views, device)
+            work = partial(decode.pack, split)
+        self._pixels = in_workers(work, self._plan, workers, pin_memory=device.type == "cuda")
 
     def _check_sizes(self) -> None:
         if self.drop_last and self.count < self.batch_size:
@@ -231,7 +239,8 @@ class FileBatches:
         if self.shuffle:
             order = torch.randperm(self.count, generator=self.generator).numpy()
         self._plan[:] = [(seed, batch) for batch in self._own(order)]
-        for (_, batch), pixels in zip(list(self._plan), self._pixels, strict=True):
+        for (seed, batch), result in zip(list(self._plan), self._pixels, strict=True):
+            pixels = result if self._decoded is None else self._decoded((seed, batch), result)
             yield self._on_device(pixels, batch)
             if self._pass != own_pass:
                 raise RuntimeError("another pass over the same FileBatches has begun")
@@ -304,17 +313,42 @@ def _views(
     split: FileSplit, cache: ImageCache | None, transform: Callable, views: int, batch: tuple[int, np.ndarray]
 ) -> Tensor:
     """All views of the images of a batch, in a worker: uint8 [k, B, H, W, 3]. UserError: an image cannot be read."""
+    images = ((split.read(i) if cache is None else cache[i]) for i in batch[1].tolist())
+    return _transformed(images, transform, views, batch, batch_memory)
+
+
+def _views_on_card(
+    split: FileSplit,
+    transform: Callable,
+    views: int,
+    device: torch.device,
+    batch: tuple[int, np.ndarray],
+    packed: Tensor,
+) -> Tensor:
+    """All views of the images of a packed batch, decoded and transformed on the device: uint8 [k, B, H, W, 3]."""
+    images = decode.images(split, batch[1], packed, device)
+    memory = partial(torch.empty, dtype=torch.uint8, device=device)
+    return _transformed(images, transform, views, batch, memory)
+
+
+def _transformed(
+    images: Iterable[Tensor],
+    transform: Callable,
+    views: int,
+    batch: tuple[int, np.ndarray],
+    new_memory: Callable[[tuple[int, ...]], Tensor],
+) -> Tensor:
+    """Every view of every image of a batch, with draws of its own: uint8 [k, B, H, W, 3] in new memory."""
     seed, positions = batch
     pixels = torch.empty(0)  # until the size of a view is known
     # only the CPU's generator: workers must not touch the GPU
     with torch.random.fork_rng(devices=[]):
-        for place, i in enumerate(positions.tolist()):
-            image = split.read(i) if cache is None else cache[i]
+        for place, (i, image) in enumerate(zip(positions.tolist(), images, strict=True)):
             for view in range(views):
                 torch.default_generator.manual_seed(_mixed(seed, i, view))
                 made = transform(image).permute(1, 2, 0)
                 if not len(pixels):
-                    pixels = batch_memory((views, len(positions), *made.shape))
+                    pixels = new_memory((views, len(positions), *made.shape))
                 pixels[view, place] = made
     return pixels
 

@@ -355,6 +355,18 @@ def add_image_file_flags(group, workers: int, how: str = "") -> None:
         default=workers,
         help="processes that decode images, for each pass",
     )
+    add_decode_flag(group)
+
+
+def add_decode_flag(group: Any) -> None:
+    """Add --decode of scripts with image files to an argument group."""
+    group.add_argument(
+        "--decode",
+        choices=["cpu", "gpu"],
+        default="cpu",
+        help="where image files are decoded and cropped; gpu: JPEG files by nvJPEG, whose pixels differ a little; it has never "
+        "been run on a card",
+    )
 
 
 def read_presets(path: Path) -> dict[str, dict]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.io import decode_jpeg
 
 from common.gpu import augment
 from common.gpu.device import Device
@@ -41,6 +42,18 @@ def test_a_wrong_view_differs(card, monkeypatch):
     monkeypatch.setattr(check_gpu, "VIEWS", {"wrong": wrong})
     [check] = check_gpu.views(CARD, 4)
     assert (check.status, check.what) == ("differs", "wrong") and "12288 of 12288" in check.detail
+
+
+def test_files_decoded_on_the_card_are_compared_with_the_cpus(card, monkeypatch, tmp_path):
+    usual = decode_jpeg
+    for more, status in ((0, "ok"), (5, "differs")):
+
+        def as_nvjpeg(files, mode, device, more=more):
+            return [usual(file, mode=mode).add(more).to(device) for file in files]
+
+        monkeypatch.setattr("torchvision.io.decode_jpeg", as_nvjpeg)
+        [check] = check_gpu.decoded(CARD, tmp_path / status)
+        assert (check.status, check.what) == (status, "--decode gpu"), check.detail
 
 
 def test_a_step_that_fails_does_not_hide_the_others(card, monkeypatch):

@@ -5,22 +5,27 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.io import decode_jpeg
 
 from common import datasets
 from common.datasets.image_cache import build_caches, open_caches
 from common.datasets.images import batch_memory, in_workers
-from common.gpu import augment
+from common.gpu import augment, decode
 from common.gpu.loader import FileBatches
 from common.runs import cli
 from common.runs.cli import UserError
 from tests.common.small_file_data import make_food101n, plant
+from tests.pretend_card import CARD, PretendCard, usable
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
+ROOT = Path(__file__).resolve().parents[2]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRAIN = augment.random_resized_crop_and_flip(32)
 PLAIN = augment.resize_and_center_crop(36, 32)
@@ -114,6 +119,46 @@ def test_images_views_and_passes_have_draws_of_their_own(data):
     assert (
         len({view.numpy().tobytes() for rows in (first, second) for view in rows.flatten(0, 1)}) == 2 * 3 * 12
     )
+
+
+@pytest.mark.skipif(not usable(), reason="a card is there, or this torch has no CUDA in it")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_decoding_on_a_card_takes_the_same_images_with_the_same_draws(tmp_path, monkeypatch, capsys, workers):
+    make_food101n(tmp_path)
+    split = datasets.load_food101n(tmp_path).train
+    image = Image.open(split.path(1))
+    image.save(split.path(2), format="PNG")  # neither is for nvJPEG
+    image.convert("CMYK").save(split.path(5), format="JPEG")
+    image.convert("L").save(split.path(6), format="JPEG", comment=b"refused")
+    taken = []
+
+    def as_nvjpeg(files, mode, device):
+        if any(b"refused" in file.numpy().tobytes() for file in files):
+            raise RuntimeError("nvjpegDecodeBatched failed")
+        taken.extend(files)
+        return [decode_jpeg(file, mode=mode).to(device) for file in files]
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", as_nvjpeg)
+    options = {"views": 2, "shuffle": True, "workers": workers}
+    wanted = whole_pass(batches(split, 5, generator=generator(), **options))
+    with PretendCard(ROOT):
+        made = batches(split, 5, generator=generator(), device=CARD, decoded_on="gpu", **options)
+        found = [part.cpu() for part in whole_pass(made)]
+        made._pixels.close()
+    decode._warn.cache_clear()
+    assert capsys.readouterr().err.count("nvJPEG refuses a file (nvjpegDecodeBatched failed)") == 1
+    # a card resizes in floating point: one level of 255
+    assert torch.equal(found[1], wanted[1]) and len(taken) == 12 - 3
+    torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=1.01 / 255 / min(STD))
+
+
+def test_decoding_on_a_card_needs_one_and_files(data, tmp_path):
+    with pytest.raises(UserError, match="leave one out, it or --device cpu"):
+        batches(data.train, 5, decoded_on="gpu")
+    build_caches(tmp_path / "cache", data)
+    caches = open_caches(tmp_path / "cache", data)
+    with pytest.raises(UserError, match="leave one out, it or --image_cache"):
+        batches(data.train, 5, device=CARD, decoded_on="gpu", cache=caches["train"])
 
 
 def test_without_generator_every_pass_draws_the_same(data):
