@@ -11,7 +11,7 @@ Figures come from reference/*.csv alone, cells from the papers' presets.toml, th
 import shlex
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -77,17 +77,25 @@ def table(rows: pd.DataFrame) -> list[str]:
 
 
 def cross_table(
-    rows: pd.DataFrame, metric: str = "last", column: str = "value", scale: float = 1
+    rows: pd.DataFrame,
+    metric: str = "last",
+    column: str = "value",
+    scale: float = 1,
+    further: Sequence[str] = ("profile", "epochs"),
 ) -> list[str]:
-    """Rows of benchmarks.cross as Markdown: settings down, methods across; in the cells a column of a metric's rows."""
-    methods, names = rows["method"].unique(), ["cell", "profile", "epochs"]
+    """Rows of benchmarks.cross as Markdown: settings down, methods across; in the cells a column of a metric's rows.
+
+    further: columns that set lines of a setting apart.
+    """
+    methods, names = rows["method"].unique(), ["cell", *further]
     own = rows[rows["metric"] == metric]
     own = own.assign(shown=scale * own[column].astype(float))
     lines = []
     for key, group in own.groupby(names, sort=False):
         shown = [group["shown"][group["method"] == method] for method in methods]
-        lines.append([*key, str(max(map(len, shown))), *map(figure, shown)])
-    return markdown_table(["setting", "profile", "epochs", "seeds", *methods], lines)
+        seeds = sorted({len(values) for values in shown if len(values)})
+        lines.append([*key, " to ".join(map(str, {seeds[0]: None, seeds[-1]: None})), *map(figure, shown)])
+    return markdown_table(["setting", *further, "seeds", *methods], lines)
 
 
 def speed_rows(name: str) -> list[dict]:
@@ -183,7 +191,7 @@ def label_errors(render: Callable[[list[dict]], list[str]]) -> list[str]:
 
 def short_label_errors(rows: list[dict]) -> list[str]:
     """Average precision in percent: settings down, methods across."""
-    return cross_table(pd.DataFrame(rows), "label_error_average_precision", scale=100)
+    return cross_table(pd.DataFrame(rows), "label_error_average_precision", scale=100, further=())
 
 
 def page() -> str:
