@@ -417,7 +417,7 @@ def _attach(entry: dict, name: str, log: dict, logs: list[dict]) -> None:
 def add_reference_logs(rows: list[dict], folder: Path, logs: list[dict]) -> list[str]:
     """Give the reference rows their logs, by the paper in the file's name and by the figures; returns notes on the others.
 
-    Logs in the folder claims/ are of rows of the table claims.
+    Logs in the folder claims/ are of rows of the table claims, and have their preset and seed in their names.
     """
     notes = []
     for path in sorted(folder.rglob("*.csv")):
@@ -435,6 +435,7 @@ def add_reference_logs(rows: list[dict], folder: Path, logs: list[dict]) -> list
             and (row["table"] == CLAIMS) is (path.parent.name == CLAIMS)
             for entry in row["runs"]
             if curve
+            and (path.parent.name != CLAIMS or path.stem.endswith(_claims_log(entry)))
             and _same_figures(row, entry["seed"], {"best": max(curve), "last": curve[-1]}, six_digits)
         ]
         if len(fitting) == 1:
@@ -442,6 +443,12 @@ def add_reference_logs(rows: list[dict], folder: Path, logs: list[dict]) -> list
         else:
             notes.append(f"{log['name']} is left out: {len(fitting)} rows have its figures")
     return notes
+
+
+def _claims_log(entry: dict) -> str:
+    """The end of the name that benchmarks.claims gives to the log of a run."""
+    preset = re.search(r"--preset[ =](\S+)", entry["command"])
+    return "_".join([*(preset[1].split("/")[1:] if preset else ()), f"seed{entry['seed']}"])
 
 
 # pivot, environment ---------------------------------------------------------------------------------------------------
