@@ -93,3 +93,8 @@ def cells(paper: str, profile: str, names: list[str] | None = None, table: str |
         flags = script.short if profile == "short" and name in others else ()
         chosen.append(Cell(paper, name, flags, script, presets[name].get("encoder")))
     return chosen
+
+
+def log_name(paper: str, preset: str, run: str) -> str:
+    """The name, without suffix, of a log in reference/logs/claims. run: the run directory's name, such as seed1."""
+    return "_".join([paper, *preset.split("/")[1:], run])

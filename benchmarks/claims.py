@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import cross
 from benchmarks.cells import CLAIMS as CELLS
-from benchmarks.cells import Cell, cells
+from benchmarks.cells import Cell, cells, log_name
 from benchmarks.cross import Setting
 from benchmarks.engines import Task, add_engine_flags, is_finished, print_commands, run_all
 from benchmarks.run import collect, make_task
@@ -201,7 +201,7 @@ def save_logs(runs: dict[Cell, list[Path]], folder: Path) -> None:
                 continue
             columns = [name for name in log if DRAWN.search(name) and not name.startswith("net2_")]
             text = log[columns].map(lambda value: value and f"{float(value):.6g}")
-            name = "_".join([cell.paper, *cell.preset.split("/")[1:], run.name])
+            name = log_name(cell.paper, cell.preset, run.name)
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / f"{name}.csv", text.to_csv(index=False, lineterminator="\n").encode())
 

@@ -25,7 +25,7 @@ import pandas as pd
 # run by path, the script uses the clone it stands in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.cells import CLAIMS, PAPERS, ROOT, cells, presets_of
+from benchmarks.cells import CLAIMS, PAPERS, ROOT, cells, log_name, presets_of
 from benchmarks.pages import render
 from benchmarks.published import SETTING as PUBLISHED_SETTING
 from benchmarks.published import read_published
@@ -435,7 +435,7 @@ def add_reference_logs(rows: list[dict], folder: Path, logs: list[dict]) -> list
             and (row["table"] == CLAIMS) is (path.parent.name == CLAIMS)
             for entry in row["runs"]
             if curve
-            and (path.parent.name != CLAIMS or path.stem.endswith(_claims_log(entry)))
+            and (path.parent.name != CLAIMS or path.stem == _claims_log(row, entry))
             and _same_figures(row, entry["seed"], {"best": max(curve), "last": curve[-1]}, six_digits)
         ]
         if len(fitting) == 1:
@@ -445,10 +445,10 @@ def add_reference_logs(rows: list[dict], folder: Path, logs: list[dict]) -> list
     return notes
 
 
-def _claims_log(entry: dict) -> str:
-    """The end of the name that benchmarks.claims gives to the log of a run."""
+def _claims_log(row: dict, entry: dict) -> str:
+    """The name that benchmarks.claims gives to the log of a run; "" without a preset."""
     preset = re.search(r"--preset[ =](\S+)", entry["command"])
-    return "_".join([*(preset[1].split("/")[1:] if preset else ()), f"seed{entry['seed']}"])
+    return log_name(row["paper"], preset[1], f"seed{entry['seed']}") if preset else ""
 
 
 # pivot, environment ---------------------------------------------------------------------------------------------------
