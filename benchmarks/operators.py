@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from common.gpu.device import Device
+from common.gpu.device import Device, keep_freed_memory
 from common.runs import cli
 from common.runs.cli import UserError
 
@@ -121,6 +121,7 @@ def operators(args: Namespace) -> Iterator[dict]:
     if unknown := {*(args.methods or [])} - {*STEPS}:
         raise UserError(f"--methods {min(unknown)}: unknown, choose from {', '.join(STEPS)}")
     torch.set_num_threads(1)
+    keep_freed_memory()
     device, now = Device(torch.device("cpu"), "fp32", "one thread"), time.process_time
     for name in args.methods or STEPS:
         bench = (device, args.size, 1 if args.size < 16 else 3, args.batch)

@@ -1,6 +1,8 @@
 """Device and precision of a run: chosen once and printed with the reason."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -14,6 +16,7 @@ from common.runs.cli import UserError
 
 Network = TypeVar("Network", bound=nn.Module)
 BF16_SINCE = (8, 0)  # compute capability
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def has_float64(device: torch.device) -> bool:
@@ -123,6 +126,18 @@ def _count_on(network: nn.Module, device: torch.device) -> None:
             module.num_batches_tracked = module.num_batches_tracked.to(device)
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that this process frees, for its next training step.
+
+    By default glibc hands large pieces back to the system, which maps and clears them again page by page in the next step. Does
+    nothing with another C library, or if the environment has settings of glibc's own (MALLOC_...).
+    """
+    if not any(name.startswith("MALLOC_") for name in os.environ) and sys.platform == "linux":
+        if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+            mallopt(M_MMAP_THRESHOLD, 2**30)
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 @contextmanager
 def exact_products() -> Iterator[None]:
     """float32 matrix products without TF32, which rounds to three digits: for scores that rank samples."""
@@ -168,6 +183,7 @@ def pick(
         reason = f"{name}, {'asked for' if device == 'cuda' else 'found'}"
     else:
         reason = "asked for" if device == "cpu" else f"no CUDA device {index} found"
+        keep_freed_memory()
     if precision != "auto":
         chosen, why = precision, "asked for"
     elif fidelity == "released":

@@ -1,11 +1,15 @@
 """Device and precision on a machine without a card (a card that is there is hidden)."""
 
+import ctypes
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from afm import train as afm
-from common.gpu.device import Device, exact_products, home, pick, put, sgd, wide
+from common.gpu.device import Device, exact_products, home, keep_freed_memory, pick, put, sgd, wide
 from common.runs.cli import UserError, exit_cleanly
 
 
@@ -157,3 +161,21 @@ def test_exact_products_end_with_what_was_before_them_also_after_an_error():
             assert torch.get_float32_matmul_precision() == before
     finally:
         torch.set_float32_matmul_precision(usual)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a switch of glibc")
+def test_memory_that_a_run_on_the_cpu_frees_stays_with_the_process(no_card):
+    def resident_pages() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    pick("cpu")
+    values = torch.ones(2**25)  # 128 MiB
+    before = resident_pages()
+    del values
+    assert before - resident_pages() < 2**10  # of 2^15
+
+
+def test_settings_of_glibc_in_the_environment_are_left_alone(monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    monkeypatch.setattr(ctypes, "CDLL", None)  # not called
+    keep_freed_memory()
