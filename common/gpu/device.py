@@ -129,8 +129,8 @@ def _count_on(network: nn.Module, device: torch.device) -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep the memory that this process frees, for its next training step.
 
-    By default glibc hands large pieces back to the system, which maps and clears them again page by page in the next step. Does
-    nothing with another C library, or if the environment has settings of glibc's own (MALLOC_...).
+    By default it hands large pieces back to the system, which maps and clears their pages again in the next step. Does nothing
+    with another C library, or if the environment has a variable of glibc's own (MALLOC_...).
     """
     if not any(name.startswith("MALLOC_") for name in os.environ) and sys.platform == "linux":
         if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
