@@ -183,11 +183,10 @@ def test_marked_images_leave_the_unmarked_ones(page):
     assert len(marks(page)) == 6
 
 
-def test_marks_are_kept_and_damaged_ones_are_named(page, address):
+def test_marks_are_kept_and_damaged_ones_are_named(page):
     press(page, "x r")
     left = marks(page)
-    page.goto("about:blank")
-    page.goto(address)
+    page.reload()
     assert marks(page) == left == {7: "remove", 3: f"→ {HOSTILE}"}
     page.evaluate(
         "localStorage.setItem(key, JSON.stringify([[8, 'keep'], [77, 'keep'], [3, 44], [9, 'run'], [4, 1]]))"
