@@ -1,6 +1,7 @@
 """Device and precision on a machine without a card (a card that is there is hidden)."""
 
 import ctypes
+import os
 import platform
 from pathlib import Path
 
@@ -164,7 +165,10 @@ def test_exact_products_end_with_what_was_before_them_also_after_an_error():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a switch of glibc")
-def test_memory_that_a_run_on_the_cpu_frees_stays_with_the_process(no_card):
+def test_memory_that_a_run_on_the_cpu_frees_stays_with_the_process(no_card, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+
     def resident_pages() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1])
 
