@@ -160,6 +160,8 @@ def pick(
 ) -> Device:
     """Choose device (auto, cpu, cuda, mps; index: of the GPU) and precision (auto, fp32, bf16), and print both with the reason.
 
+    On a CPU the process keeps freed memory from now on: see `keep_freed_memory`.
+
     auto: the CUDA GPU if there is one, never MPS; from compute capability 8.0 on bfloat16 autocast, with TF32 for float32
     products; float32 on all other devices. fp32 on CUDA switches TF32 off. fidelity: with released, auto is fp32 everywhere.
     several: the script supports several processes under torchrun; each uses the GPU of its local rank, or a CPU. fixed_shapes:
