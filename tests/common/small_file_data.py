@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from common.datasets.clothing1m import CLASSES as CLOTHES
+from common.datasets.file_lists import FileSplit
 
 DISHES = ("apple_pie", "baby_back_ribs", "baklava", "beef_tartare", "beignets", "bibimbap", "waffles")
 SIZE = (48, 40)  # width and height
@@ -24,9 +25,7 @@ def write_image(path: Path, label: int, rng: np.random.Generator, size: tuple[in
     Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
 
 
-def make_food101n(
-    root: Path, classes: int = 3, per_class: int = 4, test_per_class: int = 2, seed: int = 0, size=SIZE
-) -> None:
+def make_food101n(root: Path, classes=3, per_class=4, test_per_class=2, seed=0, size=SIZE) -> None:
     """Food-101N_release and food-101 below root. The first two images of each class are verified right and wrong."""
     rng = np.random.default_rng(seed)
     train, test = root / "Food-101N_release", root / "food-101"
@@ -48,9 +47,7 @@ def make_food101n(
     write_lines(test / "meta/test.txt", keys["test"])
 
 
-def make_clothing1m(
-    root: Path, classes: int = 3, per_class: int = 4, clean_per_class: int = 2, seed: int = 0
-) -> None:
+def make_clothing1m(root: Path, classes=3, per_class=4, clean_per_class=2, seed=0) -> None:
     """Clothing1M below root: per_class noisy images, and clean_per_class ones in each of the three clean lists.
 
     The first noisy image of each class has the label of the next class, and so has the noisy label of the first clean
@@ -80,9 +77,7 @@ def make_clothing1m(
     write_lines(root / "category_names_eng.txt", list(CLOTHES))
 
 
-def make_mini_imagenet(
-    root: Path, classes: int = 4, per_class: int = 3, test_per_class: int = 1, seed: int = 0
-) -> None:
+def make_mini_imagenet(root: Path, classes=4, per_class=3, test_per_class=1, seed=0) -> None:
     """mini-ImageNet below root with the lists red 0.2 and blue 0.4: per_class training images of each class, of many sizes.
 
     In the red list the first image of each class is one of the web, which shows the next class; in the blue list the first
@@ -110,13 +105,7 @@ def make_mini_imagenet(
 
 
 def make_webvision(
-    root: Path,
-    classes: int = 4,
-    per_class: int = 6,
-    test_per_class: int = 2,
-    seed: int = 0,
-    size=SIZE,
-    by_synset: bool = False,
+    root: Path, classes=4, per_class=6, test_per_class=2, seed=0, size=SIZE, by_synset: bool = False
 ) -> None:
     """mini-WebVision below root: per_class training images, and test_per_class in WebVision's and in ILSVRC12's test images.
 
@@ -178,6 +167,16 @@ def write_lines(path: Path, lines: list[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file."""
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def labelled(split: FileSplit) -> list[tuple[str, int]]:
+    """Path, relative to the split's folder, and label of each image."""
+    return list(zip((path.decode() for path in split.paths.tolist()), split.labels.tolist(), strict=True))
+
+
 def image_files(folder: Path) -> list[Path]:
     """All images below a folder, in order."""
     return sorted(folder.rglob("*.jpg"))
@@ -186,12 +185,11 @@ def image_files(folder: Path) -> list[Path]:
 def plant(path: Path, kind: str) -> None:
     """Make of an image a missing, empty, truncated or no image at all; or the same grey, CMYK, palette or 16-bit picture."""
     content = path.read_bytes()
+    damaged = {"empty": b"", "truncated": content[: len(content) // 2], "text": b"<html>gone</html>"}
     if kind == "missing":
         path.unlink()
-    elif kind in ("empty", "truncated", "text"):
-        path.write_bytes(
-            {"empty": b"", "truncated": content[: len(content) // 2], "text": b"<html>gone</html>"}[kind]
-        )
+    elif kind in damaged:
+        path.write_bytes(damaged[kind])
     else:
         image = Image.open(path).convert({"grey": "L", "cmyk": "CMYK", "palette": "P"}[kind])
         image.save(path, format="PNG" if kind == "palette" else "JPEG")

@@ -1,8 +1,8 @@
 """A training step of each paper on a pretend card: all of it is on the card, and the host waits for nothing that is not listed.
 
-Augmentation too: what it waits for, and how many operators it starts.
+Augmentation too: what it waits for, and how many operators it starts. And `make check-gpu` on the pretend card.
 
-See pretend_card.py beside this file. A step is the second of two, so that what is made once (constants of policies, momentum)
+See tests/pretend_card.py. A step is the second of two, so that what is made once (constants of policies, momentum)
 is not counted. Networks are the narrow ones, images 8 pixels: kinds and places of operators do not depend on sizes.
 """
 
@@ -16,22 +16,24 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torchvision.io import decode_jpeg
 
 from benchmarks.launches import launches
 from common.gpu import augment, policies
 from common.gpu import device as gpu
 from common.gpu.device import Device
 from common.gpu.image_operations import to_device
+from sfa import losses as sfa_losses
 from sfa import training as sfa
-from tests import card_steps
+from tests import card_steps, check_gpu
 from tests.card_steps import STEPS, Bench
 from tests.pretend_card import CardError, PretendCard, usable
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not usable(), reason="a card is there, or this torch has no CUDA in it")
 CARD = Device(torch.device("cuda", 0), "bf16", "tests")
+EXACT = CARD._replace(precision="fp32")
 CPU = Device(torch.device("cpu"), "fp32", "tests")
-
 COUNTED = ROOT / "benchmarks" / "reference" / "speed" / "launches.csv"
 
 
@@ -41,18 +43,11 @@ def card():
         yield pretend
 
 
-class Watch:
+def waits(card: PretendCard, step) -> Counter:
     """What the second of two steps waits for: the first makes tables and momentum."""
-
-    def __init__(self, card: PretendCard):
-        self.card, self.marks = card, []
-
-    def __call__(self) -> None:
-        self.marks.append(len(self.card.syncs))
-
-    def waits(self) -> Counter:
-        before, after = self.marks
-        return Counter((s.place.rpartition(":")[0], s.reason) for s in self.card.syncs[before:after])
+    marks: list[int] = []
+    step(Bench(CARD, 8, 3, watch=lambda: marks.append(len(card.syncs))))
+    return Counter((s.place.rpartition(":")[0], s.reason) for s in card.syncs[slice(*marks)])
 
 
 @pytest.mark.slow
@@ -76,17 +71,15 @@ def test_networks_see_float32_channels_last_images_on_a_card(name, card):
             found.add((images.dtype, images.is_contiguous(memory_format=torch.channels_last)))
 
     handle = register_module_forward_pre_hook(look)
-    watch = Watch(card)
-    STEPS[name](Bench(CARD, 8, 3, watch=watch))
+    waited = waits(card, STEPS[name])
     handle.remove()
     assert found == {(torch.float32, True)}
-    assert not [wait for wait in watch.waits() if wait[0] != "common/gpu/image_operations.py"]
+    assert {place for place, _ in waited} <= {"common/gpu/image_operations.py"}
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_has_the_same_losses_on_a_card(name, card):
-    exact = CARD._replace(precision="fp32")
-    torch.testing.assert_close(STEPS[name](Bench(exact)), STEPS[name](Bench(CPU)), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(STEPS[name](Bench(EXACT)), STEPS[name](Bench(CPU)), rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture
@@ -100,8 +93,7 @@ def card_without_float64(monkeypatch):
 
 @pytest.mark.parametrize("name", ["AFM", "SFA", "Me-Momentum", "Manifold DivideMix", "SANM"])
 def test_a_step_makes_no_float64_on_a_card_without_it(name, card_without_float64):
-    exact = CARD._replace(precision="fp32")
-    torch.testing.assert_close(STEPS[name](Bench(exact)), STEPS[name](Bench(CPU)), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(STEPS[name](Bench(EXACT)), STEPS[name](Bench(CPU)), rtol=1e-4, atol=1e-6)
     assert card_without_float64.operators
 
 
@@ -148,20 +140,15 @@ def test_an_augmentation_waits_for_nothing_and_starts_few_operators(name, card):
 
 
 def test_tensors_of_all_types_get_to_a_card_in_one_copy_without_a_wait(card):
-    tensors = [
-        torch.tensor([True, False, True]),
-        torch.rand(2, 3, dtype=torch.float64),
-        torch.empty(0, dtype=torch.int64),
-        torch.arange(10, dtype=torch.uint8)[::2],
-        torch.rand(3, 1).T,
-        torch.arange(4),
-    ]
+    tensors = [torch.tensor([True, False, True]), torch.rand(2, 3, dtype=torch.float64), torch.arange(4)]
+    tensors += [torch.empty(0, dtype=torch.int64), torch.arange(10, dtype=torch.uint8)[::2]]
+    tensors += [torch.rand(3, 1).T]
     before = card.operators.total()
     with card.no_syncs():
         sent = to_device(CARD.device, *tensors)
     assert card.operators.total() - before == 1
     for found, own in zip(sent, tensors, strict=True):
-        assert found.device == CARD.device and found.dtype == own.dtype
+        assert (found.device, found.dtype) == (CARD.device, own.dtype)
         assert torch.equal(found.cpu(), own)
     assert to_device(torch.device("cpu"), *tensors) == tuple(tensors)
 
@@ -187,19 +174,12 @@ def test_float64_on_a_card_without_it_is_an_error(card_without_float64, monkeypa
 
 
 def test_a_cpu_tensor_inside_a_step_is_an_error(card, monkeypatch):
-    monkeypatch.setattr(
-        sfa, "warm_up_loss", lambda s, a, given, counts, loss: (s * torch.ones(len(s), 1)).sum()
-    )
-    with pytest.raises(CardError, match=r"Expected all tensors to be on the same device.* cuda:0 and cpu"):
+    line = r"Expected all tensors to be on the same device.* cuda:0 and cpu"
+    monkeypatch.setattr(sfa, "warm_up_loss", lambda standard, *_: (standard * torch.ones(1)[:, None]).sum())
+    with pytest.raises(CardError, match=line):
         card_steps.of_sfa_warm_up(Bench(CARD))
-
-
-def test_a_mask_on_the_wrong_device_is_an_error(card, monkeypatch):
-    itself = torch.eye
-    monkeypatch.setattr(
-        torch, "eye", lambda n, device=None, **rest: itself(n, **rest)
-    )  # the device is forgotten
-    with pytest.raises(CardError, match="Expected all tensors to be on the same device"):
+    monkeypatch.setattr(torch, "eye", lambda n, device, eye=torch.eye, **rest: eye(n, **rest))
+    with pytest.raises(CardError, match=line):
         card_steps.of_simclr(Bench(CARD))
 
 
@@ -219,22 +199,80 @@ def test_an_item_inside_a_step_is_seen_with_its_line(card, monkeypatch):
         float(loss.detach())
 
     monkeypatch.setattr(sfa, "_step", step)
-    watch = Watch(card)
-    card_steps.of_sfa_warm_up(Bench(CARD, watch=watch))
-    assert watch.waits()[("sfa/training.py", "item, float, int or bool of a tensor")] == 1
+    waited = waits(card, card_steps.of_sfa_warm_up)
+    assert waited[("sfa/training.py", "item, float, int or bool of a tensor")] == 1
 
 
 def test_bfloat16_features_into_a_float32_buffer_are_an_error(card, monkeypatch):
     """What `features[index], _, auxiliary = network(images)` does where the network leaves bfloat16."""
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
-    with pytest.raises(
-        RuntimeError, match=r"Index put requires the source and destination dtypes match|dtype"
-    ):
+    with pytest.raises(RuntimeError, match="dtype"):
         card_steps.of_sfa(Bench(CARD))
 
 
-def test_numpy_of_a_tensor_on_the_card_is_an_error(card):
+@pytest.mark.parametrize("convert", [lambda tensor: tensor.numpy(), np.asarray], ids=["numpy", "asarray"])
+def test_numpy_of_a_tensor_on_the_card_is_an_error(card, convert):
     with pytest.raises(TypeError, match="can't convert cuda:0 device type tensor to numpy"):
-        torch.ones(2, device="cuda").numpy()
-    with pytest.raises(TypeError, match="can't convert cuda:0 device type tensor to numpy"):
-        np.asarray(torch.ones(2, device="cuda"))
+        convert(torch.ones(2, device="cuda"))
+
+
+# `make check-gpu` -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_all_that_agrees_is_ok(card):
+    checks = [*check_gpu.steps(CARD, 8, 8), *check_gpu.views(CARD, 4)]
+    checks += [check for check in check_gpu.recorded(CARD, 8, 8) if check.check != "--compile"]
+    assert [check for check in checks if check.status != "ok"] == []
+    assert len(checks) == 2 * 9 + 5 + len(check_gpu.RECORDED)
+    rows = list(csv.DictReader(check_gpu.to_csv(checks, "pretended").decode().splitlines()))
+    assert [row["what"] for row in rows] == [check.what for check in checks]
+    assert {row["device"] for row in rows} == {"pretended"}
+
+
+def test_a_wrong_view_differs(card, monkeypatch):
+    def wrong(images, generator):
+        return augment.crop_and_flip(images, generator).bitwise_xor(int(images.is_cuda))
+
+    monkeypatch.setattr(check_gpu, "VIEWS", {"wrong": wrong})
+    [check] = check_gpu.views(CARD, 4)
+    assert (check.status, check.what) == ("differs", "wrong") and "12288 of 12288" in check.detail
+
+
+def test_files_decoded_on_the_card_are_compared_with_the_cpus(card, monkeypatch, tmp_path):
+    usual = decode_jpeg
+    for more, status in ((0, "ok"), (5, "differs")):
+
+        def as_nvjpeg(files, mode, device, more=more):
+            return [usual(file, mode=mode).add(more).to(device) for file in files]
+
+        monkeypatch.setattr("torchvision.io.decode_jpeg", as_nvjpeg)
+        [check] = check_gpu.decoded(CARD, tmp_path / status)
+        assert (check.status, check.what) == (status, "--decode gpu"), check.detail
+
+
+def test_a_step_that_fails_does_not_hide_the_others(card, monkeypatch):
+    steps = {name: check_gpu.STEPS[name] for name in ("SFA warm-up", "Me-Momentum")}
+    monkeypatch.setattr(check_gpu, "STEPS", steps)
+    usual = sfa_losses.warm_up_loss
+
+    def mixed_up(standard, *rest):
+        return usual(standard, *rest) + (standard.sum() * torch.ones(1) if standard.is_cuda else 0)
+
+    monkeypatch.setattr("sfa.training.warm_up_loss", mixed_up)
+    checks = list(check_gpu.steps(CARD, 8, 8))
+    expected = [("SFA warm-up", "failed")] * 2 + [("Me-Momentum", "ok")] * 2
+    assert [(check.what, check.status) for check in checks] == expected
+    assert "Expected all tensors to be on the same device" in checks[0].detail
+
+
+@pytest.mark.parametrize(
+    ("found", "status"), [([1.0, 2.0], "ok"), ([1.0, 2.1], "differs"), ([1.0, float("nan")], "differs")]
+)
+def test_losses_are_compared_to_a_tolerance(found, status):
+    assert check_gpu.compared("a", "b", torch.tensor(found), torch.tensor([1.0, 2.0]), 1e-3).status == status
+
+
+def test_without_a_card_it_is_one_line(capsys):
+    with pytest.raises(check_gpu.UserError, match="no CUDA device is here"):
+        check_gpu.main([])

@@ -13,6 +13,7 @@ from torch import nn
 from common.runs import checkpoint
 from common.runs.cli import UserError
 from common.runs.files import write_atomic
+from tests.common.payload import Payload
 
 
 def training_state(seed: int) -> dict:
@@ -20,14 +21,9 @@ def training_state(seed: int) -> dict:
     torch.manual_seed(seed)
     nets = [nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)) for _ in range(2)]
     optimizers = [torch.optim.SGD(net.parameters(), 0.1 + seed, momentum=0.9) for net in nets]
-    state = {
-        "nets": nets,
-        "optimizers": optimizers,
-        "loader": torch.Generator().manual_seed(seed),
-        "draws": np.random.default_rng(seed),
-        "memory": {"moments": [None, None], "nested": {"mean": torch.full((2,), float(seed)), "epoch": seed}},
-        "nothing": {},
-    }
+    generators = {"loader": torch.Generator().manual_seed(seed), "draws": np.random.default_rng(seed)}
+    memory = {"moments": [None, None], "nested": {"mean": torch.full((2,), float(seed)), "epoch": seed}}
+    state = {"nets": nets, "optimizers": optimizers, "memory": memory, "nothing": {}, **generators}
     step(state)
     return state
 
@@ -118,15 +114,17 @@ def test_a_state_that_does_not_fit_is_refused(state, saved, error, reason):
         checkpoint.restore(state, saved)
 
 
-def damage(path, how: str) -> None:
-    content = path.read_bytes()
-    path.write_bytes(bytes(len(content)) if how == "zeros" else content[: DAMAGES[how](len(content))])
-
-
 DAMAGES = {
-    **{"empty": lambda size: 0, "head": lambda size: 64, "half": lambda size: size // 2},
-    **{"all but one byte": lambda size: size - 1, "zeros": None},
+    "empty": lambda content: b"",
+    "head": lambda content: content[:64],
+    "half": lambda content: content[: len(content) // 2],
+    "all but one byte": lambda content: content[:-1],
+    "zeros": lambda content: bytes(len(content)),
 }
+
+
+def damage(path, how: str) -> None:
+    path.write_bytes(DAMAGES[how](path.read_bytes()))
 
 
 @pytest.mark.parametrize("how", DAMAGES)
@@ -148,41 +146,21 @@ def test_a_damaged_checkpoint_falls_back_to_its_predecessor_and_without_one_is_r
         damage(folder / "checkpoint.pt", how)
 
 
-class Payload:
-    """Unpickled, it calls function(*arguments)."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-def as_archive(payload, path):
-    torch.save({"state": payload}, path)
-
-
-def as_old_archive(payload, path):
-    torch.save({"state": payload}, path, _use_new_zipfile_serialization=False)
-
-
-def as_pickle(payload, path):
-    path.write_bytes(pickle.dumps(payload, protocol=2))
-
-
-@pytest.mark.parametrize("write", [as_archive, as_old_archive, as_pickle])
-@pytest.mark.parametrize("kind", ["system", "open"])
-def test_a_checkpoint_with_code_in_it_is_reported_and_not_run(kind, write, tmp_path, capsys):
-    marker = tmp_path / "created by the payload"
-    payload = Payload(os.system, f"touch '{marker}'") if kind == "system" else Payload(open, str(marker), "w")
-    pickle.loads(pickle.dumps(payload))  # the payload works ...
-    assert marker.exists()
-    marker.unlink()
-    write(payload, tmp_path / "checkpoint.pt")
+@pytest.mark.parametrize("form", ["archive", "old archive", "pickle"])
+@pytest.mark.parametrize("call", [(os.system, "touch marker"), (open, "marker", "w")], ids=["system", "open"])
+def test_a_checkpoint_with_code_in_it_is_reported_and_not_run(call, form, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    marker, path, payload = tmp_path / "marker", tmp_path / "checkpoint.pt", Payload(*call)
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(payload, protocol=2))
+    else:
+        torch.save({"state": payload}, path, _use_new_zipfile_serialization=form == "archive")
     with pytest.raises(UserError, match="no readable checkpoint"):
         checkpoint.load(tmp_path)
-    assert not marker.exists()  # ... and was not run
-    assert str(tmp_path / "checkpoint.pt") in capsys.readouterr().err
+    assert not marker.exists()
+    assert str(path) in capsys.readouterr().err
+    pickle.loads(pickle.dumps(payload))  # it would have been run
+    assert marker.exists()
 
 
 def failing(function, on_call: int = 1):
@@ -198,6 +176,11 @@ def failing(function, on_call: int = 1):
     return call
 
 
+def half_saved(content, file):
+    file.write(b"half a checkpoint")
+    raise OSError("no space left on device")
+
+
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_write_atomic_leaves_the_old_content_where_writing_fails(step, tmp_path, monkeypatch):
     path = tmp_path / "file.json"
@@ -208,24 +191,19 @@ def test_write_atomic_leaves_the_old_content_where_writing_fails(step, tmp_path,
     assert path.read_bytes() == b"old"
 
 
-def half_saved(content, file):
-    file.write(b"half a checkpoint")
-    raise OSError("no space left on device")
-
-
 @pytest.mark.parametrize(
     ("module", "name", "broken"),
     [
-        (torch, "save", lambda: half_saved),
-        (os, "fsync", lambda: failing(os.fsync)),
-        (os, "replace", lambda: failing(os.replace)),
-        (os, "replace", lambda: failing(os.replace, on_call=2)),
+        (torch, "save", half_saved),
+        (os, "fsync", failing(os.fsync)),
+        (os, "replace", failing(os.replace)),
+        (os, "replace", failing(os.replace, on_call=2)),
     ],
     ids=["writing", "fsync", "first replace", "second replace"],
 )
 def test_a_save_that_fails_midway_leaves_the_old_checkpoint(module, name, broken, folder, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, broken())
+        patch.setattr(module, name, broken)
         with pytest.raises(OSError, match="no space left"):
             checkpoint.save(folder, {"epoch": 2})
     assert checkpoint.load(folder)["epoch"] == 1
@@ -238,10 +216,9 @@ def test_a_save_that_fails_midway_leaves_the_old_checkpoint(module, name, broken
 def test_a_predecessor_that_stepped_in_survives_a_save_that_is_cut_short(folder, monkeypatch, capsys):
     (folder / checkpoint.CURRENT).write_bytes(b"")
     assert checkpoint.load(folder)["epoch"] == 0
-    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("cut short")))
-    with pytest.raises(OSError, match="cut short"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(os, "replace", failing(os.replace))
         checkpoint.save(folder, {"epoch": 2})
-    monkeypatch.undo()
     assert checkpoint.load(folder)["epoch"] == 0
     assert not list(folder.glob("*.tmp"))
 

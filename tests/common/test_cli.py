@@ -26,8 +26,8 @@ epochs = 1
 """
 
 
-def make_parser() -> cli.Parser:
-    parser = cli.Parser(prog="script.py")
+def make_parser(prog: str = "script.py") -> cli.Parser:
+    parser = cli.Parser(prog=prog)
     parser.add_argument("--lr", type=cli.positive, default=0.1, help="learning rate")
     parser.add_argument("--epochs", type=cli.count, default=10, help="epochs")
     parser.add_argument("--name", help="any text")
@@ -43,10 +43,21 @@ def presets(tmp_path):
     return path
 
 
-def one_line(text: str) -> str:
-    """The single line that text is; fails where it is none or several."""
-    assert text.endswith("\n") and text.count("\n") == 1, text
-    return text[:-1]
+def refusal(capsys, function, *arguments, status: int = 2) -> str:
+    """The one line on standard error that a call ends the process with, and nothing on standard output."""
+    with pytest.raises(SystemExit) as stop:
+        function(*arguments)
+    assert stop.value.code == status
+    streams = capsys.readouterr()
+    assert streams.out == "" and re.fullmatch(r"[^\n]+\n", streams.err), streams
+    return streams.err[:-1]
+
+
+SPELLINGS = cli.Parser(prog="script.py")
+SPELLINGS.add_argument("--noise_file")
+SPELLINGS.add_argument("--bn-mode", choices=["train", "frozen"])
+SPELLINGS.add_argument("--drop_last", action=argparse.BooleanOptionalAction)
+SPELLINGS.add_argument("rest", nargs="*")
 
 
 ACCEPTED = {
@@ -89,31 +100,19 @@ def test_other_numbers_are_refused_with_the_rule_and_the_value(number, text, rul
 
 
 @pytest.mark.parametrize(
-    ("make", "argv", "named"),
+    ("parser", "argv", "named"),
     [
-        (make_parser, ["--lr", "nan"], "argument --lr: must be a finite number, got nan"),
-        (make_parser, ["--nosuch", "3"], "--nosuch 3"),
-        (make_parser, ["--epoch", "3"], "--epoch 3"),  # no abbreviated flags
-        (lambda: SPELLINGS, ["--noise-file"], "argument --noise_file: expected one argument"),
-        (lambda: SPELLINGS, ["--bn_mode", "off"], "argument --bn-mode: invalid choice: 'off'"),
-        (lambda: SPELLINGS, ["--no-such_flag=x_y"], "unrecognized arguments: --no-such_flag=x_y"),
+        (make_parser(), ["--lr", "nan"], "argument --lr: must be a finite number, got nan"),
+        (make_parser(), ["--nosuch", "3"], "--nosuch 3"),
+        (make_parser(), ["--epoch", "3"], "--epoch 3"),  # no abbreviated flags
+        (SPELLINGS, ["--noise-file"], "argument --noise_file: expected one argument"),
+        (SPELLINGS, ["--bn_mode", "off"], "argument --bn-mode: invalid choice: 'off'"),
+        (SPELLINGS, ["--no-such_flag=x_y"], "unrecognized arguments: --no-such_flag=x_y"),
     ],
 )
-def test_a_bad_command_line_ends_in_one_line_and_status_2(make, argv, named, capsys):
-    with pytest.raises(SystemExit) as stop:
-        make().parse_args(argv)
-    assert stop.value.code == 2
-    streams = capsys.readouterr()
-    line = one_line(streams.err)
+def test_a_bad_command_line_ends_in_one_line_and_status_2(parser, argv, named, capsys):
+    line = refusal(capsys, parser.parse_args, argv)
     assert line.startswith("script.py: error: ") and named in line
-    assert streams.out == ""
-
-
-SPELLINGS = cli.Parser(prog="script.py")
-SPELLINGS.add_argument("--noise_file")
-SPELLINGS.add_argument("--bn-mode", choices=["train", "frozen"])
-SPELLINGS.add_argument("--drop_last", action=argparse.BooleanOptionalAction)
-SPELLINGS.add_argument("rest", nargs="*")
 
 
 @pytest.mark.parametrize(
@@ -136,48 +135,30 @@ def test_hyphens_and_underscores_of_a_flag_are_the_same(argv, name, value, monke
     assert getattr(SPELLINGS.parse_args(), name) == value
 
 
-def test_a_user_error_becomes_one_line_and_status_2(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["some/folder/script.py"])
-
-    def main(argv):
-        raise cli.UserError(f"{argv[0]} is no file")
-
-    with pytest.raises(SystemExit) as stop:
-        cli.exit_cleanly(main, ["x.npy"])
-    assert stop.value.code == 2
-    assert one_line(capsys.readouterr().err) == "script.py: error: x.npy is no file"
-
-
 DEAD = "DataLoader worker (pid 7) is killed by signal: "
 
 
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
+        (cli.UserError("x.npy is no file"), 2, "x.npy is no file"),
         (WriteError(errno.ENOSPC, "full", "a.csv"), 2, "a.csv cannot be written (full): make room"),
         (OSError(errno.EDQUOT, "quota"), 2, "the output cannot be written (quota): make room"),
         (OSError(errno.EROFS, "read-only", "a"), 2, "a cannot be written (read-only): make it writable"),
         (WriteError(errno.EIO, "I/O", "a.csv"), 2, "a.csv cannot be written (I/O): check the disk"),
         (FileNotFoundError(errno.ENOENT, "missing", "b"), 2, "b: missing"),
         (RuntimeError(f"{DEAD}Killed. "), 1, f"{DEAD}Killed: out of memory? use fewer --workers"),
-        (
-            RuntimeError(f"{DEAD}Bus error. It is possible that"),
-            2,
-            f"{DEAD}Bus error: /dev/shm is too small, {cli.SHARED_MEMORY}",
-        ),
+        (RuntimeError(f"{DEAD}Bus error. It is possible that"), 2,
+         f"{DEAD}Bus error: /dev/shm is too small, {cli.SHARED_MEMORY}"),
     ],
-    ids=["full", "quota", "read-only", "I/O", "missing", "killed", "bus error"],
-)
-def test_an_error_of_the_machine_becomes_one_line(error, status, line, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["script.py"])
+)  # fmt: skip
+def test_an_error_of_the_user_or_the_machine_becomes_one_line(error, status, line, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["some/folder/script.py"])
 
     def main(argv):
         raise error
 
-    with pytest.raises(SystemExit) as stop:
-        cli.exit_cleanly(main, [])
-    assert stop.value.code == status
-    assert one_line(capsys.readouterr().err) == f"script.py: error: {line}"
+    assert refusal(capsys, cli.exit_cleanly, main, [], status=status) == f"script.py: error: {line}"
 
 
 @pytest.mark.parametrize(
@@ -187,15 +168,18 @@ def test_an_error_of_our_own_is_none_of_the_machines(error):
     assert cli.machine_error(error) is None
 
 
+def run_python(program: str, *options: str, **settings) -> subprocess.CompletedProcess:
+    words = [sys.executable, *options, "-c", program]
+    return subprocess.run(words, cwd=ROOT, stderr=subprocess.PIPE, check=False, **settings)
+
+
 def test_output_on_a_full_disk_is_a_users_error():
     program = "import sys; from common.runs import cli; cli.exit_cleanly(lambda _: print('text'), [])"
     with open("/dev/full", "w") as full:
-        process = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
-        )  # fmt: skip
+        process = run_python(program, stdout=full)
     assert process.returncode == 2
-    assert "the output cannot be written (No space left on device): make room" in one_line(process.stderr)
+    words = rb"the output cannot be written \(No space left on device\): make room"
+    assert re.fullmatch(rb"[^\n]*%b[^\n]*\n" % words, process.stderr)
 
 
 def test_what_a_script_took_is_given_back_last_first_and_once():
@@ -233,7 +217,7 @@ def test_the_help_shows_the_defaults_where_there_is_one(capsys):
 
 
 @pytest.mark.parametrize("form", [["--preset", "table/cell"], ["--preset=table/cell"]])
-def test_a_preset_sets_its_flags_true_is_a_switch_and_a_typed_flag_wins(form, presets):
+def test_a_preset_sets_its_flags_true_is_a_switch_and_a_typed_flag_wins(form, presets, monkeypatch):
     args = vars(cli.parse_args(make_parser(), form, presets))
     del args["_places"]
     expected = {"lr": 0.5, "epochs": 10, "name": "from the preset", "verbose": True, "preset": "table/cell"}
@@ -241,6 +225,8 @@ def test_a_preset_sets_its_flags_true_is_a_switch_and_a_typed_flag_wins(form, pr
     for argv in ([*form, "--lr", "0.25"], ["--lr", "0.25", *form]):
         args = cli.parse_args(make_parser(), argv, presets)
         assert (args.lr, args.name) == (0.25, "from the preset")
+    monkeypatch.setattr(sys, "argv", ["script.py", *form])  # without words: the command line of the process
+    assert cli.parse_args(make_parser(), None, presets).lr == 0.5
 
 
 @pytest.mark.parametrize("key", ["noise_file", "noise-file"])
@@ -254,74 +240,56 @@ def test_a_preset_and_a_typed_flag_can_have_either_spelling(key, typed, presets)
     assert cli.parse_args(parser, [*argv, typed, "typed.npy"], presets).noise_file == "typed.npy"
 
 
-def test_without_words_the_command_line_of_the_process_is_read(presets, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["script.py", "--preset", "table/other"])
-    assert cli.parse_args(make_parser(), None, presets).epochs == 1
-
-
-def test_an_unknown_preset_is_refused_with_the_choices(presets, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.parse_args(make_parser(), ["--preset", "table/nosuch"], presets)
-    assert stop.value.code == 2
-    line = one_line(capsys.readouterr().err)
-    assert line.startswith("script.py: error: ")
-    assert all(name in line for name in ("table/nosuch", "table/cell", "table/other"))
+SCRIPTS = '[plain]\nlr = 1\n[web]\nscript = "Other.py"\nlr = 2\n'
 
 
 @pytest.mark.parametrize(
-    ("entry", "named"),
-    [("lr = nan", "argument --lr: must be a finite number, got nan"), ("nosuch = 3", "--nosuch 3")],
-)
-def test_a_bad_value_in_a_preset_is_refused_like_a_typed_one(entry, named, presets, capsys):
-    presets.write_text(f'["table/cell"]\n{entry}\n')
-    with pytest.raises(SystemExit) as stop:
-        cli.parse_args(make_parser(), ["--preset", "table/cell"], presets)
-    assert stop.value.code == 2
-    assert named in one_line(capsys.readouterr().err)
-
-
-@pytest.mark.parametrize(
-    ("prog", "name", "line"),
+    ("prog", "content", "preset", "words"),
     [
-        ("main.py", "web", "preset web is for Other.py, not for main.py"),
-        ("Other.py", "plain", "preset plain is for another script of this paper, not for Other.py"),
+        ("script.py", PRESETS, "table/nosuch", ["table/nosuch", "table/cell", "table/other"]),
+        ("script.py", "[bad]\nlr = nan", "bad", ["argument --lr: must be a finite number, got nan"]),
+        ("script.py", "[bad]\nnosuch = 3", "bad", ["--nosuch 3"]),
+        ("main.py", SCRIPTS, "web", ["preset web is for Other.py, not for main.py"]),
+        (
+            "Other.py",
+            SCRIPTS,
+            "plain",
+            ["preset plain is for another script of this paper, not for Other.py"],
+        ),
     ],
 )
-def test_a_preset_of_another_script_is_refused(prog, name, line, tmp_path, capsys):
-    path = tmp_path / "presets.toml"
-    path.write_text('[plain]\nlr = 1\n[web]\nscript = "Other.py"\nlr = 2\n')
-    parser = cli.Parser(prog=prog)
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--preset")
-    with pytest.raises(SystemExit) as stop:
-        cli.parse_args(parser, ["--preset", name], path)
-    assert stop.value.code == 2 and line in capsys.readouterr().err
-    own = {"main.py": ("plain", 1), "Other.py": ("web", 2)}[prog]
-    assert cli.parse_args(parser, ["--preset", own[0]], path).lr == own[1]
+def test_a_preset_that_does_not_fit_is_refused(prog, content, preset, words, presets, capsys):
+    presets.write_text(content)
+    line = refusal(capsys, cli.parse_args, make_parser(prog), ["--preset", preset], presets)
+    assert line.startswith(f"{prog}: error: ") and all(word in line for word in words)
+
+
+@pytest.mark.parametrize(("prog", "preset", "lr"), [("main.py", "plain", 1), ("Other.py", "web", 2)])
+def test_a_preset_of_this_script_or_without_a_script_is_taken(prog, preset, lr, presets):
+    presets.write_text(SCRIPTS)
+    assert cli.parse_args(make_parser(prog), ["--preset", preset], presets).lr == lr
 
 
 @pytest.mark.parametrize(
     ("options", "before", "status", "said"),
     [
         (["-OO"], "", 0, b"the authors' flags"),
-        ([], "import sys; sys.platform = 'win32'; ", 2, b"error: Windows is not supported: use Linux"),
+        ([], "import sys; sys.platform = 'win32'", 2, b"error: Windows is not supported: use Linux"),
         ([], "", 0, b"a \\xb1 b"),
     ],
     ids=["without docstrings", "Windows", "a terminal of ASCII"],
 )
 def test_other_interpreters_systems_and_terminals(options, before, status, said):
-    lines = [f"{before}from common.runs import cli", "p = cli.Parser(prog='x', description=__doc__)"]
-    lines += [
-        'p.add_argument("--a", help="the authors\' flags")',
-        "def main(_):",
-        " print('a \\xb1 b')",
-        " p.parse_args(['--help'])",
-    ]
-    code = "\n".join([*lines, "cli.exit_cleanly(main)"])
+    program = f"""{before}
+from common.runs import cli
+parser = cli.Parser(prog="x", description=__doc__)
+parser.add_argument("--a", help="the authors' flags")
+def main(_):
+    print("a \\xb1 b")
+    parser.parse_args(["--help"])
+cli.exit_cleanly(main)"""
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(
-        [sys.executable, *options, "-c", code], capture_output=True, cwd=ROOT, env=environment, check=False
-    )
+    done = run_python(program, *options, stdout=subprocess.PIPE, env=environment)
     assert done.returncode == status
     assert said in done.stdout + done.stderr
     assert b"Traceback" not in done.stderr

@@ -12,6 +12,7 @@ from torchvision.models import resnet18
 
 from common.gpu.encoders import load_encoder
 from sanm.networks import MapOf, make_network, make_simclr, simclr_resnet
+from tests.common.payload import Payload
 from tests.lines import message
 
 
@@ -29,15 +30,15 @@ def fresh():
     return simclr_resnet(1, 8)
 
 
-def renamed(weights: dict, old: str, new: str) -> dict:
-    return {name.replace(old, new): value for name, value in weights.items()}
-
-
 def published(model: dict) -> dict:
     """What SupContrast saves."""
     options = argparse.Namespace(model="resnet18", temp=0.5, lr_decay_epochs=[700, 800, 900], cosine=True)
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1).state_dict()
     return {"opt": options, "model": model, "optimizer": optimizer, "epoch": 1000}
+
+
+def renamed(weights: dict, old: str, new: str) -> dict:
+    return {name.replace(old, new): value for name, value in weights.items()}
 
 
 def assert_same(encoder, source) -> None:
@@ -52,6 +53,7 @@ ENCODER, HEAD = len(BARE), 4
 
 FILES = {
     "plain": (BARE, 0),
+    "safetensors": (BARE, 0),
     "plain, with the head": (FULL, HEAD),
     "published": (published(FULL), HEAD),
     "published, parallel": (published({f"module.{n}": v for n, v in FULL.items()}), HEAD),
@@ -63,45 +65,40 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files_of_torch_save(name, tmp_path, capsys):
+def test_files_of_every_kind(name, tmp_path, capsys):
     content, left = FILES[name]
-    torch.save(content, tmp_path / "encoder.pth")
+    if name == "safetensors":
+        path = tmp_path / "encoder.safetensors"
+        save_file(content, path, {"dataset": "digits"})
+    else:
+        path = tmp_path / "encoder.pth"
+        torch.save(content, path)
     encoder = fresh()
-    assert load_encoder(encoder, tmp_path / "encoder.pth") == (ENCODER, left)
+    assert load_encoder(encoder, path) == (ENCODER, left)
     assert_same(encoder, network().encoder)
     assert f"{ENCODER} tensors taken, {left} others left" in capsys.readouterr().out
 
 
-def test_safetensors(tmp_path):
-    save_file(BARE, tmp_path / "encoder.safetensors", {"dataset": "digits"})
-    encoder = fresh()
-    assert load_encoder(encoder, tmp_path / "encoder.safetensors") == (ENCODER, 0)
-    assert_same(encoder, network().encoder)
-
-
 def test_the_encoder_within_a_network_and_torchvisions_own(tmp_path):
-    torch.save(published(FULL), tmp_path / "encoder.pth")
+    path = tmp_path / "encoder.pth"
+    torch.save(published(FULL), path)
     whole = make_network("c2d", 10, 1, 8)
-    before = {name: value.clone() for name, value in whole.state_dict().items()}
-    load_encoder(whole.encoder, tmp_path / "encoder.pth")
+    before = {n: value.clone() for n, value in whole.state_dict().items() if not n.startswith("encoder.")}
+    load_encoder(whole.encoder, path)
     assert_same(whole.encoder, network().encoder)
-    after = whole.state_dict()
-    assert all(torch.equal(before[n], after[n]) for n in after if not n.startswith("encoder."))
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in before.items())
 
-    torch.manual_seed(1)
-    source = resnet18()
-    torch.save(published(renamed(source.state_dict(), "downsample", "shortcut")), tmp_path / "vision.pth")
-    torch.manual_seed(2)
-    encoder = MapOf(resnet18())
-    assert load_encoder(encoder, tmp_path / "vision.pth").left == 2  # fc
+    source, encoder = resnet18(), MapOf(resnet18())
+    torch.save(published(renamed(source.state_dict(), "downsample", "shortcut")), path)
+    assert load_encoder(encoder, path).left == 2  # fc
     assert_same(encoder, MapOf(source))
 
 
 def test_num_batches_tracked_may_be_missing(tmp_path):
-    torch.save({n: v for n, v in BARE.items() if not n.endswith("tracked")}, tmp_path / "encoder.pth")
+    content = {n: v for n, v in BARE.items() if not n.endswith("tracked")}
+    torch.save(content, tmp_path / "encoder.pth")
     encoder = fresh()
-    taken = load_encoder(encoder, tmp_path / "encoder.pth").taken
-    assert taken == sum(not name.endswith("tracked") for name in BARE)
+    assert load_encoder(encoder, tmp_path / "encoder.pth").taken == len(content) < len(BARE)
     assert torch.equal(encoder.bn1.running_mean, network().encoder.bn1.running_mean)
     assert encoder.bn1.num_batches_tracked == 0
 
@@ -149,30 +146,20 @@ def test_damaged_files(name, tmp_path):
     refused(tmp_path / f"nosuch-{name}", "no such file")
 
 
-class Command:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
-
 @pytest.mark.parametrize("place", ["top", "model", "opt"])
 def test_a_file_that_would_run_code_is_refused_and_runs_nothing(place, tmp_path):
-    trap = Command(tmp_path / "trapped")
-    content = published(FULL)
+    trapped, path = tmp_path / "trapped", tmp_path / "a.pth"
+    trap, content = Payload(os.mkdir, str(trapped)), published(FULL)
     if place == "top":
         content["more"] = trap
     elif place == "model":
         content["model"] = FULL | {"conv9": trap}
     else:
         content["opt"].more = trap
-    torch.save(content, tmp_path / "a.pth")
-    refused(tmp_path / "a.pth", "holds more than tensors")
-    (tmp_path / "bare.pth").write_bytes(pickle.dumps(trap, protocol=2))
-    refused(tmp_path / "bare.pth")
-    assert not (tmp_path / "trapped").exists()
-    pickle.loads((tmp_path / "bare.pth").read_bytes())  # it would have
-    assert (tmp_path / "trapped").exists()
+    torch.save(content, path)
+    refused(path, "holds more than tensors")
+    path.write_bytes(pickle.dumps(trap, protocol=2))
+    refused(path)
+    assert not trapped.exists()
+    pickle.loads(path.read_bytes())  # it would have
+    assert trapped.exists()

@@ -9,12 +9,10 @@ from common.runs import figures
 from common.runs.cli import UserError
 
 
-def write_run(
-    folder, method="SFA", accuracies=(10.0, 20.0), fidelity="paper", column="test_accuracy", **arguments
-):
+def write_run(folder, method="SFA", accuracies=(10.0, 20.0), column="test_accuracy", **arguments):
     folder.mkdir()
-    arguments |= {"fidelity": fidelity}
-    (folder / "args.json").write_text(json.dumps({"method": method, "arguments": arguments}))
+    content = {"method": method, "arguments": {"fidelity": "paper"} | arguments}
+    (folder / "args.json").write_text(json.dumps(content))
     lines = [f"{i},{accuracy}" for i, accuracy in enumerate(accuracies, start=1)]
     (folder / "log.csv").write_text("\n".join([f"epoch,{column}", *lines]) + "\n")
     return folder
@@ -24,10 +22,15 @@ def write_pretraining(folder, accuracies=(50,)):
     return write_run(folder, "SimCLR", accuracies, column="knn_accuracy", dataset="digits")
 
 
-def test_a_curve_says_which_method_with_which_fidelity(tmp_path):
-    curve = figures.read_curve(write_run(tmp_path / "run", fidelity="released"))
-    assert curve.method == "SFA (released)"
-    assert curve.accuracy.tolist() == [10.0, 20.0]
+def test_a_run_is_read_where_something_was_measured_and_says_its_method_and_fidelity(tmp_path):
+    run = figures.read_run(write_run(tmp_path / "training", fidelity="released"))
+    assert (run.curve.method, run.epochs.tolist(), run.pretraining) == ("SFA (released)", [1, 2], False)
+    assert run.curve.accuracy.tolist() == [10.0, 20.0]
+    run = figures.read_run(write_run(tmp_path / "paper"))
+    assert run.curve.method == "SFA"
+    run = figures.read_run(write_pretraining(tmp_path / "pretraining", ["", 50, "", 60]))
+    assert (run.curve.method, run.epochs.tolist(), run.pretraining) == ("SimCLR on digits", [2, 4], True)
+    assert run.curve.accuracy.tolist() == [50, 60]
 
 
 @pytest.mark.parametrize(
@@ -42,18 +45,9 @@ def test_a_curve_says_which_method_with_which_fidelity(tmp_path):
 def test_a_damaged_run_directory_is_refused_by_name(tmp_path, write, name, content):
     folder = write(tmp_path / "run")
     (folder / name).unlink() if content is None else (folder / name).write_text(content)
-    readers = (figures.read_curve, figures.read_run) if write is write_run else (figures.read_run,)
-    for read in readers:
+    for read in (figures.read_curve, figures.read_run) if write is write_run else (figures.read_run,):
         with pytest.raises(UserError, match="run"):
             read(folder)
-
-
-def test_a_run_is_read_where_something_was_measured(tmp_path):
-    run = figures.read_run(write_run(tmp_path / "training"))
-    assert (run.curve.method, run.epochs.tolist(), run.pretraining) == ("SFA", [1, 2], False)
-    run = figures.read_run(write_pretraining(tmp_path / "pretraining", ["", 50, "", 60]))
-    assert (run.curve.method, run.epochs.tolist(), run.pretraining) == ("SimCLR on digits", [2, 4], True)
-    assert run.curve.accuracy.tolist() == [50, 60]
 
 
 def test_runs_of_one_title_share_a_panel_and_pretraining_comes_last(tmp_path):
@@ -96,9 +90,8 @@ def test_panels_and_their_legends_have_room_for_long_names(methods, columns, lin
 
 def test_a_method_is_the_mean_of_its_runs_with_the_range_over_them():
     figure, axes = figures.plt.subplots()
-    figures.draw_curves(
-        axes, [("CE", np.array([10.0, 20, 30])), ("CE", np.array([20.0, 40])), ("AFM", np.ones(1))]
-    )
+    curves = [("CE", np.array([10.0, 20, 30])), ("CE", np.array([20.0, 40])), ("AFM", np.ones(1))]
+    figures.draw_curves(axes, curves)
     lines = {line.get_label(): line.get_ydata().tolist() for line in axes.get_lines()}
     assert lines == {"CE, 2 run(s)": [15.0, 30.0], "AFM, 1 run(s)": [1.0]}
     (shade, _) = axes.collections

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,9 +20,11 @@ from common.datasets.images import DamagedImage, read_image
 from tests.common.small_file_data import (
     DISHES,
     image_files,
+    labelled,
     make_clothing1m,
     make_food101n,
     plant,
+    read_lines,
     write_lines,
 )
 from tests.lines import message
@@ -44,10 +47,6 @@ def clothes(tmp_path) -> Path:
     """A small Clothing1M: 12 noisy images of 3 classes, 6 in each clean list."""
     make_clothing1m(tmp_path)
     return tmp_path
-
-
-def lines_of(path: Path) -> list[str]:
-    return path.read_text().splitlines()
 
 
 @pytest.mark.parametrize("kind", ["list_food101n", "list_food101_test"])
@@ -89,9 +88,8 @@ def test_class_ids_are_alphabetical_whatever_the_order_and_a_header_is_no_class(
     with pytest.raises(ValueError, match="line 2: pie is there already"):
         class_lines(["pie", "pie"])
     (tmp_path / "list.txt").write_bytes(b"\xff\xfe\xfa")
-    assert (
-        message(read_list, tmp_path / "list.txt", class_lines) == f"{tmp_path / 'list.txt'}: not UTF-8 text"
-    )
+    text = message(read_list, tmp_path / "list.txt", class_lines)
+    assert text == f"{tmp_path / 'list.txt'}: not UTF-8 text"
 
 
 def test_food101n_has_the_images_labels_and_verification_of_its_lists(food, capsys):
@@ -115,7 +113,7 @@ def test_food101n_has_the_images_labels_and_verification_of_its_lists(food, caps
 def test_verified_rows_are_joined_by_class_and_file(food, capsys):
     """One file of the release stands under another class in verified_train.tsv."""
     path = food / TRAIN / "meta/verified_train.tsv"
-    head, first, *rest = lines_of(path)
+    head, first, *rest = read_lines(path)
     write_lines(path, [head, f"waffles/{first.split('/')[1]}", *rest])
     data = datasets.load_food101n(food)
     assert data.verified.tolist() == [-1, 0, -1, -1] + [1, 0, -1, -1] * 2
@@ -124,11 +122,9 @@ def test_verified_rows_are_joined_by_class_and_file(food, capsys):
 
 def test_missing_and_wrong_lists_are_named_with_their_source_and_the_command(food):
     path = food / TEST / "meta/test.txt"
-    before = lines_of(path)
-    write_lines(path, [*before, "unheard_of/1"])
+    write_lines(path, [*read_lines(path), "unheard_of/1"])
     text = message(datasets.load_food101n, food)
     assert f"{path}: line 7: class unheard_of is not among the 3" in text
-    write_lines(path, before)
     (food / TRAIN / "meta/imagelist.tsv").unlink()
     text = message(datasets.load_food101n, food)
     source = "get it from http://data.vision.ee.ethz.ch"
@@ -144,33 +140,25 @@ def test_clothing1m_trains_on_the_noisy_list_and_tests_on_the_clean_ones(clothes
     assert set(data.verified.tolist()) == {-1}
     assert data.clean_train is None
     assert all(split.path(i).is_file() for split in data.splits() for i in range(len(split.paths)))
-    for split, file in (
-        (data.train, "noisy_train"),
-        (data.test, "clean_test"),
-        (data.validation, "clean_val"),
-    ):
-        assert [p.decode() for p in split.paths] == lines_of(clothes / f"{file}_key_list.txt")
+    files = {"noisy_train": data.train, "clean_test": data.test, "clean_val": data.validation}
+    for file, split in files.items():
+        assert [path for path, _ in labelled(split)] == read_lines(clothes / f"{file}_key_list.txt")
     assert "note: the validation list names 6 images, the official one 14313" in capsys.readouterr().out
 
 
 def test_verified_images_are_those_whose_two_labels_agree(clothes, capsys):
     data = datasets.load_clothing1m(clothes, "noisy+verified")
-    keys = lines_of(clothes / "clean_train_key_list.txt")
-    assert [p.decode() for p in data.train.paths[12:]] == keys[1::2]
-    assert data.train.labels[12:].tolist() == [0, 1, 2]
+    keys = read_lines(clothes / "clean_train_key_list.txt")
+    assert labelled(data.train)[12:] == list(zip(keys[1::2], (0, 1, 2), strict=True))
     assert data.positions.tolist() == [*range(12), 13, 15, 17]
     assert data.verified.tolist() == [-1] * 12 + [1] * 3
     printed = capsys.readouterr().out
     assert "clothing1m train: 15 images" in printed
     assert "note: the train list names 12 images, the official one 1000000" in printed
-
-
-def test_a_verified_image_of_the_noisy_list_is_there_once(clothes):
-    verified = lines_of(clothes / "clean_train_key_list.txt")[1]
     path = clothes / "noisy_train_key_list.txt"
-    write_lines(path, [*lines_of(path), verified])
+    write_lines(path, [*read_lines(path), keys[1]])  # an image that is there already
     data = datasets.load_clothing1m(clothes, "noisy+verified")
-    assert data.train.paths.tolist().count(verified.encode()) == 1
+    assert data.train.paths.tolist().count(keys[1].encode()) == 1
     assert data.positions.tolist() == [*range(13), 16, 18]
 
 
@@ -180,29 +168,27 @@ def test_clean_training_images_come_apart(clothes):
     assert data.clean_train.labels.tolist() == [0, 0, 1, 1, 2, 2]
     with pytest.raises(ValueError, match="train_on must be one of noisy, noisy"):
         datasets.load_clothing1m(clothes, "all")
+    (clothes / "clean_train_key_list.txt").unlink()
+    datasets.load_clothing1m(clothes)  # the noisy list alone does not need it
+    text = message(datasets.load_clothing1m, clothes, "noisy+clean")
+    assert "clean_train_key_list.txt; get it from its authors" in text
+    assert f"check clothing1m --data_path {clothes}" in text
 
 
 def test_lists_may_be_in_annotations_and_images_without_their_folder(clothes):
     before = datasets.load_clothing1m(clothes)
     (clothes / "annotations").mkdir()
-    for file in clothes.glob("*_kv.txt"):
-        file.rename(clothes / "annotations" / file.name)
-    for file in clothes.glob("*_key_list.txt"):
+    for file in (*clothes.glob("*_kv.txt"), *clothes.glob("*_key_list.txt")):
         file.rename(clothes / "annotations" / file.name)
     for folder in sorted((clothes / "images").iterdir())[::2]:  # some of the ten folders only
         folder.rename(clothes / folder.name)
     after = datasets.load_clothing1m(clothes)
-    assert np.array_equal(after.train.labels, before.train.labels)
-    assert [p.removeprefix(b"images/") for p in before.train.paths] == [
-        p.removeprefix(b"images/") for p in after.train.paths
-    ]
+    shorter = [(path.removeprefix("images/"), label) for path, label in labelled(after.train)]
+    assert shorter == [(path.removeprefix("images/"), label) for path, label in labelled(before.train)]
     assert len({p.startswith(b"images/") for p in after.train.paths}) == 2
     assert all(after.train.path(i).is_file() for i in range(12))
-
-
-def test_a_key_without_label_is_named(clothes):
-    path = clothes / "noisy_train_key_list.txt"
-    write_lines(path, [*lines_of(path), "images/0/0/new.jpg"])
+    path = clothes / "annotations/noisy_train_key_list.txt"
+    write_lines(path, [*read_lines(path), "images/0/0/new.jpg"])
     text = message(datasets.load_clothing1m, clothes)
     assert text == f"{path}: line 13: images/0/0/new.jpg has no label in noisy_label_kv.txt"
 
@@ -211,35 +197,24 @@ def test_a_key_without_label_is_named(clothes):
 def test_one_list_of_keys_and_labels_per_part_serves_too(clothes, separator):
     expected = datasets.load_clothing1m(clothes, "noisy+clean")
     folder = clothing1m.folder_of_lists(clothes)
-    for part, file in (("train", "noisy_train.txt"), ("clean_train", "clean_train.txt"),
-                       ("validation", "clean_val.txt"), ("test", "clean_test.txt")):  # fmt: skip
-        split = getattr(expected, part)
-        lines = [f"{p.decode()}{separator}{k}" for p, k in zip(split.paths, split.labels, strict=True)]
-        (folder / file).write_text("\n".join(lines))
+    names = ("noisy_train", "clean_test", "clean_val", "clean_train")
+    for split, name in zip(expected.splits(), names, strict=True):
+        lines = [f"{path}{separator}{label}" for path, label in labelled(split)]
+        (folder / f"{name}.txt").write_text("\n".join(lines))
     for file in clothing1m.FILES:
         (folder / file).unlink()
     found = datasets.load_clothing1m(clothes, "noisy+clean")
-    for one, other in zip(found.splits(), expected.splits(), strict=True):
-        assert (one.paths == other.paths).all() and (one.labels == other.labels).all()
-    assert "noisy+verified needs noisy_label_kv.txt" in message(
-        datasets.load_clothing1m, clothes, "noisy+verified"
-    )
-
-
-def test_missing_clothing1m_is_given_out_by_its_authors(clothes):
-    (clothes / "clean_train_key_list.txt").unlink()
-    datasets.load_clothing1m(clothes)  # the noisy list alone does not need it
-    text = message(datasets.load_clothing1m, clothes, "noisy+clean")
-    assert "clean_train_key_list.txt; get it from its authors" in text
-    assert f"check clothing1m --data_path {clothes}" in text
+    assert [*map(labelled, found.splits())] == [*map(labelled, expected.splits())]
+    text = message(datasets.load_clothing1m, clothes, "noisy+verified")
+    assert "noisy+verified needs noisy_label_kv.txt" in text
 
 
 def test_a_missing_image_is_an_error_that_names_the_first_and_counts_them(food):
-    paths = [datasets.load_food101n(food).train.path(i) for i in (5, 7)]
-    for path in paths:
-        plant(path, "missing")
+    split = datasets.load_food101n(food).train
+    for i in (5, 7):
+        plant(split.path(i), "missing")
     text = message(datasets.load_food101n, food)
-    assert f"image 5 of the train list, {paths[0]}, is missing (2 of 12 are)" in text
+    assert f"image 5 of the train list, {split.path(5)}, is missing (2 of 12 are)" in text
     assert "--on_bad_image skip" in text
     assert f"python -m common.datasets check food101n --data_path {food}" in text
 
@@ -254,12 +229,8 @@ def test_skip_leaves_out_missing_and_damaged_images_of_every_split(food, capsys,
     found, kept = datasets.load_food101n(food, "skip", workers), [1, 2, 3, 4, 6, 7, 8, 9, 10]
     assert found.positions.tolist() == kept
     assert np.array_equal(found.verified, data.verified[kept])
-    for split, whole, positions in (
-        (found.train, data.train, kept),
-        (found.test, data.test, [0, 1, 2, 4, 5]),
-    ):
-        assert np.array_equal(split.labels, whole.labels[positions])
-        assert np.array_equal(split.paths, whole.paths[positions])
+    assert labelled(found.train) == [labelled(data.train)[i] for i in kept]
+    assert labelled(found.test) == [labelled(data.test)[i] for i in (0, 1, 2, 4, 5)]
     paths = [str(data.train.path(i)) for i in (0, 5, 11)] + [str(data.test.path(3))]
     assert [skipped[:2] for skipped in found.skipped] == list(zip(paths, (0, 5, 11, 3), strict=True))
     assert [reason for *_, reason in found.skipped][::2] == ["empty file", "missing"]
@@ -269,48 +240,45 @@ def test_skip_leaves_out_missing_and_damaged_images_of_every_split(food, capsys,
 
 
 def test_the_search_for_damaged_images_is_done_once(food, monkeypatch, capsys):
-    data = datasets.load_food101n(food)
-    plant(data.train.path(3), "truncated")
-    plant(data.train.path(4), "missing")
-    content = data.train.path(5).read_bytes()
+    def kept() -> list[int]:
+        return datasets.load_food101n(food, "skip").positions.tolist()
+
+    train = datasets.load_food101n(food).train
+    plant(train.path(3), "truncated")
+    plant(train.path(4), "missing")
+    content = train.path(5).read_bytes()
     first = datasets.load_food101n(food, "skip")
     records = sorted(food.glob("damaged_images.food101n_*.json"))
     assert len(records) == 2
-    assert json.loads(records[1].read_text())["list_sha256"] == data.train.sha256()
-
-    def refuse(path):
-        raise AssertionError(f"{path} was read")
-
+    assert json.loads(records[1].read_text())["list_sha256"] == train.sha256()
     with monkeypatch.context() as patch:
-        patch.setattr("common.datasets.file_lists.read_image", refuse)
+        patch.setattr("common.datasets.file_lists.read_image", lambda path: pytest.fail(f"{path} was read"))
         again = datasets.load_food101n(food, "skip")
         assert again.skipped == first.skipped
         assert np.array_equal(again.train.paths, first.train.paths)
-        plant(data.train.path(6), "missing")  # every run looks again for missing images
-        assert datasets.load_food101n(food, "skip").positions.tolist() == [0, 1, 2, 5, 7, 8, 9, 10, 11]
+        plant(train.path(6), "missing")  # every run looks again for missing images
+        assert kept() == [0, 1, 2, 5, 7, 8, 9, 10, 11]
     # an image that came back was never looked at
-    data.train.path(4).write_bytes(content[:100])
-    data.train.path(6).write_bytes(content)
-    assert datasets.load_food101n(food, "skip").positions.tolist() == [0, 1, 2, 5, 6, 7, 8, 9, 10, 11]
+    train.path(4).write_bytes(content[:100])
+    train.path(6).write_bytes(content)
+    assert kept() == [0, 1, 2, 5, 6, 7, 8, 9, 10, 11]
     # one that was damaged and is now gone is missing, not both
-    plant(data.train.path(3), "missing")
+    plant(train.path(3), "missing")
     assert datasets.load_food101n(food, "skip").skipped[0][1:] == (3, "missing")
     # a record that is damaged itself, or of another list, is none
-    for spoilt in ("damaged itself", records[1].read_text().replace(data.train.sha256(), "0" * 64)):
-        data.train.path(4).write_bytes(content[:100])
-        datasets.load_food101n(food, "skip")
-        data.train.path(4).write_bytes(content)
+    for spoilt in ("damaged itself", records[1].read_text().replace(train.sha256(), "0" * 64)):
+        train.path(4).write_bytes(content[:100])
+        kept()
+        train.path(4).write_bytes(content)
         records[1].write_text(spoilt)
         capsys.readouterr()
-        assert datasets.load_food101n(food, "skip").positions.tolist() == [0, 1, 2, *range(4, 12)]
+        assert kept() == [0, 1, 2, *range(4, 12)]
         told = f"note: {records[1]} cannot be read (JSONDecodeError): every image is read again"
         assert (told in capsys.readouterr().out) == (spoilt == "damaged itself")
 
 
 def test_a_root_that_cannot_be_written_is_looked_through_at_every_run(food, monkeypatch, capsys):
-    def refuse(path, content):
-        raise PermissionError(13, "Permission denied")
-
+    refuse = Mock(side_effect=PermissionError(13, "Permission denied"))
     monkeypatch.setattr("common.datasets.file_lists.write_atomic", refuse)
     plant(datasets.load_food101n(food).train.path(3), "truncated")
     assert len(datasets.load_food101n(food, "skip").train.labels) == 11
@@ -339,24 +307,21 @@ def decoder(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("decoder")
-@pytest.mark.parametrize("kind", ["grey", "cmyk", "palette"])
-def test_any_kind_of_image_is_read_as_pillow_converts_it(food, kind):
+@pytest.mark.parametrize("kind", ["grey", "cmyk", "palette", "bmp", "gif", "webp", "tiff"])
+def test_any_kind_of_image_and_an_animation_is_read_as_pillow_converts_it(food, kind):
     path = image_files(food)[0]
-    plant(path, kind)
-    assert Image.open(path).mode == {"grey": "L", "cmyk": "CMYK", "palette": "P"}[kind]
+    modes = {"grey": "L", "cmyk": "CMYK", "palette": "P"}
+    if kind in modes:
+        plant(path, kind)
+        assert Image.open(path).mode == modes[kind]
+    else:
+        picture = Image.open(path)
+        more = {} if kind == "bmp" else {"save_all": True, "append_images": [picture.rotate(180)]}
+        path = food / f"a.{kind}"
+        picture.save(path, **more)
     image = read_image(path)
     assert image.dtype == torch.uint8
     assert np.array_equal(image.permute(1, 2, 0), np.array(Image.open(path).convert("RGB")))
-
-
-@pytest.mark.usefixtures("decoder")
-@pytest.mark.parametrize("suffix", ["bmp", "gif", "webp", "tiff"])
-def test_formats_beyond_jpeg_and_animations_are_read(food, tmp_path, suffix):
-    picture = Image.open(image_files(food)[0])
-    more = {} if suffix == "bmp" else {"save_all": True, "append_images": [picture.rotate(180)]}
-    picture.save(tmp_path / f"a.{suffix}", **more)
-    expected = np.array(Image.open(tmp_path / f"a.{suffix}").convert("RGB"))
-    assert np.array_equal(read_image(tmp_path / f"a.{suffix}").permute(1, 2, 0), expected)
 
 
 @pytest.mark.usefixtures("decoder")

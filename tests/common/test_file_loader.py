@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision.io import decode_jpeg
 
 from common import datasets
+from common.datasets.file_lists import FileSplit, require_heads
 from common.datasets.image_cache import build_caches, open_caches
 from common.datasets.images import batch_memory, in_workers
 from common.gpu import augment, decode
@@ -21,6 +22,7 @@ from common.gpu.loader import FileBatches
 from common.runs import cli
 from common.runs.cli import UserError
 from tests.common.small_file_data import make_food101n, plant
+from tests.lines import message
 from tests.pretend_card import CARD, PretendCard, usable
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -59,6 +61,15 @@ def same(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def assert_plain(made: FileBatches, split) -> None:
+    """The views of a pass are the normalised images of the positions beside them."""
+    for (view,), index in made:
+        pixels = torch.stack([PLAIN(split.read(i)) for i in index.tolist()])
+        assert torch.equal(view, augment.normalise(pixels, torch.tensor(MEAN), torch.tensor(STD)))
+        assert (view.dtype, index.dtype) == (torch.float32, torch.int64)
+        assert view.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_the_test_transform_agrees_with_the_released_composition(golden):
     for case in golden("afm", "eval_transform"):
         image = torch.from_numpy(case["image"]).permute(2, 0, 1)
@@ -78,12 +89,7 @@ def test_an_evaluation_pass_has_every_image_in_order_normalised(data, workers):
     for _ in range(2):  # the workers stay for the second pass
         found = list(made)
         assert [index.tolist() for _, index in found] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
-        for (view,), index in found:
-            assert view.dtype == torch.float32
-            assert index.dtype == torch.int64
-            assert view.is_contiguous(memory_format=torch.channels_last)
-            pixels = torch.stack([PLAIN(data.train.read(i)) for i in index.tolist()])
-            assert torch.equal(view, augment.normalise(pixels, torch.tensor(MEAN), torch.tensor(STD)))
+        assert_plain(found, data.train)
 
 
 def test_a_shuffled_pass_has_every_image_once_in_an_order_of_its_own(data):
@@ -93,18 +99,30 @@ def test_a_shuffled_pass_has_every_image_once_in_an_order_of_its_own(data):
     assert len(set(map(tuple, orders))) == 3
     again = batches(data.train, 5, PLAIN, shuffle=True, generator=generator())
     assert [whole_pass(again)[1].tolist() for _ in range(3)] == orders
-    for (view,), index in made:
-        pixels = torch.stack([PLAIN(data.train.read(i)) for i in index.tolist()])
-        assert torch.equal(view, augment.normalise(pixels, torch.tensor(MEAN), torch.tensor(STD)))
+    assert_plain(made, data.train)
 
 
 def test_a_smaller_last_batch_can_be_dropped(data):
     made = batches(data.train, 5, shuffle=True, drop_last=True, generator=generator())
-    assert len(made) == 2
-    assert [len(index) for _, index in made] == [5, 5]
+    assert len(made) == 2 and [len(index) for _, index in made] == [5, 5]
     assert len(batches(data.train, 6, drop_last=True, generator=generator())) == 2
-    with pytest.raises(UserError, match="a batch of 13 is more than all 12 images"):
-        batches(data.train, 13, drop_last=True)
+
+
+CUT = "images cannot be cut into 4 equal pieces"
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "options", "line"),
+    [
+        (13, {"drop_last": True}, "a batch of 13 is more than all 12 images"),
+        (9, {"drop_last": True, "world": 4}, f"a batch of 9 {CUT}"),
+        (9, {"shuffle": True, "world": 4}, f"a batch of 9 {CUT}"),
+        (10, {"shuffle": True, "world": 4}, f"a batch of 10 {CUT}"),
+        (5, {"decoded_on": "gpu"}, "leave one out, it or --device cpu"),
+    ],
+)
+def test_batches_that_cannot_be_made_are_refused(data, batch_size, options, line):
+    assert line in message(batches, data.train, batch_size, generator=generator(), **options)
 
 
 def noise(_: torch.Tensor) -> torch.Tensor:
@@ -116,9 +134,8 @@ def test_images_views_and_passes_have_draws_of_their_own(data):
     made = batches(data.train, 4, noise, views=3, generator=generator())
     (first, index), (second, _) = whole_pass(made), whole_pass(made)
     assert index.tolist() == list(range(12))
-    assert (
-        len({view.numpy().tobytes() for rows in (first, second) for view in rows.flatten(0, 1)}) == 2 * 3 * 12
-    )
+    views = torch.cat([first, second]).flatten(0, 1)
+    assert len(views.unique(dim=0)) == len(views) == 2 * 3 * 12
 
 
 @pytest.mark.skipif(not usable(), reason="a card is there, or this torch has no CUDA in it")
@@ -150,15 +167,6 @@ def test_decoding_on_a_card_takes_the_same_images_with_the_same_draws(tmp_path, 
     # a card resizes in floating point: one level of 255
     assert torch.equal(found[1], wanted[1]) and len(taken) == 12 - 3
     torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=1.01 / 255 / min(STD))
-
-
-def test_decoding_on_a_card_needs_one_and_files(data, tmp_path):
-    with pytest.raises(UserError, match="leave one out, it or --device cpu"):
-        batches(data.train, 5, decoded_on="gpu")
-    build_caches(tmp_path / "cache", data)
-    caches = open_caches(tmp_path / "cache", data)
-    with pytest.raises(UserError, match="leave one out, it or --image_cache"):
-        batches(data.train, 5, device=CARD, decoded_on="gpu", cache=caches["train"])
 
 
 def test_without_generator_every_pass_draws_the_same(data):
@@ -228,17 +236,13 @@ def test_workers_use_the_same_memory_again_and_never_that_of_the_result_in_use()
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_train_on_the_pieces_of_the_batches_of_one(data, world):
     options = {"shuffle": True, "drop_last": True, "views": 2}
-    alone = list(batches(data.train, 4, generator=generator(), **options))
-    ranks = [
-        list(batches(data.train, 4, generator=generator(), rank=r, world=world, **options))
-        for r in range(world)
-    ]
-    assert [len(rank) for rank in ranks] == [3] * world
-    for step, (views, index) in enumerate(alone):
-        pieces = [rank[step] for rank in ranks]
-        assert torch.equal(torch.cat([own for _, own in pieces]), index)
-        for k, view in enumerate(views):
-            assert torch.equal(torch.cat([own[k] for own, _ in pieces]), view)
+    alone, *ranks = (
+        list(batches(data.train, 4, generator=generator(), rank=rank, world=count, **options))
+        for rank, count in [(0, 1), *((rank, world) for rank in range(world))]
+    )
+    assert len(alone) == 3
+    for one, *pieces in zip(alone, *ranks, strict=True):
+        assert same(whole_pass(pieces), whole_pass([one]))
 
 
 def test_processes_share_an_evaluation_batch_by_batch(data):
@@ -247,17 +251,9 @@ def test_processes_share_an_evaluation_batch_by_batch(data):
         made = batches(data.train, 5, PLAIN, rank=rank, world=2)
         own = list(made)
         assert len(own) == len(made) == 2 - rank
-        for ((view,), index), ((expected,), positions) in zip(own, alone[rank::2], strict=True):
-            assert torch.equal(index, positions)
-            assert torch.equal(view, expected)
+        assert all(same(whole_pass([a]), whole_pass([b])) for a, b in zip(own, alone[rank::2], strict=True))
     idle = batches(data.train, 5, PLAIN, rank=3, world=4, workers=1)
     assert (len(idle), list(idle), list(idle)) == (0, [], [])
-
-
-@pytest.mark.parametrize(("batch_size", "drop_last", "size"), [(9, True, 9), (9, False, 9), (10, False, 10)])
-def test_batches_that_cannot_be_cut_evenly_are_refused(data, batch_size, drop_last, size):
-    with pytest.raises(UserError, match=f"a batch of {size} images cannot be cut into 4 equal pieces"):
-        batches(data.train, batch_size, shuffle=True, drop_last=drop_last, generator=generator(), world=4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -273,10 +269,9 @@ def test_a_bad_image_ends_in_one_line_with_its_position_and_path(tmp_path, worke
     split = datasets.load_food101n(tmp_path).train
     plant(split.path(7), kind)
     made = batches(split, 2, workers=workers)
-    with pytest.raises(UserError, match=reason) as error:
+    with pytest.raises(UserError, match=f"^image 7 of the train list, {split.path(7)}, {reason}") as error:
         whole_pass(made)
     assert not multiprocessing.active_children()  # although the traceback is still there
-    assert str(error.value).startswith(f"image 7 of the train list, {split.path(7)}, ")
     assert "\n" not in str(error.value)
 
 
@@ -356,3 +351,19 @@ def test_a_cache_stands_in_for_the_files(data, tmp_path):
     assert same(from_files, whole_pass(batches(data.test, 4, transform, cache=caches["test"], workers=2)))
     with pytest.raises(ValueError, match="a cache of 6 images for a split of 12"):
         batches(data.train, 4, cache=caches["test"])
+    on_card = {"device": CARD, "decoded_on": "gpu", "cache": caches["train"]}
+    assert "leave one out, it or --image_cache" in message(batches, data.train, 5, **on_card)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>"])
+def test_a_test_image_without_a_head_is_named_before_anything_is_trained(tmp_path, content):
+    paths = np.array([b"a.png", b"b.png"])
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    train, test = (FileSplit(tmp_path, paths, np.zeros(2, np.int64), part) for part in ("train", "test"))
+    require_heads(test)
+    (tmp_path / "b.png").write_bytes(content)
+    require_heads(train)
+    line = r"image 1 of the test list, .*b\.png, is damaged \(.*; 1 of 2 are\): .*--on_bad_image skip"
+    with pytest.raises(UserError, match=line):
+        batches(test, 2)

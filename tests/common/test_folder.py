@@ -4,6 +4,7 @@ import csv
 import json
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,11 +16,9 @@ from afm import data as afm_data
 from afm import train as afm_train
 from afm.flags import parse_args as parse_afm_args
 from common import datasets
-from common.datasets import folder
 from common.datasets.__main__ import main as command
 from common.datasets.folder import load_folder, load_folder_files, ordered, split_off
 from common.gpu.device import Device
-from common.runs import cli
 from manifold_dividemix import train_semisup_miniimagenet
 from me_momentum import Clothing
 from sanm import Train_clothing1M
@@ -27,7 +26,7 @@ from sfa import Train_cifar, Train_webvision
 from sfa.flags import cifar_directory, parse_cifar_args
 from tests.common.small_file_data import write_lines
 from tests.end_to_end.small_networks import masked_network
-from tests.lines import message
+from tests.lines import message, refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -52,18 +51,17 @@ def make_folders(root: Path, labels=LABELS, test: bool = True) -> None:
         paint(root / "test" / CLASSES[label] / f"{number}.PNG", label, 100 + number)
 
 
-def make_lists(root: Path, names=CLASSES, truth=LABELS) -> None:
+def make_lists(root: Path, names=CLASSES, truth: bool = True) -> None:
     """train.csv with the true labels LABELS or none, where the first image of each class has the next class's; and test.csv."""
     wrong = np.append(True, LABELS[1:] != LABELS[:-1])
-    rows = [["path", "note", "label", *([] if truth is None else ["true_label"])]]
+    rows = ["path,note,label,true_label"]
     for number, label in enumerate(LABELS):
         paint(root / "pictures" / f"{number:02}.png", label, number)
         given = names[(label + wrong[number]) % 4]
-        rows.append([f"pictures/{number:02}.png", "a, b", given, *([] if truth is None else [names[label]])])
+        rows.append(f'pictures/{number:02}.png,"a, b",{given},{names[label]}')
     paint(root / "t.png", 3, 100)
-    for name, lines in (("train", rows), ("test", [["label", "path"], [names[3], "t.png"]])):
-        with (root / f"{name}.csv").open("w", newline="") as file:
-            csv.writer(file).writerows(lines)
+    write_lines(root / "train.csv", rows if truth else [row.rpartition(",")[0] for row in rows])
+    write_lines(root / "test.csv", ["label,path", f"{names[3]},t.png"])
 
 
 # what it lists --------------------------------------------------------------------------------------------------------
@@ -91,7 +89,7 @@ def test_class_folders_have_the_classes_and_the_order_of_torchvisions_imagefolde
 
 
 @pytest.mark.parametrize("names", [CLASSES, ("0", "1", "2", "3"), ("3", "11", "0", "2")])
-def test_a_list_has_observed_labels_and_true_ones(names, tmp_path):
+def test_a_list_has_observed_labels_and_true_ones_or_none(names, tmp_path):
     make_lists(tmp_path, names)
     data = load_folder(tmp_path, size=8)
     ids = names if names == CLASSES else tuple(map(str, range(max(map(int, names)) + 1)))
@@ -105,10 +103,7 @@ def test_a_list_has_observed_labels_and_true_ones(names, tmp_path):
     files = load_folder_files(tmp_path)
     assert files.verified.tolist() == (data.noisy_labels == true).tolist()
     assert np.array_equal(files.train.labels, data.noisy_labels)
-
-
-def test_without_true_labels_a_list_has_observed_ones_alone(tmp_path):
-    make_lists(tmp_path, truth=None)
+    make_lists(tmp_path, names, truth=False)
     data = load_folder(tmp_path, size=8)
     assert np.array_equal(data.train.labels, data.noisy_labels) and not data.truth_known
     assert set(load_folder_files(tmp_path).verified.tolist()) == {-1}
@@ -154,11 +149,8 @@ def test_a_folder_of_another_layout_is_refused(tmp_path):
 def test_without_a_test_part_a_stratified_fifth_is_tested_on_the_same_one_at_every_call(tmp_path, capsys):
     labels = np.repeat([0, 1, 2, 3], [20, 10, 5, 15])
     make_folders(tmp_path, labels, test=False)
-    data, files, half = (
-        load_folder(tmp_path, 8),
-        load_folder_files(tmp_path),
-        load_folder_files(tmp_path, 0.5),
-    )
+    data = load_folder(tmp_path, 8)
+    files, half = (load_folder_files(tmp_path, split) for split in (0.2, 0.5))
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 3 and "has no test part: --test_split 0.2" in warnings[0]
     assert "as noisy as those that are trained on" in warnings[0]
@@ -189,19 +181,14 @@ def test_a_split_that_leaves_one_side_empty_is_refused(fraction):
 
 def test_images_are_decoded_once_until_one_changes(tmp_path, monkeypatch):
     make_folders(tmp_path)
-    decode, calls = folder.decoded, []
-    monkeypatch.setattr(
-        datasets.mini_imagenet,
-        "_decode",
-        lambda *a, own=datasets.mini_imagenet._decode: calls.append(a) or own(*a),
-    )
-    assert folder.decoded is decode
-    first = load_folder(tmp_path, 4)
-    assert first.train.images.shape == (30, 4, 4, 3) and len(calls) == 2
-    assert np.array_equal(load_folder(tmp_path, 4).train.images, first.train.images) and len(calls) == 2
+    decode = Mock(wraps=datasets.mini_imagenet._decode)
+    monkeypatch.setattr(datasets.mini_imagenet, "_decode", decode)
+    first = load_folder(tmp_path, 4).train.images
+    assert first.shape == (30, 4, 4, 3) and decode.call_count == 2
+    assert np.array_equal(load_folder(tmp_path, 4).train.images, first) and decode.call_count == 2
     paint(tmp_path / "train/B/03.png", 3, 200)
     changed = load_folder(tmp_path, 4).train.images
-    assert len(calls) == 3 and not np.array_equal(changed[3], first.train.images[3])
+    assert decode.call_count == 3 and not np.array_equal(changed[3], first[3])
 
 
 def test_a_damaged_image_stops_or_is_left_out(tmp_path):
@@ -266,11 +253,8 @@ def test_sfa_trains_on_a_folder_and_knows_what_its_true_labels_tell(tmp_path):
     assert (noise["samples"], noise["realised_rate"]) == (30, pytest.approx(4 / 30))
     assert len(rows) == 2 and rows[1]["net1_precision"]
     arguments = json.loads((tmp_path / "run/args.json").read_text())["arguments"]
-    assert (arguments["noise_mode"], arguments["imb_type"], arguments["min_draw_count"]) == (
-        "given",
-        "none",
-        1,
-    )
+    expected = {"noise_mode": "given", "imb_type": "none", "min_draw_count": 1}
+    assert arguments | expected == arguments
     kept = np.load(tmp_path / "run/noisy_labels.npz")
     assert np.array_equal(kept["labels"], load_folder(tmp_path, 8).noisy_labels[kept["index"]])
 
@@ -301,9 +285,8 @@ def test_afm_reads_the_files_in_every_epoch_at_the_size_of_its_crops(tmp_path, c
     assert images.shape == (8, 3, 224, 224) and not (tmp_path / "decoded").exists()
     assert data.known.tolist() == (data.clean == data.observed).tolist() and 0 in data.known
     assert np.array_equal(data.clean, load_folder(tmp_path, 8).train.labels[data.index])
-    with pytest.raises(SystemExit):
-        parse_afm_args([*words, "--noise-type", "symmetric"])
-    assert "--noise-type: symmetric noise is drawn on images in memory" in capsys.readouterr().err
+    line = refused(capsys, parse_afm_args, *words, "--noise-type", "symmetric")
+    assert "--noise-type: symmetric noise is drawn on images in memory" in line
 
 
 @pytest.mark.parametrize(("words", "wrong"), [([], 0), (["--noise_mode", "sym", "--noise_ratio", "0.5"], 15)])
@@ -318,54 +301,39 @@ def test_noise_is_drawn_on_a_folder_only_if_it_is_asked_for(words, wrong, tmp_pa
 
 
 def test_two_folders_have_two_run_directories_and_other_data_sets_keep_theirs():
-    names = [
-        cifar_directory(parse_cifar_args(["--dataset", "folder", "--data_path", d]))
-        for d in ("x/cats", "dogs/")
-    ]
-    assert names[0].startswith("dataset_folder_cats-imb_type_none-") and names[1].startswith(
-        "dataset_folder_dogs-"
-    )
-    usual = cifar_directory(parse_cifar_args(["--data_path", "x"]))
-    assert usual == "dataset_cifar10-imb_type_exp-imb_factor_0.01-noise_mode_imb-noise_ratio_0.5-seed_123"
+    def name(*words: str) -> str:
+        return cifar_directory(parse_cifar_args(["--data_path", *words]))
+
+    assert name("x/cats", "--dataset", "folder").startswith("dataset_folder_cats-imb_type_none-")
+    assert name("dogs/", "--dataset", "folder").startswith("dataset_folder_dogs-")
+    usual = "dataset_cifar10-imb_type_exp-imb_factor_0.01-noise_mode_imb-noise_ratio_0.5-seed_123"
+    assert name("x") == usual
 
 
 def test_a_script_of_one_data_set_says_who_reads_folders(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.exit_cleanly(train_semisup_miniimagenet.main, ["--dataset", "folder"])
-    line = capsys.readouterr().err
-    assert (
-        stop.value.code == 2 and line.count("\n") == 1 and "use manifold_dividemix/train_semisup.py" in line
-    )
+    line = refused(capsys, train_semisup_miniimagenet.main, "--dataset", "folder")
+    assert "use manifold_dividemix/train_semisup.py" in line
 
 
 # the scripts for image files, with flags
+SMALL = "--network resnet18 --image_size 64 --batch_size 4"
 FILE_SCRIPTS = {
     "afm": (afm_train, "--network preact_narrow --image_size 224 --train_batch 8 --test_batch 8 --epochs 1"),
     "sfa": (Train_webvision, "--network resnet18 --image_size 33 --batch_size 4 --num_epochs 2"),
-    "me_momentum": (
-        Clothing,
-        "--network resnet18 --no_pretrain --image_size 64 --batch_size 4 --n_epoch 1 --max_inner_loop 2 --max_outer_loop 1",
-    ),
-    "sanm": (
-        Train_clothing1M,
-        "--network resnet18 --pretrained none --image_size 64 --batch_size 4 --num_batches 4 --num_epochs 1",
-    ),
+    "me_momentum": (Clothing, f"{SMALL} --no_pretrain --n_epoch 1 --max_inner_loop 2 --max_outer_loop 1"),
+    "sanm": (Train_clothing1M, f"{SMALL} --pretrained none --num_batches 4 --num_epochs 1"),
 }
 
 
 @pytest.mark.slow  # two runs each
 @pytest.mark.parametrize("paper", FILE_SCRIPTS)
-def test_the_scripts_for_image_files_read_a_folder_and_train_on_decisions(
-    paper, tmp_path, monkeypatch, capsys
-):
+def test_the_scripts_for_files_read_a_folder_and_train_on_decisions(paper, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Train_clothing1M, "clothing_network", masked_network)
     make_lists(tmp_path)
     (tmp_path / "pictures/07.png").write_bytes(b"no picture")
     script, words = FILE_SCRIPTS[paper]
-    words = (
-        f"--dataset folder --data_path {tmp_path} --workers 0 --device cpu --on_bad_image skip {words} --out"
-    )
-    script.main([*words.split(), str(tmp_path / "first")])
+    words = f"--dataset folder --data_path {tmp_path} --workers 0 --device cpu --on_bad_image skip {words}"
+    script.main([*words.split(), "--out", str(tmp_path / "first")])
     rows = quality_of(tmp_path / "first")
     # without a validation part six of the 30 images validate; image 7 is damaged, it trains in no script
     validates = paper in ("me_momentum", "sanm")
@@ -383,16 +351,20 @@ def test_the_scripts_for_image_files_read_a_folder_and_train_on_decisions(
     removed = next(i for i in rows if i not in wrong)
     lines = ["index,path,given_label,decision,new_label"]
     for index, row in rows.items():
-        new = row["true_label"] if index in wrong else ""
-        decision = "relabel" if index in wrong else "remove" if index == removed else "keep"
-        lines.append(f"{index},{row['path']},{row['given_label']},{decision},{new}")
+        decision = "remove," if index == removed else "keep,"
+        if index in wrong:
+            decision = f"relabel,{row['true_label']}"
+        lines.append(f"{index},{row['path']},{row['given_label']},{decision}")
     write_lines(tmp_path / "decisions.csv", lines)
-    script.main([*words.split(), str(tmp_path / "second"), "--noise_file", str(tmp_path / "decisions.csv")])
+    words = f"{words} --noise_file {tmp_path / 'decisions.csv'} --out {tmp_path / 'second'}"
+    script.main(words.split())
     corrected = quality_of(tmp_path / "second")
     assert corrected.keys() == rows.keys() - {removed}
     assert all(int(row["given_label"]) == truth[index] for index, row in corrected.items())
+    assert f"decisions.csv: {len(wrong)} labels changed, 1 images removed\n" in capsys.readouterr().out
     result = json.loads((tmp_path / "second/result.json").read_text())
-    assert (result["noise"]["relabelled"], result["noise"]["removed"]) == (len(wrong), 1)
+    counted = {"relabelled": len(wrong), "removed": 1, "samples": len(corrected)}
+    assert result["noise"] | counted == result["noise"]
     assert result["dataset"] == "folder" and result["profile"] == "short+removed=1"
 
 

@@ -1,6 +1,7 @@
 """Recorded training steps: which batches they serve, and that wrong ones are dropped. A stand-in records; no card is needed."""
 
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from sfa import Train_cifar as sfa_script
 from sfa.networks import PreActResNet
 
 SHAPE = (4, 1, 8, 8)
+UNUSED = "warning: the CUDA graph is not used"
 
 
 class Spoiled(torch.autograd.Function):
@@ -84,23 +86,16 @@ def test_checked_steps_change_the_network_as_plain_ones_do(network, capsys):
     replay(network.train())
     twin = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
     twin.load_state_dict(network.state_dict())
-    for number in range(graphs.CHECKED + 3):
-        images = torch.rand(SHAPE)
+    smaller = (3, 1, 8, 8)  # between checked steps
+    for shape in (SHAPE, smaller, *[SHAPE] * (graphs.CHECKED + 2)):
+        images = torch.rand(shape)
         step(network, images)
         step(twin, images)
-        assert len(network.calls) == number + 1
-        assert all(
-            torch.equal(p.grad, q.grad) for p, q in zip(network.parameters(), twin.parameters(), strict=True)
-        )
+        for p, q in zip(network.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad)
+    assert network.calls == (graphs.CHECKED + 3) * [SHAPE]
     assert all(torch.equal(p, q) for p, q in zip(network.buffers(), twin.buffers(), strict=True))
     assert capsys.readouterr().err == ""
-
-
-def test_a_smaller_batch_between_checked_steps_is_no_error(network, capsys):
-    replay(network.train())
-    for images in (None, torch.rand(3, 1, 8, 8), None, None):
-        step(network, images)
-    assert network.calls == 3 * [SHAPE] and capsys.readouterr().err == ""
 
 
 class Outputs(NamedTuple):
@@ -138,8 +133,7 @@ def test_networks_of_several_arguments_and_outputs_are_replayed(network, capsys,
 
 
 @pytest.mark.parametrize(
-    ("spoil", "why", "steps"),
-    [(lambda out: 1.1 * out, "outputs", 1), (Spoiled.apply, "gradients", 2)],
+    ("spoil", "why", "steps"), [(lambda out: 1.1 * out, "outputs", 1), (Spoiled.apply, "gradients", 2)]
 )
 @pytest.mark.parametrize("good", [0, graphs.CHECKED - 1])
 def test_a_wrong_graph_is_dropped(network, capsys, spoil, why, steps, good):
@@ -149,38 +143,31 @@ def test_a_wrong_graph_is_dropped(network, capsys, spoil, why, steps, good):
     network.spoil = spoil
     for _ in range(steps):
         step(network)
-    assert (
-        f"warning: the CUDA graph is not used: its {why} differ from the eager ones"
-        in capsys.readouterr().err
-    )
+    assert f"{UNUSED}: its {why} differ from the eager ones" in capsys.readouterr().err
     calls = len(network.calls)
     step(network)
     assert len(network.calls) == calls
 
 
 def test_without_a_recording_training_goes_on(network, capsys, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("capture failed\nadvice")
-
+    fail = Mock(side_effect=RuntimeError("capture failed\nadvice"))
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
     replay(network.train())
     step(network)
     assert not network.calls
-    assert (
-        "warning: the CUDA graph is not used: recording failed (capture failed); " in capsys.readouterr().err
-    )
+    assert f"{UNUSED}: recording failed (capture failed); " in capsys.readouterr().err
+
+
+SFA = "--imb_type none --noise_mode sym --noise_ratio 0"
+SANM = "--base dividemix --r 0.2 --num_epochs 1 --warm_up 1"
 
 
 @pytest.mark.parametrize(
     ("script", "kind", "words"),
     [
-        (
-            sfa_script,
-            PreActResNet,
-            "--imb_type none --noise_mode sym --noise_ratio 0 --num_epochs 2 --warm_up 1",
-        ),
-        (sanm_script, MaskedNetwork, "--base dividemix --r 0.2 --num_epochs 1 --warm_up 1"),
-        (sanm_script, MaskedNetwork, "--base dividemix --r 0.2 --num_epochs 1 --warm_up 1 --masking none"),
+        (sfa_script, PreActResNet, f"{SFA} --num_epochs 2 --warm_up 1"),
+        (sanm_script, MaskedNetwork, SANM),
+        (sanm_script, MaskedNetwork, f"{SANM} --masking none"),
         (simclr_script, SimCLR, "--epochs 1"),
     ],
 )

@@ -12,6 +12,19 @@ from tests.common.pil import image_by_image
 SIZES = [(32, 32), (8, 8), (7, 13), (3, 3), (2, 9), (1, 5), (5, 1), (1, 1)]
 every_kind = pytest.mark.parametrize("channels", [1, 3], ids=["grey", "colour"])
 every_size = pytest.mark.parametrize(("height", "width"), SIZES)
+# ours and PIL's, with and without a factor
+ENHANCING = {
+    operations.brightness: ImageEnhance.Brightness,
+    operations.color: ImageEnhance.Color,
+    operations.contrast: ImageEnhance.Contrast,
+    operations.sharpness: ImageEnhance.Sharpness,
+}
+PLAIN = {
+    operations.luminance: lambda image: image.convert("L"),
+    operations.autocontrast: ImageOps.autocontrast,
+    operations.equalize: ImageOps.equalize,
+    operations.invert: ImageOps.invert,
+}
 
 
 def random_images(count: int, channels: int, height: int, width: int, seed: int = 0) -> Tensor:
@@ -41,11 +54,9 @@ def colour(image: Image.Image, value: int):
     return (value,) * 3 if image.mode == "RGB" else value
 
 
-def transform(image: Image.Image, data, resampling, fill: int) -> Image.Image:
-    data = [float(value) for value in data]
-    return image.transform(
-        image.size, Image.Transform.AFFINE, data, resampling, fillcolor=colour(image, fill)
-    )
+def transform(image: Image.Image, data, fill: int, resampling=Image.Resampling.NEAREST) -> Image.Image:
+    data, fill = [float(value) for value in data], colour(image, fill)
+    return image.transform(image.size, Image.Transform.AFFINE, data, resampling, fillcolor=fill)
 
 
 def factors(count: int, seed: int = 1) -> Tensor:
@@ -53,15 +64,6 @@ def factors(count: int, seed: int = 1) -> Tensor:
     r = np.random.RandomState(seed)
     usual = [0, 1, *(1 + np.linspace(-0.9, 0.9, 19)), *(0.9 * np.arange(10) / 10 + 0.05)]
     return torch.from_numpy(np.where(r.rand(count) < 0.6, r.choice(usual, count), r.uniform(0, 3, count)))
-
-
-@every_kind
-@every_size
-def test_luminance_is_pils(channels, height, width):
-    images = random_images(60, channels, height, width)
-    assert torch.equal(
-        operations.luminance(images), image_by_image(images, lambda image, i: image.convert("L"))
-    )
 
 
 @pytest.mark.parametrize("channels", [0, 2, 4])
@@ -72,15 +74,7 @@ def test_luminance_refuses_other_numbers_of_channels(channels):
 
 @every_kind
 @every_size
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        (operations.brightness, ImageEnhance.Brightness),
-        (operations.color, ImageEnhance.Color),
-        (operations.contrast, ImageEnhance.Contrast),
-        (operations.sharpness, ImageEnhance.Sharpness),
-    ],
-)
+@pytest.mark.parametrize(("ours", "theirs"), ENHANCING.items())
 def test_enhancing_is_pils(ours, theirs, channels, height, width):
     images, factor = random_images(180, channels, height, width), factors(180)
     expected = image_by_image(images, lambda image, i: theirs(image).enhance(factor[i].item()))
@@ -90,14 +84,7 @@ def test_enhancing_is_pils(ours, theirs, channels, height, width):
 
 @every_kind
 @every_size
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        (operations.autocontrast, ImageOps.autocontrast),
-        (operations.equalize, ImageOps.equalize),
-        (operations.invert, ImageOps.invert),
-    ],
-)
+@pytest.mark.parametrize(("ours", "theirs"), PLAIN.items())
 def test_operations_without_parameter_are_pils(ours, theirs, channels, height, width):
     images = random_images(240, channels, height, width)
     assert torch.equal(ours(images), image_by_image(images, lambda image, i: theirs(image)))
@@ -154,8 +141,7 @@ def matrices(kind: str, count: int, seed: int = 2) -> np.ndarray:
 )
 def test_affine_nearest_is_pils(kind, channels, height, width):
     images, matrix = random_images(120, channels, height, width), matrices(kind, 120)
-    nearest = Image.Resampling.NEAREST
-    expected = image_by_image(images, lambda image, i: transform(image, matrix[i], nearest, 128))
+    expected = image_by_image(images, lambda image, i: transform(image, matrix[i], 128))
     assert torch.equal(operations.affine_nearest(images, torch.from_numpy(matrix), fill=128), expected)
 
 
@@ -166,9 +152,7 @@ def test_affine_nearest_adds_up_as_pil_where_rounding_decides():
     matrix = np.zeros((100, 6))
     matrix[:, 0], matrix[:, 4] = scale, scale[::-1]
     matrix[:, 2], matrix[:, 5] = -scale / 2, -scale[::-1] / 2  # the first pixel's centre comes from 0
-    expected = image_by_image(
-        images, lambda image, i: transform(image, matrix[i], Image.Resampling.NEAREST, 0)
-    )
+    expected = image_by_image(images, lambda image, i: transform(image, matrix[i], 0))
     assert torch.equal(operations.affine_nearest(images, torch.from_numpy(matrix)), expected)
 
 
@@ -193,46 +177,32 @@ def test_shear_bicubic_is_pils(channels, height, width):
 
     def sheared(image, i):
         data = (1, 0, 0, amounts[i], 1, 0) if down[i] else (1, amounts[i], 0, 0, 1, 0)
-        return transform(image, data, Image.Resampling.BICUBIC, 128)
+        return transform(image, data, 128, Image.Resampling.BICUBIC)
 
-    ours = operations.shear_bicubic(
-        images, torch.from_numpy(amounts * ~down), torch.from_numpy(amounts * down), 128
-    )
+    right, below = (torch.from_numpy(amounts * which) for which in (~down, down))
+    ours = operations.shear_bicubic(images, right, below, 128)
     assert torch.equal(ours, image_by_image(images, sheared))
 
 
 # each with parameters [B] or [B, 6], drawn for B images
-ALL = {
-    "luminance": (operations.luminance, lambda r, b: ()),
-    "brightness": (operations.brightness, lambda r, b: (r.uniform(0, 2, b),)),
-    "color": (operations.color, lambda r, b: (r.uniform(0, 2, b),)),
-    "contrast": (operations.contrast, lambda r, b: (r.uniform(0, 2, b),)),
-    "sharpness": (operations.sharpness, lambda r, b: (r.uniform(0, 2, b),)),
-    "autocontrast": (operations.autocontrast, lambda r, b: ()),
-    "equalize": (operations.equalize, lambda r, b: ()),
-    "invert": (operations.invert, lambda r, b: ()),
-    "posterize": (operations.posterize, lambda r, b: (r.randint(1, 9, b),)),
-    "solarize": (operations.solarize, lambda r, b: (r.uniform(0, 256, b),)),
-    "affine_nearest": (operations.affine_nearest, lambda r, b: (r.normal(0, 1, (b, 6)),)),
-    "shear_bicubic": (operations.shear_bicubic, lambda r, b: (r.uniform(-0.3, 0.3, b), np.zeros(b))),
+OPERATIONS = {
+    **dict.fromkeys(PLAIN, lambda r, b: ()),
+    **dict.fromkeys(ENHANCING, lambda r, b: (r.uniform(0, 2, b),)),
+    operations.posterize: lambda r, b: (r.randint(1, 9, b),),
+    operations.solarize: lambda r, b: (r.uniform(0, 256, b),),
+    operations.affine_nearest: lambda r, b: (r.normal(0, 1, (b, 6)),),
+    operations.shear_bicubic: lambda r, b: (r.uniform(-0.3, 0.3, b), np.zeros(b)),
 }
-every_operation = pytest.mark.parametrize("name", ALL)
 
 
-def operation_and_parameters(name: str, count: int):
-    function, draw = ALL[name]
-    return function, [torch.from_numpy(p) for p in draw(np.random.RandomState(4), count)]
-
-
-@every_operation
+@pytest.mark.parametrize(("function", "draw"), OPERATIONS.items())
 @every_kind
 @pytest.mark.parametrize("size", [(32, 32), (8, 8), (7, 13), (1, 6), (6, 1)])
 @pytest.mark.parametrize("count", [0, 5])
-def test_shape_and_dtype_are_kept_and_the_input_left_alone(name, channels, size, count):
+def test_shape_and_dtype_are_kept_and_the_input_left_alone(function, draw, channels, size, count):
     images = random_images(5, channels, *size)[:count]
     before = images.clone()
-    function, parameters = operation_and_parameters(name, count)
-    result = function(images, *parameters)
-    assert result.shape == (count, 1 if name == "luminance" else channels, *size)
+    result = function(images, *map(torch.from_numpy, draw(np.random.RandomState(4), count)))
+    assert result.shape == (count, 1 if function is operations.luminance else channels, *size)
     assert result.dtype == torch.uint8
     assert torch.equal(images, before)

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from common import datasets
 from common.gpu import augment
 from common.gpu.loader import Batches, Images
+from common.gpu.loader import test_batches as batches_of
+from common.runs import cli
 
 N, MEAN, STD = 10, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 PIXELS = np.random.RandomState(0).randint(0, 256, size=(N, 8, 6, 3), dtype=np.uint8)
@@ -31,15 +34,24 @@ def order(batches) -> list[int]:
 CROP_AND_FLIP = partial(augment.crop_and_flip, padding=2)
 
 
+@pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize(
-    ("batch_size", "sizes"), [(1, [1] * N), (4, [4, 4, 2]), (5, [5, 5]), (9, [9, 1]), (10, [10]), (64, [10])]
+    ("batch_size", "sizes"), [(1, [1] * N), (4, [4, 4, 2]), (5, [5, 5]), (9, [9, 1]), (10, [10]), (11, [10])]
 )
-def test_a_pass_has_every_sample_once_and_keeps_the_last_smaller_batch(images, batch_size, sizes, shuffle):
-    batches = Batches(images, batch_size, shuffle=shuffle, generator=generator())
+def test_a_pass_has_every_sample_once_and_may_drop_a_smaller_last_batch(
+    images, batch_size, sizes, shuffle, drop_last
+):
+    if drop_last:
+        sizes = [size for size in sizes if size == batch_size]
+    batches = Batches(images, batch_size, shuffle=shuffle, drop_last=drop_last, generator=generator())
     assert len(batches) == len(sizes)
     assert [len(index) for _, index in batches] == sizes
-    assert sorted(order(batches)) == list(range(N))
+    visited = order(batches)
+    if shuffle:
+        assert len({*visited}) == sum(sizes)
+    else:
+        assert visited == list(range(sum(sizes)))
 
 
 def test_a_subset_is_gone_through_in_its_order_or_shuffled(images):
@@ -52,12 +64,9 @@ def test_a_subset_is_gone_through_in_its_order_or_shuffled(images):
 
 def test_an_unaugmented_view_is_the_normalised_image(images):
     views = torch.cat([view for (view,), _ in Batches(images, 4)])
-    expected = (PIXELS / 255 - MEAN) / STD
-    assert views.dtype == torch.float32
+    expected = torch.from_numpy((PIXELS / 255 - MEAN) / STD).permute(0, 3, 1, 2).float()
     assert torch.equal(views, augment.normalise(images.pixels, images.mean, images.std))
-    torch.testing.assert_close(
-        views, torch.from_numpy(expected).permute(0, 3, 1, 2).float(), rtol=0, atol=2e-6
-    )
+    torch.testing.assert_close(views, expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("views", [1, 2, 4])
@@ -77,24 +86,17 @@ def test_the_order_is_new_at_every_pass_and_follows_from_the_generator(images):
     assert first[0] != first[1] != first[2] != first[0]
     assert first == passes(0)
     assert first != passes(1)
-
-
-def test_endless_starts_again_in_a_new_order(images):
-    batches = Batches(images, 4, shuffle=True, generator=generator())
-    taken = list(islice(batches.endless(), 3 * len(batches)))
+    # an endless pass starts again in a new order, too
+    taken = list(islice(Batches(images, 4, shuffle=True, generator=generator()).endless(), 9))
     assert [len(index) for _, index in taken] == [4, 4, 2] * 3
-    passes = [order(taken[i : i + 3]) for i in (0, 3, 6)]
-    assert all(sorted(p) == list(range(N)) for p in passes)
-    assert passes[0] != passes[1] != passes[2] != passes[0]
+    assert [order(taken[i : i + 3]) for i in (0, 3, 6)] == first
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_an_empty_subset_gives_no_batch_and_cannot_be_endless(images, shuffle):
-    batches = Batches(
-        images, 4, subset=torch.tensor([], dtype=torch.long), shuffle=shuffle, generator=generator()
-    )
-    assert len(batches) == 0
-    assert list(batches) == []
+    nothing = torch.tensor([], dtype=torch.long)
+    batches = Batches(images, 4, subset=nothing, shuffle=shuffle, generator=generator())
+    assert len(batches) == 0 and list(batches) == []
     with pytest.raises(ValueError, match="no batch"):
         next(batches.endless())
 
@@ -109,18 +111,6 @@ WORLD = 2
 TRAINING = {"shuffle": True, "drop_last": True, "views": 2, "augmentation": CROP_AND_FLIP}
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize(("batch_size", "count"), [(1, N), (4, 2), (5, 2), (9, 1), (10, 1), (11, 0)])
-def test_a_smaller_last_batch_is_dropped_where_asked(images, batch_size, count, shuffle):
-    batches = Batches(images, batch_size, shuffle=shuffle, drop_last=True, generator=generator())
-    assert len(batches) == count
-    assert [len(index) for _, index in batches] == [batch_size] * count
-    gone_through = order(batches)
-    assert len(set(gone_through)) == len(gone_through)
-    if not shuffle:
-        assert gone_through == list(range(count * batch_size))
-
-
 @pytest.mark.parametrize("world", [2, 4])
 def test_shuffled_batches_are_cut_into_consecutive_pieces_drawn_as_if_by_one_process(images, world):
     subset = torch.tensor([9, 1, 7, 3, 5, 0, 2, 8, 6])
@@ -131,11 +121,10 @@ def test_shuffled_batches_are_cut_into_consecutive_pieces_drawn_as_if_by_one_pro
         for rank in range(world)
     ]
     for _ in range(2):  # the second pass goes on from the generators of the first
-        for whole, *parts in zip(alone, *pieces, strict=True):
-            assert [len(index) for _, index in parts] == [4 // world] * world
-            assert torch.equal(torch.cat([index for _, index in parts]), whole[1])
-            for number, view in enumerate(whole[0]):
-                assert torch.equal(torch.cat([views[number] for views, _ in parts]), view)
+        for (views, index), *parts in zip(alone, *pieces, strict=True):
+            assert torch.equal(torch.stack([own for _, own in parts]), index.view(world, -1))
+            for number, view in enumerate(views):
+                assert torch.equal(torch.cat([own[number] for own, _ in parts]), view)
         assert all(torch.equal(draw.get_state(), draws[world].get_state()) for draw in draws)
     assert [len(batches) for batches in pieces] == [len(alone)] * world == [2] * world
 
@@ -143,14 +132,11 @@ def test_shuffled_batches_are_cut_into_consecutive_pieces_drawn_as_if_by_one_pro
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_ordered_batches_are_dealt_out_in_turn(images, world):
     whole = list(Batches(images, 3))
-    dealt = [list(Batches(images, 3, rank=rank, world=world)) for rank in range(world)]
+    assert len(whole) == 4
     for rank in range(world):
-        assert [index.tolist() for _, index in dealt[rank]] == [
-            index.tolist() for _, index in whole[rank::world]
-        ]
-        for ((view,), _), ((expected,), _) in zip(dealt[rank], whole[rank::world], strict=True):
-            assert torch.equal(view, expected)
-    assert sum(map(len, dealt)) == len(whole) == 4
+        dealt = Batches(images, 3, rank=rank, world=world)
+        for ((view,), index), ((expected,), places) in zip(dealt, whole[rank::world], strict=True):
+            assert torch.equal(view, expected) and torch.equal(index, places)
 
 
 @pytest.mark.parametrize("wrong", [{"drop_last": False}, {"batch_size": 5}, {"batch_size": 4, "world": 3}])
@@ -170,30 +156,57 @@ def four_views(pixels: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
 
 
 def test_views_made_at_once_are_normalised_and_come_one_by_one(images):
-    sizes = []
-    for batch, index in Batches(images, 4, augmentation=four_views, shuffle=True, generator=generator()):
-        assert isinstance(batch, tuple) and len(batch) == 4
-        assert {view.shape for view in batch} == {(len(index), 3, 8, 6)}
-        assert {view.dtype for view in batch} == {torch.float32}
-        plain = images.view(index)
-        assert torch.equal(batch[0], plain)
-        assert torch.equal(batch[1], plain.flip(3))
-        assert len({view.numpy().tobytes() for view in batch}) == 4
-        sizes.append(len(index))
-    assert sizes == [4, 4, 2]
-
-
-def test_views_made_at_once_draw_once_for_a_batch(images):
-    calls = []
-
-    def noted(pixels, draws):
-        calls.append(len(pixels))
-        return four_views(pixels, draws)
-
     draws, twin = generator(3), generator(3)
-    for (*_, third, fourth), index in Batches(images, 6, augmentation=noted, generator=draws):
-        expected = CROP_AND_FLIP(images.pixels[index].repeat(2, 1, 1, 1), twin)
-        for found, own in zip((third, fourth), expected.chunk(2), strict=True):
-            assert torch.equal(found, augment.normalise(own, images.mean, images.std))
-    assert calls == [6, 4]
+    for batch, index in Batches(images, 6, augmentation=four_views, generator=draws):
+        assert isinstance(batch, tuple)
+        expected = four_views(images.pixels[index], twin)  # one call for a batch
+        for view, own in zip(batch, expected, strict=True):
+            assert torch.equal(view, augment.normalise(own, images.mean, images.std))
+        assert torch.equal(batch[0], images.view(index))
+        assert len({view.numpy().tobytes() for view in batch}) == 4
     assert torch.equal(draws.get_state(), twin.get_state())
+    shuffled = Batches(images, 4, augmentation=four_views, shuffle=True, generator=draws)
+    for (plain, mirrored, *_), index in shuffled:
+        assert torch.equal(plain, images.view(index)) and torch.equal(mirrored, plain.flip(3))
+
+
+# --limit_test: a seeded subset of the test images, stratified by class, and all of them beside it ---------------------
+
+LABELS = np.repeat([0, 1, 2], [60, 30, 10])[np.random.default_rng(0).permutation(100)]
+
+
+def test_each_class_keeps_its_proportion_and_the_seed_decides_who():
+    kept = [datasets.limited_test(LABELS, 20, seed) for seed in (1, 1, 2)]
+    assert np.bincount(LABELS[kept[0]]).tolist() == [12, 6, 2]
+    assert (np.diff(kept[0]) > 0).all()
+    assert np.array_equal(kept[0], kept[1]) and not np.array_equal(kept[0], kept[2])
+    for limit in range(1, 100):
+        counts = np.bincount(LABELS[datasets.limited_test(LABELS, limit, 1)], minlength=3)
+        assert counts.sum() == limit and np.abs(counts - limit * np.array([0.6, 0.3, 0.1])).max() <= 1
+
+
+@pytest.mark.parametrize("limit", [None, 100, 1000])
+def test_where_as_many_are_asked_for_all_are_taken(limit):
+    assert datasets.limited_test(LABELS, limit, 1).tolist() == list(range(100))
+
+
+def test_the_batches_are_of_the_subset_and_of_all():
+    data = datasets.load("digits")
+    tests = batches_of(data, 50, 3, 32, torch.device("cpu"))
+    kept = datasets.limited_test(data.test.labels, 50, 3)
+    assert tests.limited.labels.tolist() == data.test.labels[kept].tolist()
+    assert tests.whole.labels.tolist() == data.test.labels.tolist()
+    few, every = (torch.cat([views[0] for views, _ in tested.batches]) for tested in tests)
+    assert torch.equal(few, every[kept]) and len(every) == 360
+    same = batches_of(data, None, 3, 32, torch.device("cpu"))
+    assert same.limited is same.whole
+
+
+def test_a_full_test_at_the_end_is_for_limited_tests(capsys):
+    parser = cli.Parser(prog="script.py")
+    cli.add_shared_flags(parser, default_seed=1)
+    assert cli.parse_args(parser, ["--limit_test", "5", "--full_test_at_end"], None).full_test_at_end
+    with pytest.raises(SystemExit) as stop:
+        cli.parse_args(parser, ["--full_test_at_end"], None)
+    assert stop.value.code == 2
+    assert "argument --full_test_at_end: without --limit_test" in capsys.readouterr().err

@@ -45,27 +45,24 @@ def hold(path, host: str, process: int = 4242) -> None:
 def test_one_holds_it_and_the_next_after_that(path):
     with lock(path):
         assert path.read_text().splitlines()[:2] == [str(os.getpid()), socket.gethostname()]
-        with pytest.raises(InUse) as refusal:
+        line = f"{path.parent} .*process {os.getpid()} on {socket.gethostname()} .*remove {path}"
+        with pytest.raises(InUse, match=line):
             lock(path).acquire()
-        for part in (str(path.parent), f"process {os.getpid()} on {socket.gethostname()}", f"remove {path}"):
-            assert part in str(refusal.value)
     assert not path.exists()
     with lock(path):
         assert path.exists()
 
 
 def test_a_lock_of_another_host_is_respected_as_long_as_it_has_a_heartbeat(path, monkeypatch):
-    monkeypatch.setattr(
-        locks, "STALE", 1000.0
-    )  # a busy machine may stop this process, and its beats, for a while
+    # a busy machine may stop this process, and its beats, for a while
+    monkeypatch.setattr(locks, "STALE", 1000.0)
     hold(path, "node017")
     stop = threading.Event()
     beats = threading.Thread(target=lambda: [os.utime(path) for _ in iter(lambda: stop.wait(0.05), True)])
     beats.start()
     try:
-        with pytest.raises(
-            InUse, match=r"process 4242 on node017 \(last heartbeat 20\d\d-\d\d-\d\d \d\d:.*remove"
-        ):
+        line = r"process 4242 on node017 \(last heartbeat 20\d\d-\d\d-\d\d \d\d:.*remove"
+        with pytest.raises(InUse, match=line):
             lock(path).acquire()
     finally:
         stop.set()
@@ -78,8 +75,7 @@ def test_a_lock_without_a_heartbeat_is_taken_over(path, host, capsys):
     hold(path, host or socket.gethostname(), process=2**22 + 1)  # above all process ids
     with lock(path):
         assert path.read_text().startswith(f"{os.getpid()}\n")
-    waited = f"is of process {2**22 + 1} on "
-    assert capsys.readouterr().out.count(waited) <= 1
+    assert capsys.readouterr().out.count(f"is of process {2**22 + 1} on ") <= 1
 
 
 def test_an_old_lock_is_taken_over_at_once(path, monkeypatch):
@@ -97,14 +93,11 @@ def test_a_file_that_names_no_holder_is_no_lock_where_flock_says_so(tmp_path):
 
 
 def test_a_process_that_was_killed_holds_nothing(path):
-    read, write = os.pipe()
     child = os.fork()
     if child == 0:
         held = lock(path)
         held.acquire()
-        os.write(write, b".")
         os._exit(0)
-    os.read(read, 1)
     os.waitpid(child, 0)
     assert path.exists()
     with lock(path):

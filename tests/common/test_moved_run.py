@@ -1,11 +1,11 @@
-"""Runs that move between kinds of devices; precision and device chosen for cards of several kinds."""
+"""Runs that move between kinds of devices."""
 
 from argparse import Namespace
 
 import pytest
 import torch
 
-from common.gpu.device import Device, pick
+from common.gpu.device import Device
 from common.runs import checkpoint
 from common.runs.cli import UserError
 from common.runs.run import Run
@@ -13,19 +13,10 @@ from common.runs.run import Run
 CELL = {"dataset": "digits", "noise_type": "sym", "noise_rate": 0.5, "imb_factor": None, "ood_ratio": None}
 
 
-def open_run(folder, device="cpu", **changed):
-    usual = {
-        "out": str(folder),
-        "resume": "auto",
-        "num_epochs": 3,
-        "seed": 1,
-        "fidelity": "paper",
-        "preset": None,
-    }
-    args, cpu = (
-        Namespace(**usual | {"device": device} | changed),
-        Device(torch.device("cpu"), "fp32", "a test"),
-    )
+def open_run(folder, device="cpu", resume="auto"):
+    args = Namespace(out=str(folder), num_epochs=3, seed=1, fidelity="paper", preset=None)
+    args.device, args.resume = device, resume
+    cpu = Device(torch.device("cpu"), "fp32", "a test")
     return Run(args, cpu, paper="sfa", method="SFA", name="name", cell=CELL | {"profile": "short"})
 
 
@@ -70,22 +61,3 @@ def test_the_device_flag_may_change_between_starts(tmp_path):
         run = open_run(tmp_path, device)
         one_epoch(run, {"generator": torch.Generator().manual_seed(1)})
         assert [row["epoch"] for row in run.rows] == [1]  # the second start resumes the first one's run
-
-
-@pytest.mark.parametrize(
-    ("capability", "asked", "precision"),
-    [((7, 5), "auto", "fp32"), ((8, 0), "auto", "bf16"), ((9, 0), "auto", "bf16"), ((7, 5), "bf16", "bf16")],
-)
-def test_older_cards_train_in_float32(monkeypatch, capability, asked, precision):
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    for name in ("benchmark", "allow_tf32"):
-        monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
-    usual = torch.get_float32_matmul_precision()
-    assert pick("auto", asked, 1).precision == precision
-    torch.set_float32_matmul_precision(usual)
-    assert chosen == [1]

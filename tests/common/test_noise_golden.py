@@ -14,12 +14,10 @@ def test_class_conditional_noise(golden, noise_type):
         rate, num_classes = float(case["rate"]), int(case["num_classes"])
         noisy = noise.class_conditional(noise_type, case["clean"], rate, num_classes, int(case["seed"]))
         assert np.array_equal(noisy, case["noisy"]), case.name
-        assert np.allclose(
-            noise.transition_matrix(noise_type, rate, num_classes), case["transition"], atol=1e-15
-        )
-        assert noise.realised(case["clean"], noisy, num_classes).rate == pytest.approx(
-            float(case["realised_rate"])
-        )
+        matrix = noise.transition_matrix(noise_type, rate, num_classes)
+        assert np.allclose(matrix, case["transition"], atol=1e-15)
+        realised = noise.realised(case["clean"], noisy, num_classes).rate
+        assert realised == pytest.approx(float(case["realised_rate"]))
 
 
 def test_instance_dependent_noise(golden):
@@ -63,12 +61,15 @@ def test_long_tailed_noise(golden):
         assert np.array_equal(np.bincount(noisy, minlength=num_classes), case["counts_after_noise"])
 
 
+def columns(case, *names: str) -> zip:
+    """The rows of a table whose columns are arrays of a case."""
+    return zip(*(case[name] for name in names), strict=True)
+
+
 def test_class_counts(golden):
     for case in golden("sfa", "class_counts"):
-        columns = zip(
-            *(case[n] for n in ("total", "num_classes", "imb_type", "imb_factor", "counts")), strict=True
-        )
-        for total, num_classes, imb_type, imb_factor, expected in columns:
+        rows = columns(case, "total", "num_classes", "imb_type", "imb_factor", "counts")
+        for total, num_classes, imb_type, imb_factor, expected in rows:
             counts = noise.class_counts(int(total), int(num_classes), str(imb_type), float(imb_factor))
             given = expected >= 0
             assert np.array_equal(counts[: given.sum()], expected[given]), (case.name, imb_type, imb_factor)
@@ -76,9 +77,7 @@ def test_class_counts(golden):
 
 def test_web_class_budget(golden):
     for case in golden("sfa", "web_class_budget"):
-        columns = zip(
-            *(case[n] for n in ("num_classes", "raw_count", "imb_type", "imb_factor", "budget")), strict=True
-        )
-        for num_classes, raw, imb_type, imb_factor, expected in columns:
+        rows = columns(case, "num_classes", "raw_count", "imb_type", "imb_factor", "budget")
+        for num_classes, raw, imb_type, imb_factor, expected in rows:
             budget = noise.web_class_budget(raw[:num_classes], str(imb_type), float(imb_factor))
             assert np.array_equal(budget, expected[:num_classes]), (case.name, imb_type, imb_factor)

@@ -25,15 +25,12 @@ def test_noise_is_drawn_for_all_and_a_subset_has_its_share(noise_type):
         assert np.array_equal(observed_labels(data(), index, noise_type, 0.4, 5), whole[index])
 
 
-def test_none_is_the_clean_labels_and_given_those_of_the_data_set():
-    noisy = (LABELS + 1) % 4
+def test_a_file_goes_before_everything_none_is_the_clean_labels_and_given_those_of_the_data_set(tmp_path):
+    noisy, file = (LABELS + 1) % 4, str(tmp_path / "labels.npy")
+    np.save(file, (LABELS + 2) % 4)
     assert np.array_equal(observed_labels(data(noisy), SOME, "none", 0.4, 5), LABELS[SOME])
     assert np.array_equal(observed_labels(data(noisy), SOME, "given", 0.4, 5), noisy[SOME])
-
-
-def test_a_file_goes_before_everything(tmp_path):
-    np.save(tmp_path / "labels.npy", (LABELS + 2) % 4)
-    found = observed_labels(data(), SOME, "symmetric", 0.4, 5, str(tmp_path / "labels.npy"))
+    found = observed_labels(data(), SOME, "symmetric", 0.4, 5, file)
     assert np.array_equal(found, (LABELS[SOME] + 2) % 4)
 
 

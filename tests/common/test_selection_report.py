@@ -28,9 +28,7 @@ def selected(*positions: int, known: bool = True) -> Selected:
         ((), 0.0, 4),
     ],
 )
-def test_the_lowest_share_of_right_labels_and_the_classes_without_a_selected_sample(
-    positions, share, classes
-):
+def test_the_lowest_share_of_right_labels_and_the_number_of_lost_classes(positions, share, classes):
     expected = {"right_selected_min": pytest.approx(share), "classes_unselected": classes}
     assert columns([selected(*positions)]) == expected
     by_position = selected()._replace(chosen=torch.tensor([*positions], dtype=torch.int64))
@@ -38,15 +36,10 @@ def test_the_lowest_share_of_right_labels_and_the_classes_without_a_selected_sam
     assert columns([selected(*positions, known=False)]) == expected | {"right_selected_min": None}
 
 
-def test_of_two_networks_the_lower_share_and_the_larger_number():
-    assert columns([selected(0, 4, 6, 7, 8), selected(0, 1, 4, 6, 7)]) == {
-        "right_selected_min": pytest.approx(1 / 3),
-        "classes_unselected": 1,
-    }
+def test_of_two_networks_the_lower_share_and_the_larger_number_and_no_share_without_a_right_label():
+    found = columns([selected(0, 4, 6, 7, 8), selected(0, 1, 4, 6, 7)])
+    assert found == {"right_selected_min": pytest.approx(1 / 3), "classes_unselected": 1}
     assert list(columns([])) == list(columns([selected(0)])) and set(columns([]).values()) == {None}
-
-
-def test_no_right_label_at_all_is_no_share():
     nothing_right = selected(*range(9))._replace(right=torch.zeros(len(GIVEN), dtype=torch.bool))
     assert columns([nothing_right]) == {"right_selected_min": None, "classes_unselected": 0}
 
@@ -70,9 +63,7 @@ def test_of_two_networks_each_is_counted_and_a_class_warned_about_once(capsys):
     for _ in range(4):
         streaks = follow(streaks, [without_2, without_2], "x")
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(
-        "warning: class 2 has had no selected sample for 3 selections in a row by network 1: "
-    )
+    assert "class 2 has had no selected sample for 3 selections in a row by network 1: " in line
     assert not streaks[:, [0, 1, 3, 4, 5]].any(), "classes without a given label are not missed"
 
 

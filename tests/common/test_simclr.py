@@ -1,7 +1,7 @@
 """SimCLR's loss, schedule, head and the kNN diagnostic; its epochs, with a small encoder and images of noise."""
 
 import json
-import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +18,7 @@ from common.gpu.device import Device
 from common.gpu.loader import Batches, Images
 from common.pretraining import simclr
 from common.pretraining.flags import add_recipe_flags, settle
-from common.pretraining.simclr import (
-    SimCLR,
-    encoder_file,
-    knn_accuracy,
-    learning_rate,
-    nt_xent,
-    pooled_features,
-    pre_train,
-    train_epoch,
-)
+from common.pretraining.simclr import SimCLR, knn_accuracy, learning_rate, nt_xent, train_epoch
 from common.runs import cli
 from common.runs.run import Run
 
@@ -48,17 +39,15 @@ def unit_embeddings(images: int, dimensions: int = 16, seed: int = 0) -> torch.T
 
 def test_golden_loss_and_gradient(golden):
     for case in golden("sanm", "simclr_loss"):
-        embeddings = torch.from_numpy(case["embeddings"]).requires_grad_()
-        loss = nt_xent(embeddings, float(case["temperature"]))
+        embeddings, gradient = (torch.from_numpy(case[name]) for name in ("embeddings", "gradient"))
+        loss = nt_xent(embeddings.requires_grad_(), float(case["temperature"]))
         loss.backward()
         assert loss.item() == pytest.approx(float(case["loss"]), rel=1e-5), case.name
-        torch.testing.assert_close(
-            embeddings.grad, torch.from_numpy(case["gradient"]), rtol=1e-4, atol=1e-5, msg=case.name
-        )
+        torch.testing.assert_close(embeddings.grad, gradient, rtol=1e-4, atol=1e-5, msg=case.name)
 
 
-def test_the_loss_is_finite_at_extreme_temperatures_and_float32_under_autocast():
-    embeddings = unit_embeddings(6).requires_grad_()
+def test_the_loss_at_extreme_temperatures_under_autocast_of_one_image_and_with_a_base_temperature():
+    embeddings, one = unit_embeddings(6).requires_grad_(), unit_embeddings(1).requires_grad_()
     loss = nt_xent(embeddings, 1e-3)  # exp(1000) is not a float32
     loss.backward()
     assert loss.isfinite() and embeddings.grad.isfinite().all()
@@ -66,19 +55,11 @@ def test_the_loss_is_finite_at_extreme_temperatures_and_float32_under_autocast()
         inside = nt_xent(embeddings, 0.5)
     assert inside.dtype == torch.float32 and torch.equal(inside, nt_xent(embeddings, 0.5))
     assert nt_xent(embeddings.bfloat16(), 0.5).dtype == torch.float32
-
-
-def test_one_image_alone_has_no_loss_and_no_gradient():
-    embeddings = unit_embeddings(1).requires_grad_()
-    loss = nt_xent(embeddings, 0.5)
+    loss = nt_xent(one, 0.5)
     loss.backward()
-    assert loss.item() == 0 and not embeddings.grad.any()
-
-
-def test_the_factor_is_of_the_temperatures_and_a_temperature_must_be_positive():
-    embeddings = unit_embeddings(8)
+    assert loss.item() == 0 and not one.grad.any()
     same_temperature = nt_xent(embeddings, 0.5, 0.5).item()
-    assert nt_xent(embeddings, 0.5).item() == pytest.approx(same_temperature * 0.5 / 0.07, rel=1e-5)
+    assert inside.item() == pytest.approx(same_temperature * 0.5 / 0.07, rel=1e-5)
     with pytest.raises(ValueError, match="temperature must be > 0, got 0"):
         nt_xent(embeddings, 0)
 
@@ -100,9 +81,8 @@ def rates(epochs: int, batches: int = 4, **options) -> list[float]:
 
 def test_without_cosine_the_rate_drops_after_the_given_epochs():
     found = rates(1000, 1, cosine=False, warm=False)
-    assert [found[epoch - 1] for epoch in (1, 700, 701, 800, 801, 900, 901, 1000)] == pytest.approx(
-        [0.5, 0.5, 0.05, 0.05, 0.005, 0.005, 0.0005, 0.0005]
-    )
+    expected = np.repeat([0.5, 0.05, 0.005, 0.0005], [700, 100, 100, 100])
+    assert found == pytest.approx(expected)
     assert rates(4, 1, cosine=False, warm=False, decay_epochs=[2], decay_rate=0.5) == [0.5, 0.5, 0.25, 0.25]
     warmed = rates(12, 2, cosine=False)
     assert warmed[0] == 0.01 and warmed[10] == pytest.approx(0.255) and warmed[20:] == [0.5] * 4
@@ -141,62 +121,48 @@ def clusters(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_knn_agrees_with_neighbours_of_scikit_learn(k, temperature, monkeypatch):
     monkeypatch.setattr(simclr, "QUERIES", 32)  # several chunks, the last one smaller
     (bank, bank_labels), (features, labels) = clusters(90, 0), clusters(77, 1)
-    distances, found = (
-        NearestNeighbors(n_neighbors=k, metric="cosine").fit(bank.numpy()).kneighbors(features.numpy())
-    )
+    neighbours = NearestNeighbors(n_neighbors=k, metric="cosine").fit(bank.numpy())
+    distances, found = neighbours.kneighbors(features.numpy())
     votes = np.zeros((77, 5))
-    for query in range(77):
-        np.add.at(
-            votes[query], bank_labels.numpy()[found[query]], np.exp((1 - distances[query]) / temperature)
-        )
+    weights = np.exp((1 - distances) / temperature)
+    np.add.at(votes, (np.arange(77)[:, None], bank_labels.numpy()[found]), weights)
     expected = 100 * np.mean(votes.argmax(axis=1) == labels.numpy())
     assert 30 < expected < 100
     assert knn_accuracy(bank, bank_labels, features, labels, 5, k, temperature) == pytest.approx(expected)
 
 
 def test_k_is_at_most_the_bank_and_no_temperature_overflows():
-    (bank, bank_labels), (features, labels) = clusters(30, 0), clusters(20, 1)
-    assert knn_accuracy(bank, bank_labels, features, labels, 5) == knn_accuracy(
-        bank, bank_labels, features, labels, 5, k=30
-    )
-    nearest = knn_accuracy(bank, bank_labels, features, labels, 5, k=1)
-    assert knn_accuracy(bank, bank_labels, features, labels, 5, temperature=1e-4) == nearest
+    bank, bank_labels = clusters(30, 0)
+    accuracy = partial(knn_accuracy, bank, bank_labels, *clusters(20, 1), 5)
+    assert accuracy() == accuracy(k=30)
+    assert accuracy(temperature=1e-4) == accuracy(k=1)
     assert knn_accuracy(bank, bank_labels, 5 * bank, bank_labels, 5, k=1) == 100  # lengths do not matter
 
 
-def small_batches(images: int, size: int, **options) -> Batches:
+def small_batches(images: int, size: int) -> Batches:
     """Batches of two views, which differ by noise, of random images of 8 pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (images, 8, 8, 1), dtype=np.uint8)
 
     def noisy(batch, generator):
         return batch.float() + 20 * torch.randn(batch.shape, generator=generator)
 
-    return Batches(
-        Images(pixels, (0.5,), (0.25,), torch.device("cpu")),
-        size,
-        views=2,
-        augmentation=noisy,
-        generator=torch.Generator().manual_seed(0),
-        **options,
-    )
+    grey = Images(pixels, (0.5,), (0.25,), torch.device("cpu"))
+    return Batches(grey, size, views=2, augmentation=noisy, generator=torch.Generator().manual_seed(0))
 
 
 def test_an_epoch_is_sgd_on_the_loss_of_both_views_at_the_rate_of_each_step():
     network, other = small_network(), small_network()
-    optimizer = SGD(network.parameters(), 9.0, 0.9, weight_decay=1e-2)
+    optimizer, plain = (SGD(n.parameters(), 9.0, 0.9, weight_decay=1e-2) for n in (network, other))
     loss = train_epoch(network, optimizer, small_batches(10, 4), lambda batch: 0.1 / (batch + 1), 0.5, CPU)
 
-    velocity, losses, sizes = {}, [], []
+    losses, sizes = [], []
     other.train()
     for batch, (views, index) in enumerate(small_batches(10, 4)):
-        embeddings = torch.stack(other(torch.cat(views)).chunk(2), dim=1)
-        step_loss = nt_xent(embeddings, 0.5)
-        gradients = torch.autograd.grad(step_loss, list(other.parameters()))
-        with torch.no_grad():
-            for (name, weight), gradient in zip(other.named_parameters(), gradients, strict=True):
-                gradient = gradient + 1e-2 * weight  # noqa: PLW2901
-                velocity[name] = 0.9 * velocity[name] + gradient if batch else gradient
-                weight.sub_(0.1 / (batch + 1) * velocity[name])
+        plain.param_groups[0]["lr"] = 0.1 / (batch + 1)
+        plain.zero_grad()
+        step_loss = nt_xent(torch.stack(other(torch.cat(views)).chunk(2), dim=1), 0.5)
+        step_loss.backward()
+        plain.step()
         losses.append(step_loss.item())
         sizes.append(len(index))
     assert sizes == [4, 4, 2]
@@ -214,28 +180,28 @@ def test_a_last_batch_of_one_image_costs_nothing_and_teaches_nothing():
     assert train_epoch(network, optimizer, small_batches(5, 4), lambda batch: 1e-3, 0.5, CPU) > 0
 
 
-def assert_holds(path: Path, encoder: nn.Module) -> None:
+def assert_holds(path: Path, encoder: nn.Module, **metadata: str) -> None:
     """The file has the encoder's tensors and no others. Its bytes may differ: safetensors' metadata have no fixed order."""
     tensors, own = load_file(path), encoder.state_dict()
     assert tensors.keys() == own.keys()
     assert all(torch.equal(tensors[name], own[name]) for name in own)
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == metadata
 
 
 def test_the_encoder_file_holds_the_encoder_in_plain_order(tmp_path):
     network = CPU.prepare(small_network())
     assert not network.encoder[3].weight.is_contiguous()  # it is channels-last
-    content = encoder_file(network, {"dataset": "digits", "epochs": "5"})
     path = tmp_path / "encoder.safetensors"
-    path.write_bytes(content)
-    assert_holds(path, network.encoder)
-    with safe_open(path, "pt") as file:
-        assert file.metadata() == {"dataset": "digits", "epochs": "5"}
+    path.write_bytes(simclr.encoder_file(network, {"dataset": "digits", "epochs": "5"}))
+    assert_holds(path, network.encoder, dataset="digits", epochs="5")
 
 
 LABELS, TEST_LABELS = torch.arange(24) % 3, torch.arange(15) % 3
 CELL = dict.fromkeys(("noise_rate", "imb_factor", "ood_ratio")) | {
     "dataset": "strokes", "noise_type": "none", "profile": "short",
 }  # fmt: skip
+METADATA = {"dataset": "strokes", "epochs": "5", "seed": "1"}  # of the encoder's file
 
 
 def strokes(labels: torch.Tensor, seed: int) -> Images:
@@ -252,7 +218,6 @@ TRAIN, TEST = strokes(LABELS, 0), strokes(TEST_LABELS, 1)
 @pytest.fixture
 def pre_trained(tmp_path):
     """pre_trained("--flag", ..., name="run", labels=LABELS, ...) -> the run and its network, after 5 epochs of 3 batches."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def go(*words: str, name: str = "run", labels: torch.Tensor = LABELS, **options) -> tuple[Run, SimCLR]:
         parser = cli.Parser()
@@ -263,25 +228,26 @@ def pre_trained(tmp_path):
         args = parser.parse_args([*usual.split(), *words])
         settle(args)
         run = Run(args, CPU, paper="sanm", method="SimCLR", name=name, cell=CELL)
+        network = CPU.prepare(small_network())
+        data = TRAIN, TEST, labels, TEST_LABELS, 3
         try:
             run.save_labels(np.arange(24), None, LABELS.numpy(), 3)
-            network = CPU.prepare(small_network())
-            pre_train(run, args, CPU, network, TRAIN, TEST, labels, TEST_LABELS, 3, flip=False, **options)
+            simclr.pre_train(run, args, CPU, network, *data, flip=False, **options)
         finally:
             run.release()
         return run, network
 
-    yield go
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return go
 
 
 def column(run: Run, name: str) -> list:
     return [row[name] for row in run.rows]
 
 
-def features_of(network: SimCLR, images: Images) -> torch.Tensor:
-    return pooled_features(network, Batches(images, 16), CPU)
+def knn(network: SimCLR, bank=slice(None)) -> float:
+    """The accuracy on the test images, with all or some training images as the bank."""
+    train, test = (simclr.pooled_features(network, Batches(images, 16), CPU) for images in (TRAIN, TEST))
+    return knn_accuracy(train[bank], LABELS[bank], test, TEST_LABELS, 3)
 
 
 def metrics(run: Run) -> dict:
@@ -291,14 +257,10 @@ def metrics(run: Run) -> dict:
 def test_a_run_measures_every_few_epochs_and_keeps_the_encoder(pre_trained):
     run, network = pre_trained()
     assert list(run.rows[0]) == ["epoch", "loss", "knn_accuracy", "lr", "seconds"]
-    assert [epoch for epoch in range(1, 6) if column(run, "knn_accuracy")[epoch - 1] is not None] == [2, 4, 5]
-    train, test = features_of(network, TRAIN), features_of(network, TEST)
-    expected = knn_accuracy(train, LABELS, test, TEST_LABELS, 3)
-    assert run.rows[-1]["knn_accuracy"] == expected == metrics(run)["last"]
+    assert [value is not None for value in column(run, "knn_accuracy")] == [False, True, False, True, True]
+    assert run.rows[-1]["knn_accuracy"] == knn(network) == metrics(run)["last"]
     assert set(metrics(run)) == {"best", "last", "last10", "last_loss"}
-    assert_holds(run.folder / "encoder.safetensors", network.encoder)
-    with safe_open(run.folder / "encoder.safetensors", "pt") as file:
-        assert file.metadata() == {"dataset": "strokes", "epochs": "5", "seed": "1"}
+    assert_holds(run.folder / "encoder.safetensors", network.encoder, **METADATA)
 
 
 def test_the_rate_is_the_schedules_and_warms_up_in_the_epochs_asked_for(pre_trained):
@@ -315,10 +277,7 @@ def test_neighbours_are_sought_in_the_bank_alone(pre_trained):
     labels[bank] = LABELS[bank]
     run, network = pre_trained(name="bank", labels=labels, bank=bank)
     everyone, _ = pre_trained(name="all")
-    expected = knn_accuracy(
-        features_of(network, TRAIN)[bank], LABELS[bank], features_of(network, TEST), TEST_LABELS, 3
-    )
-    assert run.rows[-1]["knn_accuracy"] == expected != everyone.rows[-1]["knn_accuracy"]
+    assert run.rows[-1]["knn_accuracy"] == knn(network, bank) != everyone.rows[-1]["knn_accuracy"]
     assert column(run, "loss") == column(everyone, "loss")
 
 
@@ -333,7 +292,8 @@ def test_further_measures_are_columns_where_knn_is_measured_and_metrics_at_the_e
     assert list(run.rows[0]) == ["epoch", "loss", "knn_accuracy", "deviation", "unknown", "lr", "seconds"]
     assert [value is not None for value in column(run, "deviation")] == [False, True, False, True, True]
     assert column(run, "unknown") == [None] * 5
-    assert run.rows[-1]["deviation"] == float(features_of(network, TRAIN).std())
+    features = simclr.pooled_features(network, Batches(TRAIN, 16), CPU)
+    assert run.rows[-1]["deviation"] == float(features.std())
     further = {name: value for name, value in metrics(run).items() if name not in metrics(plain)}
     assert further == {"last_deviation": run.rows[-1]["deviation"], "last_unknown": None}
     for name in ("loss", "knn_accuracy", "lr"):
@@ -357,4 +317,4 @@ def test_a_run_that_stopped_while_measuring_goes_on_to_the_same_end(pre_trained)
         for name in ("epoch", "loss", "knn_accuracy", "deviation", "lr"):
             assert column(run, name) == column(whole, name)
         assert metrics(run) == metrics(whole)
-        assert_holds(run.folder / "encoder.safetensors", network.encoder)
+        assert_holds(run.folder / "encoder.safetensors", network.encoder, **METADATA)
