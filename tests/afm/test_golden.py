@@ -4,6 +4,7 @@ import re
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,6 +17,7 @@ from afm.training import evaluate
 from common.gpu.device import Device
 
 CPU = Device(torch.device("cpu"), "fp32", "tests")
+RELEASED = parse_args(["--fidelity", "released"])
 
 
 def tensor(array) -> torch.Tensor:
@@ -27,12 +29,16 @@ def assert_close(actual, expected, name, rtol=1e-5, atol=1e-6):
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, msg=lambda m: f"{name}: {m}")
 
 
+def assert_recorded(case, found: dict, **tolerance) -> None:
+    """Each value is that of the case with its name."""
+    for name, value in found.items():
+        assert_close(value, case[name], f"{case.name} {name}", **tolerance)
+
+
 def released_head(case, prefix: str = "") -> AttentiveFeatureMixup:
     """The release's network without its backbone, with the parameters of a case."""
     hidden, width = case[f"{prefix}proj_first_weight"].shape
-    attention = GroupAttention(
-        width, 2, hidden=hidden, attention=parse_args(["--fidelity", "released"]).attention
-    )
+    attention = GroupAttention(width, 2, hidden=hidden, attention=RELEASED.attention)
     network = AttentiveFeatureMixup(nn.Identity(), width, len(case[f"{prefix}cls_bias"]), attention)
     with torch.no_grad():
         for name, parameter in released_names(network).items():
@@ -45,9 +51,7 @@ def released_names(network: AttentiveFeatureMixup) -> dict[str, nn.Parameter]:
     first, second = network.attention.projections
     parts = {"proj_first": first, "proj_second": second, "attn": network.attention.score[-1]}
     parts["cls"] = network.classifier
-    names = {
-        f"{part}_{kind}": getattr(layer, kind) for part, layer in parts.items() for kind in ("weight", "bias")
-    }
+    names = {f"{part}_{kind}": own for part in parts for kind, own in parts[part].named_parameters()}
     assert len(names) == len(list(network.parameters()))
     return names
 
@@ -63,9 +67,6 @@ def losses_of(outputs: Outputs, labels: torch.Tensor, groups: torch.Tensor, args
     mixed = mixed_loss(outputs.mixed, labels[groups], target_weights(outputs.weights, args.mix_target))
     plain = F.cross_entropy(outputs.plain, labels)
     return mixed, plain, total_loss(mixed, plain, args.weight_mixed, args.weight_plain)
-
-
-# the head -------------------------------------------------------------------------------------------------------------
 
 
 def figure2_network(case) -> AttentiveFeatureMixup:
@@ -87,11 +88,9 @@ def figure2_names(network: AttentiveFeatureMixup) -> dict[str, list[nn.Parameter
     layers["mix_cls"] = [network.mixed_classifier]
     if network.classifier is not network.mixed_classifier:
         layers["plain_cls"] = [network.classifier]
-    names = {
-        f"{part}_{kind}": [getattr(at, kind) for at in layers[part]]
-        for part in layers
-        for kind in ("weight", "bias")
-    }
+    names = {}
+    for part, own in layers.items():
+        names |= {f"{part}_{kind}": [getattr(layer, kind) for layer in own] for kind in ("weight", "bias")}
     assert sum(map(len, names.values())) == len(list(network.parameters()))
     return names
 
@@ -105,20 +104,16 @@ def test_groups_of_k_as_in_figure_2(golden):
     for case in golden("afm", "figure2_reference"):
         tolerance = {"rtol": 1e-4, "atol": 1e-6}
         network = figure2_network(case)
-        features, labels, groups = (
-            tensor(case["features"]).requires_grad_(),
-            tensor(case["labels"]),
-            tensor(case["groups"]),
-        )
+        features, labels, groups = (tensor(case[name]) for name in ("features", "labels", "groups"))
+        features.requires_grad_()
         scores = network.attention.scores(features[groups])
         alpha = scores.sigmoid() if network.attention.attention == "sigmoid" else scores.softmax(dim=1)
-        assert_close(alpha, case["attention"], f"{case.name} attention", **tolerance)
-
         outputs = network(features, groups)
         one_hot = F.one_hot(labels, case["mixed_targets"].shape[1]).float()
-        weights = ["--weight-mixed", str(case["weight_mixed"]), "--weight-plain", str(case["weight_plain"])]
-        mixed, plain, total = losses_of(outputs, labels, groups, parse_args(weights))
+        weights = f"--weight-mixed {case['weight_mixed']} --weight-plain {case['weight_plain']}"
+        mixed, plain, total = losses_of(outputs, labels, groups, parse_args(weights.split()))
         found = {
+            "attention": alpha,
             "mix_weights": outputs.weights,
             "mixed_features": mixed_features(features[groups], outputs.weights),
             "mixed_targets": mixed_features(one_hot[groups], outputs.weights),
@@ -128,31 +123,25 @@ def test_groups_of_k_as_in_figure_2(golden):
             "ce_plain": plain,
             "total_loss": total,
         }
-        for name, value in found.items():
-            assert_close(value, case[name], f"{case.name} {name}", **tolerance)
         total.backward()
-        assert_close(features.grad, case["grad_features"], f"{case.name} grad_features", **tolerance)
-        for name, parameters in figure2_names(network).items():
-            for parameter, expected in zip(parameters, each(case[f"grad_{name}"], parameters), strict=True):
-                assert_close(parameter.grad, expected, f"{case.name} grad_{name}", **tolerance)
+        found["grad_features"] = features.grad
+        for name, own in figure2_names(network).items():
+            gradients = torch.stack([parameter.grad for parameter in own])
+            found[f"grad_{name}"] = gradients.reshape(case[f"grad_{name}"].shape)
+        assert_recorded(case, found, **tolerance)
 
 
 def test_pairs_of_the_released_head_with_losses_and_gradients(golden):
     for case in golden("afm", "head_pairs"):
-        flags = [
-            "--weight-naive",
-            str(case["flag_weight_naive"]),
-            "--weight-afm",
-            str(case["flag_weight_afm"]),
-        ]
-        args = parse_args(["--fidelity", "released", *flags])
+        weights = f"--weight-naive {case['flag_weight_naive']} --weight-afm {case['flag_weight_afm']}"
+        args = parse_args(["--fidelity", "released", *weights.split()])
         network = released_head(case)
         features, labels = tensor(case["features"]).requires_grad_(), tensor(case["labels"])
         groups, drawn = grouping(args)(len(labels))
         outputs = network(features, groups, drawn)
         mixed, plain, total = losses_of(outputs, labels, groups, args)
-        coefficient = tensor(case["mix_coefficient"])
         found = {
+            "mix_coefficient": outputs.weights[:, :1],
             "attn_logit": network.attention.scores(features[groups]),
             "mixed_features": mixed_features(features[groups], outputs.weights),
             "mixed_logits": outputs.mixed.repeat(2, 1),
@@ -161,16 +150,11 @@ def test_pairs_of_the_released_head_with_losses_and_gradients(golden):
             "ce_plain": plain,
             "total_loss": total,
         }
-        for name, value in found.items():
-            assert_close(value, case[name], f"{case.name} {name}")
-        assert_close(
-            outputs.weights, torch.cat([coefficient, 1 - coefficient], dim=1), f"{case.name} weights"
-        )
         total.backward()
-        assert_close(features.grad, case["grad_features"], f"{case.name} grad_features")
-        for name, parameter in released_names(network).items():
-            assert_close(parameter.grad, case[f"grad_{name}"], f"{case.name} grad_{name}")
-        assert_close(network.eval()(features), case["eval_logits"], f"{case.name} eval_logits")
+        found |= {"grad_features": features.grad, "eval_logits": network.eval()(features)}
+        found |= {f"grad_{name}": own.grad for name, own in released_names(network).items()}
+        assert_recorded(case, found)
+        assert_close(outputs.weights.sum(dim=1), torch.ones(len(groups)), f"{case.name} weights")
 
 
 def test_pairs_inside_each_replicas_piece(golden):
@@ -179,50 +163,42 @@ def test_pairs_inside_each_replicas_piece(golden):
         network = released_head(case)
         features, labels = tensor(case["features"]), tensor(case["labels"])
         groups, drawn = grouping(args)(len(labels))
-        assert groups.tolist() == np.stack([case["first_index"], case["second_index"]], axis=1).tolist(), (
-            case.name
-        )
+        assert groups.T.tolist() == [case[of].tolist() for of in ("first_index", "second_index")], case.name
         outputs = network(features, groups, drawn)
         mixed, plain, _ = losses_of(outputs, labels, groups, args)
         in_batch_order = torch.empty(len(labels), outputs.mixed.shape[1])
         for member in groups.T:
             in_batch_order[member] = outputs.mixed.detach()
-        assert_close(outputs.weights[:, :1], case["mix_coefficient"], f"{case.name} mix_coefficient")
-        assert_close(in_batch_order, case["mixed_logits"], f"{case.name} mixed_logits")
-        assert_close(outputs.plain, case["plain_logits"], f"{case.name} plain_logits")
-        assert_close(mixed, case["ce_mixed"], f"{case.name} ce_mixed")
-        assert_close(plain, case["ce_plain"], f"{case.name} ce_plain")
+        found = {"mix_coefficient": outputs.weights[:, :1], "mixed_logits": in_batch_order}
+        found |= {"plain_logits": outputs.plain, "ce_mixed": mixed, "ce_plain": plain}
+        assert_recorded(case, found)
 
 
 def test_an_odd_row_is_left_out_of_the_mixed_loss_only(golden):
     for case in golden("afm", "odd_batches"):
         for size, outcome in case.description["by_batch_size"].items():
-            args, count = parse_args(["--fidelity", "released"]), int(size)
-            generator = torch.Generator().manual_seed(count)
+            count, generator = int(size), torch.Generator().manual_seed(int(size))
             features = torch.rand(count, 6, generator=generator).requires_grad_()
             labels = torch.randint(3, (count,), generator=generator)
-            network = AttentiveFeatureMixup(nn.Identity(), 6, 3, GroupAttention(6, attention=args.attention))
-            groups, drawn = grouping(args)(count)
+            attention = GroupAttention(6, attention=RELEASED.attention)
+            network = AttentiveFeatureMixup(nn.Identity(), 6, 3, attention)
+            groups, drawn = grouping(RELEASED)(count)
             outputs = network(features, groups, drawn)
             assert outputs.mixed.shape == (count // 2, 3)
             assert outputs.plain.shape == (count, 3)
             assert outcome.startswith("ok") == (count % 2 == 0)
             if outcome.startswith("ok"):  # where the release works at all, it has each mixture twice
                 assert re.search(rf"logits \({2 * len(outputs.mixed)}, ", outcome)
-            mixed, plain, total = losses_of(outputs, labels, groups, args)
+            mixed, plain, total = losses_of(outputs, labels, groups, RELEASED)
             left_out = torch.ones(count, dtype=torch.bool).index_fill(0, groups.flatten(), False)
             assert left_out.nonzero().flatten().tolist() == ([count - 1] if count % 2 else [])
-            of_mixed, of_plain = (
-                torch.autograd.grad(loss, features, retain_graph=True)[0] for loss in (mixed, plain)
-            )
+            (of_mixed,) = torch.autograd.grad(mixed, features, retain_graph=True)
+            (of_plain,) = torch.autograd.grad(plain, features, retain_graph=True)
             assert (of_mixed.norm(dim=1) > 0).tolist() == (~left_out).tolist()
             assert (of_plain.norm(dim=1) > 0).all()
             total.backward()
             assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
             assert (mixed == 0) == (count == 1)
-
-
-# the script -----------------------------------------------------------------------------------------------------------
 
 
 class Recorded:
@@ -260,12 +236,9 @@ def run_recorded(case) -> None:
     valid = tensor(case["valid_features"])
     steps, after, best = int(case["steps_per_epoch"]), [], -1
     for epoch in range(1, args.num_epochs + 1):
-        name, expected_rates = (
-            f"{case.name} epoch {epoch}",
-            case["step_lr"][(epoch - 1) * steps : epoch * steps],
-        )
+        name, rates = f"{case.name} epoch {epoch}", case["step_lr"][(epoch - 1) * steps : epoch * steps]
         optimizer.param_groups[0]["lr"] = learning_rate(args, epoch)
-        assert np.allclose(expected_rates, learning_rate(args, epoch), rtol=1e-12, atol=0), name
+        assert np.allclose(rates, learning_rate(args, epoch), rtol=1e-12, atol=0), name
         data = SimpleNamespace(train=(in_turn(case, epoch, network, after), labels))
         done = train(epoch, args, data, network, optimizer, grouping(args), run)
         test = evaluate(network, [((valid[index],), index) for index in positions], tested, CPU)
@@ -287,24 +260,14 @@ def run_recorded(case) -> None:
         assert_close(found[-len(expected) :], expected, f"{case.name} {name}", rtol=1e-4)
 
 
-def test_the_released_script_step_for_step(golden):
-    for case in golden("afm", "train_run"):
+@pytest.mark.parametrize("kind", ["train_run", "lr"])
+def test_the_released_script_step_for_step_and_its_schedule(kind, golden):
+    for case in golden("afm", kind):
         run_recorded(case)
 
 
-def test_the_released_schedule(golden):
-    for case in golden("afm", "lr"):
-        run_recorded(case)
-
-
-# networks -------------------------------------------------------------------------------------------------------------
-
-PARTS = {
-    "fc_a": "attention.projections.0",
-    "fc_b": "attention.projections.1",
-    "fc_weight": "attention.score",
-    "fc_classifier": "classifier",
-}
+PARTS = {f"fc_{letter}": f"attention.projections.{i}" for i, letter in enumerate("ab")}
+PARTS |= {"fc_weight": "attention.score", "fc_classifier": "classifier"}
 
 
 def output_shapes(network: AttentiveFeatureMixup, parts: dict[str, nn.Module]) -> dict[str, list[list[int]]]:
@@ -341,9 +304,6 @@ def test_architecture(golden):
             keys = list(network.backbone.state_dict())
             assert keys == [key for key in theirs if key not in expected["torchvision_keys_missing"]], name
             assert len(keys) + len(expected["extra_keys"]) == expected["n_state_entries"], name
-            for part, found in shapes.items():
-                recorded = expected["train_output_shapes_batch8"][part]
-                assert found == ([[4, classes], [8, classes]] if part == "fc_classifier" else recorded), (
-                    name,
-                    part,
-                )
+            # the release classifies each mixture twice
+            recorded = {part: expected["train_output_shapes_batch8"][part] for part in shapes}
+            assert shapes == recorded | {"fc_classifier": [[4, classes], [8, classes]]}, name

@@ -16,14 +16,13 @@ def case(groups: int = 6, group_size: int = 3, classes: int = 4):
     return logits.requires_grad_(), labels, (weights / weights.sum(dim=1, keepdim=True)).requires_grad_()
 
 
-@pytest.mark.parametrize("shape", [(6,), (3, 4, 5)])
-def test_mixtures_of_features_and_of_images(shape):
+def test_mixtures_of_images():
     _, _, weights = case()
-    members = torch.randn(6, 3, *shape, generator=torch.Generator().manual_seed(1))
+    members = torch.randn(6, 3, 3, 4, 5, generator=torch.Generator().manual_seed(1))
     mixed = mixed_features(members, weights)
     for g in range(6):
         torch.testing.assert_close(mixed[g], sum(weights[g, k] * members[g, k] for k in range(3)))
-    assert mixed_features(members[:0], weights[:0]).shape == (0, *shape)
+    assert mixed_features(members[:0], weights[:0]).shape == (0, 3, 4, 5)
 
 
 @pytest.mark.parametrize(("groups", "group_size"), [(6, 2), (1, 3), (6, 6)])
@@ -32,18 +31,7 @@ def test_the_soft_target_is_the_weighted_label(groups, group_size):
     expected = F.cross_entropy(logits, mixed_features(F.one_hot(labels, 4).float(), weights))
     found = mixed_loss(logits, labels, target_weights(weights))
     torch.testing.assert_close(found, expected)
-    for ours, torchs in zip(
-        *(torch.autograd.grad(x, (logits, weights)) for x in (found, expected)), strict=True
-    ):
-        torch.testing.assert_close(ours, torchs)
-
-
-def test_both_counts_all_members_alike_whatever_their_weight():
-    logits, labels, weights = case()
-    expected = sum(F.cross_entropy(logits, labels[:, k]) for k in range(3)) / 3
-    found = mixed_loss(logits, labels, target_weights(weights, "both"))
-    torch.testing.assert_close(found, expected)
-    assert torch.autograd.grad(found, weights, allow_unused=True) == (None,)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, (logits, weights)) for loss in (found, expected)))
 
 
 def test_detach_stops_the_gradient_through_the_label_alone():
@@ -69,10 +57,6 @@ def test_no_group_costs_nothing_and_leaves_finite_gradients():
 def test_extreme_logits_give_finite_losses():
     logits = torch.tensor([[1e4, -1e4], [-1e4, 1e4]])
     assert mixed_loss(logits, torch.tensor([[0, 1], [0, 1]]), torch.full((2, 2), 0.5)) == 1e4
-
-
-def test_the_total_is_the_weighted_sum():
-    assert total_loss(torch.tensor(2.0), torch.tensor(10.0), 1.5, 0.5) == 8
 
 
 def test_an_unknown_target_is_named():

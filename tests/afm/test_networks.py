@@ -1,5 +1,6 @@
 """Backbones for small and large images, the forward pass, and weights from files of every kind."""
 
+import re
 import urllib.error
 
 import pytest
@@ -11,6 +12,7 @@ from afm.grouping import groups_by_halves
 from afm.networks import load_weights, make_backbone, make_network
 from common.gpu.device import Device
 from common.runs.cli import UserError
+from tests.lines import message
 
 
 def network_of(words: str = "", size: int = 8, channels: int = 1, classes: int = 10, seed: int = 0):
@@ -21,9 +23,6 @@ def network_of(words: str = "", size: int = 8, channels: int = 1, classes: int =
 
 def images_of(count: int, size: int = 8, channels: int = 1) -> torch.Tensor:
     return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(0))
-
-
-# backbones --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -78,27 +77,12 @@ def test_there_are_no_imagenet_weights_for_the_preact_network(size):
 def test_the_flags_shape_the_attention():
     for words in ("--lam 0", "--weights uniform"):
         assert network_of(words).attention is None
-    attention = network_of(
-        "--group-size 3 --interaction concat --attention softmax --attn-hidden 7"
-    ).attention
+    words = "--group-size 3 --interaction concat --attention softmax --attn-hidden 7"
+    attention = network_of(words).attention
     assert (attention.interaction, attention.attention) == ("concat", "softmax")
     shapes = {name: list(p.shape) for name, p in attention.named_parameters() if name.endswith("weight")}
     projections = {f"projections.{k}.weight": [12, 64] for k in range(3)}
     assert shapes == {**projections, "score.0.weight": [7, 36], "score.2.weight": [3, 7]}
-
-
-# the forward pass -------------------------------------------------------------------------------------------------------
-
-
-def test_a_training_step_gives_mixed_and_plain_logits_and_weights_of_the_same_features():
-    network, images, groups = network_of(), images_of(6), groups_by_halves(6, 2)
-    outputs, features = network.train()(images, groups), network.features(images)
-    weights = network.attention(features[groups])
-    torch.testing.assert_close(outputs.weights, weights)
-    torch.testing.assert_close(outputs.scores, network.attention.scores(features[groups]))
-    mixtures = (weights[:, :, None] * features[groups]).sum(dim=1)
-    torch.testing.assert_close(outputs.mixed, network.classifier(mixtures))
-    torch.testing.assert_close(outputs.plain, network.classifier(features))
 
 
 def test_given_weights_take_the_place_of_the_attentions():
@@ -134,9 +118,6 @@ def test_attention_mixtures_and_classifiers_stay_in_float32_under_autocast():
         assert network.eval()(images_of(6)).dtype == torch.float32
     assert [output.dtype for output in outputs] == [torch.float32] * 4
     assert (outputs.weights.sum(dim=1) - 1).abs().max() < 1e-6
-
-
-# weights from a file ----------------------------------------------------------------------------------------------------
 
 
 def same_state(a: nn.Module, b: nn.Module, *without: str) -> bool:
@@ -234,13 +215,10 @@ def test_a_file_that_does_not_serve_is_refused_in_one_line(content, reason, file
         file.write_bytes(content)
     elif content is not None:
         torch.save(content, file)
-    with pytest.raises(UserError, match=reason) as refused:
-        load_weights(network, file)
-    assert str(file) in str(refused.value) and "\n" not in str(refused.value)
+    line = message(load_weights, network, file)
+    assert reason in line and str(file) in line
     assert same_state(network, network_of()) and not file.with_name("ran").exists()
 
-
-# torchvision's weights --------------------------------------------------------------------------------------------------
 
 FETCH = "torchvision.models._api.load_state_dict_from_url"
 
@@ -257,9 +235,7 @@ def test_imagenet_weights_are_torchvisions_first(monkeypatch):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"<html>blocked by the proxy</html>"])
-def test_weights_that_cannot_be_fetched_or_read_end_in_one_line_with_the_remedy(
-    content, tmp_path, monkeypatch
-):
+def test_weights_that_cannot_be_fetched_or_read_are_told_with_the_remedy(content, tmp_path, monkeypatch):
     """None: fetching fails; else the file is in torchvision's cache, and damaged."""
 
     def fails(*_, **__):
@@ -271,7 +247,6 @@ def test_weights_that_cannot_be_fetched_or_read_end_in_one_line_with_the_remedy(
     if content is not None:
         place.parent.mkdir(parents=True)
         place.write_bytes(content)
-    with pytest.raises(UserError, match=r"--pretrained imagenet.*--pretrained PATH or none") as refused:
-        make_network(parse_args(["--network", "resnet18"]), 101, 224)
-    line = str(refused.value)
-    assert "\n" not in line and str(place) in line and ("not known" in line) == (content is None)
+    line = message(make_network, parse_args(["--network", "resnet18"]), 101, 224)
+    assert re.search("--pretrained imagenet.*--pretrained PATH or none", line)
+    assert str(place) in line and ("not known" in line) == (content is None)

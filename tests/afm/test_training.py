@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from afm import train as script
@@ -17,19 +16,6 @@ from afm.attention import GroupAttention
 from afm.flags import parse_args
 from afm.networks import AttentiveFeatureMixup
 from afm.train import groups_of_batch
-from afm.training import (
-    attention_of_samples,
-    attention_statistics,
-    estimate_label_quality,
-    evaluate,
-    mean_peak,
-    mean_weights,
-    pair_weights,
-    pooled_features,
-    scaled_ranks,
-    train_epoch,
-    train_epoch_mixing_inputs,
-)
 from common.gpu.device import Device
 
 CPU = Device(torch.device("cpu"), "fp32", "tests")
@@ -73,22 +59,9 @@ def step(optimizer: torch.optim.SGD, loss: torch.Tensor) -> None:
     optimizer.step()
 
 
-def epoch_of(
-    network, batches, labels, words: str = "", mixing: bool = True, loss_weights=(1.5, 0.5), **options
-):
-    return train_epoch(
-        network,
-        sgd(network),
-        batches,
-        labels,
-        grouping(words, mixing),
-        loss_weights=loss_weights,
-        device=CPU,
-        **options,
-    )
-
-
-# training ---------------------------------------------------------------------------------------------------------------
+def epoch_of(network, batches, labels, words="", mixing=True, loss_weights=(1.5, 0.5), **options):
+    options |= {"loss_weights": loss_weights, "device": CPU}
+    return training.train_epoch(network, sgd(network), batches, labels, grouping(words, mixing), **options)
 
 
 def plain_epoch(network, batches, labels, groups_of):
@@ -125,7 +98,8 @@ def test_an_epoch_agrees_with_one_that_goes_group_by_group(group_size, rounds):
     for ours, theirs in zip(fast.parameters(), slow.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     expected = [np.mean(weights.get(position, NAN)) for position in range(20)]
-    assert mean_weights(done.members, done.weights, 20).tolist() == pytest.approx(expected, nan_ok=True)
+    found = training.mean_weights(done.members, done.weights, 20)
+    assert found.tolist() == pytest.approx(expected, nan_ok=True)
 
 
 def test_the_flags_of_the_target_arrive_in_the_loss():
@@ -143,17 +117,15 @@ def test_the_flags_of_the_target_arrive_in_the_loss():
 def test_without_mixing_it_is_plain_cross_entropy_training():
     features, labels = samples(20)
     network, plain = head(attentive=False), head(attentive=False)
-    done = epoch_of(
-        network, batches_of(features, 5), labels, "--lam 0", mixing=False, loss_weights=(0.0, 2.0)
-    )
-    optimizer, losses = sgd(plain), []
-    for (x,), index in batches_of(features, 5):
+    batches, optimizer, losses = batches_of(features, 5), sgd(plain), []
+    done = epoch_of(network, batches, labels, "--lam 0", mixing=False, loss_weights=(0.0, 2.0))
+    for (x,), index in batches:
         losses.append(F.cross_entropy(plain.classifier(x), labels[index]))
         step(optimizer, 2 * losses[-1])
     assert all(map(torch.equal, network.parameters(), plain.parameters()))
     assert (done.mixed_loss, done.plain_loss) == (0, pytest.approx(torch.stack(losses).mean().item()))
     assert done.loss == pytest.approx(2 * done.plain_loss)
-    assert done.members.shape == done.weights.shape == (0, 2) and mean_peak(done.weights) is None
+    assert done.members.shape == done.weights.shape == (0, 2) and training.mean_peak(done.weights) is None
 
 
 def test_fine_tuning_leaves_an_attention_without_gradient_as_it_was():
@@ -169,25 +141,13 @@ def test_fine_tuning_leaves_an_attention_without_gradient_as_it_was():
     assert not torch.equal(network.classifier.weight, fresh.classifier.weight)
 
 
-def test_a_batch_smaller_than_a_group_is_in_the_plain_loss_only():
-    features, labels = samples(2)
-    network = head(3)
-    done = epoch_of(network, batches_of(features, 2), labels, "--group-size 3")
-    assert done.mixed_loss == 0 and done.loss == pytest.approx(0.5 * done.plain_loss)
-    assert all(parameter.isfinite().all() for parameter in network.parameters())
-
-
 def test_mixing_inputs_is_mixup():
     features, labels = samples(12)
-    network, plain, words = (
-        head(attentive=False),
-        head(attentive=False),
-        "--mix-at input --weights random --lam 1",
-    )
-    batches, pairs, optimizer, losses = batches_of(features, 6), grouping(words), sgd(plain), []
-    done = train_epoch_mixing_inputs(
-        network, sgd(network), batches, labels, grouping(words), weight=2.0, device=CPU
-    )
+    network, plain = head(attentive=False), head(attentive=False)
+    batches, optimizer, losses = batches_of(features, 6), sgd(plain), []
+    groups, pairs = (grouping("--mix-at input --weights random --lam 1") for _ in range(2))
+    options = {"weight": 2.0, "device": CPU}
+    done = training.train_epoch_mixing_inputs(network, sgd(network), batches, labels, groups, **options)
     for (x,), index in batches:
         groups, weights = pairs(len(index))
         assert groups[:, 0].tolist() == sorted(groups[:, 1].tolist()) == list(range(6))
@@ -246,23 +206,20 @@ def test_the_share_of_dead_scores_is_that_of_all_groups_of_the_epoch():
         scores = network.attention.scores(torch.stack([features, features.flip(0)], dim=1))
         network.attention.score[-1].bias -= scores.mean(dim=0)
     batches = batches_of(features, 4)  # of 4 and 3 samples, so of 6 and 3 groups
-    done = train_epoch(network, optimizer, batches, labels, grouping("--group-rounds 3"), **options)
+    done = training.train_epoch(network, optimizer, batches, labels, grouping("--group-rounds 3"), **options)
     for (x,), index in batches:
         signs += (network.attention.scores(x[groups(len(index))[0]]) <= 0).flatten().tolist()
     assert len(signs) == 2 * 9 and 0 < sum(signs) < len(signs)
     assert done.dead == pytest.approx(np.mean(signs))
-    one = train_epoch(network, optimizer, batches_of(features[:1], 1), labels, grouping(), **options)
+    one = training.train_epoch(network, optimizer, batches_of(features[:1], 1), labels, grouping(), **options)
     assert one.dead is None
-
-
-# the test ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_loss_is_of_samples_and_beside_it_of_batches(shared):
     features, labels = samples(7)
     network = head(shared=shared)
-    found = evaluate(network, batches_of(features, 3), labels, CPU)  # batches of 3, 3 and 1
+    found = training.evaluate(network, batches_of(features, 3), labels, CPU)  # batches of 3, 3 and 1
     losses = F.cross_entropy(network.classifier(features), labels, reduction="none").detach()
     assert found.loss == pytest.approx(losses.mean().item(), rel=1e-6)
     batch_means = [losses[:3].mean(), losses[3:6].mean(), losses[6]]
@@ -274,28 +231,13 @@ def test_the_loss_is_of_samples_and_beside_it_of_batches(shared):
     assert not network.training
 
 
-# the attention of each sample -------------------------------------------------------------------------------------------
-
-
 def test_mean_weights_and_mean_peak():
     members = torch.tensor([[0, 2], [2, 4], [0, 2]])
     weights = torch.tensor([[0.2, 0.8], [0.5, 0.5], [0.6, 0.4]])
     expected = [0.4, NAN, 1.7 / 3, NAN, 0.5, NAN]
-    assert mean_weights(members, weights, 6).tolist() == pytest.approx(expected, nan_ok=True)
-    assert mean_weights(members[:0], weights[:0], 3).isnan().tolist() == [True] * 3
-    assert mean_peak(weights) == pytest.approx(1.9 / 3)
-
-
-def test_attention_statistics_agree_with_scikit_learn():
-    generator = np.random.default_rng(0)
-    weights = generator.random(60).astype(np.float32).round(2)
-    known = generator.integers(-1, 2, 60).astype(np.int8)
-    weights[::7] = np.nan
-    found = attention_statistics(torch.from_numpy(weights), torch.from_numpy(known))
-    used = ~np.isnan(weights) & (known >= 0)
-    assert found["attention_auc"] == pytest.approx(roc_auc_score(known[used], weights[used]))
-    assert found["attention_right"] == pytest.approx(weights[used & (known == 1)].mean())
-    assert found["attention_wrong"] == pytest.approx(weights[used & (known == 0)].mean())
+    assert training.mean_weights(members, weights, 6).tolist() == pytest.approx(expected, nan_ok=True)
+    assert training.mean_weights(members[:0], weights[:0], 3).isnan().tolist() == [True] * 3
+    assert training.mean_peak(weights) == pytest.approx(1.9 / 3)
 
 
 @pytest.mark.parametrize(
@@ -304,10 +246,12 @@ def test_attention_statistics_agree_with_scikit_learn():
         ([0.1, 0.3, 0.9], [1, 1, -1], (0.2, None, None)),
         ([0.1, 0.3, NAN], [0, 0, 1], (None, 0.2, None)),
         ([0.9, 0.1, 0.5], [1, 0, -1], (0.9, 0.1, 1.0)),
+        # of the 6 pairs of a right and a wrong label 3 are in order and one is equal
+        ([0.9, 0.5, 0.4, 0.6, 0.4, 0.7, NAN, NAN], [1, 1, 1, 0, 0, -1, 1, 0], (0.6, 0.5, 3.5 / 6)),
     ],
 )
-def test_statistics_say_nothing_where_there_is_nothing_to_say(weights, known, expected):
-    found = attention_statistics(torch.tensor(weights), torch.tensor(known, dtype=torch.int8))
+def test_statistics_of_right_and_of_wrong_labels_where_there_are_any(weights, known, expected):
+    found = training.attention_statistics(torch.tensor(weights), torch.tensor(known, dtype=torch.int8))
     values = [found[f"attention_{name}"] for name in ("right", "wrong", "auc")]
     assert values == [value if value is None else pytest.approx(value) for value in expected]
 
@@ -316,45 +260,43 @@ def test_pooled_features_are_by_position_and_in_eval_mode():
     network, (features, _) = head(), samples(7)
     network.backbone = nn.Dropout(0.5)
     order = torch.tensor([4, 0, 6, 2, 1, 5, 3])
-    assert torch.equal(pooled_features(network.train(), batches_of(features, 3, order), 7, CPU), features)
+    batches = batches_of(features, 3, order)
+    assert torch.equal(training.pooled_features(network.train(), batches, 7, CPU), features)
 
 
 @pytest.mark.parametrize("group_size", [2, 3])
 def test_the_attention_of_a_sample_is_the_mean_over_partners_and_positions(group_size):
     network, (features, _) = head(group_size), samples(9)
-    found = attention_of_samples(network, features, 40, torch.Generator().manual_seed(5))
+    found = training.attention_of_samples(network, features, 40, torch.Generator().manual_seed(5))
     generator, weights = torch.Generator().manual_seed(5), [[] for _ in range(9)]
     for _ in range(40):
         order = torch.randperm(9, generator=generator).tolist()
         for start in range(0, 9 - group_size + 1, group_size):
             group = order[start : start + group_size]
-            for sample, weight in zip(
-                group, network.attention(features[group][None])[0].tolist(), strict=True
-            ):
+            own = network.attention(features[group][None])[0].tolist()
+            for sample, weight in zip(group, own, strict=True):
                 weights[sample].append(weight)
     assert found.tolist() == pytest.approx([np.mean(w) for w in weights], rel=1e-5)
 
 
 def estimated(network, features, sampled: torch.Tensor, batch_size: int = 4):
     """The label quality of 9 training images, of which some are sampled, in 3 rounds."""
-    run = SimpleNamespace(
-        device=CPU, args=SimpleNamespace(seed=5), progress=lambda batches, *_, training: batches
-    )
+    run = SimpleNamespace(device=CPU, args=SimpleNamespace(seed=5), progress=lambda own, _, training: own)
     data = SimpleNamespace(observed=np.zeros(9), num_classes=CLASSES, sampled=sampled.numpy())
     data.sampled_batches, data.plain = batches_of(features[sampled], 2), batches_of(features, batch_size)
-    return estimate_label_quality(network, data, 3, run)
+    return training.estimate_label_quality(network, data, 3, run)
 
 
 def test_label_quality_is_the_rank_of_the_attention_beside_the_classifiers_probabilities():
     network, (features, _) = head(attention="sigmoid"), samples(9)
     found = estimated(network, features, torch.arange(9))
-    weights = attention_of_samples(network, features, 3, torch.Generator().manual_seed(5))
-    assert (found.score.argsort() == weights.argsort()).all() and (
-        found.score * 8
-    ).sort().values.tolist() == [*range(9)]
+    weights = training.attention_of_samples(network, features, 3, torch.Generator().manual_seed(5))
+    assert torch.equal(found.score.argsort(), weights.argsort())
+    assert (found.score * 8).sort().values.tolist() == [*range(9)]
     torch.testing.assert_close(found.probabilities, F.softmax(network.classifier(features), dim=1).detach())
-    assert scaled_ranks(torch.tensor([3.0, 1.0, 3.0, 9.0, NAN])).isnan().tolist() == [False] * 4 + [True]
-    assert scaled_ranks(torch.tensor([3.0, 1.0, 3.0])).tolist() == [0.75, 0, 0.75]
+    ranks = training.scaled_ranks(torch.tensor([3.0, 1.0, 3.0, NAN]))
+    assert ranks.isnan().tolist() == [False, False, False, True]
+    assert training.scaled_ranks(torch.tensor([3.0, 1.0, 3.0])).tolist() == [0.75, 0, 0.75]
     assert estimated(head(attentive=False), features, torch.arange(9)).score is None
 
 
@@ -370,7 +312,7 @@ def test_of_more_images_than_are_sampled_all_are_beside_the_same_sampled_ones(gr
             place = number % group_size
             group = [*own[:place], i, *own[place:]]
             weights[i] += network.attention(features[group][None])[0, place].item()
-    assert torch.equal(found.score, scaled_ranks(weights)) and len(set(found.score.tolist())) == 9
+    assert torch.equal(found.score, training.scaled_ranks(weights)) and len(set(found.score.tolist())) == 9
     torch.testing.assert_close(found.probabilities, F.softmax(network.classifier(features), dim=1).detach())
     assert torch.equal(found.score, estimated(network, features, sampled, 9).score)
     plain = estimated(head(attentive=False), features, sampled)
@@ -380,7 +322,7 @@ def test_of_more_images_than_are_sampled_all_are_beside_the_same_sampled_ones(gr
 @pytest.mark.parametrize("attention", ["sigmoid", "complement"])
 def test_pair_weights_are_those_of_every_ordered_pair(attention):
     network, (features, _) = head(attention=attention), samples(5)
-    found = pair_weights(network, features)
+    found = training.pair_weights(network, features)
     assert found.shape == (5, 5, 2)
     for i in range(5):
         for j in range(5):

@@ -21,9 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWa
 DIGITS = "--dataset digits"
 
 
-def write_run(
-    folder, words: str = DIGITS, samples: int = 40, attentive: bool = True, known=(1, 0), seed: int = 0
-):
+def write_run(folder, words: str = DIGITS, samples=40, attentive: bool = True, known=(1, 0), seed: int = 0):
     """A run directory as afm/train.py leaves it, as far as it is read."""
     args, rng = parse_args(words.split()), np.random.default_rng(seed)
     folder.mkdir()
@@ -41,10 +39,8 @@ def write_run(
 def test_the_images_are_those_with_the_highest_and_the_lowest_weights(tmp_path, monkeypatch):
     run, few = (visualize.read_run(write_run(tmp_path / f"{n}", samples=n)) for n in (40, 5))
     run.attention["weight"][[3, 4]] = [np.nan, 2.0]
-    asked, images = [], visualize.images_at
-    monkeypatch.setattr(
-        visualize, "images_at", lambda args, at: asked.append(at.tolist()) or images(args, at)
-    )
+    asked, real = [], visualize.images_at
+    monkeypatch.setattr(visualize, "images_at", lambda args, at: asked.append(at.tolist()) or real(args, at))
     figures = [visualize.figures.plt.figure() for _ in range(2)]
     for figure, of in zip(figures, (run, few), strict=True):
         visualize.draw_images(figure, of)
@@ -64,10 +60,8 @@ def test_every_setting_has_curves_and_every_method_of_it_its_weights(tmp_path, m
     """Runs of one method under two kinds of noise are not averaged; the images are of the run with the highest AUC."""
     hard = f"{DIGITS} --noise-type hard --noise-rate 0.4"
     folders = [write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2)]
-    folders += [
-        write_run(tmp_path / "c", f"{DIGITS} --lam 0", attentive=False),
-        write_run(tmp_path / "d", hard),
-    ]
+    folders += [write_run(tmp_path / "c", f"{DIGITS} --lam 0", attentive=False)]
+    folders += [write_run(tmp_path / "d", hard)]
     folders += [write_run(tmp_path / "e", f"{DIGITS} --group-size 3", known=(-1,))]
     for name, weight in (("d", "known"), ("e", None)):  # AUC 1, and a dead ReLU
         arrays = dict(np.load(tmp_path / name / "attention.npz"))
@@ -116,8 +110,6 @@ def test_a_damaged_run_is_refused_in_one_line(name, content, tmp_path, capsys):
     assert_refused(visualize, run, name, content, "", tmp_path, capsys)
     assert "--out " in refused(capsys, visualize.main, run, "--out", tmp_path / "figure.gif")
 
-
-# the release's vis.py ---------------------------------------------------------------------------------------------------
 
 FOOD = "--network resnet18 --pretrained none --fidelity released"
 
