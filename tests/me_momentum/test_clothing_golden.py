@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +12,11 @@ from torch import nn
 
 from common.datasets.arrays import read_npz
 from common.datasets.file_lists import make_split
-from me_momentum import Clothing, ClothingData
+from me_momentum import Clothing, ClothingData, per_class
 from me_momentum.Clothing import learning_rate, parse_args, place_of
 from me_momentum.clothing_images import Data, Labelled, shuffled
 from me_momentum.confident import confident_examples
 from me_momentum.losses import prior_weights, weighted_cross_entropy
-from me_momentum.per_class import (
-    ClassModels,
-    Scores,
-    class_score,
-    model_of_class,
-    no_models,
-    samples_by_model,
-    scores,
-    update,
-)
 from tests.common.small_file_data import write_lines
 from tests.conftest import golden_folder
 
@@ -40,20 +31,17 @@ def counts(labels) -> torch.Tensor:
     return torch.bincount(tensor(labels), minlength=CLASSES)
 
 
-# validation and selection ------------------------------------------------------------------------------------------------
-
-
 def test_validation(golden):
     for case in golden("me_momentum", "clothing_val"):
         logits, labels, weights = (tensor(case[name]) for name in ("logits", "labels", "class_weights"))
-        found = scores(logits.argmax(dim=1), labels, CLASSES)
+        found = per_class.scores(logits.argmax(dim=1), labels, CLASSES)
         assert found.recall.tolist() == case["class_recall"].tolist(), case.name
         np.testing.assert_array_equal(found.precision.numpy(), case["class_precision"], case.name)
         assert found.accuracy == pytest.approx(float(case["acc"]), rel=1e-12)
         assert found.std == pytest.approx(float(case["std"]), rel=1e-7)  # recorded with 8 decimals
         beta = float(case["beta"])
         assert beta == parse_args([]).beta
-        score = class_score(found.recall, found.precision, beta)
+        score = per_class.class_score(found.recall, found.precision, beta)
         np.testing.assert_allclose(score.numpy(), case["score"], rtol=1e-12, err_msg=case.name)
         # what the release prints as its loss: 100 times the sum over batches of our loss, over the samples
         pieces = (values.split(int(case["batch_size"])) for values in (logits, labels))
@@ -63,13 +51,11 @@ def test_validation(golden):
 
 def test_selection(golden):
     if not list((golden_folder() or Path()).glob("me_momentum/clothing_select_*.json")):
-        pytest.skip(
-            "the cases of kind clothing_select are too large for tests/golden: only in the shared folder"
-        )
+        pytest.skip("the cases of kind clothing_select are too large for tests/golden")
     for case in golden("me_momentum", "clothing_select"):
         noisy = tensor(case["noisy"])
         predicted, looked_at = torch.full_like(noisy, -1), 0
-        for model, positions in samples_by_model(noisy, tensor(case["model_of_class"])).items():
+        for model, positions in per_class.samples_by_model(noisy, tensor(case["model_of_class"])).items():
             predicted[positions] = tensor(case["logits_per_model"][model - 1]).argmax(dim=1)[positions]
             looked_at += len(positions)
         assert looked_at == len(noisy)
@@ -78,9 +64,6 @@ def test_selection(golden):
         in_order = case["selected_in_order"]
         assert np.array_equal(noisy.numpy()[in_order], case["labels_in_order"])
         assert sorted(in_order.tolist()) == confident.tolist()
-
-
-# the loops ---------------------------------------------------------------------------------------------------------------
 
 
 def flags(case) -> list[str]:
@@ -108,17 +91,16 @@ def test_models_weights_and_order(golden):
         found = torch.stack([prior_weights(counts(labels[index]), validation) for index in current])
         np.testing.assert_array_equal(found.numpy(), case["loss_weights"], case.name)
 
-        models, selections = no_models(CLASSES), []
-        for epoch, (recall, precision) in enumerate(
-            zip(tensor(case["class_recall"]), tensor(case["class_precision"]), strict=True), start=1
-        ):
+        models, selections = per_class.no_models(CLASSES), []
+        by_epoch = zip(tensor(case["class_recall"]), tensor(case["class_precision"]), strict=True)
+        for epoch, (recall, precision) in enumerate(by_epoch, start=1):
             place = place_of(epoch, args)
             if place.epoch == 1:
-                models = no_models(CLASSES)
-            score = class_score(recall, precision, args.beta)
-            models = update(models, place.epoch, score, case["val_acc"][epoch - 1])
+                models = per_class.no_models(CLASSES)
+            score = per_class.class_score(recall, precision, args.beta)
+            models = per_class.update(models, place.epoch, score, case["val_acc"][epoch - 1])
             if place.epoch % args.n_epoch == 0:
-                selections.append(model_of_class(models).tolist())
+                selections.append(per_class.model_of_class(models).tolist())
         assert selections == case["model_of_class"].tolist(), case.name
 
 
@@ -129,9 +111,7 @@ class Scripted:
         self.case, self.epoch, self.networks = case, 0, 0
         self.subsets = iter(np.split(case["subset_concat"], np.cumsum(case["subset_sizes"])[:-1]))
         self.tests = dict(zip(case["test_epochs"].tolist(), case["test_acc"].tolist(), strict=True))
-        self.seen: dict[str, list] = {
-            name: [] for name in ("lr", "train_size", "loss_weights", "model_number", "model_of_class")
-        }
+        self.seen = defaultdict(list)
 
     def network(self, *_arguments) -> nn.Module:
         self.networks += 1
@@ -141,12 +121,8 @@ class Scripted:
         labels, validation = (tensor(self.case[name]) for name in ("train_labels", "val_labels"))
         split = make_split(Path(), [b"none"] * len(labels), labels.numpy())
         nothing = Labelled([], validation)
-        index = np.arange(len(labels))
-        loader = torch.Generator()
-        return Data(
-            index, labels.numpy(), split, None, labels, nothing, nothing, (), loader, lambda *_, **__: [],
-            order=index,
-        )  # fmt: skip
+        index, rest = np.arange(len(labels)), (nothing, nothing, (), torch.Generator(), lambda *_, **__: [])
+        return Data(index, labels.numpy(), split, None, labels, *rest, order=index)
 
     def train_weighted_epoch(self, network, optimizer, batches, labels, weights, device) -> float:
         values = (optimizer.param_groups[0]["lr"], len(labels), weights.tolist(), self.networks)
@@ -160,12 +136,12 @@ class Scripted:
         self.epoch += 1
         return {"test_accuracy": self.tests.get(self.epoch - 1, 0.0), "test_accuracy_batchmean": 0.0}
 
-    def validate(self, network, split, what, run) -> Scores:
+    def validate(self, network, split, what, run) -> per_class.Scores:
         recall, precision = (tensor(self.case[f"class_{of}"][self.epoch]) for of in ("recall", "precision"))
-        return Scores(float(self.case["val_acc"][self.epoch]), 0.0, recall, precision)
+        return per_class.Scores(float(self.case["val_acc"][self.epoch]), 0.0, recall, precision)
 
     def select(self, network, memory, data, what, run) -> None:
-        models = model_of_class(ClassModels(**memory["models"])).tolist()
+        models = per_class.model_of_class(per_class.ClassModels(**memory["models"])).tolist()
         self.seen["model_of_class"].append(models)
         assert set(models) == set(memory["weights"])
         memory["confident"] = tensor(next(self.subsets))
@@ -199,15 +175,8 @@ def test_the_script(golden, monkeypatch, tmp_path):
         assert reported == case["final_test_acc"]
 
 
-# the index ---------------------------------------------------------------------------------------------------------------
-
-FILES = (
-    "noisy_train_key_list",
-    "clean_val_key_list",
-    "clean_test_key_list",
-    "noisy_label_kv",
-    "clean_label_kv",
-)
+FILES = [f"{part}_key_list" for part in ("noisy_train", "clean_val", "clean_test")]
+FILES += ["noisy_label_kv", "clean_label_kv"]
 
 
 @pytest.mark.parametrize("below", ["", "annotations"])

@@ -25,9 +25,6 @@ def tensor(array) -> torch.Tensor:
     return torch.from_numpy(np.array(array))
 
 
-# the alternation ------------------------------------------------------------------------------------------------------
-
-
 def walk(validation: np.ndarray, test: np.ndarray, limits: Limits, lr: float) -> dict:
     """What happens in each epoch when the validation accuracies are these; the test accuracies are read when wanted."""
     columns = ("epoch", "phase", "round_id", "lr", "confident_set_id", "saved_latest", "new_best", "done")
@@ -77,9 +74,6 @@ def test_schedules(golden):
         assert set(early) == {float(rounds[0])}
 
 
-# evaluation and selection ---------------------------------------------------------------------------------------------
-
-
 def test_eval(golden):
     for case in golden("me_momentum", "eval"):
         logits, labels = tensor(case["logits"]), tensor(case["labels"])
@@ -110,9 +104,6 @@ def test_split(golden):
             assert np.array_equal(index, case[f"{part}_index"]), case.name
             assert np.array_equal(noisy[index], case[f"{part}_noisy"]), case.name
             assert np.array_equal(clean[index], case[f"{part}_clean"]), case.name
-
-
-# networks -------------------------------------------------------------------------------------------------------------
 
 
 def network_of(case) -> nn.Module:

@@ -1,20 +1,10 @@
 """Scores by class, which epoch is the model of which class, and the samples it predicts."""
 
-import numpy as np
 import pytest
 import torch
 
 from common.runs import checkpoint
-from me_momentum.per_class import (
-    ClassModels,
-    class_score,
-    in_use,
-    model_of_class,
-    no_models,
-    samples_by_model,
-    scores,
-    update,
-)
+from me_momentum import per_class
 
 NAN = float("nan")
 
@@ -23,36 +13,23 @@ def tensor(*values) -> torch.Tensor:
     return torch.tensor(values)
 
 
-def models_after(*epochs: tuple[list[float], float]) -> ClassModels:
+def models_after(*epochs: tuple[list[float], float]) -> per_class.ClassModels:
     """The models after epochs of (score by class, accuracy)."""
-    models = no_models(len(epochs[0][0]))
+    models = per_class.no_models(len(epochs[0][0]))
     for epoch, (score, accuracy) in enumerate(epochs, start=1):
-        models = update(models, epoch, torch.tensor(score, dtype=torch.float64), accuracy)
+        models = per_class.update(models, epoch, torch.tensor(score, dtype=torch.float64), accuracy)
     return models
 
 
-def test_scores_against_a_loop_over_the_classes():
-    rng = np.random.default_rng(0)
-    labels, predicted = rng.integers(5, size=(2, 1000))
-    found = scores(torch.from_numpy(predicted), torch.from_numpy(labels), 5)
-    recall = [100 * np.mean(predicted[labels == c] == c) for c in range(5)]
-    precision = [100 * np.mean(labels[predicted == c] == c) for c in range(5)]
-    assert found.recall.tolist() == np.round(recall, 2).tolist()
-    assert found.precision.tolist() == np.round(precision, 2).tolist()
-    assert found.recall.dtype == found.precision.dtype == torch.float64
-    assert found.std == pytest.approx(np.std(recall), rel=1e-12)
-    assert found.accuracy == pytest.approx(100 * np.mean(predicted == labels), rel=1e-12)
-
-
 def test_a_class_never_predicted_has_no_precision_and_an_absent_one_no_recall():
-    found = scores(tensor(0, 0, 2, 2), tensor(0, 1, 1, 0), 4)
+    found = per_class.scores(tensor(0, 0, 2, 2), tensor(0, 1, 1, 0), 4)
     torch.testing.assert_close(found.recall, tensor(50.0, 0.0, NAN, NAN).double(), equal_nan=True)
     torch.testing.assert_close(found.precision, tensor(50.0, NAN, 0.0, NAN).double(), equal_nan=True)
     assert found.std == 25.0  # over the two classes that there are
 
 
 def test_the_score_weighs_recall_with_beta_and_keeps_nan():
-    score = class_score(tensor(80.0, 80.0, NAN), tensor(40.0, NAN, 40.0), beta=0.45)
+    score = per_class.class_score(tensor(80.0, 80.0, NAN), tensor(40.0, NAN, 40.0), beta=0.45)
     torch.testing.assert_close(score, tensor(0.45 * 80 + 0.55 * 40, NAN, NAN), equal_nan=True)
 
 
@@ -73,27 +50,27 @@ def test_the_score_weighs_recall_with_beta_and_keeps_nan():
 )
 def test_the_model_of_a_class_is_its_best_epoch(epochs, model_of):
     models = models_after(*epochs)
-    assert model_of_class(models).tolist() == model_of
-    assert in_use(models) == set(model_of)
+    assert per_class.model_of_class(models).tolist() == model_of
+    assert per_class.in_use(models) == set(model_of)
 
 
 def test_models_go_through_a_checkpoint(tmp_path):
     models = models_after(([NAN, 0.0], 1.0), ([1.5, NAN], 12.5))
     checkpoint.save(tmp_path, {"state": checkpoint.collect({"models": models._asdict()})})
-    state = {"models": no_models(2)._asdict()}
+    state = {"models": per_class.no_models(2)._asdict()}
     checkpoint.restore(state, checkpoint.load(tmp_path)["state"])
-    again = ClassModels(**state["models"])
+    again = per_class.ClassModels(**state["models"])
     assert torch.equal(again.best_score, models.best_score) and again.best_score.tolist() == [1.5, 0.0]
-    assert model_of_class(again).tolist() == [2, 2]
+    assert per_class.model_of_class(again).tolist() == [2, 2]
     assert (again.best_accuracy, again.best_epoch) == (12.5, 2)
 
 
 def test_each_checkpoint_predicts_all_samples_of_its_classes_once():
     labels = torch.randint(6, (500,), generator=torch.Generator().manual_seed(0))
     models = tensor(4, 1, 4, 2, 2, 9)
-    found = samples_by_model(labels, models)
+    found = per_class.samples_by_model(labels, models)
     assert list(found) == [1, 2, 4, 9]
     assert torch.equal(torch.cat(list(found.values())).sort().values, torch.arange(500))
     for epoch, positions in found.items():
         assert (models[labels[positions]] == epoch).all() and (positions.diff() > 0).all()
-    assert samples_by_model(labels[:0], models) == {}
+    assert per_class.samples_by_model(labels[:0], models) == {}

@@ -39,10 +39,7 @@ def observed(count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["lenet", "preact_narrow"])
 def test_an_epoch_is_that_of_a_plain_loop(name):
-    """Two passes, of which the second goes on with the momentum of the first; the last batch has two rows.
-
-    In float64: rounding does not grow then.
-    """
+    """Two passes with the same momentum; the last batch has two rows. In float64 rounding does not grow."""
     network, images = network_and_images(name, 26)
     network, labels = network.double(), observed(26)
     other = copy.deepcopy(network)

@@ -1,4 +1,4 @@
-"""The split and the accuracies, against loops over single samples."""
+"""The split and the accuracies where the recorded cases do not go."""
 
 import math
 import warnings
@@ -8,16 +8,6 @@ import pytest
 import torch
 
 from me_momentum.validation import accuracy, balanced_accuracy, batch_mean_accuracy, split
-
-
-def drawn(seed: int, size: int = 333, num_classes: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predictions, and labels of classes that differ much in size."""
-    rng = np.random.default_rng(seed)
-    share = np.arange(1, num_classes + 1) ** 2.0
-    labels = rng.choice(num_classes, size, p=share / share.sum())
-    labels[:num_classes] = np.arange(num_classes)
-    predicted = np.where(rng.random(size) < 0.3 + 0.1 * labels, labels, rng.integers(num_classes, size=size))
-    return torch.from_numpy(predicted), torch.from_numpy(labels)
 
 
 @pytest.mark.parametrize(
@@ -32,8 +22,7 @@ def test_the_training_part_keeps_the_shuffled_order_of_the_seed_alone(count, fra
     assert (len(parts.train), len(parts.validation)) == sizes
     assert sorted([*parts.train, *parts.validation]) == list(range(count))
     assert (np.diff(parts.validation) > 0).all()
-    np.random.seed(7)  # as the release draws: without replacement from the global generator
-    assert parts.train.tolist() == np.random.choice(count, sizes[0], replace=False).tolist()
+    assert parts.train.tolist() == np.random.RandomState(7).choice(count, sizes[0], replace=False).tolist()
 
 
 @pytest.mark.parametrize(("count", "fraction"), [(100, 1.0), (5, 0.1), (1, 0.9), (100, 1.5), (100, -0.1)])
@@ -42,20 +31,12 @@ def test_a_part_without_any_image_is_an_error_that_names_share_and_size(count, f
         split(count, fraction, 1)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_balanced_accuracy_is_that_of_a_loop_over_classes_rounded_to_two_decimals(seed):
-    predicted, labels = drawn(seed)
-    by_class = [100 * (predicted[labels == c] == c).double().mean().item() for c in range(6)]
-    found = balanced_accuracy(predicted, labels, 6)
-    assert found == pytest.approx(np.mean(by_class), abs=0.005 + 1e-9)
-    assert found == round(found, 2) and type(found) is float
-    assert abs(found - accuracy(predicted, labels)) > 1  # the mean over samples is another number
-
-
 def test_labels_count_by_their_own_class_and_not_by_the_predicted_one():
-    # class 0: one of four, class 1: one of one
-    labels, predicted = torch.tensor([0, 0, 0, 0, 1]), torch.tensor([0, 1, 1, 1, 1])
-    assert balanced_accuracy(predicted, labels, 2) == 62.5
+    # class 0: one of four, class 1: one of one, class 2: two of three
+    labels, predicted = torch.tensor([0, 0, 0, 0, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 1, 1, 2, 2, 0])
+    found = balanced_accuracy(predicted, labels, 3)
+    assert found == 63.89 and type(found) is float
+    assert accuracy(predicted, labels) == 50
 
 
 def test_an_absent_class_makes_it_nan_without_a_warning():

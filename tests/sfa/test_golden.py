@@ -27,9 +27,6 @@ def assert_close(actual, expected, tolerance, name):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
 
 
-# losses and schedules ---------------------------------------------------------------------------------------------------
-
-
 def test_losses_and_their_gradients(golden):
     for case in golden("sfa", "losses"):
         parts = ("logits_labelled", "logits_unlabelled")
@@ -66,9 +63,6 @@ def test_rampup_and_threshold(golden):
         assert np.allclose(taus, case["threshold"], rtol=1e-14, atol=0), case.name
 
 
-# selection --------------------------------------------------------------------------------------------------------------
-
-
 def test_centroids(golden):
     for case in golden("sfa", "centroids"):
         features, labels, mask = (tensor(case[n]) for n in ("features", "labels", "mask"))
@@ -103,9 +97,8 @@ def test_gmm(golden, posterior):
         assert_same_probabilities(probabilities, case["clean_prob"], case.name)
 
 
-def select_case(
-    case, threshold: float, beta: float, min_draw_count: int, initial: bool
-) -> selection.Selection:
+def select_case(case, threshold: float, beta: float, min_draw_count: int, initial: bool):
+    """The selection, whose steps are those of the case."""
     features, labels = tensor(case["features"]), tensor(case["labels"])
     logits = features @ tensor(case["balanced_head_weight"]) + tensor(case["balanced_head_bias"])
     confidence = F.softmax(logits, dim=1).gather(1, labels[:, None])[:, 0]
@@ -168,9 +161,6 @@ def test_selection_stats(golden):
             assert found == pytest.approx(list(expected), abs=6e-5, nan_ok=True), (case.name, shot)
 
 
-# networks ---------------------------------------------------------------------------------------------------------------
-
-
 def test_block(golden):
     for case in golden("sfa", "block"):
         width, width_in = case["conv_a"].shape[:2]
@@ -214,10 +204,6 @@ def fill(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-def relative_error(found: torch.Tensor, expected: np.ndarray) -> float:
-    return float(np.abs(found.numpy() - expected).max() / np.abs(expected).max())
-
-
 def test_backbone(golden):
     for case in golden("sfa", "backbone"):
         num_classes = case["standard_logits"].shape[1]
@@ -232,10 +218,8 @@ def test_backbone(golden):
         with torch.no_grad():
             outputs = fill(network)(x)
         for found, name in zip(outputs, ("features", "standard_logits", "balanced_logits"), strict=True):
-            assert relative_error(found, case[name]) < tolerance, (case.name, name)
-
-
-# training and test ------------------------------------------------------------------------------------------------------
+            error = np.abs(found.numpy() - case[name]).max() / np.abs(case[name]).max()
+            assert error < tolerance, (case.name, name)
 
 
 def blocks(total: int, size: int) -> list[torch.Tensor]:
@@ -262,7 +246,8 @@ def test_semi_supervised_epoch(golden, kind, forward_unlabelled):
         optimizer = torch.optim.SGD(network.parameters(), float(case["lr"]), momentum=0.9, weight_decay=5e-4)
         size, labelled = int(case["batch_size"]), len(case["x_label"])
         x1, x2, u1, u2 = (tensor(case[n]) for n in ("x_view1", "x_view2", "u_view1", "u_view2"))
-        steps = labelled // size + 1
+        steps, epoch, lambda_u = labelled // size + 1, float(case["epoch"]), float(case["lambda_u"])
+        ramp = [losses.ramp_up(lambda_u, epoch + step / steps, 30) for step in range(steps)]
         weights, permutations = iter(case["beta_draw"]), iter(case["permutation"])
         batches = [((x1[i], x2[i]), i) for i in blocks(labelled, size)]
         others = itertools.cycle([((u1[i], u2[i]), i) for i in blocks(len(u1), size)])
@@ -275,9 +260,7 @@ def test_semi_supervised_epoch(golden, kind, forward_unlabelled):
             labels=tensor(case["x_label"]),
             clean=tensor(case["x_weight"]),
             class_counts=tensor(case["class_count"]),
-            weight=lambda step, c=case, n=steps: losses.ramp_up(
-                float(c["lambda_u"]), float(c["epoch"]) + step / n, 30
-            ),
+            weight=ramp.__getitem__,
             draw_lam=lambda draws=weights: float(next(draws)),
             draw_permutation=lambda rows, draws=permutations: tensor(next(draws)[:rows]),
             temperature=0.5,

@@ -1,4 +1,7 @@
-"""The losses against formulas in NumPy, row by row and class by class; their limits and their gradients."""
+"""The losses against formulas in NumPy, row by row and class by class; their limits and their gradients.
+
+The warm-up loss and that of mixed rows: test_golden.py and test_training.py.
+"""
 
 import math
 from functools import partial
@@ -36,12 +39,9 @@ def hard(name: str, z: np.ndarray, y: int, counts: list[float]) -> float:
     log_p = log_softmax(z)
     if name == "ce":
         return -log_p[y]
-    if name == "balanced_softmax":
-        weighed = [n * math.exp(own) for n, own in zip(counts, z, strict=True)]
-        return -math.log(weighed[y] / sum(weighed))
-    if name == "logit_adjusted":
-        prior = [n / sum(counts) for n in counts]
-        weighed = [p**0.6 * math.exp(own) for p, own in zip(prior, z, strict=True)]
+    if name in ("balanced_softmax", "logit_adjusted"):
+        tau = 1 if name == "balanced_softmax" else 0.6
+        weighed = [n**tau * math.exp(own) for n, own in zip(counts, z, strict=True)]
         return -math.log(weighed[y] / sum(weighed))
     if name == "ldam":
         margins = [1 / n**0.25 for n in counts]
@@ -138,50 +138,10 @@ def test_gce_goes_to_cross_entropy_and_to_the_absolute_error():
     torch.testing.assert_close(one, absolute / 2)
 
 
-# in warm-up and in semi-supervised training ---------------------------------------------------------------------------
-
-
-@each_loss
-def test_in_the_warm_up_only_the_term_of_the_standard_head_changes(name):
-    standard, auxiliary, counts = random_logits(4), random_logits(5), torch.tensor(COUNTS)
-    hard_targets = TARGETS["hard"].numpy()
-    rows = [
-        soft(name, z, t, COUNTS) + hard("balanced_softmax", b, y, COUNTS)
-        for z, b, t, y in zip(standard.numpy(), auxiliary.numpy(), hard_targets, LABELS.tolist(), strict=True)
-    ]
-    loss = losses.warm_up_loss(standard, auxiliary, LABELS, counts, LOSSES[name])
-    assert float(loss) == pytest.approx(np.mean(rows), rel=1e-10)
-    if name == "ce":
-        assert torch.equal(loss, losses.warm_up_loss(standard, auxiliary, LABELS, counts))
-
-
-@each_loss
-@pytest.mark.parametrize("rows", [4, N])
-def test_the_loss_of_mixed_rows_is_that_of_the_formula(name, rows):
-    """L_x + lambda L_u + L_x' + lambda L_u' + L_prior; without unlabelled rows L_u = L_u' = 0."""
-    standard, auxiliary, targets = random_logits(6), random_logits(7), random_targets()
-    loss = semi_loss(standard, auxiliary, targets, rows, torch.tensor(COUNTS), 3.0, LOSSES[name])
-    shifted, t = auxiliary.numpy() + np.log(COUNTS), targets.numpy()
-    p, balanced = (np.exp([log_softmax(z) for z in logits]) for logits in (standard.numpy(), shifted))
-    labelled = np.mean(
-        [soft(name, z, own, COUNTS) for z, own in zip(standard.numpy()[:rows], t, strict=False)]
-    )
-    balanced_labelled = -np.sum(t[:rows] * np.log(balanced[:rows])) / rows
-    unlabelled = [np.mean((q[rows:] - t[rows:]) ** 2) if rows < N else 0 for q in (p, balanced)]
-    prior = sum(np.log(1 / K / mean) / K for mean in p.mean(axis=0))
-    total = labelled + 3 * unlabelled[0] + balanced_labelled + 3 * unlabelled[1] + prior
-    expected = [total, labelled, unlabelled[0], balanced_labelled, unlabelled[1]]
-    assert [float(part) for part in loss] == pytest.approx(expected, rel=1e-10)
-
-
 def test_the_total_is_back_propagated_and_its_parts_are_not():
     standard = random_logits(6).requires_grad_()
     loss = semi_loss(standard, random_logits(7), random_targets(), N, torch.tensor(COUNTS), 3.0)
     assert loss.total.requires_grad and not any(part.requires_grad for part in loss[1:])
-
-
-def test_the_unlabelled_weight_ramps_over_sixteen_epochs():
-    assert [losses.ramp_up(25, p, 30) for p in (30, 38, 46, 99)] == [0, 12.5, 25, 25]
 
 
 @pytest.mark.parametrize(

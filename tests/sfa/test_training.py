@@ -3,8 +3,6 @@
 This file is also the script that the two processes run; each leaves what it sees in rank0.pt or rank1.pt.
 """
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +18,10 @@ from torch.optim import SGD
 
 from common.gpu import processes
 from common.gpu.device import Device
-from sfa import robust_losses, training
+from sfa import mixmatch, robust_losses, training
 from sfa.networks import TwoHeads
+from tests.end_to_end.runs import ROOT, start
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = Device(torch.device("cpu"), "fp32", "tests")
 N, K, BATCH, TEMPERATURE = 26, 4, 8, 0.6
 COUNTS = torch.tensor([11, 8, 5, 2])
@@ -105,9 +103,6 @@ LABELLED, UNLABELLED = torch.arange(N)[::2][:12], torch.arange(N)[1::2][:12]
 SHUFFLED = torch.randperm(N, generator=torch.Generator().manual_seed(7))
 
 
-# what one process does, and each of two -------------------------------------------------------------------------------
-
-
 def trainer(seed: int = 3) -> tuple[nn.Module, nn.Module, SGD]:
     """A network, what its training steps go through, and its optimiser."""
     network = processes.synchronised(Network(seed))
@@ -126,14 +121,12 @@ def warmed_up() -> dict[str, Any]:
     return {"losses": losses, "state": state_of(network)}
 
 
-def mix_settings() -> dict[str, Any]:
-    """Weights and partners of the mixture, alike by each call, and the weight of the unlabelled losses."""
-    weights, generator = iter((0.8, 0.3, 0.6)), torch.Generator().manual_seed(5)
-    return {
-        "weight": lambda step: 2.0 + step,
-        "draw_lam": lambda: next(weights),
-        "draw_permutation": lambda rows: torch.randperm(rows, generator=generator),
-    }
+def settings(device: Device) -> dict[str, Any]:
+    """Of semi-supervised training; the weights and the partners of the mixture are alike by each call."""
+    lams, generator = iter((0.8, 0.3, 0.6)), torch.Generator().manual_seed(5)
+    options = {"labels": labels(), "clean": clean(), "class_counts": COUNTS, "temperature": TEMPERATURE}
+    options |= {"weight": lambda step: 2.0 + step, "draw_lam": lambda: next(lams), "device": device}
+    return options | {"draw_permutation": lambda rows: torch.randperm(rows, generator=generator)}
 
 
 def trained(unlabelled: bool = True, **options) -> dict[str, Any]:
@@ -142,22 +135,10 @@ def trained(unlabelled: bool = True, **options) -> dict[str, Any]:
     peer = processes.synchronised(Network(4))
     peer.train()  # to be put into evaluation mode
     network.eval()
-    others = own_pieces(global_batches(UNLABELLED, 6, 2)) * 2
-    losses = training.train_semi(
-        network,
-        peer,
-        optimizer,
-        own_pieces(global_batches(LABELLED, 4, 2)),
-        iter(others) if unlabelled else None,
-        labels=labels(),
-        clean=clean(),
-        class_counts=COUNTS,
-        temperature=TEMPERATURE,
-        device=CPU,
-        parallel=parallel,
-        **mix_settings(),
-        **options,
-    )
+    batches = own_pieces(global_batches(LABELLED, 4, 2))
+    others = iter(own_pieces(global_batches(UNLABELLED, 6, 2)) * 2) if unlabelled else None
+    options |= settings(CPU) | {"parallel": parallel}
+    losses = training.train_semi(network, peer, optimizer, batches, others, **options)
     return {"losses": losses, "state": state_of(network), "peer": state_of(peer)}
 
 
@@ -207,9 +188,6 @@ def one() -> dict[str, dict]:
 
 def assert_close(actual: Any, expected: Any) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
-
-
-# plain loops ----------------------------------------------------------------------------------------------------------
 
 
 def plain_warm_up() -> dict[str, Any]:
@@ -315,6 +293,17 @@ def test_positions_that_no_batch_brings_are_0():
     assert losses.nonzero()[:, 0].tolist() == logits.any(dim=1).nonzero()[:, 0].tolist() == [2, 5, 9]
 
 
+def test_a_step_of_one_row_has_a_finite_loss_and_gradient():
+    network, peer, index = Network(3).train(), Network(4).eval(), torch.tensor([5])
+    views = view(index, 1), view(index, 2)
+    options = {"class_counts": COUNTS, "weight": 1.0, "lam": 0.4, "temperature": TEMPERATURE}
+    labelled, partners = (views, labels()[index], clean()[index]), torch.arange(3, -1, -1)
+    loss = mixmatch.step_loss(network, peer, labelled, views, permutation=partners, **options)
+    loss.total.backward()
+    assert torch.isfinite(torch.stack(loss)).all()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in network.parameters())
+
+
 def in_float32(seed: int) -> nn.Module:
     network, heads = Network(seed).float(), TwoHeads(6, K)
     heads.load_state_dict(network.heads.state_dict())
@@ -336,8 +325,7 @@ def in_precision(which: str, device: Device) -> list[Tensor]:
     if which == "warm_up":
         batch = [(batch[0][0][:1], index)]
         return [training.warm_up(network, optimizer, batch, labels(), COUNTS, device)]
-    options = {"labels": labels(), "clean": clean(), "class_counts": COUNTS, "device": device}
-    options |= {"temperature": TEMPERATURE, **mix_settings()}
+    options = settings(device)
     return [training.train_semi(network, in_float32(4), optimizer, batch, iter(batch), **options)]
 
 
@@ -352,12 +340,9 @@ def test_passes_are_within_the_autocast_and_return_float32(which):
 
 @pytest.mark.slow
 def test_two_processes_see_what_one_sees(one, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    ended = start(*words, __file__, tmp_path, PYTHONPATH=str(ROOT))
+    assert ended.status == 0, ended.err
     for rank in (0, 1):
         assert_close(torch.load(tmp_path / f"rank{rank}.pt", weights_only=True), one)
 

@@ -18,6 +18,7 @@ EPOCHS, WARM_UP = 6, 2
 DIGITS = {"dataset": "digits", "imb_type": "exp", "num_class": 10, "selection": "sfa", "warm_up": WARM_UP}
 CELL = {"dataset": "digits", "noise_type": "imb", "noise_rate": 0.5, "imb_factor": 0.1, "profile": "embedded"}
 WEBVISION = {"dataset": "webvision", "noise_type": "real", "noise_rate": None, "imb_factor": None}
+BALANCED = {"imb_factor": 1.0, "noise_rate": None}
 COUNTS = [60, 30, 20, 12, 9, 7, 25, 4, 3, 1]  # not in the order of the classes
 
 
@@ -38,11 +39,9 @@ def log_of(counts, epochs, selecting, seed):
     """Columns of a run's log: accuracy of every class, and the selection in the epochs that make one."""
     rng = np.random.default_rng(seed)
     columns = {"epoch": range(1, 1 + epochs), "test_accuracy": rng.uniform(10, 90, epochs).round(3)}
-    selects = np.arange(1, 1 + epochs) > (WARM_UP if selecting else epochs)
+    without = WARM_UP if selecting else epochs
     for name, values in (("selected", rng.integers(50, 99, epochs)), ("auc", rng.uniform(0.5, 1, epochs))):
-        columns[f"net1_{name}"] = [
-            value if there else "" for value, there in zip(values, selects, strict=True)
-        ]
+        columns[f"net1_{name}"] = [""] * without + values[without:].tolist()
     return columns | {f"class_{k}": rng.uniform(0, 100, epochs).round(3) for k in range(len(counts))}
 
 
@@ -125,8 +124,6 @@ CLASSES, PATHS = "Accuracy by class after epoch 6", "Directions of the drawn cen
 SELECTION = "Selection by network 1"
 RANKED = sorted(range(10), key=lambda k: -COUNTS[k])
 
-# reading --------------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(
     ("cell", "arguments", "words"),
@@ -134,17 +131,9 @@ RANKED = sorted(range(10), key=lambda k: -COUNTS[k])
         ({}, DIGITS, "digits, imbalance 10\n50 % noise by class size"),
         ({}, {}, "digits, imbalance 10\n50 % noise by class size"),
         ({"noise_type": "sym", "noise_rate": 0.125}, DIGITS, "digits, imbalance 10\n12.5 % symmetric noise"),
-        (
-            {"imb_factor": 0.01},
-            {**DIGITS, "imb_type": "step"},
-            "digits, imbalance 100 in steps\n50 % noise by",
-        ),
-        ({"imb_factor": 1.0, "noise_type": "given", "noise_rate": None}, DIGITS, "digits\ngiven labels"),
-        (
-            {"imb_factor": 1.0, "noise_type": "w_{1}.npy", "noise_rate": None},
-            {},
-            "digits\nlabels of w_{1}.npy",
-        ),
+        ({"imb_factor": 0.01}, {**DIGITS, "imb_type": "step"}, "digits, imbalance 100 in steps\n50 % noise"),
+        ({**BALANCED, "noise_type": "given"}, DIGITS, "digits\ngiven labels"),
+        ({**BALANCED, "noise_type": "w_{1}.npy"}, {}, "digits\nlabels of w_{1}.npy"),
         ({"profile": "embedded+limit_train=64+limit_test=30"}, {}, "digits, 64 images, imbalance 10\n50 %"),
         (WEBVISION, {"num_class": 7}, "webvision, 7 classes\nlabels of the search"),
     ],
@@ -178,9 +167,6 @@ def test_at_most_ten_classes_are_shown_evenly_spaced_by_rank_the_most_frequent_f
     assert len(visualize.classes_to_show(np.arange(1, 12))) == 10
 
 
-# the selection of one run ---------------------------------------------------------------------------------------------
-
-
 def test_clean_probabilities_and_paths_of_centroids_are_drawn_by_class(run, drawn):
     change_json(run / "args.json", p_threshold=0.7)
     panels = draw(drawn, run)
@@ -190,12 +176,10 @@ def test_clean_probabilities_and_paths_of_centroids_are_drawn_by_class(run, draw
     with np.load(run / "clean_probability.npz") as file:
         probability, observed, clean = file["net1"], file["observed"], file["clean"]
     for k, axes in zip(RANKED, shown.values(), strict=True):
-        groups = {"tab:blue": clean == k, "tab:orange": clean != k}
-        if k != 9:  # which may have no bars of a colour
-            assert bars(axes) == {
-                to_rgb(color): np.histogram(probability[(observed == k) & kind], 20, (0, 1))[0].tolist()
-                for color, kind in groups.items()
-            }
+        values = {"tab:blue": probability[(observed == k) & (clean == k)]}
+        values["tab:orange"] = probability[(observed == k) & (clean != k)]
+        heights = {to_rgb(color): np.histogram(own, 20, (0, 1))[0].tolist() for color, own in values.items()}
+        assert k == 9 or bars(axes) == heights  # class 9 may have no bars of a colour
         assert axes.get_lines()[0].get_xdata()[0] == 0.7
         tops = [bar.get_y() for bar in axes.containers[1]]
         assert tops == [bar.get_height() for bar in axes.containers[0]], "mislabelled ones stand on the clean"
@@ -275,9 +259,6 @@ def test_a_single_selection_has_marks_alone_and_a_single_point_is_no_projection(
     assert axes.get_title().endswith("\nepoch 3")
     assert [len(path.get_segments()) for path in axes.collections[::2]] == [0, 0]
     assert PATHS not in draw(drawn, write_finished(tmp_path / "one", counts=[5], epochs=WARM_UP + 1))
-
-
-# all runs of its setting ----------------------------------------------------------------------------------------------
 
 
 def test_classes_and_selections_of_a_setting_are_drawn_by_method(run, tmp_path, drawn):
@@ -360,9 +341,6 @@ def test_runs_give_the_panels_that_they_have(run, tmp_path, drawn):
     assert list(draw(drawn, other, run))[-2:] == [CLASSES, SELECTION], "of the first run that is no baseline"
 
 
-# the figure -----------------------------------------------------------------------------------------------------------
-
-
 def test_the_figure_is_written_whole_and_the_run_left_as_it_is(tmp_path, monkeypatch, capsys):
     run = write_finished(tmp_path / "run", counts=[4, 2])
     before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
@@ -375,9 +353,6 @@ def test_the_figure_is_written_whole_and_the_run_left_as_it_is(tmp_path, monkeyp
     assert before == {path: path.stat().st_mtime_ns for path in run.iterdir()}
 
 
-# refusals -------------------------------------------------------------------------------------------------------------
-
-
 def test_runs_that_do_not_belong_together_are_refused(run, tmp_path, capsys):
     three = write_finished(tmp_path / "three", counts=[3, 2, 1])
     line = refused(capsys, visualize.main, run, write_run(tmp_path / "ce", "CE"), three)
@@ -388,25 +363,18 @@ def test_runs_that_do_not_belong_together_are_refused(run, tmp_path, capsys):
 
 
 SAMPLES = sum(COUNTS)
+BASELINE, HEAD = b'{"paper": "sfa", "method": "CE", "arguments": {}', b"epoch,test_accuracy"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
-        ("args.json", b'{"paper": "sfa", "method": "CE", "arguments": {}}', "it has no cell"),
-        (
-            "args.json",
-            b'{"paper": "sfa", "method": "CE", "arguments": {}, "cell": {}}',
-            "it has no noise_type",
-        ),
+        ("args.json", BASELINE + b"}", "it has no cell"),
+        ("args.json", BASELINE + b', "cell": {}}', "it has no noise_type"),
         ("log.csv", None, "run is no run directory: log.csv is missing"),
-        ("log.csv", b"epoch,test_accuracy\n", "log.csv has no epoch yet"),
-        (
-            "log.csv",
-            b"epoch,test_accuracy,class_0,class_2\n1,50,1,2\n",
-            "log.csv is damaged: it has no class_1",
-        ),
-        ("log.csv", b"epoch,test_accuracy,class_0\n1,50,much\n", "log.csv is damaged (could not convert"),
+        ("log.csv", HEAD + b"\n", "log.csv has no epoch yet"),
+        ("log.csv", HEAD + b",class_0,class_2\n1,50,1,2\n", "log.csv is damaged: it has no class_1"),
+        ("log.csv", HEAD + b",class_0\n1,50,much\n", "log.csv is damaged (could not convert"),
         ("noise.json", None, "noise.json is damaged ([Errno 2]"),
         ("noise.json", b"{}", "noise.json is damaged: it has no observed_counts"),
         ("noise.json", b'{"observed_counts": [1, 2]}', "are not of the 10 classes in log.csv"),
@@ -420,11 +388,7 @@ SAMPLES = sum(COUNTS)
         ("clean_probability.npz", {"observed": np.zeros(SAMPLES)}, "observed or clean is not labels"),
         ("clean_probability.npz", {"observed": np.full(SAMPLES, -1)}, "observed or clean is not labels"),
         ("clean_probability.npz", {"clean": np.full(SAMPLES, 10)}, "observed or clean is not labels"),
-        (
-            "clean_probability.npz",
-            {"observed": np.zeros(SAMPLES, int)},
-            "not of the labels that noise.json counts",
-        ),
+        ("clean_probability.npz", {"observed": np.zeros(SAMPLES, int)}, "not of the labels that noise.json"),
         ("centroids.npz", {"net1": None, "net3": np.ones(1)}, "it has no net1"),
         ("centroids.npz", {"net1": np.ones((4, 9, 16))}, "of shape (4, 9, 16) is not centroids"),
         ("centroids.npz", {"net1": np.ones((4, 10, 1))}, "of shape (4, 10, 1) is not centroids"),

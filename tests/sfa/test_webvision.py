@@ -1,6 +1,7 @@
 """Train_webvision.py step by step: who trains on what, selections and moments, the data, and the files of a run."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from sfa.learners import Learner, make_learner
 from sfa.selection import Moments, stochastic_feature_averaging
 from sfa.Train_webvision import Setting, co_divide, parse_args
 from sfa.webvision import Data, load
-from tests.common.small_file_data import make_doubtful_webvision, make_webvision
+from tests.common.small_file_data import make_doubtful_webvision, make_webvision, write_lines
 from tests.end_to_end.runs import log_without_seconds, result, state, table
 from tests.end_to_end.small_networks import WebvisionNetwork
 
@@ -61,21 +62,11 @@ def momentum(optimizer) -> list[Tensor]:
     return [own["momentum_buffer"].clone() for own in optimizer.state.values()]
 
 
-# every step of a run --------------------------------------------------------------------------------------------------
-
-
 def recorded(root: Path, run: Path, words: str) -> list[dict]:
     """A run's steps in their order: what went in, the networks before, and what came out."""
     events: list[dict] = []
     numbers: dict[int, int] = {}  # 1 and 2, by the identity of the networks
-    spied = (
-        "warm_up",
-        "train_semi",
-        "features_and_confidence",
-        "summed_logits",
-        "stochastic_feature_averaging",
-    )
-    real = {name: getattr(Train_webvision, name) for name in spied}
+    real = SimpleNamespace(**vars(Train_webvision))
 
     def passing(batches, seen):
         for views, index in batches:
@@ -87,14 +78,13 @@ def recorded(root: Path, run: Path, words: str) -> list[dict]:
         event |= {"network": numbers.setdefault(id(network), len(numbers) + 1)}
         event |= {"before": weights(network), "momentum": momentum(optimizer)}
         events.append(event)
-        event["losses"] = train(event)
+        event["losses"] = train(event["batches"])
         event |= {"after": weights(network), "momentum_after": momentum(optimizer)}
         return event["losses"]
 
     def warm_up(network, optimizer, batches, labels, counts, device):
-        def train(event):
-            passed = passing(batches, event["batches"])
-            return real["warm_up"](network, optimizer, passed, labels, counts, device)
+        def train(seen):
+            return real.warm_up(network, optimizer, passing(batches, seen), labels, counts, device)
 
         return training("warm-up", network, optimizer, train, labels=labels, counts=counts)
 
@@ -102,35 +92,34 @@ def recorded(root: Path, run: Path, words: str) -> list[dict]:
         assert id(peer) not in numbers  # a copy
         others = []
 
-        def train(event):
-            passed = passing(labelled, event["batches"])
-            both = passed, None if unlabelled is None else passing(unlabelled, others)
-            return real["train_semi"](network, peer, optimizer, *both, **options)
+        def train(seen):
+            both = passing(labelled, seen), None if unlabelled is None else passing(unlabelled, others)
+            return real.train_semi(network, peer, optimizer, *both, **options)
 
         event = {"peer": weights(peer), "unlabelled": others, **options}
         return training("training", network, optimizer, train, **event)
 
     def features_and_confidence(network, *options):
         event = {"what": "features", "network": numbers[id(network)], "before": weights(network)}
+        event["outputs"] = real.features_and_confidence(network, *options)
         events.append(event)
-        event["outputs"] = real["features_and_confidence"](network, *options)
         return event["outputs"]
 
-    def averaging(features, labels, confidence, moments, **options):
-        selection = real["stochastic_feature_averaging"](features, labels, confidence, moments, **options)
-        event = {"what": "selection", "inputs": (features, confidence), "selection": selection}
-        events.append(event | options)
+    def stochastic_feature_averaging(features, labels, confidence, moments, **options):
+        selection = real.stochastic_feature_averaging(features, labels, confidence, moments, **options)
+        inputs = features, confidence
+        events.append({"what": "selection", "inputs": inputs, "selection": selection, **options})
         return selection
 
     def summed_logits(networks, *options):
         assert [numbers[id(network)] for network in networks] == [1, 2]
         events.append({"what": "test", "before": [weights(network) for network in networks]})
-        return real["summed_logits"](networks, *options)
+        return real.summed_logits(networks, *options)
 
+    spies = warm_up, train_semi, features_and_confidence, stochastic_feature_averaging, summed_logits
     with pytest.MonkeyPatch.context() as patch:
-        spies = (warm_up, train_semi, features_and_confidence, summed_logits, averaging)
-        for name, spy in zip((*spied[:4], spied[4]), spies, strict=True):
-            patch.setattr(Train_webvision, name, spy)
+        for spy in spies:
+            patch.setattr(Train_webvision, spy.__name__, spy)
         run_small(root, run, words)
     return events
 
@@ -139,20 +128,18 @@ OPTIONS = "--T 0.4 --beta 0.8 --phi 1.1 --p_threshold 0.4 --sample_rate 2 --imag
 
 
 @pytest.fixture(scope="module")
-def paper(root, tmp_path_factory) -> tuple[list[dict], Path]:
-    run = tmp_path_factory.mktemp("paper") / "run"
-    return recorded(root, run, OPTIONS), run
+def runs(root, tmp_path_factory) -> dict[str, tuple[list[dict], Path]]:
+    """The steps and the directory of a run by its fidelity."""
+    folders = {fidelity: tmp_path_factory.mktemp(fidelity) / "run" for fidelity in ("paper", "released")}
+    return {name: (recorded(root, run, f"{OPTIONS} --fidelity {name}"), run) for name, run in folders.items()}
 
 
-@pytest.fixture(scope="module")
-def released(root, tmp_path_factory) -> tuple[list[dict], Path]:
-    run = tmp_path_factory.mktemp("released") / "run"
-    return recorded(root, run, f"{OPTIONS} --fidelity released"), run
+@pytest.fixture
+def paper(runs) -> tuple[list[dict], Path]:
+    return runs["paper"]
 
 
-@pytest.fixture(params=["paper", "released"])
-def either(request) -> tuple[str, list[dict], Path]:
-    return request.param, *request.getfixturevalue(request.param)
+each_fidelity = pytest.mark.parametrize("fidelity", ["paper", "released"])
 
 
 def of(events: list[dict], *kinds: str) -> list[dict]:
@@ -184,7 +171,6 @@ def test_the_warm_up_is_on_all_images_in_batches_twice_as_large(paper):
 
 def test_a_network_learns_from_the_selection_of_its_peer_at_the_end_of_the_epoch_before(paper):
     trainings, selections = (of(paper[0], kind) for kind in ("training", "selection"))
-    leftovers = 0
     for call, event in enumerate(trainings):
         epoch, learner = divmod(call, 2)  # the first is epoch 2
         split = selections[2 * epoch + 1 - learner]["selection"]
@@ -198,16 +184,14 @@ def test_a_network_learns_from_the_selection_of_its_peer_at_the_end_of_the_epoch
         for batches, side in ((event["batches"], chosen), (event["unlabelled"], ~chosen)):
             assert all(len(views) == 2 and not torch.equal(*views) for views, _ in batches)
             assert all(side[index].all() for _, index in batches)
-        # one pass, a smaller last batch left out; as many unlabelled batches, again and again
-        steps, rest = divmod(int(chosen.sum()), 4)
-        leftovers += rest
-        assert [len(index) for _, index in event["batches"]] == [4] * steps
+        # one pass, and as many unlabelled batches, again and again
+        steps = int(chosen.sum()) // 4
+        assert [len(index) for _, index in event["batches"]] == [4] * steps and len(event["losses"]) == steps
         order = torch.cat([index for _, index in event["batches"]]).tolist()
         assert len(set(order)) == len(order) and order != sorted(order)
         others = min(4, int((~chosen).sum()))
         assert [len(index) for _, index in event["unlabelled"]] == [others] * steps * (others > 0)
-        assert len(event["losses"]) == steps
-    assert leftovers > 0 and any(event["unlabelled"] for event in trainings)
+    assert any(event["unlabelled"] for event in trainings)
 
 
 def test_the_peer_is_as_it_was_at_the_end_of_the_epoch_before(paper):
@@ -224,9 +208,9 @@ def test_the_peer_is_as_it_was_at_the_end_of_the_epoch_before(paper):
     assert all(same(e["before"], end) for e, end in zip(of(paper[0], "features"), ends, strict=True))
 
 
-def test_momentum_outlives_the_epoch_unless_it_is_reset(either):
-    fidelity, events, _ = either
-    trainings = of(events, "warm-up", "training")
+@each_fidelity
+def test_momentum_outlives_the_epoch_unless_it_is_reset(fidelity, runs):
+    trainings = of(runs[fidelity][0], "warm-up", "training")
     assert trainings[0]["momentum"] == trainings[1]["momentum"] == []
     for before, after in zip(trainings[:-2], trainings[2:], strict=True):
         assert len(before["momentum_after"]) == 12  # tensors of weights
@@ -235,9 +219,10 @@ def test_momentum_outlives_the_epoch_unless_it_is_reset(either):
         assert all(torch.equal(*pair) for pair in zip(after["momentum"], kept, strict=True))
 
 
-def test_moments_begin_again_in_two_epochs_and_then_go_on_or_from_zeros(either):
+@each_fidelity
+def test_moments_begin_again_in_two_epochs_and_then_go_on_or_from_zeros(fidelity, runs):
     """By hand, from the features."""
-    fidelity, events, run = either
+    events, run = runs[fidelity]
     moments, selections = [None, None], of(events, "selection")
     for call, (features_of, event) in enumerate(zip(of(events, "features"), selections, strict=True)):
         i, epoch = call % 2, call // 2 + 1
@@ -250,9 +235,8 @@ def test_moments_begin_again_in_two_epochs_and_then_go_on_or_from_zeros(either):
         threshold = (0.02 if fidelity == "released" else 1 / K) * 1.1**epoch
         assert event["threshold"] == pytest.approx(threshold, rel=1e-12)
         settings = {"threshold": threshold, "beta": 0.8, "min_draw_count": 0, "p_threshold": 0.4}
-        expected = stochastic_feature_averaging(
-            features, OBSERVED, confidence, start, normals=event["normals"], **settings
-        )
+        settings["normals"] = event["normals"]
+        expected = stochastic_feature_averaging(features, OBSERVED, confidence, start, **settings)
         assert torch.equal(event["selection"].clean, expected.clean) and event["selection"].drawn.all()
         assert all(torch.equal(*p) for p in zip(event["selection"].moments, expected.moments, strict=True))
         moments[i] = expected.moments
@@ -289,9 +273,6 @@ def test_what_a_run_leaves_behind(paper):
         assert float(row["loss"]) == pytest.approx(float(mean), rel=1e-5)
     assert result(run)["images"] == 2 * SIZE + sum(4 * len(own) for own in losses[2:])
     assert not (run / "skipped_images.csv").exists()
-
-
-# columns and metrics --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -368,9 +349,6 @@ def test_both_test_sets_have_top_1_and_top_5():
     assert report["top5_accuracy"] == 100 and "imagenet_accuracy" not in report
 
 
-# parts of the training set --------------------------------------------------------------------------------------------
-
-
 class Stubs(list):
     """Batches with a device."""
 
@@ -395,32 +373,25 @@ def stub_data(count: int) -> tuple[Data, list[dict]]:
     ("count", "world", "size", "steps"),
     [(10, 1, 4, 2), (3, 1, 3, 1), (1, 1, 1, 1), (0, 1, None, 0), (3, 2, 2, 1), (1, 2, None, 0)],
 )
-def test_a_part_has_batches_of_the_size_asked_for_or_one_of_all(count, world, size, steps, monkeypatch):
+@each_fidelity
+def test_a_part_has_batches_of_a_size_or_one_of_all(fidelity, count, world, size, steps, monkeypatch):
+    """As released one process keeps a smaller last batch."""
     monkeypatch.setattr(processes, "world", lambda: world)
     data, asked = stub_data(40)
     generator, positions = torch.Generator(), np.arange(39, 39 - count, -1)
-    part = data.training(positions, 4, 2, generator, parse_args(ARGS))
+    part = data.training(positions, 4, 2, generator, parse_args([*ARGS, "--fidelity", fidelity]))
     if size is None:
         assert part is None and not asked
         return
     [options] = asked
-    expected = {"size": size, "views": 2, "shuffle": True, "drop_last": True, "generator": generator}
+    expected = {"size": size, "views": 2, "shuffle": True, "generator": generator}
+    expected["drop_last"] = fidelity == "paper" or world > 1
     assert {name: options[name] for name in expected} == expected and len(part) == steps
     assert options["split"].labels.tolist() == (positions % K).tolist()
     # the numbers that come with the images count within the training set, pass after pass
     endless = part.endless()
     for views, index in [next(endless) for _ in range(2 * steps + 1)]:
         assert all(torch.equal(view.long(), index) for view in views)
-
-
-@pytest.mark.parametrize(
-    ("fidelity", "world", "drops"), [("paper", 1, True), ("released", 1, False), ("released", 2, True)]
-)
-def test_as_released_one_process_keeps_a_smaller_last_batch(fidelity, world, drops, monkeypatch):
-    monkeypatch.setattr(processes, "world", lambda: world)
-    data, asked = stub_data(40)
-    data.training(np.arange(10), 4, 2, torch.Generator(), parse_args([*ARGS, "--fidelity", fidelity]))
-    assert asked[0]["drop_last"] is drops
 
 
 def test_images_are_resized_before_they_are_cropped(root, monkeypatch):
@@ -438,9 +409,6 @@ def test_images_are_resized_before_they_are_cropped(root, monkeypatch):
     data.training(np.arange(8), 4, 2, torch.Generator(), args)
     assert seen == [(68, 64)]
     assert {part: len(labels) for part, (_, labels) in data.tests.items()} == {"test": 8, "imagenet": 8}
-
-
-# one epoch on a split -------------------------------------------------------------------------------------------------
 
 
 def divided(monkeypatch, clean: list[float], *words: str) -> tuple[dict, Tensor]:
@@ -486,15 +454,6 @@ def test_everything_selected_trains_without_partners(monkeypatch, capsys):
     assert losses.tolist() == [1, 3] and capsys.readouterr().err == ""
 
 
-def test_fewer_than_a_batch_are_one(monkeypatch):
-    seen, _ = divided(monkeypatch, [0.1, 0.9, 0.2, 0.3, 0.8, 0.1, 0.2, 0.1, 0.3, 0.4, 0.2])
-    first, second = [0, 2, 3, 5], [6, 7, 8, 9]
-    assert numbers(seen["labelled"]) == [[1, 4]] and seen["class_counts"].tolist() == [1, 1, 0, 0]
-    assert numbers(seen["unlabelled"]) == [first, second, first, second, first]
-    seen, _ = divided(monkeypatch, [0.9] * 10 + [0.2])
-    assert numbers(seen["unlabelled"]) == [[10]] * 5
-
-
 def test_the_draws_of_a_mixture_are_those_of_the_learner(monkeypatch):
     seen, _ = divided(monkeypatch, [0.9] * 10, "--alpha", "0.25", "--p_threshold", "0.8")
     expected = np.random.default_rng(0).beta(0.25, 0.25, size=3).tolist()
@@ -511,9 +470,6 @@ def test_an_epoch_in_which_nothing_is_selected_leaves_its_loss_empty(root, tmp_p
     assert rows[1]["test_accuracy"] == rows[0]["test_accuracy"]
     warning = "warning: epoch 2 training of network {}: no sample selected, one network is not trained"
     assert capsys.readouterr().err.splitlines() == [warning.format(i) for i in (1, 2)]
-
-
-# learners and networks ------------------------------------------------------------------------------------------------
 
 
 def test_the_two_learners_differ_in_weights_and_draws(monkeypatch):
@@ -545,9 +501,7 @@ def test_the_two_learners_differ_in_weights_and_draws(monkeypatch):
         pytest.param("inception_resnet_v2", 107, 1536, 54_318_760, marks=pytest.mark.slow),
     ],
 )
-def test_the_real_networks_train_on_a_single_image_of_the_smallest_size(
-    network, size, width, parameters, root, monkeypatch
-):
+def test_the_real_networks_train_on_a_single_small_image(network, size, width, parameters, root, monkeypatch):
     """One row has statistics, as the last maps are 2 x 2; an epoch after the warm-up, and a selection."""
     words = f"--network {network} --image_size {size} --batch_size 1 --limit_train 3".split()
     args = parse_args([*ARGS, "--data_path", str(root), *words])
@@ -567,9 +521,6 @@ def test_the_real_networks_train_on_a_single_image_of_the_smallest_size(
     assert selection.moments.mean.shape == (K, width)
 
 
-# which images ---------------------------------------------------------------------------------------------------------
-
-
 def kept_of(root: Path, words: str) -> np.ndarray:
     return load(parse_args([*ARGS, "--data_path", str(root), *words.split()]), CPU).index
 
@@ -578,15 +529,12 @@ def kept_of(root: Path, words: str) -> np.ndarray:
 def test_a_long_tail_keeps_the_budget_of_each_class(kind, factor, tmp_path):
     """The classes have 8, 2, 6 and 4 images, so that the tail is not that of the class ids."""
     make_webvision(tmp_path, classes=K, per_class=8)
-    path, sizes, kept = tmp_path / "info/train_filelist_google.txt", {0: 8, 1: 2, 2: 6, 3: 4}, []
-    for line in path.read_text().splitlines(keepends=True):
-        label = int(line.split()[1])
-        if sizes.get(label, 0) > 0:
-            kept.append(line)
-            sizes[label] -= 1
-    path.write_text("".join(kept))
-    labels = np.array([int(line.split()[1]) for line in kept])
-    budget = noise.web_class_budget(np.array([8, 2, 6, 4]), kind, factor)
+    path, sizes = tmp_path / "info/train_filelist_google.txt", np.array([8, 2, 6, 4])
+    lines = path.read_text().splitlines()
+    labels = np.array([int(line.split()[1]) for line in lines])
+    kept = np.sort(np.concatenate([np.flatnonzero(labels == k)[:size] for k, size in enumerate(sizes)]))
+    write_lines(path, [lines[i] for i in kept])
+    labels, budget = labels[kept], noise.web_class_budget(sizes, kind, factor)
     words = f"--imb_type {kind} --imb_factor {factor}"
     index = kept_of(tmp_path, words)
     expected = noise.long_tailed(labels, budget, np.random.RandomState(123))

@@ -37,7 +37,5 @@ class Toy(nn.Module):
 
     def assert_equals(self, case, prefix: str, tolerance: float):
         for name, tensor in self.named().items():
-            expected = torch.from_numpy(case[f"{prefix}_{name}"])
-            torch.testing.assert_close(
-                tensor.detach(), expected, atol=tolerance, rtol=tolerance, msg=f"{case.name} {name}"
-            )
+            both, msg = (tensor.detach(), torch.from_numpy(case[f"{prefix}_{name}"])), f"{case.name} {name}"
+            torch.testing.assert_close(*both, atol=tolerance, rtol=tolerance, msg=msg)
