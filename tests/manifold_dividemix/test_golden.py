@@ -17,22 +17,8 @@ from common.gpu import policies
 from common.gpu.device import Device
 from common.gpu.policies import AutoAugmentDraws
 from common.pretraining.simclr import SimCLR
-from manifold_dividemix import outliers
+from manifold_dividemix import losses, outliers
 from manifold_dividemix.choices import Lambdas, removal_count, split_epochs
-from manifold_dividemix.losses import (
-    balance_penalty,
-    contrastive_loss,
-    labelled_loss,
-    learning_rate,
-    position,
-    ramp_up,
-    soft_cross_entropy,
-    soft_symmetric_cross_entropy,
-    symmetric_cross_entropy,
-    unlabelled_loss,
-    view_log_probabilities,
-    warm_up_loss,
-)
 from manifold_dividemix.mixematch import Views, confident, guess_labels, mix, refine_labels, step_loss
 from manifold_dividemix.networks import Network, make_encoder
 from manifold_dividemix.outliers import kept_samples, knn_scores
@@ -91,19 +77,15 @@ def test_corruption_to_the_last_image_label_and_draw(golden, kind):
 def test_transition_matrix_noise(golden):
     for case in golden(PAPER, "asymmetric_noise"):
         rate = float(case["rate"])
-        for labels, matrix, noisy, ours in (
-            ("labels100", "matrix100", "noisy100", noise.next_in_group(np.arange(100) // noise.BLOCK, rate)),
-            ("labels10", "matrix10", "noisy10", noise.look_alike_matrix(rate)),
-            (
-                "labels10",
-                "matrix10_uniform",
-                "noisy10_uniform",
-                noise.transition_matrix("symmetric", rate, 10),
-            ),
+        for name, ours in (
+            ("100", noise.next_in_group(np.arange(100) // noise.BLOCK, rate)),
+            ("10", noise.look_alike_matrix(rate)),
+            ("10_uniform", noise.transition_matrix("symmetric", rate, 10)),
         ):
-            assert np.allclose(ours, case[matrix], rtol=0, atol=1e-15)
-            drawn = noise.by_matrix(case[labels], ours, RandomState(int(case["random_state"])))
-            assert np.array_equal(drawn, case[noisy]), (case.name, noisy)
+            assert np.allclose(ours, case[f"matrix{name}"], rtol=0, atol=1e-15)
+            labels = case[f"labels{name.partition('_')[0]}"]
+            drawn = noise.by_matrix(labels, ours, RandomState(int(case["random_state"])))
+            assert np.array_equal(drawn, case[f"noisy{name}"]), (case.name, name)
 
 
 def test_a_folder_of_photographs_as_pool(golden, tmp_path):
@@ -171,32 +153,29 @@ def test_listing_splits_into_labelled_and_unlabelled(golden):
 # networks -------------------------------------------------------------------------------------------------------------
 
 
+def grid(*shape: int) -> list[Tensor]:
+    """The indices of each place, by dimension."""
+    return torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in shape), indexing="ij")
+
+
 def fixed_weights(network: nn.Module) -> nn.Module:
     """The closed-form weights of the case, in eval mode."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
-            o, i, h, w = (
-                torch.arange(n, dtype=torch.float64).view([-1 if d == own else 1 for d in range(4)])
-                for own, n in enumerate(module.weight.shape)
-            )
-            outputs, inputs, *kernel = module.weight.shape
-            scale = math.sqrt(2 / (inputs * kernel[0] * kernel[1]))
-            module.weight.data = (
-                scale * torch.sin(1.3 * o + 0.7 * i + 0.5 * h + 0.3 * w + outputs / 64)
-            ).float()
+            outputs, inputs, height, width = module.weight.shape
+            o, i, h, w = grid(*module.weight.shape)
+            angle = 1.3 * o + 0.7 * i + 0.5 * h + 0.3 * w + outputs / 64
+            module.weight.data = (math.sqrt(2 / (inputs * height * width)) * torch.sin(angle)).float()
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            c = torch.arange(module.num_features, dtype=torch.float64)
-            module.weight.data, module.bias.data = (
-                (1 + 0.1 * torch.cos(c)).float(),
-                (0.05 * torch.sin(c)).float(),
-            )
+            (c,) = grid(module.num_features)
+            module.weight.data = (1 + 0.1 * torch.cos(c)).float()
+            module.bias.data = (0.05 * torch.sin(c)).float()
             module.running_mean = (0.1 * torch.sin(0.5 * c)).float()
             module.running_var = (1 + 0.2 * torch.cos(0.3 * c)).float()
         elif isinstance(module, nn.Linear):
-            o = torch.arange(module.out_features, dtype=torch.float64)
-            i = torch.arange(module.in_features, dtype=torch.float64)
-            module.weight.data = (torch.cos(0.9 * o[:, None] + 0.4 * i) / math.sqrt(len(i))).float()
-            module.bias.data = (0.01 * o).float()
+            o, i = grid(*module.weight.shape)
+            module.weight.data = (torch.cos(0.9 * o + 0.4 * i) / math.sqrt(module.in_features)).float()
+            module.bias.data = (0.01 * o[:, 0]).float()
     return network.eval()
 
 
@@ -244,26 +223,26 @@ def test_symmetric_cross_entropy(golden):
         for part in parts(case):
             logits, labels, targets = tensors(part, "logits", "labels", "soft_targets")
             logits.requires_grad_()
-            hard = symmetric_cross_entropy(logits, labels)
+            hard = losses.symmetric_cross_entropy(logits, labels)
             close(hard, part["hard_each"])
             close(hard.mean(), part["hard_mean"])
             close(torch.autograd.grad(hard.mean(), logits)[0], part["grad_hard_mean"])
-            soft = soft_symmetric_cross_entropy(logits, targets)
+            soft = losses.soft_symmetric_cross_entropy(logits, targets)
             close(soft, part["soft_each"])
             close(soft.mean(), part["soft_mean"])
             close(torch.autograd.grad(soft.mean(), logits)[0], part["grad_soft_mean"])
-            forward = soft_cross_entropy(logits, targets)
+            forward = losses.soft_cross_entropy(logits, targets)
             close(0.3 * forward + 2 * (soft - forward), part["soft_each_a0.3_b2"])
 
 
 def test_warm_up_loss(golden):
     for case in golden(PAPER, "warmup_loss"):
         logits, labels, index = tensors(case, "logits", "labels", "index")
-        losses, kept = symmetric_cross_entropy(logits, labels), case["removed_flag"] == 0
-        close(losses, case["per_sample"])
-        kept = torch.from_numpy(kept)[index]
-        close(warm_up_loss(losses, kept, "sample", 1), case["loss_intended"])
-        close(warm_up_loss(losses, kept, "batch", 1), case["loss_released"])
+        each = losses.symmetric_cross_entropy(logits, labels)
+        kept = torch.from_numpy(case["removed_flag"] == 0)[index]
+        close(each, case["per_sample"])
+        close(losses.warm_up_loss(each, kept, "sample", 1), case["loss_intended"])
+        close(losses.warm_up_loss(each, kept, "batch", 1), case["loss_released"])
 
 
 def test_semi_supervised_losses(golden):
@@ -271,7 +250,7 @@ def test_semi_supervised_losses(golden):
         for part in parts(case):
             of_x, of_u = (tensors(part, f"logits_{side}", f"targets_{side}", f"mask_{side}") for side in "xu")
             of_x[0].requires_grad_(), of_u[0].requires_grad_()
-            loss_x, loss_u = labelled_loss(*of_x), unlabelled_loss(*of_u)
+            loss_x, loss_u = losses.labelled_loss(*of_x), losses.unlabelled_loss(*of_u)
             close(loss_x, part["Lx"])
             close(loss_u, part["Lu"])
             grad_x, grad_u = torch.autograd.grad(loss_x + 3 * loss_u, [of_x[0], of_u[0]])
@@ -286,7 +265,7 @@ def test_contrastive_loss(golden):
             features.requires_grad_()
             temperature, (images, views) = float(part["temperature"]), features.shape[:2]
             factor = temperature / float(part["base_temperature"])
-            log_p = view_log_probabilities(features, temperature)
+            log_p = losses.view_log_probabilities(features, temperature)
 
             def loss(pairs: Tensor, log_p=log_p, views=views) -> Tensor:
                 """The mean over anchors of the mean over positives, by pairs of images [B, B]."""
@@ -294,7 +273,7 @@ def test_contrastive_loss(golden):
                 return -((positive * log_p).sum(dim=1) / positive.sum(dim=1)).mean()
 
             same = torch.eye(images)
-            unsupervised = loss(same) if views > 2 else contrastive_loss(features, temperature)
+            unsupervised = loss(same) if views > 2 else losses.contrastive_loss(features, temperature)
             close(factor * unsupervised, part["loss_unsup"])
             gradient = torch.autograd.grad(factor * unsupervised, features, retain_graph=True)[0]
             close(gradient, part["grad_unsup"], atol=1e-5)
@@ -309,7 +288,7 @@ def test_contrastive_loss(golden):
 
 def test_ramp(golden):
     for case in golden(PAPER, "linear_rampup"):
-        ours = [[ramp_up(at, warm) for at in case["current"].tolist()] for warm in case["warmup"].tolist()]
+        ours = [[losses.ramp_up(at, warm) for at in case["current"]] for warm in case["warmup"].tolist()]
         close(ours, case["value"])
 
 
@@ -318,7 +297,7 @@ def test_learning_rates(golden):
         for part in parts(case):
             epochs = int(part["epochs"])
             bases = float(part["base_head"]), float(part["base_backbone"])
-            ours = [[learning_rate(e, base, epochs) for base in bases] for e in range(epochs)]
+            ours = [[losses.learning_rate(e, base, epochs) for base in bases] for e in range(epochs)]
             close(np.array(ours), part["lr"], atol=1e-12)
 
 
@@ -342,9 +321,8 @@ def test_removal_schedule(golden):
     for case in golden(PAPER, "removal_schedule"):
         for part in parts(case):
             epochs, size, ratio = int(part["epochs"]), int(part["n_samples"]), float(part["remove_ood"])
-            splits = split_epochs(
-                epochs, int(part["warmup"]), int(part["interval"]), bool(part["clustering"])
-            )
+            schedule = int(part["warmup"]), int(part["interval"]), bool(part["clustering"])
+            splits = split_epochs(epochs, *schedule)
             assert splits == part["split_epochs"].tolist()
             factor = 10 if str(part["script"]) == "cifar" else 1
             counts = [removal_count(e, size, ratio, factor, splits) for e in range(epochs)]
@@ -355,9 +333,9 @@ def test_split(golden):
     for case in golden(PAPER, "gmm_split"):
         for part in parts(case):
             logits, labels = tensors(part, "logits", "labels")
-            losses = F.cross_entropy(logits, labels, reduction="none")
-            close(normalised(losses), part["norm_loss"])
-            clean = clean_probability(losses, seed=0)
+            each = F.cross_entropy(logits, labels, reduction="none")
+            close(normalised(each), part["norm_loss"])
+            clean = clean_probability(each, seed=0)
             close(clean, part["clean_prob"], rtol=0, atol=2e-3)
             threshold, kept = float(part["threshold"]), torch.ones(len(labels), dtype=torch.bool)
             labelled, unlabelled = divide(clean, kept, threshold)
@@ -399,7 +377,7 @@ def test_mixematch_step(golden):
             close(mix(embeddings, lam, permutation), part["out_mixed_embedding"])
 
             epoch, step, steps = (int(arg[n]) for n in ("epoch", "step_in_epoch", "steps_per_epoch"))
-            ramp = ramp_up(position(epoch, step, steps, "released"), int(arg["warmup_epochs"]))
+            ramp = losses.ramp_up(losses.position(epoch, step, steps, "released"), int(arg["warmup_epochs"]))
             close(ramp * arg["lambda_u"], part["out_ramped_lambda_u"])
             close(ramp * arg["lambda_ue"], part["out_ramped_lambda_ue"])
             loss = step_loss(
@@ -416,7 +394,7 @@ def test_mixematch_step(golden):
             expected = ("total", "Lx", "Lu", "Lxe", "Lue", "contrastive", "penalty")
             for ours, name in zip(loss, expected, strict=True):
                 close(ours, part[f"out_{name}"], rtol=1e-5)
-            close(balance_penalty(torch.from_numpy(part["out_logits_input"])), part["out_penalty"])
+            close(losses.balance_penalty(torch.from_numpy(part["out_logits_input"])), part["out_penalty"])
 
             loss.total.backward()
             parameters = dict(network.named_parameters())

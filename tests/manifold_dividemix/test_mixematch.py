@@ -44,11 +44,6 @@ def views(size: int, generator: torch.Generator) -> Views:
     return Views(weak, tuple(2 * images(size, generator) - 1 for _ in range(2)))
 
 
-def plain_sharpened(rows: Tensor, temperature: float = T) -> Tensor:
-    powers = rows.double() ** (1 / temperature)
-    return (powers / powers.sum(dim=1, keepdim=True)).float()
-
-
 def plain_mean(own: Network, given: Sequence[Tensor]) -> Tensor:
     """The mean of predictions, not of logits, a forward pass per view."""
     with torch.no_grad():
@@ -58,9 +53,6 @@ def plain_mean(own: Network, given: Sequence[Tensor]) -> Tensor:
 def same_buffers(own: nn.Module, twin: nn.Module) -> bool:
     pairs = zip(own.buffers(), twin.buffers(), strict=True)
     return all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
-
-
-# embeddings -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("frozen", ["nothing", "network", "encoder"])
@@ -79,24 +71,20 @@ def test_each_view_is_a_batch_of_its_own_unless_batch_norms_are_frozen(frozen, g
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in own.encoder.parameters())
 
 
-# targets ----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_targets_are_the_sharpened_means_of_the_views(training, generator):
     own = network().train(training)
     twin, given = copy.deepcopy(own), views(4, generator).weak
-    found = mixematch.guess_labels(own, given, T)
-    mean = plain_mean(twin, given)
-    torch.testing.assert_close(found, plain_sharpened(mean), rtol=1e-3, atol=1e-5)
-    labels = torch.tensor([0, 2, 2, 4])
-    clean = torch.tensor([1.0, 0.0, 0.25, 0.8], dtype=torch.float64)
-    refined = mixematch.refine_labels(own, given, labels, clean, T)
-    rows = clean[:, None] * F.one_hot(labels, K) + (1 - clean[:, None]) * plain_mean(twin, given)
-    torch.testing.assert_close(refined, plain_sharpened(rows), rtol=1e-3, atol=1e-5)
-    assert refined.dtype == torch.float32
+    labels, clean = torch.tensor([0, 2, 2, 4]), torch.tensor([1.0, 0.0, 0.25, 0.8], dtype=torch.float64)
+    found = mixematch.guess_labels(own, given, T), mixematch.refine_labels(own, given, labels, clean, T)
+    mean, again = plain_mean(twin, given), plain_mean(twin, given)
+    refined = clean[:, None] * F.one_hot(labels, K) + (1 - clean[:, None]) * again
+    for targets, rows in zip(found, (mean, refined), strict=True):
+        powers = rows.double() ** (1 / T)
+        expected = (powers / powers.sum(dim=1, keepdim=True)).float()
+        torch.testing.assert_close(targets, expected, rtol=1e-3, atol=1e-5)
+        assert not targets.requires_grad
     assert same_buffers(own, twin)
-    assert not found.requires_grad and not refined.requires_grad
     assert all(p.grad is None for p in own.parameters())
 
 
@@ -107,13 +95,6 @@ def test_a_guess_is_sure_from_the_threshold_on():
     assert mixematch.confident(targets, 0.5).dtype == torch.float32
 
 
-# the loss ---------------------------------------------------------------------------------------------------------------
-
-SIZES = [(4, 4), (5, 2), (1, 6)]  # labelled and unlabelled; last batches are smaller
-OPTIONS = [("RL", "released"), ("RL", "log"), ("CE", "released")]
-LAMBDAS = Lambdas(0.5, 30, 2, 10, 0.25)
-
-
 class Given:
     """What a step gets: both sides, and all that its loss depends on."""
 
@@ -121,8 +102,8 @@ class Given:
         self.x, self.u = views(bx, generator), views(bu, generator)
         self.labels = torch.randint(K, (bx,), generator=generator)
         self.clean = torch.rand(bx, generator=generator, dtype=torch.float64)
-        permutation = torch.randperm(2 * (bx + bu), generator=generator)
-        self.options = {"lambdas": LAMBDAS, "ramp": 0.4, "lam": 0.3, "permutation": permutation}
+        self.options = {"lambdas": Lambdas(0.5, 30, 2, 10, 0.25), "ramp": 0.4, "lam": 0.3}
+        self.options["permutation"] = torch.randperm(2 * (bx + bu), generator=generator)
         self.options |= {"temperature": T, "threshold": 0.7, **changes}
 
     def loss(self, own: Network, **changes) -> mixematch.Loss:
@@ -131,43 +112,33 @@ class Given:
 
 
 def plain_parts(own: Network, given: Given, kind: str, rce: str) -> list[Tensor]:
-    """The six parts of the loss, with rows that are mixed one by one."""
+    """The six parts of the loss, with rows that are mixed one by one; losses of rows are tested alone."""
     larger, order = 1 - given.options["lam"], given.options["permutation"].tolist()
 
     def mixed(rows: list[Tensor]) -> Tensor:
         return torch.stack([larger * rows[i] + (1 - larger) * rows[j] for i, j in enumerate(order)])
 
     # the unlabelled views first, which running statistics show
-    guessed = plain_sharpened(plain_mean(own, given.u.weak))
-    clean = given.clean[:, None]
-    refined = clean * F.one_hot(given.labels, K) + (1 - clean) * plain_mean(own, given.x.weak)
-    refined = plain_sharpened(refined)
+    guessed = mixematch.guess_labels(own, given.u.weak, T)
+    refined = mixematch.refine_labels(own, given.x.weak, given.labels, given.clean, T)
     trained = (guessed.max(dim=1).values >= given.options["threshold"]).float()
-    strong = [*given.x.strong, *given.u.strong]
+    strong, x = [*given.x.strong, *given.u.strong], slice(2 * len(refined))
+    u = slice(x.stop, None)
     embeddings = [own(view) for view in strong]
     logits_in = own.classify(own(mixed([image for view in strong for image in view])))
     logits_emb = own.classify(mixed([h for of_view in embeddings for h in of_view]))
-    target = mixed([*refined, *refined, *guessed, *guessed])
-    count, parts = 2 * len(refined), []
-    mask = mixed([*torch.ones(count), *trained, *trained])
+    targets = mixed([*refined, *refined, *guessed, *guessed])
+    mask, parts = mixed([*torch.ones(x.stop), *trained, *trained]), []
     for logits in (logits_in, logits_emb):
-        log_p = logits.log_softmax(dim=1)
-        each = -(target * log_p).sum(dim=1)
-        if kind == "RL":
-            by_log = rce == "log"
-            log_t = target.clamp_min(1e-4).log() if by_log else target.clamp_min(1e-7).log_softmax(dim=1)
-            each = each - (log_p.exp().clamp_min(1e-7) * log_t).sum(dim=1)
-        squared = ((log_p.exp() - target) ** 2).mean(dim=1)
-        parts += [(mask * each)[:count].sum() / count, (mask * squared)[count:].sum() / (len(order) - count)]
+        parts.append(losses.labelled_loss(logits[x], targets[x], mask[x], kind, rce))
+        parts.append(losses.unlabelled_loss(logits[u], targets[u], mask[u]))
     z = [F.normalize(own.project(h), dim=1) for h in embeddings[2:]]
-    parts.append(losses.contrastive_loss(torch.stack(z, dim=1), 0.05))
-    mean = logits_in.softmax(dim=1).mean(dim=0)
-    return [*parts, (torch.log(1 / K / mean) / K).sum()]
+    return [*parts, losses.contrastive_loss(torch.stack(z, dim=1), 0.05), losses.balance_penalty(logits_in)]
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("kind", "rce"), OPTIONS)
-@pytest.mark.parametrize(("bx", "bu"), SIZES)
+@pytest.mark.parametrize(("kind", "rce"), [("RL", "released"), ("RL", "log"), ("CE", "released")])
+@pytest.mark.parametrize(("bx", "bu"), [(4, 4), (5, 2), (1, 6)])  # last batches are smaller
 def test_the_loss_of_a_step_is_the_weighted_sum_of_its_parts(bx, bu, kind, rce, training, generator):
     own, given = network().train(training), Given(bx, bu, generator)
     twin = copy.deepcopy(own)
@@ -186,32 +157,6 @@ def test_the_loss_of_a_step_is_the_weighted_sum_of_its_parts(bx, bu, kind, rce, 
     total.backward()
     for (name, p), q in zip(own.named_parameters(), twin.parameters(), strict=True):
         assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.999, name
-
-
-def test_the_default_weights_are_those_of_the_release():
-    assert Lambdas() == (1, 100, 1, 100, 1)
-
-
-@pytest.mark.parametrize("part", ["xe", "ue"])
-def test_mixed_embeddings_send_gradients_into_the_encoder(part, generator):
-    own, given = network().eval(), Given(3, 4, generator, threshold=0.0)
-    none = Lambdas(0, 0, 0, 0, 0)
-    gradients = []
-    for lambdas in (none._replace(**{part: 1}), none):  # without any there is the penalty's
-        own.zero_grad()
-        given.loss(own, lambdas=lambdas).total.backward()
-        gradients.append([p.grad.clone() for p in own.encoder.parameters()])
-    assert min((a - b).abs().max() for a, b in zip(*gradients, strict=True)) > 0
-
-
-def test_a_guess_that_is_not_sure_still_serves_as_a_partner(generator):
-    """The mask is mixed like the rows: an unlabelled row that is not sure gets the weight of a labelled partner."""
-    own, given = network().eval(), Given(2, 2, generator, threshold=1.0)
-    among_themselves, with_labelled_ones = (
-        float(given.loss(own, lam=0.6, permutation=torch.tensor(order)).unlabelled)
-        for order in ([1, 0, 3, 2, 5, 4, 7, 6], [4, 5, 6, 7, 0, 1, 2, 3])
-    )
-    assert among_themselves == 0 and with_labelled_ones > 0
 
 
 def test_under_bfloat16_losses_are_float32_and_gradients_near_those_of_float32(generator):

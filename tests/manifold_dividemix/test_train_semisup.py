@@ -35,11 +35,11 @@ def dataset_of(observed: list[int], clean: list[int] | None = None, ood: list[in
         name="few",
         index=np.arange(size),
         images=pixels,
+        test_images=pixels,
         observed=np.array(observed),
+        test_labels=np.array(observed),
         clean=None if clean is None else np.array(clean),
         ood=None if ood is None else np.isin(np.arange(size), ood),
-        test_images=pixels,
-        test_labels=np.array(observed),
         num_classes=K,
         mean=(0.5,),
         std=(0.25,),
@@ -56,20 +56,10 @@ def network() -> Network:
     return Network(make_encoder("resnet18", 1, 8), 64, K)
 
 
-# sizes ------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("words", "splits"),
-    [
-        ("--epochs 20 --warmup-epoch 5 --interval 5 --clustering", [5, 10, 15]),
-        ("--epochs 20 --warmup-epoch 5 --interval 5", [5]),
-        ("--epochs 20 --warmup-epoch 20 --clustering", []),
-        ("--epochs 20 --warmup-epoch 5 --interval 5 --clustering --selection none", []),
-    ],
-)
-def test_there_are_no_splits_without_a_selection(words, splits):
-    assert flags.splits_of(parsed(words)) == splits
+def test_there_are_no_splits_without_a_selection():
+    words = "--epochs 20 --warmup-epoch 5 --interval 5"
+    for more, splits in (("--clustering", [5, 10, 15]), ("", [5]), ("--clustering --selection none", [])):
+        assert flags.splits_of(parsed(f"{words} {more}")) == splits
 
 
 @pytest.mark.parametrize(
@@ -102,9 +92,6 @@ def test_several_processes_need_equal_pieces_and_a_whole_batch(monkeypatch):
         flags.check_sizes(parsed("--batch-size 64"), 99)
     with pytest.raises(UserError, match="--batch-size 66: more than all 65 images, which 3 processes share"):
         flags.check_sizes(parsed("--batch-size 66"), 65)
-
-
-# network, ramp and optimiser --------------------------------------------------------------------------------------------
 
 
 def test_the_network_starts_from_the_encoder_it_is_given_and_is_random_else(tmp_path):
@@ -180,9 +167,6 @@ def test_a_frozen_encoder_stays_as_it_is_in_both_kinds_of_epochs(frozen, mode):
     of_encoder = {name for name in changed if name.startswith("encoder.")}
     trained = {f"encoder.{name}" for name, _ in own.encoder.named_parameters()}
     assert of_encoder == set() if frozen else trained <= of_encoder
-
-
-# columns of the log -----------------------------------------------------------------------------------------------------
 
 
 def kept(size: int, *removed: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Passes over the data against plain loops: modes, warm-up and its masks, MixEMatch epochs, embeddings and logits by position."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from common.gpu.device import Device
-from common.gpu.loader import Batches, Images
 from manifold_dividemix import mixematch
 from manifold_dividemix.choices import Lambdas
+from manifold_dividemix.losses import symmetric_cross_entropy, warm_up_loss
 from manifold_dividemix.mixematch import Views
 from manifold_dividemix.networks import Network, make_encoder
 from manifold_dividemix.training import (
@@ -25,9 +26,9 @@ from manifold_dividemix.training import (
     without_single,
 )
 from tests.manifold_dividemix.toy import ToyEncoder
+from tests.passes import K, N, images, labels, pass_over, seeded
 
 CPU, BF16 = (Device(torch.device("cpu"), precision, "tests") for precision in ("fp32", "bf16"))
-K, N = 4, 26
 
 
 def narrow() -> Network:
@@ -39,28 +40,12 @@ def narrow() -> Network:
     return made
 
 
-def images() -> Images:
-    pixels = torch.randint(256, (N, 8, 8, 1), generator=torch.Generator().manual_seed(2)).byte()
-    return Images(pixels.numpy(), (0.5,), (0.25,), torch.device("cpu"))
-
-
-def labels() -> Tensor:
-    return torch.randint(K, (N,), generator=torch.Generator().manual_seed(9))
-
-
 def kept() -> Tensor:
-    return torch.rand(N, generator=torch.Generator().manual_seed(8)) < 0.7
+    return torch.rand(N, generator=seeded(8)) < 0.7
 
 
 def shuffled() -> Tensor:
-    return torch.randperm(N, generator=torch.Generator().manual_seed(5))
-
-
-def pass_over(order: Tensor, size: int, views: int = 1) -> list:
-    """Batches (views, index) in an order; of several views each is another image."""
-    return [
-        (tuple(images().view((index + k) % N) for k in range(views)), index) for index in order.split(size)
-    ]
+    return torch.randperm(N, generator=seeded(5))
 
 
 def sgd(network: nn.Module) -> SGD:
@@ -74,8 +59,7 @@ def descend(optimizer: SGD, loss: Tensor) -> None:
 
 
 def near(network: nn.Module, twin: nn.Module) -> None:
-    for (name, own), wanted in zip(network.state_dict().items(), twin.state_dict().values(), strict=True):
-        torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-5, msg=name)
+    torch.testing.assert_close(network.state_dict(), twin.state_dict(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("frozen_encoder", [False, True])
@@ -91,9 +75,6 @@ def test_batch_norms_use_batch_statistics_where_the_mode_says(mode, warming_up, 
         assert network.projection_bn.training is network.training is trains
 
 
-# warm-up ----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("mask", "loss", "training"),
     [("sample", "SCE", True), ("sample", "CE", False), ("batch", "SCE", False), ("all", "CE", True)],
@@ -102,22 +83,15 @@ def test_an_epoch_of_warm_up_is_that_of_a_plain_loop(mask, loss, training):
     """Two passes, the second with the momentum of the first; the last batch has two rows."""
     network = narrow().train(training)
     twin = copy.deepcopy(network)
-    optimizer, plain = sgd(network), sgd(twin)
+    optimizer, plain, ratio = sgd(network), sgd(twin), float(kept().float().mean())
     batches = pass_over(shuffled(), 8)
+    each_loss = {"SCE": symmetric_cross_entropy, "CE": partial(F.cross_entropy, reduction="none")}[loss]
     for _ in range(2):
         found = warm_up(network, optimizer, batches, labels(), kept(), CPU, loss=loss, mask=mask)
         expected = []
         for (batch,), index in batches:
-            p = F.softmax(twin.classify(twin(batch)), dim=1)
-            each = -p[range(len(index)), labels()[index]].log()
-            if loss == "SCE":
-                one_hot = F.one_hot(labels()[index], K).float()
-                each = each - (p.clamp(1e-7, 1) * one_hot.clamp(1e-4, 1).log()).sum(dim=1)
-            if mask == "sample":
-                value = (each * kept()[index]).sum() / len(index)
-            else:
-                ratio = kept()[index] if mask == "batch" else kept()
-                value = each.mean() * ratio.sum() / len(ratio)
+            each = each_loss(twin.classify(twin(batch)), labels()[index])
+            value = warm_up_loss(each, kept()[index], mask, ratio)
             descend(plain, value)
             expected.append(float(value.detach()))
         assert found.tolist() == pytest.approx(expected, rel=1e-3)
@@ -141,7 +115,7 @@ def test_the_projections_batch_norm_collects_statistics_in_every_forward_pass_of
     torch.manual_seed(4)
     network = Network(ToyEncoder(16, 5), 5, K)
     twin, size = copy.deepcopy(network), network.projection.out_features
-    views = torch.randn(N, 1, 4, 4, generator=torch.Generator().manual_seed(3))
+    views = torch.randn(N, 1, 4, 4, generator=seeded(3))
     batches = [((views[index],), index) for index in shuffled().split(9)]
     mean, var = torch.zeros(size), torch.ones(size)
     optimizer, plain = sgd(network), sgd(twin)
@@ -165,9 +139,6 @@ def test_the_projections_batch_norm_collects_statistics_in_every_forward_pass_of
     torch.testing.assert_close(network.project(network(views)), wanted, rtol=1e-4, atol=1e-5)
 
 
-# MixEMatch --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("kind", "rce", "training"), [("RL", "log", True), ("RL", "released", False), ("CE", "log", True)]
 )
@@ -175,38 +146,35 @@ def test_an_epoch_on_a_split_is_that_of_a_plain_loop(kind, rce, training):
     """Three labelled batches, the last smaller, and two unlabelled ones of which the first comes again."""
     labelled, unlabelled = pass_over(torch.arange(10), 4, 4), pass_over(torch.arange(10, 17), 5, 4)
     lams, rows = [0.2, 0.9, 0.6], []
-    clean = torch.rand(N, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    lambdas, ramp = Lambdas(1, 30, 2, 10, 0.5), lambda number: 0.1 * (1 + number)
+    clean = torch.rand(N, generator=seeded(6), dtype=torch.float64)
     network = narrow().train(training)
     twin = copy.deepcopy(network)
     optimizer, plain = sgd(network), sgd(twin)
-    given = [unlabelled[0], unlabelled[1], unlabelled[0], unlabelled[1]]
-    endless, draws, generator = iter(given), iter(lams), torch.Generator().manual_seed(7)
+    endless, draws, generator = iter(2 * unlabelled), iter(lams), seeded(7)
 
     def permutation(count: int) -> Tensor:
         rows.append(count)
         return torch.randperm(count, generator=generator)
 
-    lambdas, ramp = Lambdas(1, 30, 2, 10, 0.5), lambda number: 0.1 * (1 + number)
-    step = Step(lambda: next(draws), permutation, ramp, lambdas, 0.4, 0.6, kind, rce, CPU)
+    shared = {"temperature": 0.4, "threshold": 0.6, "kind": kind, "rce": rce}
+    step = Step(lambda: next(draws), permutation, ramp, lambdas, device=CPU, **shared)
     found = train_divided(network, optimizer, labelled, endless, step, labels=labels(), clean=clean)
     # as many steps as labelled batches, and no unlabelled one more than they need
     assert found.shape == (3, 7) and len(list(endless)) == 1
     assert rows == [2 * 9, 2 * 6, 2 * 7]
 
-    generator = torch.Generator().manual_seed(7)
-    for number, ((x, index), (u, _)) in enumerate(zip(labelled, given, strict=False)):
+    generator = seeded(7)
+    for number, ((x, index), (u, _)) in enumerate(zip(labelled, 2 * unlabelled, strict=False)):
         loss = mixematch.step_loss(
             twin,
             (Views(x[:2], x[2:]), labels()[index], clean[index]),
             Views(u[:2], u[2:]),
             lambdas=lambdas,
-            ramp=0.1 * (1 + number),
+            ramp=ramp(number),
             lam=lams[number],
             permutation=torch.randperm(rows[number], generator=generator),
-            temperature=0.4,
-            threshold=0.6,
-            kind=kind,
-            rce=rce,
+            **shared,
         )
         descend(plain, loss.total)
         expected = [float(part.detach()) for part in loss]
@@ -215,23 +183,9 @@ def test_an_epoch_on_a_split_is_that_of_a_plain_loop(kind, rce, training):
     assert network.training is training and not found.requires_grad
 
 
-def test_unlabelled_batches_of_one_sample_are_left_out_and_the_labelled_ones_decide_the_steps():
+def test_batches_of_one_sample_are_left_out_where_they_must_be():
     batches = [(f"views {n}", torch.arange(n)) for n in (3, 1, 2, 1, 1, 4)]
     assert [len(index) for _, index in without_single(iter(batches))] == [3, 2, 4]
-    generator = torch.Generator()
-    four = lambda batch, _: torch.stack([batch, batch.flip(2), batch.flip(3), batch.flip(2, 3)])  # noqa: E731
-    step = Step(lambda: 0.5, torch.randperm, lambda _: 1, Lambdas(), 0.5, 0.6, "RL", "log", CPU)
-    options = {"shuffle": True, "augmentation": four, "generator": generator}
-    for size, others in ((9, 5), (1, 9)):  # a last labelled batch of one trains
-        network = narrow()
-        labelled = Batches(images(), 4, subset=torch.arange(size), **options)
-        unlabelled = Batches(images(), 4, subset=torch.arange(10, 10 + others), **options).endless()
-        sides, clean = (labelled, without_single(unlabelled)), torch.full((N,), 0.5)
-        found = train_divided(network, sgd(network), *sides, step, labels=labels(), clean=clean)
-        assert found.shape == (-(-size // 4), 7) and torch.isfinite(found).all()
-
-
-# embeddings and logits --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("order", "size"), [(torch.arange(N), 64), (shuffled(), 5), (shuffled(), 1)])

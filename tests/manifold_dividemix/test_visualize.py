@@ -11,23 +11,11 @@ from tests import figures
 from tests.figures import assert_refused, change
 from tests.lines import refused
 
-DIGITS = {
-    "dataset": "digits",
-    "corruption": "photographs",
-    "ood_ratio": 0.2,
-    "noise_type": "sym",
-    "noise_ratio": 0.25,
-}
+DIGITS = {"dataset": "digits", "corruption": "photographs", "ood_ratio": 0.2}
+DIGITS |= {"noise_type": "sym", "noise_ratio": 0.25}
 MINI_IMAGENET = {"dataset": "mini_imagenet", "noise_type": "red", "noise_ratio": 0.4, "img_size": 32}
-TRAINING = {
-    "epochs": 8,
-    "warmup_epoch": 3,
-    "interval": 2,
-    "clustering": True,
-    "selection": "gmm",
-    "remove_ood": 0.05,
-}
-TRAINING |= {"p_threshold": 0.3, "seed": 1}
+TRAINING = {"epochs": 8, "warmup_epoch": 3, "interval": 2, "clustering": True, "selection": "gmm"}
+TRAINING |= {"remove_ood": 0.05, "p_threshold": 0.3, "seed": 1}
 N, SHOWN = 60, 40
 COLUMNS = "epoch,test_accuracy,removed,removal_precision,removal_recall"
 
@@ -77,9 +65,6 @@ def draw(drawn, *words):
     return {axes.get_title().split("\n")[0]: axes for axes in drawn[-1].axes if axes.axison}
 
 
-# what is read -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("arguments", "images", "noise"),
     [
@@ -109,17 +94,10 @@ def test_pretraining_is_named_by_its_images_and_of_mini_imagenet_by_its_list(tmp
 def test_the_first_finished_run_with_two_removals_is_shown(run, tmp_path):
     unfinished = write_finished(tmp_path / "unfinished")
     (unfinished / "result.json").unlink()
-    runs = [
-        read_run(folder)
-        for folder in (
-            write_run(tmp_path / "pretraining", "SimCLR", [50], "knn_accuracy"),
-            unfinished,
-            write_finished(tmp_path / "all_kept", remove_ood=0),
-            write_finished(tmp_path / "one_look", last=False),
-            run,
-            write_finished(tmp_path / "second"),
-        )
-    ]
+    pretraining = write_run(tmp_path / "pretraining", "SimCLR", [50], "knn_accuracy")
+    all_kept = write_finished(tmp_path / "all_kept", remove_ood=0)
+    one_look, second = write_finished(tmp_path / "one_look", last=False), write_finished(tmp_path / "second")
+    runs = list(map(read_run, (pretraining, unfinished, all_kept, one_look, run, second)))
     order = []
     while (shown := visualize.run_to_show(runs)) is not None:
         order.append(shown.folder.name)
@@ -148,9 +126,6 @@ def test_samples_are_of_three_kinds_without_empty_ones():
     assert everything.members.all()
 
 
-# the projection ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("projection", ["tsne", "pca"])
 def test_a_projection_is_the_same_each_time_and_keeps_neighbours(projection):
     """Two directions, at lengths that do not matter to the outlier score; few samples, and equal ones."""
@@ -164,21 +139,16 @@ def test_a_projection_is_the_same_each_time_and_keeps_neighbours(projection):
     assert (side[distances.argmin(axis=1)] == side).all()
     for size in (2, 3, 5):
         points = visualize.project(embedding[:size], projection)
-        assert (
-            points.shape == (size, 2) and np.isfinite(points).all() and len(np.unique(points, axis=0)) == size
-        )
+        assert points.shape == (size, 2) and np.isfinite(points).all()
+        assert len(np.unique(points, axis=0)) == size
     assert visualize.project(np.full((20, 8), 3, np.float32), projection).tolist() == [[0, 0]] * 20
-
-
-# the figure -------------------------------------------------------------------------------------------------------------
 
 
 def filled(axes):
     """The counts of each filled histogram, by colour."""
-    counts = {}
-    for bars in axes.containers:
-        counts[to_rgb(bars.patches[0].get_facecolor())] = sum(bar.get_height() for bar in bars.patches)
-    return counts
+    return {
+        to_rgb(bars[0].get_facecolor()): sum(bar.get_height() for bar in bars) for bars in axes.containers
+    }
 
 
 @pytest.fixture
@@ -282,9 +252,6 @@ def test_the_figure_is_written_whole_with_t_sne_by_default(run, tmp_path, monkey
     assert capsys.readouterr().out == "figure in manifold_dividemix.png\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifold_dividemix.png", "run"]
     assert before == {path: path.stat().st_mtime_ns for path in run.iterdir()}, "the run is left as it is"
-
-
-# mistakes ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,7 @@ class ToyEncoder(nn.Module):
         return torch.tanh(self.linear(images.flatten(1)))[:, :, None, None]
 
 
-PARTS = {
-    "enc": "encoder.linear",
-    "cls": "classifier",
-    "proj": "projection",
-}
+PARTS = {"enc": "encoder.linear", "cls": "classifier", "proj": "projection"}
 STATISTICS = {"scale": "weight", "shift": "bias", "mean": "running_mean", "var": "running_var"}
 
 

@@ -37,11 +37,8 @@ def close(actual, expected, rtol: float = 0, atol: float = 1e-6) -> None:
 
 def test_masking(golden):
     for case in golden("sanm", "mask_cifar"):
-        images, maps, clean, targets, draws = tensors(
-            case, "images", "featmap", "clean_prob", "targets_in", "draws"
-        )
-        clean = clean[:, 0]
-        height, width = images.shape[2:]
+        images, maps, targets, draws = tensors(case, "images", "featmap", "targets_in", "draws")
+        clean, (height, width) = torch.from_numpy(case["clean_prob"])[:, 0], images.shape[2:]
         at = extrema(maps, height, width)
         for ours, name in zip(at, ("row_max", "col_max", "row_min", "col_min"), strict=True):
             assert ours.tolist() == case[name].tolist(), (case.name, name)
@@ -89,10 +86,8 @@ def test_losses(golden):
 
 def test_ramp(golden):
     for case in golden("sanm", "ramp"):
-        weights = [
-            ramp_up(float(case["lambda_u"]), float(now), float(case["warm_up"])) for now in case["current"]
-        ]
-        close(weights, case["weight"], atol=1e-12)
+        most, warm = float(case["lambda_u"]), float(case["warm_up"])
+        close([ramp_up(most, float(now), warm) for now in case["current"]], case["weight"], atol=1e-12)
 
 
 def test_clean_probability(golden):
@@ -173,9 +168,8 @@ def test_networks(golden):
         network.eval()
         with torch.no_grad():
             out = network(images, images)
-            network.softmax = (
-                "equal to raw_scores" not in case.description["arrays"]["returned_scores"]["meaning"]
-            )
+            meaning = case.description["arrays"]["returned_scores"]["meaning"]
+            network.softmax = "equal to raw_scores" not in meaning
             returned = network(images).scores
         channels = case["featmap"].shape[1]
         same_to_a_thousandth(out.maps[:, :channels], case, "featmap")
@@ -208,8 +202,8 @@ def test_warm_up(golden, monkeypatch):
             clip=1.0,
         )
         close(torch.stack(norms), case["grad_norms"], rtol=1e-4)
-        for name, value in weights_of(case, "after").items():
-            close(network.state_dict()[name], value, atol=1e-5)
+        after = weights_of(case, "after")
+        torch.testing.assert_close(dict(network.state_dict()), after, rtol=0, atol=1e-5)
 
 
 def replayed(case) -> dict:
@@ -275,11 +269,11 @@ def test_a_whole_training_step(golden):
             labels=torch.cat([s["labels_x"], torch.zeros(count_u, dtype=torch.int64)]),
             clean=torch.cat([s["clean_prob_x"], s["clean_prob_u"]]),
         )
-        names = ("loss_total", "loss_x", "loss_u", "loss_prior", "loss_recon")
+        names = [f"loss_{name}" for name in ("total", "x", "u", "prior", "recon")]
         close(weight, case["weight_u"], atol=1e-9)
         close(losses[0], [float(case[name]) for name in names], rtol=1e-5, atol=1e-5)
-        for name, value in weights_of(case, "after").items():
-            close(network.state_dict()[name], value, atol=1e-5)
+        after = weights_of(case, "after")
+        torch.testing.assert_close(dict(network.state_dict()), after, rtol=0, atol=1e-5)
 
 
 def test_class_balanced_subset(golden):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sanm import mixmatch
+from sanm import losses, mixmatch
 from sanm.masking import Masked
 from sanm.mixmatch import Samples
 from sanm.networks import make_network
@@ -39,9 +39,6 @@ def simplex(count: int, generator: torch.Generator) -> Tensor:
     return torch.softmax(torch.randn(count, K, generator=generator), dim=1)
 
 
-# targets ----------------------------------------------------------------------------------------------------------------
-
-
 def test_four_forward_passes_move_the_statistics_of_the_trained_network_and_none_those_of_the_peer(generator):
     network, peer = networks()
     u, x = views(2, 7, generator), views(2, 4, generator)
@@ -55,13 +52,7 @@ def test_four_forward_passes_move_the_statistics_of_the_trained_network_and_none
         assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
-# the mixed batch --------------------------------------------------------------------------------------------------------
-
-SIZES = [(4, 4), (5, 2), (1, 6)]  # labelled and unlabelled; last batches are smaller
-
-
 def step_batch(bx: int, bu: int, generator: torch.Generator):
-    """Both sides, their targets, and masked copies with targets of their own."""
     x, u = (
         Samples(views(4, n, generator), views(2, n, generator), torch.rand(n, generator=generator))
         for n in (bx, bu)
@@ -80,9 +71,6 @@ def plain_rows(x: Samples, u: Samples, targets: Tensor, masked: Masked | None) -
             rows += [(masked.at_max[start + i], masked.targets_max[start + i]) for i in range(count)]
             rows += [(masked.at_min[start + i], masked.targets_min[start + i]) for i in range(count)]
     return rows
-
-
-# the loss ---------------------------------------------------------------------------------------------------------------
 
 
 class Recorder(nn.Module):
@@ -107,7 +95,7 @@ def step(network, peer, x, u, masked, permutation, generator, **changes):
 
 @pytest.mark.parametrize("forward_unlabelled", [True, False])
 @pytest.mark.parametrize("masks", [True, False])
-@pytest.mark.parametrize(("bx", "bu"), SIZES)
+@pytest.mark.parametrize(("bx", "bu"), [(4, 4), (5, 2), (1, 6)])  # last batches are smaller
 def test_the_loss_of_a_step_is_the_weighted_sum_of_its_parts(bx, bu, masks, forward_unlabelled, generator):
     """By outputs of a twin; the masked copies go first, so that the running statistics move in the same order."""
     network, peer = networks()
@@ -126,20 +114,19 @@ def test_the_loss_of_a_step_is_the_weighted_sum_of_its_parts(bx, bu, masks, forw
     if not forward_unlabelled:
         inputs, targets = inputs[:count], targets[:count]
     torch.testing.assert_close(recorder.given[0], inputs, rtol=0, atol=1e-6)
-    images, rec = torch.cat([x.reference[0], u.reference[0]]), torch.zeros(())
+    images, rec = torch.cat([x.reference[0], u.reference[0]]), 0.0
     with torch.no_grad():
         if masks:
             halves = twin.decoder(twin.encoder(torch.cat([masked.at_max, masked.at_min]))).chunk(2)
-            rec = sum(((half - images) ** 2).mean() for half in halves)
-        log_p = twin(inputs).scores.log_softmax(dim=1)
-    loss_x = -(targets * log_p)[:count].sum() / count
-    loss_u = ((log_p.exp() - targets)[count:] ** 2).mean() if forward_unlabelled else 0.0
-    prior = sum(torch.log(1 / K / log_p.exp()[:, c].mean()) / K for c in range(K))
+            rec = float(sum(((half - images) ** 2).mean() for half in halves))
+        scores = twin(inputs).scores
+    loss_x = float(losses.soft_cross_entropy(scores[:count], targets[:count]))
+    loss_u = float(losses.squared_error(scores[count:], targets[count:]))  # 0 of no rows
+    prior = float(losses.prior_penalty(scores))
     plain = [loss_x + 3 * loss_u + prior + 0.02 * rec, loss_x, loss_u, prior, rec]
-    assert [float(part.detach()) for part in found] == pytest.approx([*map(float, plain)], rel=1e-4, abs=1e-6)
+    assert [float(part.detach()) for part in found] == pytest.approx(plain, rel=1e-4, abs=1e-6)
     assert found.total.requires_grad and not any(part.requires_grad for part in found[1:])
-    for name, value in network.named_buffers():
-        torch.testing.assert_close(value, twin.get_buffer(name), rtol=1e-5, atol=1e-6, msg=name)
+    torch.testing.assert_close(*(dict(n.named_buffers()) for n in (network, twin)), rtol=1e-5, atol=1e-6)
 
 
 def test_all_of_the_network_learns_and_without_masks_all_but_the_decoder(generator):
@@ -148,10 +135,9 @@ def test_all_of_the_network_learns_and_without_masks_all_but_the_decoder(generat
         network, peer = networks()
         loss, _ = step(network, peer, x, u, given, torch.randperm, generator)
         loss.total.backward()
-        without = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
-        assert without == (
-            [] if given else [f"decoder.{name}" for name, _ in network.decoder.named_parameters()]
-        )
+        without = {name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()}
+        decoder = {f"decoder.{name}" for name, _ in network.decoder.named_parameters()}
+        assert without == (set() if given else decoder)
 
 
 def test_the_draws_of_a_step_come_after_those_of_its_masks_and_the_permutation_is_of_all_rows(generator):
@@ -168,15 +154,6 @@ def test_the_draws_of_a_step_come_after_those_of_its_masks_and_the_permutation_i
         drawn.append(rows)
         return torch.arange(rows)
 
-    step(
-        network,
-        peer,
-        x,
-        u,
-        masked,
-        permutation,
-        generator,
-        masks=masks,
-        draw_lam=lambda: drawn.append("lam") or 0.4,
-    )
+    draws = {"masks": masks, "draw_lam": lambda: drawn.append("lam") or 0.4}
+    step(network, peer, x, u, masked, permutation, generator, **draws)
     assert drawn == ["masks", "lam", 30]

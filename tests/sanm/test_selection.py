@@ -5,12 +5,7 @@ import pytest
 import torch
 
 from sanm.choices import averages_history
-from sanm.selection import (
-    divide,
-    estimate_label_quality,
-    remember,
-    split_statistics,
-)
+from sanm.selection import divide, estimate_label_quality, remember, split_statistics
 
 
 def unit(count: int, seed: int) -> torch.Tensor:
@@ -35,9 +30,6 @@ def test_the_last_five_losses_are_remembered_in_their_order():
         history = remember(history, torch.tensor([float(epoch)]))
         assert [float(of) for of in history] == list(range(max(0, epoch - 4), epoch + 1))
         assert [float(of) for of in before] == [float(of) for of in history[:-1]] or len(before) == 5
-
-
-# division ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threshold", [0.03, 0.5, 0.9])
@@ -88,9 +80,6 @@ def test_each_side_gets_at_least_what_is_asked_and_no_less_clean_sample_is_prefe
 def test_too_few_for_two_sides_are_refused(count, at_least):
     with pytest.raises(ValueError, match=f"{count} samples .* at least {at_least}"):
         divide(unit(count, 0), 0.5, at_least)
-
-
-# statistics -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_statistics_of_a_split_are_those_of_each_network_against_the_right_labels():

@@ -11,29 +11,16 @@ from torch.optim import SGD
 
 from common.datasets import Data, Split
 from common.gpu.device import Device
-from common.gpu.loader import Batches, Images
+from common.gpu.loader import Batches
 from sanm import mixmatch, pretrain
 from sanm.choices import MaskRule
 from sanm.masking import draw_masks, mask
 from sanm.mixmatch import Samples
 from sanm.networks import make_network
-from sanm.training import (
-    Masks,
-    Step,
-    accuracy,
-    learning_rate,
-    network_scores,
-    sample_losses,
-    train_divided,
-    warm_up,
-)
+from sanm.training import Masks, Step, network_scores, sample_losses, train_divided, warm_up
+from tests.passes import K, N, images, labels, pass_over, seeded
 
 CPU, BF16 = (Device(torch.device("cpu"), precision, "tests") for precision in ("fp32", "bf16"))
-K, N = 4, 26
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def narrow(seed: int = 1, base: str = "c2d", softmax: bool = False) -> nn.Module:
@@ -41,31 +28,11 @@ def narrow(seed: int = 1, base: str = "c2d", softmax: bool = False) -> nn.Module
     return make_network(base, K, 1, 8, softmax)
 
 
-def images() -> Images:
-    pixels = torch.randint(256, (N, 8, 8, 1), generator=seeded(2)).byte()
-    return Images(pixels.numpy(), (0.5,), (0.25,), torch.device("cpu"))
-
-
-def labels() -> Tensor:
-    return torch.randint(K, (N,), generator=seeded(9))
-
-
-def pass_over(views: int, order: Tensor, size: int) -> list:
-    """Batches (views, index) in an order; of several views each is another image."""
-    return [
-        (tuple(images().view((index + k) % N) for k in range(views)), index) for index in order.split(size)
-    ]
-
-
-def test_the_learning_rate_drops_once_to_a_tenth():
-    assert [learning_rate(epoch, 0.02, 3) for epoch in range(6)] == pytest.approx([0.02] * 3 + [0.002] * 3)
-
-
 @pytest.mark.parametrize("penalise", [False, True])
 @pytest.mark.parametrize("clip", [None, 1e-3])
 def test_warm_up_adds_the_negative_entropy_and_clips_gradients_only_if_asked(clip, penalise):
     network, order = narrow(), torch.randperm(N, generator=seeded(5))
-    before, ((batch,), index) = copy.deepcopy(network).train(), pass_over(1, order, N)[0]
+    before, ((batch,), index) = copy.deepcopy(network).train(), pass_over(order, N)[0]
     log_p = before(batch).scores.log_softmax(dim=1)
     expected = -log_p[range(N), labels()[order]].mean()
     if penalise:
@@ -80,9 +47,6 @@ def test_warm_up_adds_the_negative_entropy_and_clips_gradients_only_if_asked(cli
     moved = of(lambda name: before.get_parameter(name) - network.get_parameter(name))
     factor = 1 if clip is None else clip / gradient.norm()
     torch.testing.assert_close(moved, factor * gradient, rtol=1e-3, atol=1e-6)
-
-
-# training on a split ----------------------------------------------------------------------------------------------------
 
 
 def step_of(generator: torch.Generator, lams: list[float], **changes) -> Step:
@@ -104,7 +68,7 @@ def step_of(generator: torch.Generator, lams: list[float], **changes) -> Step:
 @pytest.mark.parametrize("masked", [True, False])
 def test_an_epoch_on_a_split_is_that_of_a_plain_loop(masked):
     """Three labelled batches, the last smaller, and two unlabelled ones of which the first comes again."""
-    labelled, unlabelled = pass_over(6, torch.arange(10), 4), pass_over(6, torch.arange(10, 17), 5)
+    labelled, unlabelled = pass_over(torch.arange(10), 4, 6), pass_over(torch.arange(10, 17), 5, 6)
     lams, clean = [0.2, 0.9, 0.6], torch.rand(N, generator=seeded(6), dtype=torch.float64)
     network, peer = narrow(1).eval(), narrow(2).train()
     twin, other = copy.deepcopy(network).train(), copy.deepcopy(peer).eval()
@@ -141,15 +105,14 @@ def test_an_epoch_on_a_split_is_that_of_a_plain_loop(masked):
         plain.step()
         expected = [float(part.detach()) for part in loss]
         assert found[number].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-7)
-    for (name, own), wanted in zip(network.state_dict().items(), twin.state_dict().values(), strict=True):
-        torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-7, msg=name)
+    torch.testing.assert_close(network.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-7)
     # the peer is only asked: in evaluation mode, and it stays as it is
     assert not peer.training and network.training
     assert all(torch.equal(value, before[name]) for name, value in peer.state_dict().items())
 
 
 def test_last_batches_of_one_image_train():
-    network, peer, (x, u) = narrow(1), narrow(2), [pass_over(6, torch.arange(n, n + 1), 1) for n in (0, 1)]
+    network, peer, (x, u) = narrow(1), narrow(2), [pass_over(torch.arange(n, n + 1), 1, 6) for n in (0, 1)]
     optimizer, clean = SGD(network.parameters(), 0.02), torch.full((N,), 0.5)
     step = step_of(seeded(0), [0.5])
     found = train_divided(network, peer, optimizer, x, iter(u), step, labels=labels(), clean=clean)
@@ -161,7 +124,7 @@ def test_under_bfloat16_every_weight_learns_as_in_float32():
     gradients, clean = {}, torch.linspace(0, 1, N)
     for device in (CPU, BF16):
         network, peer = narrow(1), narrow(2)
-        x, u = (pass_over(6, torch.arange(start, start + 16), 16) for start in (0, 10))
+        x, u = (pass_over(torch.arange(start, start + 16), 16, 6) for start in (0, 10))
         optimizer, step = SGD(network.parameters(), 0.0), step_of(seeded(7), [0.3], device=device)
         train_divided(network, peer, optimizer, x, iter(u), step, labels=labels(), clean=clean)
         gradients[device] = {name: p.grad for name, p in network.named_parameters()}
@@ -169,9 +132,6 @@ def test_under_bfloat16_every_weight_learns_as_in_float32():
         assert gradients[BF16][name] is not None, name
         cosine = F.cosine_similarity(gradients[BF16][name].flatten(), gradient.flatten(), dim=0)
         assert cosine > 0.9, name
-
-
-# losses and scores of all samples ---------------------------------------------------------------------------------------
 
 
 def plain_scores(network: nn.Module) -> Tensor:
@@ -185,7 +145,7 @@ def test_losses_and_scores_come_by_position_whatever_the_order_of_the_batches(si
     nets = [narrow(1), narrow(2, "dividemix")]
     expected = torch.stack([plain_scores(network) for network in nets])
     before = copy.deepcopy(nets[0].state_dict())
-    batches = pass_over(1, torch.randperm(N, generator=seeded(3)), size)
+    batches = pass_over(torch.randperm(N, generator=seeded(3)), size)
     for network in nets:
         network.train()
     found = network_scores(nets, batches, N, K, CPU)
@@ -204,19 +164,14 @@ def test_losses_and_scores_are_float32_under_bfloat16():
     network = narrow()
     with torch.no_grad():
         network.classifier.weight.mul_(20)
-    found = sample_losses(network, pass_over(1, torch.arange(N), 8), labels(), N, BF16)
+    found = sample_losses(network, pass_over(torch.arange(N), 8), labels(), N, BF16)
     assert found.dtype == torch.float32
     # not rounded to bfloat16 anywhere after the encoder
     assert (found.bfloat16().float() != found).sum() > N // 2
     exact = F.cross_entropy(plain_scores(network), labels(), reduction="none")
     assert (found - exact).abs().max() < 0.05 * exact.max()
-    scores = network_scores([network], pass_over(1, torch.arange(N), 8), N, K, BF16)
+    scores = network_scores([network], pass_over(torch.arange(N), 8), N, K, BF16)
     assert scores.dtype == torch.float32
-
-
-def test_accuracy_is_in_percent():
-    scores = torch.tensor([[3.0, 0.0], [3.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    assert accuracy(scores, torch.tensor([1, 0, 1, 1])) == 75
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The figure of SANM's runs: curves by setting, the split, and some samples with their masks; refusals in one line."""
 
-import json
 import shutil
 
 import numpy as np
@@ -14,7 +13,7 @@ from sanm.choices import MaskRule
 from sanm.masking import draw_masks, mask, quantised_activation
 from sanm.networks import make_network
 from sanm.visualize import figures, read_run
-from tests.figures import assert_refused, write_run
+from tests.figures import assert_refused, change_json, write_run
 from tests.lines import refused
 
 SMALL = "--base dividemix --dataset digits --limit_train 64 --batch_size 16 --num_epochs 2 --warm_up 1 --seed 1 --device cpu"
@@ -34,24 +33,12 @@ def run(sanm_run, tmp_path):
     return shutil.copytree(sanm_run, tmp_path / "run", ignore=shutil.ignore_patterns("tensorboard"))
 
 
-def describe(folder, method=None, **arguments):
-    """Change what args.json says."""
-    description = json.loads((folder / "args.json").read_text())
-    description["method"] = method or description["method"]
-    description["arguments"] |= arguments
-    (folder / "args.json").write_text(json.dumps(description))
-    return folder
-
-
-# what is read -----------------------------------------------------------------------------------------------------------
-
-
 def test_the_first_run_with_masks_is_shown_else_the_first_with_a_split(run, tmp_path):
     folders = [write_run(tmp_path / "pretraining", "sanm", "SimCLR", [50], "knn_accuracy", dataset="digits")]
     folders.append(write_run(tmp_path / "clothing", "sanm", "SANM(DivideMix)", [50], masking="adversarial"))
     folders += [shutil.copytree(run, tmp_path / name) for name in ("unfinished", "plain", "weightless")]
     (tmp_path / "unfinished" / "clean_probability.npz").unlink()
-    describe(tmp_path / "plain", "DivideMix", masking="none")
+    change_json(tmp_path / "plain" / "args.json", masking="none")
     for path in (tmp_path / "weightless").glob("checkpoint*"):
         path.unlink()
     runs = [read_run(folder) for folder in (*folders, run)]
@@ -60,17 +47,9 @@ def test_the_first_run_with_masks_is_shown_else_the_first_with_a_split(run, tmp_
     assert visualize.run_to_show(runs[:-1]) is runs[3] and visualize.run_to_show(runs[:3]) is None
 
 
-# the samples ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("right", "wrong", "count", "expected"),
-    [
-        (50, 50, 5, (3, 2)),
-        (50, 1, 6, (5, 1)),
-        (2, 50, 6, (2, 4)),
-        (0, 50, 1, (0, 1)),
-    ],
+    [(50, 50, 5, (3, 2)), (50, 1, 6, (5, 1)), (2, 50, 6, (2, 4)), (0, 50, 1, (0, 1))],
 )
 def test_half_of_the_samples_are_rightly_labelled_as_far_as_there_are_such(right, wrong, count, expected):
     is_right = np.random.default_rng(5).permutation(np.arange(right + wrong) < right)
@@ -141,9 +120,6 @@ def test_samples_of_one_kind_fill_both_blocks(sanm_run):
         assert titles == [("rightly labelled", [0, 1, 2]), (second, [3, 4])]
 
 
-# the figure -------------------------------------------------------------------------------------------------------------
-
-
 def test_a_setting_is_named_by_data_and_labels(tmp_path, drawn):
     given = {"dataset": "own", "noise_mode": "given", "r": 0.5, "selection": "none"}
     runs = [write_run(tmp_path / "e", "sanm", "CE", [1, 2], **given)]
@@ -154,7 +130,7 @@ def test_a_setting_is_named_by_data_and_labels(tmp_path, drawn):
 
 
 def test_a_run_without_masks_gives_curves_and_histograms(run, tmp_path, drawn):
-    describe(run, "DivideMix", masking="none")
+    change_json(run / "args.json", masking="none")
     visualize.main([str(run), "--out", str(tmp_path / "figure.png")])
     curves, *histograms = drawn[0].axes
     assert curves.get_title().startswith("Test accuracy")
@@ -185,9 +161,6 @@ def test_a_run_with_masks_has_its_samples_in_five_panels_and_is_left_as_it_is(
     assert before == {path: path.stat().st_mtime_ns for path in sanm_run.iterdir()}
 
 
-# mistakes ---------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
@@ -203,20 +176,18 @@ def test_a_damaged_run_is_refused_in_one_line(name, content, line, run, tmp_path
 
 
 def test_files_that_do_not_fit_each_other_are_named(run, tmp_path, capsys):
-    describe(run, base="c2d")
+    change_json(run / "args.json", base="c2d")
     assert "checkpoint.pt does not fit the network for digits" in refused(capsys, visualize.main, run)
-    describe(run, base="dividemix", dataset="mnist", data_path=str(tmp_path / "nosuch"))
+    moved = {"dataset": "mnist", "data_path": str(tmp_path / "nosuch")}
+    change_json(run / "args.json", base="dividemix", **moved)
     line = refused(capsys, visualize.main, run)
     assert "mnist not found in " in line
     assert f"or say where the training images of {run} are with --data_path DIR" in line
-    description = json.loads((run / "args.json").read_text())
-    del description["arguments"]["mask_anchor"]
-    (run / "args.json").write_text(json.dumps(description))
+    change_json(run / "args.json", mask_anchor=None)
     assert "args.json is damaged: it has no mask_anchor" in refused(capsys, visualize.main, run)
     np.savez(run / "clean_probability.npz", net1=np.ones(3), net2=np.ones(2), observed=[1], clean=[1])
-    assert "clean_probability.npz is damaged: its arrays are of shapes" in refused(
-        capsys, visualize.main, run
-    )
+    line = refused(capsys, visualize.main, run)
+    assert "clean_probability.npz is damaged: its arrays are of shapes" in line
 
 
 def test_the_data_may_have_moved_but_must_be_the_same(run, tmp_path, capsys):
@@ -224,11 +195,10 @@ def test_the_data_may_have_moved_but_must_be_the_same(run, tmp_path, capsys):
     arrays = {f"{part}_images": getattr(digits, part).images for part in ("train", "test")}
     arrays |= {f"{part}_labels": getattr(digits, part).labels.copy() for part in ("train", "test")}
     np.savez(tmp_path / "own.npz", **arrays)
-    describe(run, dataset="own", data_path=str(tmp_path / "nosuch"))
+    change_json(run / "args.json", dataset="own", data_path=str(tmp_path / "nosuch"))
     shown = visualize.read_samples(read_run(run), visualize.read_split(run), 4, str(tmp_path))
     assert len(shown.observed) == 4
     arrays["train_labels"][np.load(run / "train_index.npy")[0]] ^= 1
     np.savez(tmp_path / "own.npz", **arrays)
-    assert "was not trained on the own that is here" in refused(
-        capsys, visualize.main, run, "--data_path", tmp_path
-    )
+    line = refused(capsys, visualize.main, run, "--data_path", tmp_path)
+    assert "was not trained on the own that is here" in line
