@@ -60,14 +60,12 @@ class MortalRun(Run):
             os.kill(os.getpid(), getattr(signal, name or "SIGKILL"))
 
     def resume(self, state: dict) -> None:
-        """As ever, but it may end before."""
         self.at(0, "start")
         super().resume(state)
 
     def progress(
         self, batches: Iterable, description: str, training: bool = True, whole: bool = False
     ) -> Iterator:
-        """As ever, but the first batch may be the last."""
         name = description.split(" ", 2)[-1]  # after the epoch and its number
         for number, batch in enumerate(super().progress(batches, description, training, whole)):
             yield batch
@@ -75,7 +73,6 @@ class MortalRun(Run):
                 self.at(len(self.rows) + 1, name, *(["training"] if training else []))
 
     def log(self, epoch: int, **values: float | int | None) -> None:
-        """As ever, but it may be the last."""
         super().log(epoch, **values)
         self.at(epoch, "log")
 

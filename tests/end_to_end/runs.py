@@ -26,12 +26,7 @@ TIMED = {"args.json", "log.csv", "result.csv", "result.json", "checkpoint.pt", "
 TIMED |= {"encoder.safetensors"}
 
 
-# processes --------------------------------------------------------------------------------------------------------------
-
-
 class Ended(NamedTuple):
-    """How a process ended."""
-
     status: int
     out: str
     err: str
@@ -70,6 +65,12 @@ def jobs_of(script: str, folder: Path, flags: list[str], *moments: str, **more: 
     return [{**job, "moment": moment} for moment in (*moments, "")]
 
 
+def whole_and_killed(script: str, base: Path, flags: list[str], *moments: str) -> list[dict]:
+    """Jobs to the end, in BASE/whole; in BASE/killed killed at each moment and resumed, also when finished."""
+    killed = jobs_of(script, base / "killed", flags, *moments)
+    return [*jobs_of(script, base / "whole", flags), *killed, killed[-1]]
+
+
 def run_jobs(jobs: list[dict]) -> list[list[int]]:
     """The exit statuses of the processes of each job."""
     end = start("-m", "tests.end_to_end.forked", json.dumps(jobs))
@@ -88,11 +89,7 @@ def resumed(out: str) -> list[int]:
     return [int(epoch) for epoch in re.findall(r"resuming after epoch (\d+)\n", out)]
 
 
-# run directories --------------------------------------------------------------------------------------------------------
-
-
 def table(run: Path, name: str = "log.csv") -> list[dict[str, str]]:
-    """The rows of a CSV of a run."""
     with (run / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -103,17 +100,14 @@ def column(run: Path, name: str) -> list[float]:
 
 
 def result(run: Path) -> dict:
-    """What result.json says."""
     return json.loads((run / "result.json").read_text())
 
 
 def state(run: Path) -> dict:
-    """The state in the last checkpoint."""
     return torch.load(run / "checkpoint.pt", weights_only=True)["state"]
 
 
 def arrays(run: Path, name: str) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file."""
     return dict(np.load(run / f"{name}.npz", allow_pickle=False))
 
 
@@ -139,11 +133,7 @@ def label_quality(folder: Path) -> pd.DataFrame:
 
 
 def auroc(found: pd.DataFrame) -> float:
-    """Of the score as a detector of right labels."""
     return roc_auc_score(found.given_label == found.true_label, found.score)
-
-
-# two runs ---------------------------------------------------------------------------------------------------------------
 
 
 def log_without_seconds(folder: Path) -> list[str]:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,21 +16,7 @@ from scipy.stats import rankdata
 from afm import train, visualize
 from common import datasets
 from tests.common.small_file_data import make_clothing1m, make_food101n
-from tests.end_to_end.runs import (
-    DEADLINE,
-    ROOT,
-    arrays,
-    assert_same_run,
-    assert_survived,
-    jobs_of,
-    label_quality,
-    printed,
-    result,
-    resumed,
-    run_jobs,
-    state,
-    table,
-)
+from tests.end_to_end import runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")]
 
@@ -43,9 +29,6 @@ WORDS = {
     "food": f"--dataset food {FILES} --epochs 2 --lr 0.00001 --data-root DATA/food --workers WORKERS",
 }
 MOMENTS = ("1:training", "2:log", "3:test")
-
-
-# the runs, each in its own folder ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +51,13 @@ def statuses(base):
         if data not in made:
             words, script = words_of(data, base), "afm.train"
             jobs = {
-                "alone": jobs_of(script, base / f"{data}_alone", words),
-                "by_two": jobs_of(script, base / f"{data}_by_two", words, processes=2),
+                "alone": runs.jobs_of(script, base / f"{data}_alone", words),
+                "by_two": runs.jobs_of(script, base / f"{data}_by_two", words, processes=2),
             }
             if data == "digits":
-                killed = jobs_of(script, base / "digits_killed", words, *MOMENTS)
+                killed = runs.jobs_of(script, base / "digits_killed", words, *MOMENTS)
                 jobs["killed"] = [*killed, killed[-1]]
-            found = iter(run_jobs([job for own in jobs.values() for job in own]))
+            found = iter(runs.run_jobs([job for own in jobs.values() for job in own]))
             made[data] = {name: [next(found) for _ in own] for name, own in jobs.items()}
         return made[data]
 
@@ -83,23 +66,11 @@ def statuses(base):
 
 @pytest.fixture
 def alone(base, statuses):
-    """alone(data): the run directory of one process."""
-
     def run(data: str) -> Path:
-        assert statuses(data)["alone"] == [[0]], printed(base / f"{data}_alone")
+        assert statuses(data)["alone"] == [[0]], runs.printed(base / f"{data}_alone")
         return base / f"{data}_alone" / "run"
 
     return run
-
-
-class Killed(NamedTuple):
-    """What was seen of a run on image files that was killed, with two workers, and started again at once."""
-
-    run: Path
-    statuses: tuple[int, int]
-    out: str
-    workers: int
-    outlived: float  # seconds
 
 
 def alive(process: int) -> bool:
@@ -116,12 +87,15 @@ def children(process: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def killed(base) -> Killed:
-    """Killed in the epoch after the first that has its checkpoint."""
+def killed(base) -> SimpleNamespace:
+    """A run on image files with two workers, killed in the epoch after the first that has its checkpoint; started again at once.
+
+    workers: how many the killed process had. outlived: seconds until they ended.
+    """
     run = base / "food_killed" / "run"
     command = [sys.executable, "afm/train.py", *words_of("food", base, workers=2), "--out", str(run)]
-    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
-    process, deadline = subprocess.Popen(command, **options), time.monotonic() + DEADLINE
+    options = {"cwd": runs.ROOT, "stdout": subprocess.PIPE, "text": True}
+    process, deadline = subprocess.Popen(command, **options), time.monotonic() + runs.DEADLINE
     while not (run / "checkpoint.previous.pt").exists() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -133,25 +107,23 @@ def killed(base) -> Killed:
         time.sleep(0.1)
     outlived = time.monotonic() - began
     try:
-        out, _ = again.communicate(timeout=DEADLINE)
+        out, _ = again.communicate(timeout=runs.DEADLINE)
     finally:
         again.kill()
-    return Killed(run, (process.returncode, again.returncode), out, len(workers), outlived)
-
-
-# two processes ----------------------------------------------------------------------------------------------------------
+    seen = {"run": run, "statuses": (process.returncode, again.returncode), "out": out}
+    return SimpleNamespace(**seen, workers=len(workers), outlived=outlived)
 
 
 @pytest.fixture(params=WORDS)
 def one_and_two(request, base, statuses) -> tuple[str, Path, Path]:
     data, found = request.param, statuses(request.param)
-    assert (found["alone"], found["by_two"]) == ([[0]], [[0, 0]]), printed(base / f"{data}_by_two")
+    assert (found["alone"], found["by_two"]) == ([[0]], [[0, 0]]), runs.printed(base / f"{data}_by_two")
     return data, base / f"{data}_alone" / "run", base / f"{data}_by_two" / "run"
 
 
 def test_two_processes_log_what_one_does_with_the_same_global_batch(one_and_two):
     data, *both = one_and_two
-    one, two = map(table, both)
+    one, two = map(runs.table, both)
     assert len(one) == len(two) == EPOCHS[data] and list(one[0]) == list(two[0])
     # a sample or two may stand so near the border between two classes that rounding decides
     trained, tested = {"digits": (1437 // 64 * 64, 360), "food": (12, 6)}[data]
@@ -172,7 +144,7 @@ def test_two_processes_log_what_one_does_with_the_same_global_batch(one_and_two)
 
 def test_two_processes_end_with_the_weights_and_the_attention_of_one(one_and_two):
     _, *both = one_and_two
-    one, two = map(state, both)
+    one, two = map(runs.state, both)
     assert list(one["network"]) == list(two["network"])
     for name, tensor in one["network"].items():
         if "running" in name:
@@ -180,75 +152,66 @@ def test_two_processes_end_with_the_weights_and_the_attention_of_one(one_and_two
         elif not tensor.is_floating_point():
             assert torch.equal(two["network"][name], tensor), name
     # what SGD has gathered of the gradients, of which rounding leaves a digit: a wrong factor would show
-    gathered = [
-        torch.cat([s["momentum_buffer"].flatten() for s in state["optimizer"]["state"].values()])
-        for state in (one, two)
-    ]
+    buffers = [[s["momentum_buffer"] for s in of["optimizer"]["state"].values()] for of in (one, two)]
+    gathered = [torch.cat([buffer.flatten() for buffer in own]) for own in buffers]
     assert (gathered[1] - gathered[0]).norm() < 0.25 * gathered[0].norm()
     for generator in ("loader", "groups"):
         assert torch.equal(one[generator], two[generator])
-    one, two = (arrays(run, "attention") for run in both)
+    one, two = (runs.arrays(run, "attention") for run in both)
     for name in ("position", "known", "observed"):
         assert np.array_equal(one[name], two[name])
     np.testing.assert_allclose(two["weight"], one["weight"], rtol=0.02)
     for run, weight in zip(both, (one["weight"], two["weight"]), strict=True):
-        quality = label_quality(run)
+        quality = runs.label_quality(run)
         assert quality.score.to_numpy() == pytest.approx((rankdata(weight) - 1) / (len(weight) - 1), abs=1e-5)
 
 
 def test_only_the_first_process_writes_and_prints_and_their_number_is_recorded(one_and_two):
     _, *both = one_and_two
-    files = [
-        sorted(str(path.relative_to(run)).split("events.out")[0] for path in run.rglob("*")) for run in both
-    ]
+    names = [[str(path.relative_to(run)).split("events.out")[0] for path in run.rglob("*")] for run in both]
+    files = list(map(sorted, names))
     assert files[0] == files[1] and files[1].count("tensorboard/") == 1
     # line by line what one process prints, but for digits that rounding changes
-    texts = [printed(run.parent)[0].replace(str(run), "").replace(", 2 processes", "") for run in both]
+    texts = [runs.printed(run.parent)[0].replace(str(run), "").replace(", 2 processes", "") for run in both]
     assert len({re.sub(r"[\d.e-]+", "#", text) for text in texts}) == 1
-    one, two = map(result, both)
+    one, two = map(runs.result, both)
     assert one["command"].startswith("python afm/train.py ")
     assert two["command"].startswith("torchrun --nproc_per_node=2 afm/train.py ")
     assert (one["environment"]["processes"], two["environment"]["processes"]) == (1, 2)
     assert (one["images"], one["noise"]) == (two["images"], two["noise"])
 
 
-# killed -----------------------------------------------------------------------------------------------------------------
-
-
 def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, alone, statuses):
     killed = statuses("digits")["killed"]
-    assert_survived(base / "digits_killed", alone("digits"), killed, MOMENTS, (0, 1, 2, 4))
+    runs.assert_survived(base / "digits_killed", alone("digits"), killed, MOMENTS, (0, 1, 2, 4))
 
 
 def test_a_killed_run_on_image_files_ends_as_if_nothing_had_happened_and_its_workers_end_soon(killed, alone):
     """The killed run has two workers, the other one: neither does their number make a difference."""
-    assert killed.statuses == (-signal.SIGKILL, 0) and resumed(killed.out) == [1]
-    assert_same_run(killed.run, alone("food"))
+    assert killed.statuses == (-signal.SIGKILL, 0) and runs.resumed(killed.out) == [1]
+    runs.assert_same_run(killed.run, alone("food"))
     assert not Path("/proc/self/task").is_dir() or (killed.workers >= 2 and killed.outlived < 30)
-
-
-# what a run leaves ------------------------------------------------------------------------------------------------------
 
 
 def test_food101n_is_measured_on_test_images_and_its_verified_labels_are_used(alone, tmp_path):
     run = alone("food")
-    assert "12 training samples, true labels unknown" in printed(run.parent)[0]
-    rows = table(run, "result.csv")
+    assert "12 training samples, true labels unknown" in runs.printed(run.parent)[0]
+    rows = runs.table(run, "result.csv")
     assert {"best", "last", "last10", "attention_auc"} <= {row["metric"] for row in rows}
     assert "at_best_validation" not in {row["metric"] for row in rows}
     for row in rows:
         assert (row["dataset"], row["noise_type"], row["noise_rate"]) == ("food101n", "web", "")
         assert (row["method"], row["profile"]) == ("AFM (K=2)", "short")
-    attention = arrays(run, "attention")
+    attention = runs.arrays(run, "attention")
     # of each class's four images the first is verified right, the second wrong
     assert attention["known"].tolist() == [1, 0, -1, -1] * 3
     assert attention["position"].tolist() == list(range(12))
-    quality = label_quality(run)
+    quality = runs.label_quality(run)
     assert [Path(path).parent.name for path in quality.path] == quality.given_class.tolist()
     assert quality.true_label.isna().all() and len(set(quality.given_class)) == 3
     assert attention["observed"].tolist() == np.repeat([0, 1, 2], 4).tolist()
-    assert result(run)["noise"]["realised_rate"] is None
-    assert {row["validation_accuracy"] for row in table(run)} == {""}
+    assert runs.result(run)["noise"]["realised_rate"] is None
+    assert {row["validation_accuracy"] for row in runs.table(run)} == {""}
     assert not (run / "skipped_images.csv").exists()
     visualize.main([str(run), "--out", str(tmp_path / "figure.png")])
     assert (tmp_path / "figure.png").stat().st_size > 10_000
@@ -260,11 +223,11 @@ def test_clothing1m_fine_tunes_on_the_clean_images(tmp_path):
     words = f"--dataset clothing1m {FILES} --train-on noisy+clean --workers 0 --device cpu --epochs 2 "
     words += f"--finetune-epochs 1 --finetune-lr 0.002 --data-root {tmp_path / 'data'} --out {run}"
     train.main(words.split())
-    mixing, tuning = log = table(run)
+    mixing, tuning = log = runs.table(run)
     best = max(log, key=lambda row: float(row["validation_accuracy"]))
-    assert result(run)["metrics"]["at_best_validation"] == float(best["test_accuracy"])
-    assert (result(run)["dataset"], result(run)["noise_type"]) == ("clothing1m", "noisy+clean")
-    assert arrays(run, "attention")["known"].tolist() == [-1] * 12
+    assert runs.result(run)["metrics"]["at_best_validation"] == float(best["test_accuracy"])
+    assert (runs.result(run)["dataset"], runs.result(run)["noise_type"]) == ("clothing1m", "noisy+clean")
+    assert runs.arrays(run, "attention")["known"].tolist() == [-1] * 12
     assert np.load(run / "train_index.npy").tolist() == list(range(12))
     # fine-tuning is cross-entropy on the clean images at a rate of its own
     assert (mixing["lr"], tuning["lr"]) == ("0.01", "0.002")
@@ -272,7 +235,7 @@ def test_clothing1m_fine_tunes_on_the_clean_images(tmp_path):
     assert [tuning[f"attention_{name}"] for name in ("peak", "dead", "right")] == [""] * 3
     assert float(tuning["loss"]) == pytest.approx(float(tuning["plain_loss"]))
     # three batches of the noisy ones, and one batch of the six clean images
-    assert result(run)["images"] == 12 + 4
+    assert runs.result(run)["images"] == 12 + 4
 
 
 def test_as_released_on_a_subset_in_the_folder_of_its_name(tmp_path, monkeypatch):
@@ -282,13 +245,13 @@ def test_as_released_on_a_subset_in_the_folder_of_its_name(tmp_path, monkeypatch
     (run,) = (tmp_path / "results" / "runs" / "afm").iterdir()
     for part in ("digits", "symmetric", "noise_rate_0.5", "seed_5", "fidelity_released", "limit_train_200"):
         assert part in run.name
-    for row in table(run, "result.csv"):
+    for row in runs.table(run, "result.csv"):
         assert (row["profile"], row["fidelity"]) == ("embedded+limit_train=200", "released")
         assert (row["table"], row["cell"], row["method"]) == ("embedded", "digits-sym0.5", "AFM (K=2)")
     index, observed = (np.load(run / f"{name}.npy") for name in ("train_index", "noisy_labels"))
     assert len(index) == len(observed) == 200 and (np.diff(index) > 0).all()
     clean = datasets.load("digits", ".").train.labels[index]
-    rate = result(run)["noise"]["realised_rate"]
+    rate = runs.result(run)["noise"]["realised_rate"]
     assert rate == pytest.approx((observed != clean).mean()) and 0.35 < rate < 0.55
     # three batches of 64 in each epoch; the rest is dropped
-    assert result(run)["images"] == 2 * 192
+    assert runs.result(run)["images"] == 2 * 192

@@ -8,19 +8,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from tests.common.small_file_data import make_clothing1m
-from tests.end_to_end.runs import (
-    ROOT,
-    assert_close_logs,
-    assert_survived,
-    jobs_of,
-    label_quality,
-    printed,
-    result,
-    run_jobs,
-    start,
-    state,
-    table,
-)
+from tests.end_to_end import runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")]
 
@@ -42,23 +30,19 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def statuses(base) -> list[list[int]]:
     flags, script = [*FLAGS.split(), "--data_root", str(base / "data")], "me_momentum.Clothing"
-    jobs = jobs_of(script, base / "alone", flags, float64=True)
-    jobs += jobs_of(script, base / "killed", flags, *MOMENTS, float64=True)
-    return run_jobs([*jobs, *jobs_of(script, base / "by_two", flags, float64=True, processes=2)])
+    jobs = runs.jobs_of(script, base / "alone", flags, float64=True)
+    jobs += runs.jobs_of(script, base / "killed", flags, *MOMENTS, float64=True)
+    return runs.run_jobs([*jobs, *runs.jobs_of(script, base / "by_two", flags, float64=True, processes=2)])
 
 
 @pytest.fixture
 def alone(base, statuses) -> Path:
-    """The run directory of one process."""
-    assert statuses[0] == [0], printed(base / "alone")
+    assert statuses[0] == [0], runs.printed(base / "alone")
     return base / "alone" / "run"
 
 
-# a whole run ------------------------------------------------------------------------------------------------------------
-
-
 def test_the_loops_and_what_is_logged_of_them(alone):
-    rows = table(alone)
+    rows = runs.table(alone)
     loops = [(outer, inner) for outer in "12" for inner in "123456" for _ in range(2)]
     assert [(row["outer"], row["inner"]) for row in rows] == loops
     outer_loop = [0.02] * 10 + [0.002] * 2
@@ -79,19 +63,19 @@ def test_the_loops_and_what_is_logged_of_them(alone):
 
 def test_the_confident_examples_are_the_rightly_labelled_ones_and_checkpoints_in_use_are_kept(alone):
     """The first noisy image of each class has the label of the next one."""
-    memory, order = state(alone)["memory"], np.arange(18)
+    memory, order = runs.state(alone)["memory"], np.arange(18)
     np.random.RandomState(1).shuffle(order)
     assert sorted(order[memory["confident"]]) == [i for i in range(18) if i % 6]
-    assert len(memory["weights"]) == int(table(alone)[-1]["class_models"])
+    assert len(memory["weights"]) == int(runs.table(alone)[-1]["class_models"])
     used = memory["models"]["epoch"][memory["models"]["epoch"] > 0].tolist()
     assert set(used) <= set(memory["weights"]) <= set(range(1, 13))
-    names = state(alone)["network"].keys()
+    names = runs.state(alone)["network"].keys()
     assert all(weights.keys() == names for weights in memory["weights"].values())
     assert torch.load(alone / "model_best.pt", weights_only=True).keys() == names
 
 
 def test_the_result_is_that_of_the_best_validation_accuracy(alone):
-    rows, found = table(alone), result(alone)
+    rows, found = runs.table(alone), runs.result(alone)
     validation = [float(row["validation_accuracy"]) for row in rows]
     best = rows[int(np.argmax(validation))]
     assert found["metrics"]["at_best_validation"] == float(best["test_accuracy"])
@@ -102,27 +86,23 @@ def test_the_result_is_that_of_the_best_validation_accuracy(alone):
     assert found["images"] == sum(int(row["confident_size"] or 18) // 6 * 6 for row in rows)
     assert found["noise"]["realised_rate"] is None and found["profile"] == "short"
     assert np.load(alone / "train_index.npy").tolist() == list(range(18))
-    quality, confident = label_quality(alone), state(alone)["memory"]["confident"]
+    quality, confident = runs.label_quality(alone), runs.state(alone)["memory"]["confident"]
     order = np.random.RandomState(1).permutation(18)  # the same draws as a shuffle
     assert sorted(order[confident]) == np.flatnonzero(quality.selected).tolist()
     # the first noisy image of each class has the label of the next one
     assert roc_auc_score(np.arange(18) % 6 > 0, quality.score) > 0.8
 
 
-# killed, and by two processes ------------------------------------------------------------------------------------------------
-
-
 def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, statuses, alone):
-    assert_survived(base / "killed", alone, statuses[1:-1], MOMENTS, (1, 4, 7, 12, 17))
+    runs.assert_survived(base / "killed", alone, statuses[1:-1], MOMENTS, (1, 4, 7, 12, 17))
 
 
 def test_two_processes_train_as_one(base, statuses, alone):
-    run, (out, err) = base / "by_two" / "run", printed(base / "by_two")
+    run, (out, err) = base / "by_two" / "run", runs.printed(base / "by_two")
     assert statuses[-1] == [0, 0], err
-    assert_close_logs(run, alone, loss=1e-9, rest=1e-9)
-    one, two = state(alone), state(run)
-    for name, values in one["network"].items():
-        torch.testing.assert_close(two["network"][name], values, rtol=1e-7, atol=1e-9, msg=name)
+    runs.assert_close_logs(run, alone, loss=1e-9, rest=1e-9)
+    one, two = runs.state(alone), runs.state(run)
+    torch.testing.assert_close(two["network"], one["network"], rtol=1e-7, atol=1e-9)
     assert torch.equal(two["memory"]["confident"], one["memory"]["confident"])
     assert torch.equal(two["generator"], one["generator"])
     assert "2 processes" in out
@@ -131,7 +111,7 @@ def test_two_processes_train_as_one(base, statuses, alone):
 
 def test_the_index_is_made_by_path_in_its_default_place(tmp_path):
     make_clothing1m(tmp_path / "data" / "Clothing1M_Official")
-    end = start(ROOT / "me_momentum" / "ClothingData.py", cwd=tmp_path)
+    end = runs.start(runs.ROOT / "me_momentum" / "ClothingData.py", cwd=tmp_path)
     assert end.status == 0, end.err
     assert "train: 12 images\nclean_val: 6 images\ntest: 6 images\n" in end.out
     assert (tmp_path / "data" / "Clothing1M_Official" / "Clothing1m-data.npz").is_file()

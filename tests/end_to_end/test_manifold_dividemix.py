@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from shlex import split
 from textwrap import dedent
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,26 +16,15 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from common import datasets, noise
-from common.datasets import pools
 from common.gpu.loader import Images
-from manifold_dividemix import pretrain, train_semisup
+from manifold_dividemix import pretrain, report, train_semisup
 from manifold_dividemix.networks import Network, make_encoder
-from tests.end_to_end.runs import (
-    ROOT,
-    assert_same_run,
-    assert_survived,
-    column,
-    content_of,
-    jobs_of,
-    label_quality,
-    log_without_seconds,
-    printed,
-    result,
-    run_jobs,
-    state,
-    table,
-)
+from manifold_dividemix.outliers import kept_samples
+from manifold_dividemix.selection import divide
+from tests.end_to_end import runs
 from tests.lines import refused
+
+pytestmark = pytest.mark.usefixtures("photographs")
 
 # two epochs of warm-up, splits at the third and the fifth; of 520 images, so that passes over all have a second batch
 FLAGS = split(
@@ -73,30 +63,17 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def statuses(base) -> list[list[int]]:
-    """To the end; killed at each moment and resumed, also when finished."""
     script = "manifold_dividemix.train_semisup"
-    jobs = [*jobs_of(script, base / "whole", FLAGS), *jobs_of(script, base / "killed", FLAGS, *MOMENTS)]
-    return run_jobs([*jobs, jobs[-1]])
+    return runs.run_jobs(runs.whole_and_killed(script, base, FLAGS, *MOMENTS))
 
 
 @pytest.fixture
 def run(base, statuses) -> Path:
-    """The directory of a whole run that ended well."""
-    assert statuses[0] == [0], printed(base / "whole")
+    assert statuses[0] == [0], runs.printed(base / "whole")
     return base / "whole" / "run"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def photographs():
-    """Cut into patches once for all runs of this process."""
-    made = pools.photographs()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pools, "photographs", lambda: made)
-        yield
-
-
 def small(folder: Path, *words: str) -> Path:
-    """A run in this process."""
     train_semisup.main([*TINY, *words, "--out", str(folder)])
     return folder
 
@@ -128,27 +105,24 @@ def write_npz(path: Path, count: int, side: int, seed: int) -> None:
     np.savez(path, train_images=images, train_labels=labels, **test)
 
 
-# a whole run ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_it_leaves_its_files_and_the_log_has_no_split_in_the_warm_up(base, run):
-    out, _ = printed(base / "whole")
+    out, _ = runs.printed(base / "whole")
     assert f"epoch {EPOCHS}/{EPOCHS}  " in out and "\nfinished: test_accuracy best " in out
-    assert content_of(run).keys() == {
+    assert runs.content_of(run).keys() == {
         "args.json", "checkpoint.pt", "checkpoint.previous.pt", "images.json", "label_quality.csv", "log.csv", "noise.json",
         "noisy_labels.npy", "noisy_labels.npz", "outliers_first.npz", "outliers_last.npz", "result.csv", "result.json",
         "samples.npz", "train_index.npy",
     }  # fmt: skip
     assert list((run / "tensorboard").iterdir())
-    rows = table(run)
+    rows = runs.table(run)
     assert list(rows[0]) == COLUMNS
     assert [int(row["epoch"]) for row in rows] == list(range(1, EPOCHS + 1))
     assert all((row[name] == "") == (row in rows[:2]) for row in rows for name in OF_SPLIT)
     assert [row["ood_auroc"] != "" for row in rows] == [True, False, True, False, True, False]
-    assert column(run, "removed") == REMOVED
+    assert runs.column(run, "removed") == REMOVED
     cosine = [0.05 * (1 + math.cos(math.pi * epoch / EPOCHS)) for epoch in range(EPOCHS)]
-    assert column(run, "lr_head") == pytest.approx(cosine)
+    assert runs.column(run, "lr_head") == pytest.approx(cosine)
     for before, row in ((rows[2], rows[3]), (rows[4], rows[5])):
         assert all(row[name] == before[name] for name in COLUMNS[5:15])  # between splits nothing changes
     for row in rows[2:]:
@@ -159,7 +133,7 @@ def test_it_leaves_its_files_and_the_log_has_no_split_in_the_warm_up(base, run):
         factor = (float(row["loss"]) - labelled - part["contrastive"] - part["penalty"]) / ramped
         since = int(row["epoch"]) - 3  # epochs since the warm-up: the ramp takes sixteen
         assert since / 16 - 1e-3 <= factor <= (since + 1) / 16 + 1e-3
-    found = result(run)
+    found = runs.result(run)
     expected = {
         "paper": "manifold_dividemix", "method": "Manifold DivideMix", "dataset": "digits", "noise_type": "sym + photographs",
         "noise_rate": 0.2, "ood_ratio": 0.2, "profile": "embedded+limit_train=520", "fidelity": "paper", "seed": 123,
@@ -167,47 +141,38 @@ def test_it_leaves_its_files_and_the_log_has_no_split_in_the_warm_up(base, run):
     }  # fmt: skip
     assert {name: found[name] for name in expected} == expected
     # labelled samples alone count as trained on, of an epoch on a split
-    assert found["images"] == 2 * 520 + sum(column(run, "labelled"))
+    assert found["images"] == 2 * 520 + sum(runs.column(run, "labelled"))
 
 
 @pytest.mark.slow
 def test_the_statistics_of_the_last_split_are_those_of_what_is_kept_of_it(run):
-    arrays, samples, last = np.load(run / "outliers_last.npz"), np.load(run / "samples.npz"), table(run)[-2]
+    arrays, samples = np.load(run / "outliers_last.npz"), np.load(run / "samples.npz")
     ood, right = samples["ood"], (samples["observed"] == samples["clean"]) & ~samples["ood"]
-    removed = ~arrays["kept"]
-    assert sorted(np.flatnonzero(removed)) == sorted(
-        np.argsort(arrays["score"], kind="stable")[: REMOVED[-1]]
-    )
-    labelled = (arrays["clean_probability"] > 0.3) & arrays["kept"]
-    observed = samples["observed"]
-    quality = label_quality(run)
+    kept, clean = torch.from_numpy(arrays["kept"]), torch.from_numpy(arrays["clean_probability"])
+    assert torch.equal(kept, kept_samples(torch.from_numpy(arrays["score"]), REMOVED[-1]))
+    labelled, observed = (arrays["clean_probability"] > 0.3) & arrays["kept"], samples["observed"]
+    quality = runs.label_quality(run)
     assert quality.score.to_numpy() == pytest.approx(arrays["clean_probability"], abs=1e-5)
     assert quality.selected.tolist() == labelled.tolist()
     assert 1 - quality.ood_score.to_numpy() == pytest.approx(arrays["score"], abs=1e-5)
     assert quality.true_label.tolist() == np.where(ood, -1, samples["clean"]).tolist()
+    dataset = SimpleNamespace(**samples, num_classes=10)
     expected = {
         "right_selected_min": min(labelled[right & (observed == c)].mean() for c in range(10)),
         "classes_unselected": 10 - len({*observed[labelled]}),
         "ood_auroc": roc_auc_score(ood, -arrays["score"]),
-        "removed": removed.sum(),
-        "removal_precision": ood[removed].mean(),
-        "removal_recall": removed[ood].mean(),
-        "labelled": labelled.sum(),
-        "unlabelled": (~labelled & arrays["kept"]).sum(),
-        "labelled_precision": right[labelled].mean(),
-        "labelled_ood": ood[labelled].mean(),
-        "clean_auc": roc_auc_score(right[~ood], arrays["clean_probability"][~ood]),
+        **report.removal_columns(kept, ood),
+        **report.removed_by_class(kept, dataset),
+        **report.split_columns(divide(clean, kept, 0.3), clean, dataset),
     }
+    last = runs.table(run)[-2]
     assert {name: float(last[name]) for name in expected} == pytest.approx(expected, rel=1e-9)
     assert arrays["embedding"].shape == (520, 64) and arrays["shown"].tolist() == list(range(520))
-    by_class = np.bincount(samples["observed"][removed], minlength=10)
-    assert [int(last[f"removed_class_{k}"]) for k in range(10)] == by_class.tolist()
-    memory = state(run)["memory"]
-    assert np.array_equal(memory["kept"].numpy(), arrays["kept"])
-    assert np.array_equal(memory["clean"].numpy(), arrays["clean_probability"])
+    memory = runs.state(run)["memory"]
+    assert torch.equal(memory["kept"], kept) and torch.equal(memory["clean"], clean)
     first = np.load(run / "outliers_first.npz")
     assert "clean_probability" not in first.files and (~first["kept"]).sum() == REMOVED[0]
-    assert float(table(run)[0]["ood_auroc"]) == pytest.approx(roc_auc_score(ood, -first["score"]))
+    assert float(runs.table(run)[0]["ood_auroc"]) == pytest.approx(roc_auc_score(ood, -first["score"]))
 
 
 @pytest.mark.slow
@@ -228,11 +193,11 @@ def test_images_and_labels_are_the_benchmarks(run):
 def test_accuracies_are_those_of_the_last_checkpoints_network(run):
     data, index = datasets.load("digits", "."), np.load(run / "train_index.npy")
     network = Network(make_encoder("resnet18", 1, 8), 64, 10).eval()
-    network.load_state_dict(state(run)["network"])
+    network.load_state_dict(runs.state(run)["network"])
     test = Images(data.test.images, data.mean, data.std, torch.device("cpu"))
     with torch.no_grad():
         best = network.classify(network(test.view(torch.arange(360)))).topk(5).indices.numpy()
-    hits, last = best == data.test.labels[:, None], table(run)[-1]
+    hits, last = best == data.test.labels[:, None], runs.table(run)[-1]
     assert float(last["test_accuracy"]) == pytest.approx(100 * hits[:, 0].mean(), abs=0.3)  # a tie of 360
     assert float(last["test_top5"]) == pytest.approx(100 * hits.any(axis=1).mean(), abs=0.3)
     # the images in distribution, which are as they are in the data set
@@ -242,9 +207,9 @@ def test_accuracies_are_those_of_the_last_checkpoints_network(run):
         guess = network.classify(network(train.view(torch.arange(len(train))))).argmax(dim=1).numpy()
     least = (guess == samples["observed"][~samples["ood"]]).sum()
     assert least - 1 <= float(last["train_accuracy"]) * 5.2 <= least + 1 + samples["ood"].sum()
-    metrics, curve = result(run)["metrics"], column(run, "test_accuracy")
+    metrics, curve = runs.result(run)["metrics"], runs.column(run, "test_accuracy")
     assert (metrics["best"], metrics["last"]) == (max(curve), curve[-1])
-    aurocs = column(run, "ood_auroc")
+    aurocs = runs.column(run, "ood_auroc")
     assert (metrics["first_ood_auroc"], metrics["last_ood_auroc"]) == (aurocs[0], aurocs[-1])
     for name in ("test_top5", "removed", "removal_recall", "labelled", "labelled_precision", "clean_auc"):
         assert metrics[f"last_{name}"] == float(last[name])
@@ -252,10 +217,7 @@ def test_accuracies_are_those_of_the_last_checkpoints_network(run):
 
 @pytest.mark.slow
 def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, run, statuses):
-    assert_survived(base / "killed", run, statuses[1:], MOMENTS, GONE_ON)
-
-
-# what it learns ---------------------------------------------------------------------------------------------------------
+    runs.assert_survived(base / "killed", run, statuses[1:], MOMENTS, GONE_ON)
 
 
 @pytest.mark.slow
@@ -265,30 +227,26 @@ def test_pre_trained_it_learns_digits(tmp_path):
     recipe = split("--epochs 6 --batch_size 64 --lr 0.05 --temp 0.15 --knn_every 6")
     pretrain.main([*data, *recipe, "--out", str(tmp_path / "encoder")])
     file = tmp_path / "encoder" / "encoder.safetensors"
-    training = split(
-        "--epochs 8 --warmup-epoch 5 --interval 2 --clustering --lr-head 0.1 --lr-backbone 0.02 --batch-size 32"
-    )
-    train_semisup.main([*data, *training, "--pretrained", str(file), "--out", str(tmp_path / "run")])
-    assert column(tmp_path / "run", "test_accuracy")[-1] > 50
+    words = split("--epochs 8 --warmup-epoch 5 --interval 2 --clustering --lr-head 0.1 --lr-backbone 0.02")
+    files = ["--pretrained", str(file), "--out", str(tmp_path / "run")]
+    train_semisup.main([*data, *words, "--batch-size", "32", *files])
+    assert runs.column(tmp_path / "run", "test_accuracy")[-1] > 50
 
 
 def test_the_oracle_of_the_readme_removes_ood_images_only(tmp_path, monkeypatch):
-    text = (ROOT / "manifold_dividemix" / "README.md").read_text()
+    text = (runs.ROOT / "manifold_dividemix" / "README.md").read_text()
     (code,) = re.findall(r"^    import sys, torch\n(?:    .*\n)+", text, re.MULTILINE)
     for name in ("select", "knn_scores"):  # what the code replaces is put back
         monkeypatch.setattr(train_semisup, name, getattr(train_semisup, name))
     monkeypatch.setattr("sys.argv", ["oracle.py", *TINY, "--out", str(tmp_path / "run")])
     exec(dedent(code), {})
-    assert column(tmp_path / "run", "removal_precision") == [1, 1]
-    assert column(tmp_path / "run", "removed") == [16, 18]
-
-
-# seeds ------------------------------------------------------------------------------------------------------------------
+    assert runs.column(tmp_path / "run", "removal_precision") == [1, 1]
+    assert runs.column(tmp_path / "run", "removed") == [16, 18]
 
 
 def test_the_seed_of_the_noise_changes_labels_alone_and_that_of_the_run_neither_images(tmp_path, tiny):
     seeded = small(tmp_path / "seeded", "--seed", "4", "--epochs", "1")
-    assert log_without_seconds(seeded)[1] != log_without_seconds(tiny)[1]
+    assert runs.log_without_seconds(seeded)[1] != runs.log_without_seconds(tiny)[1]
     assert (seeded / "images.json").read_bytes() == (tiny / "images.json").read_bytes()
     other = small(tmp_path / "run", "--noise-seed", "1", "--epochs", "1")
     found, wanted = (np.load(of / "samples.npz") for of in (other, tiny))
@@ -298,9 +256,6 @@ def test_the_seed_of_the_noise_changes_labels_alone_and_that_of_the_run_neither_
     # which labels are wrong is drawn elsewhere: only what they become differs
     assert not changed[(wanted["observed"] == wanted["clean"]) & (found["observed"] == found["clean"])].any()
     assert (other / "images.json").read_bytes() == (tiny / "images.json").read_bytes()
-
-
-# variants ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -314,14 +269,14 @@ def test_scores_of_the_encoder_before_training_are_kept_and_survive_a_kill(
     first, last = (np.load(run / f"outliers_{name}.npz") for name in ("first", "last"))
     assert np.array_equal(first["score"], last["score"])
     assert not np.array_equal(first["embedding"], last["embedding"])  # the encoder has moved on
-    assert column(run, "removed") == [16, 18, 20]
+    assert runs.column(run, "removed") == [16, 18, 20]
     assert not first["kept"][~last["kept"]].all() and not last["kept"][~first["kept"]].any()
-    assert len(set(column(run, "ood_auroc"))) == 1
+    assert len(set(runs.column(run, "ood_auroc"))) == 1
     # of other runs there is nothing to keep
-    assert np.array_equal(state(run)["memory"]["scores"].numpy(), first["score"])
+    assert np.array_equal(runs.state(run)["memory"]["scores"].numpy(), first["score"])
     last = np.load(tiny / "outliers_last.npz")["score"]
-    assert np.array_equal(state(tiny)["memory"]["scores"].numpy(), last)
-    assert result(run)["method"] == "Manifold DivideMix, scored by the pre-trained encoder"
+    assert np.array_equal(runs.state(tiny)["memory"]["scores"].numpy(), last)
+    assert runs.result(run)["method"] == "Manifold DivideMix, scored by the pre-trained encoder"
 
     own, calls = train_semisup.train_divided, []
 
@@ -334,19 +289,19 @@ def test_scores_of_the_encoder_before_training_are_kept_and_survive_a_kill(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_semisup, "train_divided", killed)
         small(tmp_path / "killed" / "run", *words)
-    assert len(table(tmp_path / "killed" / "run")) == 2
+    assert len(runs.table(tmp_path / "killed" / "run")) == 2
     # the lock of a killed run is freed with its process
     shutil.copytree(tmp_path / "killed" / "run", tmp_path / "resumed" / "run")
-    assert_same_run(small(tmp_path / "resumed" / "run", *words), run)
+    runs.assert_same_run(small(tmp_path / "resumed" / "run", *words), run)
 
 
 def test_without_a_split_there_is_cross_entropy_to_the_end(tmp_path):
     run = small(tmp_path / "run", "--selection", "none", "--warmup-loss", "CE", "--remove-ood", "0")
-    assert result(run)["method"] == "CE"
-    rows = table(run)
+    assert runs.result(run)["method"] == "CE"
+    rows = runs.table(run)
     assert list(rows[0]) == [name for name in COLUMNS if name != "train_accuracy"] and len(rows) == 2
     assert all(row[name] == "" for row in rows for name in OF_SPLIT)
-    assert 2 < column(run, "loss")[0] < 3.5  # ln 10 = 2.3 without the reverse part, which adds up to 9.2
+    assert 2 < runs.column(run, "loss")[0] < 3.5  # ln 10 = 2.3 without the reverse part, which adds up to 9.2
     assert not (run / "outliers_last.npz").exists()
 
 
@@ -354,15 +309,14 @@ def test_without_a_split_there_is_cross_entropy_to_the_end(tmp_path):
 def test_a_split_without_one_side_falls_back_to_the_warm_up(tmp_path, tiny, capsys, threshold, side):
     # split before any training: no probability is so small that it is zero
     run = small(tmp_path / "run", "--p-threshold", threshold, "--warmup-epoch", "0")
-    assert column(run, side) == [0, 0] and column(run, "removed") == [18, 18]
-    sizes = ("0 labelled and 142", "142 labelled and 0")[threshold == "0"]
-    assert (
-        capsys.readouterr().out.count(f"note: warm-up in place of MixEMatch, the split is {sizes} unlabelled")
-        == 2
-    )
-    assert column(run, "contrastive_loss") == []
-    assert len(column(run, "labelled_precision")) == (0 if side == "labelled" else 2)
-    assert all(7 < loss < 14 for loss in column(run, "loss"))  # symmetric cross-entropy, CE + 9.2 (1 - p)
+    assert runs.column(run, side) == [0, 0] and runs.column(run, "removed") == [18, 18]
+    sizes = "0 labelled and 142" if side == "labelled" else "142 labelled and 0"
+    note = f"note: warm-up in place of MixEMatch, the split is {sizes} unlabelled"
+    assert capsys.readouterr().out.count(note) == 2
+    assert runs.column(run, "contrastive_loss") == []
+    assert len(runs.column(run, "labelled_precision")) == (0 if side == "labelled" else 2)
+    # symmetric cross-entropy, CE + 9.2 (1 - p)
+    assert all(7 < loss < 14 for loss in runs.column(run, "loss"))
 
 
 def test_last_batches_of_one_are_trained_on_but_for_unlabelled_ones(tmp_path, monkeypatch):
@@ -387,38 +341,34 @@ def test_last_batches_of_one_are_trained_on_but_for_unlabelled_ones(tmp_path, mo
     monkeypatch.setattr(train_semisup, "warm_up", warm_up)
     monkeypatch.setattr(train_semisup, "divide", lambda *_: (torch.arange(97), torch.arange(97, 130)))
     run = small(tmp_path / "run", "--limit_train", "161")
-    assert sizes == {
-        "warm-up": [32] * 5 + [1],
-        "labelled": [32, 32, 32, 1],
-        "unlabelled": [32] * 4,
-    }
-    assert len(column(run, "contrastive_loss")) == 1
+    assert sizes == {"warm-up": [32] * 5 + [1], "labelled": [32, 32, 32, 1], "unlabelled": [32] * 4}
+    assert len(runs.column(run, "contrastive_loss")) == 1
 
 
 def test_without_noise_and_without_removal(tmp_path, tiny):
     run = small(tmp_path / "run", "--noise-type", "no", "--remove-ood", "0")
-    samples, found = np.load(run / "samples.npz"), result(run)
+    samples, found = np.load(run / "samples.npz"), runs.result(run)
     assert np.array_equal(samples["observed"], samples["clean"])
     assert (found["noise_type"], found["noise_rate"]) == ("no + photographs", 0)
     assert found["noise"]["realised_rate"] == 0 and found["method"].endswith("without OOD removal")
-    assert column(run, "clean_auc") == []  # none is wrong
-    assert column(run, "removed") == [0, 0] and column(run, "removal_recall") == [0, 0]
-    assert column(run, "removal_precision") == [] and state(run)["memory"]["kept"].all()
-    assert column(run, "labelled")[0] + column(run, "unlabelled")[0] == 160
+    assert runs.column(run, "clean_auc") == []  # none is wrong
+    assert runs.column(run, "removed") == [0, 0] and runs.column(run, "removal_recall") == [0, 0]
+    assert runs.column(run, "removal_precision") == [] and runs.state(run)["memory"]["kept"].all()
+    assert runs.column(run, "labelled")[0] + runs.column(run, "unlabelled")[0] == 160
     assert (run / "images.json").read_bytes() == (tiny / "images.json").read_bytes()
 
 
 def test_without_ood_images_there_is_asymmetric_label_noise_alone(tmp_path):
     words = split("--ood-ratio 0 --corruption nowhere --noise-type asym --noise-ratio 0.4")
     run = small(tmp_path / "run", *words)
-    samples, found = np.load(run / "samples.npz"), result(run)
+    samples, found = np.load(run / "samples.npz"), runs.result(run)
     assert json.loads((run / "images.json").read_text())["replaced"] == 0 and not samples["ood"].any()
     wrong = samples["observed"] != samples["clean"]
     pairs = set(zip(samples["clean"][wrong].tolist(), samples["observed"][wrong].tolist(), strict=True))
     assert pairs == set(noise.CIFAR10_LOOK_ALIKES.items())
     assert (found["noise_type"], found["ood_ratio"]) == ("asym", 0)
-    assert column(run, "ood_auroc") == [] and column(run, "removal_recall") == []
-    assert column(run, "removal_precision") == [0, 0] and column(run, "labelled_ood") == [0]
+    assert runs.column(run, "ood_auroc") == [] and runs.column(run, "removal_recall") == []
+    assert runs.column(run, "removal_precision") == [0, 0] and runs.column(run, "labelled_ood") == [0]
 
 
 def test_colour_images_of_an_npz_with_those_of_another_in_the_released_network(tmp_path):
@@ -426,7 +376,7 @@ def test_colour_images_of_an_npz_with_those_of_another_in_the_released_network(t
     write_npz(tmp_path / "other.npz", 40, 20, 1)
     words = split("--dataset mine --corruption other --epochs 1 --batch-size 5 --limit_train 10")
     run = small(tmp_path / "run", *words, "--data-dir", str(tmp_path))
-    found, weights = result(run), state(run)["network"]
+    found, weights = runs.result(run), runs.state(run)["network"]
     assert (found["dataset"], found["noise_type"]) == ("mine", "sym + other")
     assert found["profile"] == "short+limit_train=10" and len(np.load(run / "train_index.npy")) == 10
     assert weights["encoder.layer4.1.conv2.weight"].shape == (512, 512, 3, 3)
@@ -435,26 +385,20 @@ def test_colour_images_of_an_npz_with_those_of_another_in_the_released_network(t
     assert replaced == (np.random.RandomState(2718).random_sample(24) < 0.2).sum()
 
 
-# refused ----------------------------------------------------------------------------------------------------------------
-
-
 def test_a_run_that_began_with_other_images_labels_or_arguments_is_refused(tmp_path, capsys):
-    pool, file, labels = (
-        tmp_path / "pool.npz",
-        tmp_path / "labels.npy",
-        datasets.load("digits", ".").train.labels,
-    )
+    pool, file = tmp_path / "pool.npz", tmp_path / "labels.npy"
+    labels = datasets.load("digits", ".").train.labels
     write_npz(pool, 400, 8, 0)
     np.save(file, np.roll(labels, 1))
     words = ["--data-dir", str(tmp_path), "--corruption", "pool", "--noise_file", str(file), "--epochs", "1"]
     run = small(tmp_path / "run", *words)
-    before = content_of(run)
+    before = runs.content_of(run)
 
     def refused_again(*more: str) -> str:
         copy = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"  # a process frees its locks at its end
         shutil.copytree(run, copy)
         line = refused(capsys, train_semisup.main, *TINY, *words, *more, "--out", str(copy))
-        assert content_of(copy) == before
+        assert runs.content_of(copy) == before
         return line
 
     write_npz(pool, 400, 8, 1)
@@ -465,4 +409,4 @@ def test_a_run_that_began_with_other_images_labels_or_arguments_is_refused(tmp_p
     np.save(file, np.roll(labels, 1))
     assert "alpha was 4, now 2.0" in refused_again("--alpha", "2")
     small(run, *words)  # with everything as it was, it is finished
-    assert content_of(run) == before
+    assert runs.content_of(run) == before

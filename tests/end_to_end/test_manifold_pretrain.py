@@ -10,27 +10,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
-from common.datasets import pools
 from common.pretraining import simclr
 from common.pretraining.simclr import knn_accuracy
 from manifold_dividemix import pretrain, train_semisup, train_semisup_miniimagenet
 from manifold_dividemix.dataset import load_mini_imagenet, load_open_set
 from manifold_dividemix.outliers import knn_scores
 from tests.common.small_file_data import make_mini_imagenet
-from tests.end_to_end.runs import (
-    assert_survived,
-    column,
-    content_of,
-    differences,
-    jobs_of,
-    log_without_seconds,
-    printed,
-    result,
-    run_jobs,
-    table,
-)
+from tests.end_to_end import runs
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("photographs"),
+    pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
+]
 
 EPOCHS = 4
 DATA = split("--dataset digits --device cpu --limit_train 300")
@@ -42,11 +33,10 @@ GONE_ON = (0, 1, 2, 3, 4)  # epochs that the starts after the second find finish
 
 # an epoch in a fraction of a second
 TINY = split(
-    "--dataset digits --device cpu --epochs 1 --batch_size 64 --limit_train 130 --lr 0.05 --temp 0.15"
+    "--dataset digits --device cpu --limit_train 130 --epochs 1 --batch_size 64 --lr 0.05 --temp 0.15"
 )
-MINI = split(
-    "--dataset mini_imagenet --device cpu --img-size 12 --workers 0 --epochs 2 --batch_size 16 --lr 0.01 --knn_every 1"
-)
+MINI = split("--dataset mini_imagenet --device cpu --img-size 12 --workers 0 --epochs 2 --batch_size 16")
+MINI += split("--lr 0.01 --knn_every 1")
 
 
 @pytest.fixture(scope="module")
@@ -56,30 +46,18 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def statuses(base) -> list[list[int]]:
-    """To the end; killed at each moment and resumed, also when finished; and by two processes."""
     script = "manifold_dividemix.pretrain"
-    jobs = [*jobs_of(script, base / "whole", FLAGS), *jobs_of(script, base / "killed", FLAGS, *MOMENTS)]
-    return run_jobs([*jobs, jobs[-1], *jobs_of(script, base / "by_two", TINY, processes=2)])
+    by_two = runs.jobs_of(script, base / "by_two", TINY, processes=2)
+    return runs.run_jobs([*runs.whole_and_killed(script, base, FLAGS, *MOMENTS), *by_two])
 
 
 @pytest.fixture
 def run(base, statuses) -> Path:
-    """The directory of a whole run that ended well."""
-    assert statuses[0] == [0] and printed(base / "whole")[1] == "", printed(base / "whole")
+    assert statuses[0] == [0] and runs.printed(base / "whole")[1] == "", runs.printed(base / "whole")
     return base / "whole" / "run"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def photographs():
-    """Cut into patches once for all runs of this process."""
-    made = pools.photographs()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pools, "photographs", lambda: made)
-        yield
-
-
 def small(folder: Path, *words: str) -> Path:
-    """A run in this process."""
     pretrain.main([*words, "--out", str(folder)])
     return folder
 
@@ -97,16 +75,13 @@ def mini(base) -> Path:
     return base / "mini"
 
 
-# on digits --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_a_run_leaves_its_log_result_and_encoder(run):
-    assert content_of(run).keys() == {
+    assert runs.content_of(run).keys() == {
         "args.json", "checkpoint.pt", "checkpoint.previous.pt", "encoder.safetensors", "images.json", "log.csv", "noise.json",
         "noisy_labels.npy", "noisy_labels.npz", "result.csv", "result.json", "samples.npz", "train_index.npy",
     }  # fmt: skip
-    rows = table(run)
+    rows = runs.table(run)
     assert list(rows[0]) == COLUMNS and len(rows) == EPOCHS
     assert [row["knn_accuracy"] != "" for row in rows] == [False, True] * 2
     assert [row["ood_auroc"] != "" for row in rows] == [False, True] * 2
@@ -116,7 +91,7 @@ def test_a_run_leaves_its_log_result_and_encoder(run):
         "ood_ratio": 0.2, "profile": "embedded+limit_train=300", "metric": "knn_accuracy", "epochs": EPOCHS, "seed": 1,
         "images": 300 * EPOCHS,
     }  # fmt: skip
-    found = result(run)
+    found = runs.result(run)
     assert {name: found[name] for name in expected} == expected
     assert found["metrics"]["last_ood_auroc"] == float(rows[-1]["ood_auroc"])
     assert found["metrics"]["last_loss"] == float(rows[-1]["loss"])
@@ -138,19 +113,19 @@ def test_neighbours_are_sought_among_images_of_the_data_set_and_outliers_among_a
     own = samples["clean"][~samples["ood"]].tolist()
     assert 80 < len(own) < 130 and banks == [(len(own), own)]
     assert [of.shape for of in scores] == [(130,)]
-    assert column(run, "ood_auroc") == [pytest.approx(roc_auc_score(samples["ood"], -scores[0]))]
+    assert runs.column(run, "ood_auroc") == [pytest.approx(roc_auc_score(samples["ood"], -scores[0]))]
 
 
 @pytest.mark.slow
 def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, run, statuses):
-    assert_survived(base / "killed", run, statuses[1:-1], MOMENTS, GONE_ON)
+    runs.assert_survived(base / "killed", run, statuses[1:-1], MOMENTS, GONE_ON)
     encoders = [load_file(base / name / "run" / "encoder.safetensors") for name in ("killed", "whole")]
-    assert differences(*encoders) == []
+    assert runs.differences(*encoders) == []
 
 
 @pytest.mark.slow
 def test_under_torchrun_it_says_that_it_is_one_process(base, statuses):
-    lines = printed(base / "by_two")[1].splitlines()
+    lines = runs.printed(base / "by_two")[1].splitlines()
     assert statuses[-1] == [2, 2] and len(lines) == 2  # one of each process
     assert all("runs as one process: start it with python, not with torchrun" in line for line in lines)
     assert not (base / "by_two" / "run").exists()
@@ -160,53 +135,49 @@ def test_labels_change_nothing_and_another_seed_does(tmp_path, tiny):
     words = split("--noise-type asym --noise-ratio 0.4 --noise-seed 3 --label-rng numpy")
     run = small(tmp_path / "run", *TINY, *words)
     assert (run / "noisy_labels.npy").read_bytes() != (tiny / "noisy_labels.npy").read_bytes()
-    assert log_without_seconds(run) == log_without_seconds(tiny)
-    assert differences(*(load_file(of / "encoder.safetensors") for of in (run, tiny))) == []
+    assert runs.log_without_seconds(run) == runs.log_without_seconds(tiny)
+    assert runs.differences(*(load_file(of / "encoder.safetensors") for of in (run, tiny))) == []
     other = small(tmp_path / "other", *TINY, "--seed", "4")
-    assert log_without_seconds(other)[1:] != log_without_seconds(tiny)[1:]
+    assert runs.log_without_seconds(other)[1:] != runs.log_without_seconds(tiny)[1:]
     assert (other / "images.json").read_bytes() == (tiny / "images.json").read_bytes()
 
 
 def test_without_ood_images_and_with_a_last_batch_of_one(tmp_path):
     run = small(tmp_path / "run", *TINY, "--ood-ratio", "0", "--limit_train", "129")
-    assert column(run, "ood_auroc") == [] and len(column(run, "knn_accuracy")) == 1
-    found = result(run)
+    assert runs.column(run, "ood_auroc") == [] and len(runs.column(run, "knn_accuracy")) == 1
+    found = runs.result(run)
     assert (found["noise_type"], found["ood_ratio"], found["images"]) == ("none", 0, 129)
     assert json.loads((run / "images.json").read_text())["replaced"] == 0
     # 128 of 129 images where the last batch is left out
     words = ("--limit_train", "129", "--drop_last", "--limit_test", "40", "--full_test_at_end")
-    less = result(small(tmp_path / "less", *TINY, *words))
+    less = runs.result(small(tmp_path / "less", *TINY, *words))
     assert (less["images"], less["profile"]) == (128, "embedded+limit_train=129+limit_test=40")
     assert less["metrics"]["full_test"] != less["metrics"]["last"]
     assert less["metrics"]["last"] % 2.5 == pytest.approx(0)
 
 
 def test_train_semisup_begins_from_the_encoder(tiny, capsys):
-    args = train_semisup.parse_args(
-        ["--dataset", "digits", "--pretrained", str(tiny / "encoder.safetensors")]
-    )
+    file = tiny / "encoder.safetensors"
+    args = train_semisup.parse_args(["--dataset", "digits", "--pretrained", str(file)])
     network = train_semisup.initial_network(load_open_set(args), args)
     assert "encoder.safetensors: 44 tensors taken, 0 others left" in capsys.readouterr().out
-    assert differences(dict(network.encoder.state_dict()), load_file(tiny / "encoder.safetensors")) == []
-
-
-# on mini-ImageNet -------------------------------------------------------------------------------------------------------
+    assert runs.differences(dict(network.encoder.state_dict()), load_file(file)) == []
 
 
 @pytest.mark.slow
 def test_mini_imagenet_by_the_list_and_its_script_begins_from_the_encoder(tmp_path, mini):
     red = small(tmp_path / "red", *MINI, "--data-dir", str(mini))
-    found = result(red)
+    found = runs.result(red)
     assert (found["dataset"], found["noise_type"], found["noise_rate"]) == ("mini_imagenet", "red", 0.2)
     assert (found["ood_ratio"], found["profile"], found["noise"]["realised_rate"]) == (None, "short", None)
-    assert column(red, "ood_auroc") == [] and len(column(red, "knn_accuracy")) == 2
+    assert runs.column(red, "ood_auroc") == [] and len(runs.column(red, "knn_accuracy")) == 2
     assert len(list((mini / "decoded").glob("*.npz"))) == 2  # training and test
     words = split("--noise-type blue --noise-ratio 0.4 --decoded none")
     blue = small(tmp_path / "blue", *MINI, "--data-dir", str(mini), *words)
     assert len(list((mini / "decoded").glob("*.npz"))) == 2
     assert (red / "images.json").read_bytes() != (blue / "images.json").read_bytes()
-    assert column(red, "loss") != column(blue, "loss")
+    assert runs.column(red, "loss") != runs.column(blue, "loss")
     words = ["--data-dir", str(mini), "--pretrained", str(red / "encoder.safetensors"), "--img-size", "12"]
     args = train_semisup_miniimagenet.parse_args(words)
     network = train_semisup.initial_network(load_mini_imagenet(args), args)
-    assert differences(dict(network.encoder.state_dict()), load_file(red / "encoder.safetensors")) == []
+    assert runs.differences(dict(network.encoder.state_dict()), load_file(red / "encoder.safetensors")) == []

@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,22 +13,12 @@ from torch import Tensor
 
 from common import datasets, noise
 from me_momentum import main
-from me_momentum.confident import SET_COLUMNS, confident_examples
+from me_momentum.confident import SET_COLUMNS, confident_examples, set_statistics
 from me_momentum.networks import SmallNet
 from me_momentum.report import summary
 from me_momentum.training import train_epoch
 from me_momentum.validation import split
-from tests.end_to_end.runs import (
-    assert_survived,
-    auroc,
-    differences,
-    jobs_of,
-    label_quality,
-    log_without_seconds,
-    result,
-    run_jobs,
-    table,
-)
+from tests.end_to_end import runs
 
 # 4 epochs of early stopping and 2 rounds of 4 in each of 2 outer loops
 SHORT = "--n_epoch 4 --max_outer_loop 2 --max_inner_loop 3 --batch_size 64 --lr 0.1"
@@ -48,21 +38,14 @@ def weights(run: Path) -> dict[str, Tensor]:
 
 
 def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
-    return differences(one, two) == []
-
-
-class Epoch(NamedTuple):
-    """What went into an epoch of training and what came out."""
-
-    before: dict[str, Tensor]  # weights
-    after: dict[str, Tensor]
-    trained: Tensor  # positions in the training part, in the order in which they came
-    momentum: bool  # whether the optimiser remembered anything
-    lr: float
+    return runs.differences(one, two) == []
 
 
 class Recorder:
-    """Runs the script in this process and keeps what its epochs did."""
+    """Runs the script in this process and keeps of each epoch what went in and what came out.
+
+    before, after: weights. trained: positions in their order. momentum: whether the optimiser remembered anything.
+    """
 
     def __init__(self, folder: Path, words: str = "", flags: str = FLAGS):
         self.run, self.epochs = folder / "run", []
@@ -84,8 +67,9 @@ class Recorder:
                 yield views, index
 
         found = train_epoch(network, optimizer, followed(), labels, device)
-        lr = optimizer.param_groups[0]["lr"]
-        self.epochs.append(Epoch(before, main.copy_of(network), torch.cat(trained), momentum, lr))
+        seen = {"before": before, "after": main.copy_of(network), "momentum": momentum}
+        seen |= {"trained": torch.cat(trained), "lr": optimizer.param_groups[0]["lr"]}
+        self.epochs.append(SimpleNamespace(**seen))
         return found
 
 
@@ -94,20 +78,9 @@ def recorded(tmp_path_factory) -> Recorder:
     return Recorder(tmp_path_factory.mktemp("recorded"))
 
 
-class Digits(NamedTuple):
-    """The data of these runs, put together without the script."""
-
-    train: Tensor  # images of the training part, normalised
-    validation: Tensor
-    test: Tensor
-    labels: np.ndarray  # observed, of the training part
-    validation_labels: np.ndarray
-    test_labels: np.ndarray  # true
-    right: np.ndarray  # whether an observed label of the training part is the true one
-
-
 @pytest.fixture(scope="module")
-def digits() -> Digits:
+def digits() -> SimpleNamespace:
+    """The data of these runs, put together without the script. labels: observed, of the training part, as `right`."""
     data = datasets.load("digits", ".")
     observed = noise.add_noise("symmetric", data.train.labels, 0.4, 10, 1)
     train, validation = split(1437, 0.9, 1)
@@ -116,9 +89,15 @@ def digits() -> Digits:
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
         return (pixels - data.mean[0]) / data.std[0]
 
-    images = [data.train.images[train], data.train.images[validation], data.test.images]
-    labels = [observed[train], observed[validation], data.test.labels]
-    return Digits(*map(normalised, images), *labels, (observed == data.train.labels)[train])
+    return SimpleNamespace(
+        train=normalised(data.train.images[train]),
+        validation=normalised(data.train.images[validation]),
+        test=normalised(data.test.images),
+        labels=observed[train],
+        validation_labels=observed[validation],
+        test_labels=data.test.labels,
+        right=(observed == data.train.labels)[train],
+    )
 
 
 def predicted(state: dict[str, Tensor], images: Tensor) -> np.ndarray:
@@ -128,20 +107,15 @@ def predicted(state: dict[str, Tensor], images: Tensor) -> np.ndarray:
         return network(images).argmax(dim=1).numpy()
 
 
-# killed -----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(recorded, tmp_path):
-    jobs = jobs_of("me_momentum.main", tmp_path, FLAGS.split(), *MOMENTS)
-    assert_survived(tmp_path, recorded.run, run_jobs([*jobs, jobs[-1]]), MOMENTS, (2, 6, 12, 16, 21, 24))
-
-
-# what a run leaves ------------------------------------------------------------------------------------------------------
+    jobs = runs.jobs_of("me_momentum.main", tmp_path, FLAGS.split(), *MOMENTS)
+    statuses = runs.run_jobs([*jobs, jobs[-1]])
+    runs.assert_survived(tmp_path, recorded.run, statuses, MOMENTS, (2, 6, 12, 16, 21, 24))
 
 
 def test_the_log_has_a_row_per_epoch_of_every_phase(recorded):
-    rows = table(recorded.run)
+    rows = runs.table(recorded.run)
     assert list(rows[0]) == COLUMNS
     assert [(int(row["outer"]), int(row["round"])) for row in rows] == PHASES
     assert [int(row["epoch"]) for row in rows] == list(range(1, EPOCHS + 1))
@@ -154,7 +128,7 @@ def test_the_log_has_a_row_per_epoch_of_every_phase(recorded):
 
 def test_what_is_reported_is_the_test_accuracy_of_the_last_new_best(recorded, digits):
     run = recorded.run
-    rows, metrics = table(run), result(run)["metrics"]
+    rows, metrics = runs.table(run), runs.result(run)["metrics"]
     tuned = [row for row in rows if row["round"] != "0"]
     new_bests = [row for row in rows if row["new_best"] == "1"]
     assert len(new_bests) > 1 and all(row["round"] != "0" for row in new_bests)
@@ -169,12 +143,12 @@ def test_what_is_reported_is_the_test_accuracy_of_the_last_new_best(recorded, di
     # and the weights that are kept are those of that epoch
     hits = predicted(weights(run), digits.test) == digits.test_labels
     assert 100 * hits.mean() == pytest.approx(metrics["at_best_validation"], rel=1e-12)
-    quality, (train, validation) = label_quality(run), split(1437, 0.9, 1)
+    quality, (train, validation) = runs.label_quality(run), split(1437, 0.9, 1)
     assert quality.predicted_label[train].tolist() == predicted(weights(run), digits.train).tolist()
     assert quality.predicted_label[validation].tolist() == predicted(weights(run), digits.validation).tolist()
     confident = torch.load(run / "checkpoint.pt", weights_only=True)["state"]["memory"]["confident"]
     assert np.flatnonzero(quality.selected[train] == 1).tolist() == confident.tolist()
-    assert quality.selected[validation].isna().all() and auroc(quality) > 0.5
+    assert quality.selected[validation].isna().all() and runs.auroc(quality) > 0.5
     sure = quality.predicted_label == quality.given_label
     assert (quality.score[sure] == quality.predicted_probability[sure]).all() and 0 < sure.sum() < 1437
 
@@ -185,16 +159,13 @@ def test_labels_and_split_are_those_of_the_seed(recorded):
     assert observed.tolist() == noise.add_noise("symmetric", clean, 0.4, 10, 1).tolist()
     assert np.load(run / "train_index.npy").tolist() == list(range(1437))
     assert np.array_equal(kept["train"], parts.train) and np.array_equal(kept["validation"], parts.validation)
-    assert result(run)["noise"]["realised_rate"] == pytest.approx((observed != clean).mean())
-
-
-# what a run does --------------------------------------------------------------------------------------------------------
+    assert runs.result(run)["noise"]["realised_rate"] == pytest.approx((observed != clean).mean())
 
 
 def selections(recorder: Recorder) -> dict[int, dict[str, Tensor]]:
     """Index of the first epoch of every round -> the best weights of its outer loop up to there."""
     found, best = {}, None
-    rows = table(recorder.run)
+    rows = runs.table(recorder.run)
     for i, row in enumerate(rows):
         if row["outer"] != rows[i - 1]["outer"]:
             best = None
@@ -234,8 +205,8 @@ def test_every_round_trains_on_what_the_best_weights_predict_as_observed(recorde
 
 def test_the_columns_of_the_log_are_those_of_a_recount(recorded, digits):
     classes = [set(np.flatnonzero(digits.right & (digits.labels == c))) for c in range(10)]
-    first = set(recorded.epochs[4].trained.tolist())
-    for i, (row, epoch) in enumerate(zip(table(recorded.run), recorded.epochs, strict=True)):
+    first = recorded.epochs[4].trained
+    for i, (row, epoch) in enumerate(zip(runs.table(recorded.run), recorded.epochs, strict=True)):
         hits = predicted(epoch.after, digits.validation) == digits.validation_labels
         by_class = [hits[digits.validation_labels == c].mean() for c in range(10)]
         assert float(row["validation_accuracy"]) == pytest.approx(100 * np.mean(by_class), abs=0.0051)
@@ -246,14 +217,8 @@ def test_the_columns_of_the_log_are_those_of_a_recount(recorded, digits):
         if i < 4:
             continue
         confident = epoch.trained.tolist()
-        hard = [p for p in confident if p not in first]
         expected = {
-            "confident_size": len(confident),
-            "confident_share": len(confident) / 1293,
-            "confident_precision": digits.right[confident].mean(),
-            "confident_recall": digits.right[confident].sum() / digits.right.sum(),
-            "hard_share": len(hard) / len(confident),
-            "hard_precision": digits.right[hard].mean() if hard else None,
+            **set_statistics(epoch.trained, torch.from_numpy(digits.right), first, 1293),
             "right_selected_min": min(len(own & {*confident}) / len(own) for own in classes),
             "classes_unselected": 10 - len({*digits.labels[confident]}),
         }
@@ -262,21 +227,18 @@ def test_the_columns_of_the_log_are_those_of_a_recount(recorded, digits):
     assert 0 < float(row["hard_share"]) < 1
 
 
-# other flags ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_as_released_with_the_labels_of_a_file_grey_images_train_the_same(recorded, tmp_path):
     """And the mean over batches is reported."""
     run = Recorder(tmp_path, f"--fidelity released --noise_file {recorded.run / 'noisy_labels.npy'}").run
-    assert log_without_seconds(run) == log_without_seconds(recorded.run)
+    assert runs.log_without_seconds(run) == runs.log_without_seconds(recorded.run)
     assert same(weights(run), weights(recorded.run))
-    found, rows = result(run), table(run)
+    found, rows = runs.result(run), runs.table(run)
     best = [row for row in rows if row["new_best"] == "1"][-1]
     assert best["test_accuracy"] != best["test_accuracy_batchmean"]
     assert (found["metric"], found["fidelity"]) == ("test_accuracy_batchmean", "released")
     assert (found["noise_type"], found["noise_rate"]) == ("noisy_labels.npy", None)
-    assert found["noise"] == result(recorded.run)["noise"]
+    assert found["noise"] == runs.result(recorded.run)["noise"]
     assert found["metrics"]["at_best_validation"] == float(best["test_accuracy_batchmean"])
     assert found["metrics"]["last"] == float(rows[-1]["test_accuracy_batchmean"])
 
@@ -284,7 +246,7 @@ def test_as_released_with_the_labels_of_a_file_grey_images_train_the_same(record
 def test_without_selection_it_is_cross_entropy_in_one_phase(tmp_path):
     """Failures neither end the training nor raise a hurdle."""
     plain = Recorder(tmp_path, "--selection none --n_epoch 12 --es_step 50 --es_limit 0 --limit_train 400")
-    rows, found = table(plain.run), result(plain.run)
+    rows, found = runs.table(plain.run), runs.result(plain.run)
     assert [row["round"] for row in rows] == ["0"] * 12
     assert all(len(epoch.trained) == 360 for epoch in plain.epochs)
     assert (found["method"], found["profile"]) == ("CE", "embedded+limit_train=400")
@@ -299,11 +261,9 @@ def test_without_selection_it_is_cross_entropy_in_one_phase(tmp_path):
 
 
 def test_the_learning_rate_falls_in_rounds_alone(tmp_path):
-    words = (
-        "--limit_train 400 --n_epoch 81 --max_outer_loop 1 --max_inner_loop 2 --es_limit 0 --batch_size 360"
-    )
-    found = Recorder(tmp_path, words)
-    rows = table(found.run)
+    loops = "--n_epoch 81 --max_outer_loop 1 --max_inner_loop 2 --es_limit 0"
+    found = Recorder(tmp_path, f"--limit_train 400 --batch_size 360 {loops}")
+    rows = runs.table(found.run)
     tuning = [row["round"] for row in rows].index("1")
     assert 1 <= tuning <= 81 and len(rows) == tuning + 81
     assert [e.lr for e in found.epochs] == pytest.approx([0.1] * (tuning + 40) + [0.01] * 40 + [0.001])
@@ -328,7 +288,7 @@ def test_an_empty_confident_set_leaves_the_one_before(monkeypatch, tmp_path, cap
     one, empty, two, again, still, last = (epoch.trained.sort().values.tolist() for epoch in found.epochs)
     assert one == empty == list(range(1293))
     assert 0 < len(two) < 1293 and again == still == two != last
-    rows = table(found.run)
+    rows = runs.table(found.run)
     assert rows[1]["confident_size"] == "" and rows[2]["confident_size"] == str(len(two))
     assert [rows[4][name] for name in SET_COLUMNS] == [rows[2][name] for name in SET_COLUMNS]
 
@@ -339,32 +299,26 @@ def test_weights_that_never_won_are_still_there_for_the_selection(monkeypatch, t
     monkeypatch.setattr(main.gpu.Device, "replay", lambda self, network, shape: shapes.append(tuple(shape)))
     monkeypatch.setattr(main, "balanced_accuracy", lambda *_: 0.0)
     found = Recorder(tmp_path, "--n_epoch 2 --noise_type pairflip --cuda_graphs")
-    assert shapes == [(64, 1, 8, 8)] and result(found.run)["noise_type"] == "pairflip"
+    assert shapes == [(64, 1, 8, 8)] and runs.result(found.run)["noise_type"] == "pairflip"
     # a round that leaves zero is no progress, so each outer loop has one
-    rows = table(found.run)
+    rows = runs.table(found.run)
     assert [(row["outer"], row["round"]) for row in rows] == [(o, r) for o in "12" for r in "0011"]
     assert {row["kept"] for row in rows} == {"0"}
     for tuning in (2, 6):
         assert same(found.epochs[tuning].before, found.epochs[tuning - 1].after)
-    assert result(found.run)["metrics"]["at_best_validation"] == float(rows[0]["test_accuracy"])
+    assert runs.result(found.run)["metrics"]["at_best_validation"] == float(rows[0]["test_accuracy"])
 
 
-@pytest.mark.parametrize(
-    ("fidelity", "improved", "expected"),
-    [
-        ("paper", True, (30.0, 13.0)),
-        ("released", True, (30.0, 13.0)),
-        ("paper", False, (20.0, 14.0)),
-        ("released", False, (0.0, 0.0)),
-    ],
-)
-def test_if_fine_tuning_never_won_the_best_of_early_stopping_is_reported(fidelity, improved, expected):
+@pytest.mark.parametrize("fidelity", ["paper", "released"])
+@pytest.mark.parametrize("improved", [True, False])
+def test_if_fine_tuning_never_won_the_best_of_early_stopping_is_reported(fidelity, improved):
     """The release says 0 then."""
     columns = ("outer", "round", "validation_accuracy", "test_accuracy", "kept", "new_best")
     epochs = [(1, 0, 12.0, 10.0, 1, 0), (1, 0, 14.0, 20.0, 1, 0), (1, 0, 14.1, 25.0, 0, 0)]
     epochs += [(1, 1, 13.0, 30.0, 0, int(improved)), (2, 0, 14.0, 40.0, 1, 0)]
     rows = [dict(zip(columns, epoch, strict=True)) | dict.fromkeys(SET_COLUMNS) for epoch in epochs]
     found = summary(rows, "test_accuracy", Namespace(fidelity=fidelity, selection="confident"))
+    expected = (30.0, 13.0) if improved else {"paper": (20.0, 14.0), "released": (0.0, 0.0)}[fidelity]
     assert (found["at_best_validation"], found["best_validation"]) == expected
     assert (found["epochs_trained"], found["rounds"]) == (5, 1)
 
@@ -372,12 +326,9 @@ def test_if_fine_tuning_never_won_the_best_of_early_stopping_is_reported(fidelit
 @pytest.mark.slow
 def test_the_kept_weights_are_the_reported_ones_even_where_fine_tuning_never_won(digits, tmp_path):
     run = Recorder(tmp_path, "--lr 0.01").run
-    assert all(row["new_best"] == "0" for row in table(run))
+    assert all(row["new_best"] == "0" for row in runs.table(run))
     hits = predicted(weights(run), digits.test) == digits.test_labels
-    assert 100 * hits.mean() == pytest.approx(result(run)["metrics"]["at_best_validation"], rel=1e-12)
-
-
-# colour images ----------------------------------------------------------------------------------------------------------
+    assert 100 * hits.mean() == pytest.approx(runs.result(run)["metrics"]["at_best_validation"], rel=1e-12)
 
 
 def colours(folder: Path) -> str:
@@ -428,7 +379,7 @@ def test_colour_images_are_augmented_in_training_selection_and_validation_unless
     assert [passes.pop(), passes.pop()] == [("validation", False), ("train", False)]
     assert [what for what, _ in passes] == [*epoch, "train", *epoch]
     assert all(changed == (what in augmented) for what, changed in passes)
-    assert (result(run)["profile"], result(run)["dataset"]) == ("short", "colours")
+    assert (runs.result(run)["profile"], runs.result(run)["dataset"]) == ("short", "colours")
     if "given" in words:
         assert np.load(run / "noisy_labels.npy").tolist() == [(i // 7) % 3 for i in range(200)]
-        assert (result(run)["noise_type"], result(run)["noise_rate"]) == ("given", None)
+        assert (runs.result(run)["noise_type"], runs.result(run)["noise_rate"]) == ("given", None)

@@ -6,15 +6,7 @@ from shlex import split
 
 import pytest
 
-from tests.end_to_end.runs import (
-    assert_same_run,
-    assert_survived,
-    content_of,
-    jobs_of,
-    printed,
-    resumed,
-    run_jobs,
-)
+from tests.end_to_end import runs
 
 pytestmark = pytest.mark.slow
 
@@ -36,47 +28,49 @@ def ends(base) -> dict[str, list[list[int]]]:
     jobs, script = {}, "sfa.Train_cifar"
     for name, words in SELECTIONS.items():
         flags = [*FLAGS, *words.split()]
-        jobs |= {name: jobs_of(script, base / name, flags)}
-        jobs |= {f"{name}_killed": jobs_of(script, base / f"{name}_killed", flags, *KILLS)}
-    jobs |= {"stopped": jobs_of(script, base / "stopped", FLAGS, *STOPS)}
-    first = iter(run_jobs([job for own in jobs.values() for job in own]))
+        jobs |= {name: runs.jobs_of(script, base / name, flags)}
+        jobs |= {f"{name}_killed": runs.jobs_of(script, base / f"{name}_killed", flags, *KILLS)}
+    jobs |= {"stopped": runs.jobs_of(script, base / "stopped", FLAGS, *STOPS)}
+    first = iter(runs.run_jobs([job for own in jobs.values() for job in own]))
     found = {name: [next(first) for _ in own] for name, own in jobs.items()}
     for name in ("damaged", "again", "other"):
         shutil.copytree(base / "sfa" / "run", base / name / "run")
     content = (base / "damaged" / "run" / "checkpoint.pt").read_bytes()
     (base / "damaged" / "run" / "checkpoint.pt").write_bytes(content[: len(content) // 2])
     more = {"damaged": [], "again": [], "other": ["--lr", "0.01"]}
-    jobs = [job for name, words in more.items() for job in jobs_of(script, base / name, [*FLAGS, *words])]
-    return found | dict(zip(more, ([status] for status in run_jobs(jobs)), strict=True))
+    jobs = [
+        job for name, words in more.items() for job in runs.jobs_of(script, base / name, [*FLAGS, *words])
+    ]
+    return found | dict(zip(more, ([status] for status in runs.run_jobs(jobs)), strict=True))
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_a_run_killed_at_several_moments_ends_as_if_nothing_had_happened(name, base, ends):
-    assert ends[name] == [[0]], printed(base / name)
+    assert ends[name] == [[0]], runs.printed(base / name)
     killed = f"{name}_killed"
-    assert_survived(base / killed, base / name / "run", ends[killed], KILLS, (0, 2, 3, 4))
+    runs.assert_survived(base / killed, base / name / "run", ends[killed], KILLS, (0, 2, 3, 4))
 
 
 def test_a_truncated_checkpoint_falls_back_to_the_one_before_and_ends_the_same(base, ends):
-    out, err = printed(base / "damaged")
-    assert ends["damaged"] == [[0]] and resumed(out) == [4], err
+    out, err = runs.printed(base / "damaged")
+    assert ends["damaged"] == [[0]] and runs.resumed(out) == [4], err
     assert err.count("warning: ") == 1 and f"warning: {base / 'damaged/run/checkpoint.pt'} " in err
-    assert_same_run(base / "damaged" / "run", base / "sfa" / "run")
+    runs.assert_same_run(base / "damaged" / "run", base / "sfa" / "run")
 
 
 def test_signals_end_a_run_with_one_line_and_it_resumes_to_the_same_end(base, ends):
-    out, err = printed(base / "stopped")
-    assert ends["stopped"] == [[143], [130], [0]] and resumed(out) == [1, 2]
+    out, err = runs.printed(base / "stopped")
+    assert ends["stopped"] == [[143], [130], [0]] and runs.resumed(out) == [1, 2]
     for line, signal, epoch in zip(err.splitlines(), ("SIGTERM", "SIGINT"), (1, 2), strict=True):
         assert line == f"{signal}: stopped; the same command resumes after epoch {epoch}"
-    assert_same_run(base / "stopped" / "run", base / "sfa" / "run")
+    runs.assert_same_run(base / "stopped" / "run", base / "sfa" / "run")
 
 
 def test_a_finished_run_started_again_changes_nothing_and_with_another_learning_rate_is_refused(base, ends):
-    before = content_of(base / "sfa" / "run")
-    out, _ = printed(base / "again")
-    assert ends["again"] == [[0]] and resumed(out) == [5] and "\nepoch " not in out
-    assert content_of(base / "again" / "run") == before
-    _, err = printed(base / "other")
+    before = runs.content_of(base / "sfa" / "run")
+    out, _ = runs.printed(base / "again")
+    assert ends["again"] == [[0]] and runs.resumed(out) == [5] and "\nepoch " not in out
+    assert runs.content_of(base / "again" / "run") == before
+    _, err = runs.printed(base / "other")
     assert ends["other"] == [[2]] and "lr was 0.02, now 0.01" in err.splitlines()[-1]
-    assert content_of(base / "other" / "run") == before
+    assert runs.content_of(base / "other" / "run") == before

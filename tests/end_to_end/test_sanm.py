@@ -3,13 +3,11 @@
 from pathlib import Path
 from shlex import split
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from common import datasets, noise
@@ -17,21 +15,9 @@ from common.gpu.device import Device
 from common.gpu.loader import Images
 from sanm import Train_cifar
 from sanm.networks import make_network, simclr_resnet
-from sanm.selection import clean_probability, divide
+from sanm.selection import clean_probability, divide, split_statistics
 from sanm.training import sample_losses
-from tests.end_to_end.runs import (
-    assert_survived,
-    auroc,
-    column,
-    differences,
-    jobs_of,
-    label_quality,
-    printed,
-    result,
-    run_jobs,
-    state,
-    table,
-)
+from tests.end_to_end import runs
 
 # two epochs of warm-up and two on a split; of 520 images, so that the pass over the losses has a second batch
 COMMON = ["--dataset", "digits", "--device", "cpu"]
@@ -60,38 +46,25 @@ VARIANTS = {
 }
 
 
-class Digits(NamedTuple):
-    """The data of a run, put together without the script."""
-
-    images: Images
-    clean: np.ndarray  # true labels of the training images
-    index: np.ndarray  # where they stand in the training set
-    test: Tensor  # normalised test images
-    test_labels: np.ndarray
-
-
-def digits(limit: int, seed: int = 123) -> Digits:
+def digits(limit: int, seed: int = 123) -> SimpleNamespace:
+    """The data of a run, put together without the script. index: the positions of the training images."""
     data = datasets.load("digits", ".")
     index = datasets.limited(np.arange(1437), limit, seed)
-    train, test = (
-        Images(images, data.mean, data.std, torch.device("cpu"))
-        for images in (data.train.images[index], data.test.images)
-    )
-    return Digits(train, data.train.labels[index], index, test.view(torch.arange(360)), data.test.labels)
+    both = data.train.images[index], data.test.images
+    train, test = (Images(images, data.mean, data.std, torch.device("cpu")) for images in both)
+    found = {"images": train, "index": index, "clean": data.train.labels[index]}
+    return SimpleNamespace(**found, test=test.view(torch.arange(360)), test_labels=data.test.labels)
 
 
 def scores_of(run: Path, images: Tensor, base: str, softmax: bool = False) -> list[Tensor]:
     """The scores of both networks of a run's last checkpoint."""
     found = []
-    for weights in state(run)["nets"]:
+    for weights in runs.state(run)["nets"]:
         network = make_network(base, 10, 1, 8, softmax).eval()
         network.load_state_dict(weights)
         with torch.no_grad():
             found.append(network(images).scores)
     return found
-
-
-# a whole run ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -101,16 +74,12 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def statuses(base) -> list[list[int]]:
-    """To the end; killed again and again, then left alone, and once more when it is finished."""
-    jobs = jobs_of("sanm.Train_cifar", base / "whole", FLAGS)
-    jobs += jobs_of("sanm.Train_cifar", base / "killed", FLAGS, *MOMENTS)
-    return run_jobs([*jobs, jobs[-1]])
+    return runs.run_jobs(runs.whole_and_killed("sanm.Train_cifar", base, FLAGS, *MOMENTS))
 
 
 @pytest.fixture
 def run(base, statuses) -> Path:
-    """The directory of the whole run."""
-    out, err = printed(base / "whole")
+    out, err = runs.printed(base / "whole")
     assert statuses[0] == [0] and err == "", err
     note = "note: the learning rate never drops, --lr_drop 150, --num_epochs 3\n90 % rule on, --r 0.9: "
     assert note in out and f"epoch {EPOCHS}/{EPOCHS}  " in out
@@ -119,7 +88,7 @@ def run(base, statuses) -> Path:
 
 @pytest.mark.slow
 def test_the_log_has_a_row_per_epoch_and_no_split_in_warm_up(run):
-    rows = table(run)
+    rows = runs.table(run)
     assert list(rows[0]) == COLUMNS and len(rows) == EPOCHS
     assert all((row[name] == "") is (i < 2) for i, row in enumerate(rows) for name in SPLIT_COLUMNS + PARTS)
     for row in rows[2:]:
@@ -131,60 +100,49 @@ def test_the_log_has_a_row_per_epoch_and_no_split_in_warm_up(run):
 
 @pytest.mark.slow
 def test_labels_statistics_and_accuracies_are_those_of_the_files_of_the_run(run):
-    data, labels, last = digits(520), datasets.load("digits", ".").train.labels, table(run)[-1]
+    data, labels, last = digits(520), datasets.load("digits", ".").train.labels, runs.table(run)[-1]
     observed = noise.symmetric_inclusive(labels, 0.9, 10, 123)[data.index]
     assert np.load(run / "train_index.npy").tolist() == data.index.tolist()
     assert np.load(run / "noisy_labels.npy").tolist() == observed.tolist()
     arrays, right = np.load(run / "clean_probability.npz"), observed == data.clean
     assert sorted(arrays.files) == ["clean", "net1", "net2", "observed"]
     assert np.array_equal(arrays["observed"], observed) and np.array_equal(arrays["clean"], data.clean)
-    quality, both = label_quality(run), [torch.from_numpy(arrays[net]) for net in ("net1", "net2")]
+    quality, both = runs.label_quality(run), [torch.from_numpy(arrays[net]) for net in ("net1", "net2")]
     assert quality.score.to_numpy() == pytest.approx(torch.stack(both).mean(dim=0).numpy(), abs=1e-5)
     assert quality.selected.tolist() == (divide(both[0], 0.5) & divide(both[1], 0.5)).tolist()
-    assert quality.true_label.tolist() == data.clean.tolist() and auroc(quality) > 0.5
-    lowest, without = [], []
-    for net in ("net1", "net2"):
-        chosen = divide(torch.from_numpy(arrays[net]), 0.5).numpy()
-        of_class = [right & (observed == c) for c in range(10)]
-        lowest += [chosen[own].mean() for own in of_class if own.any()]
-        without.append(len({*observed} - {*observed[chosen]}))
-        expected = [
-            chosen.sum(),
-            roc_auc_score(right, arrays[net]),
-            right[chosen].mean(),
-            chosen[right].mean(),
-        ]
-        found = [float(last[f"{net}_{name}"]) for name in ("selected", "auc", "precision", "recall")]
-        assert found == pytest.approx(expected, rel=1e-9)
-    assert float(last["right_selected_min"]) == pytest.approx(min(lowest), rel=1e-9)
-    assert int(last["classes_unselected"]) == max(without)
+    assert quality.true_label.tolist() == data.clean.tolist() and runs.auroc(quality) > 0.5
+    selected, of_class = [divide(own, 0.5) for own in both], [right & (observed == c) for c in range(10)]
+    chosen = [own.numpy() for own in selected]
+    expected = {
+        "right_selected_min": min(net[own].mean() for net in chosen for own in of_class if own.any()),
+        "classes_unselected": max(len({*observed} - {*observed[net]}) for net in chosen),
+        **split_statistics(both, selected, torch.from_numpy(right)),
+    }
+    assert {name: float(last[name]) for name in expected} == pytest.approx(expected, rel=1e-9)
     scores = scores_of(run, data.test, "dividemix")
     for name, own in zip(("test", "net1", "net2"), (sum(scores), *scores), strict=True):
         hits = (own.argmax(dim=1).numpy() == data.test_labels).mean()
-        assert float(last[f"{name}_accuracy"]) == pytest.approx(
-            100 * hits, abs=0.3
-        )  # one image may be at a tie
+        # one image may be at a tie
+        assert float(last[f"{name}_accuracy"]) == pytest.approx(100 * hits, abs=0.3)
 
 
 @pytest.mark.slow
 def test_the_result_says_how_the_last_epochs_went(run):
-    metrics, curve, last = result(run)["metrics"], column(run, "test_accuracy"), table(run)[-1]
+    found, curve, last = runs.result(run), runs.column(run, "test_accuracy"), runs.table(run)[-1]
+    metrics = found["metrics"]
     assert (metrics["best"], metrics["last"]) == (max(curve), curve[-1])
     assert metrics["last10"] == pytest.approx(np.mean(curve)) and metrics["map_auc"] is not None
     for name in ("selected", "auc", "precision", "recall"):
         assert metrics[f"last_net1_{name}"] == float(last[f"net1_{name}"])
-    assert (result(run)["method"], result(run)["profile"]) == ("SANM(DivideMix)", "embedded+limit_train=520")
+    assert (found["method"], found["profile"]) == ("SANM(DivideMix)", "embedded+limit_train=520")
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_several_moments_ends_as_if_nothing_had_happened(base, run, statuses):
-    assert_survived(base / "killed", run, statuses[1:], MOMENTS, (0, 1, 2, 2, 3, 3, 4))
+    runs.assert_survived(base / "killed", run, statuses[1:], MOMENTS, (0, 1, 2, 2, 3, 3, 4))
     # the losses of both epochs on a split, of both networks, that the 90 % rule averages
-    for losses in state(base / "killed" / "run")["memory"]["history"]:
+    for losses in runs.state(base / "killed" / "run")["memory"]["history"]:
         assert len(losses) == 2 and all(own.min() == 0 and own.max() == 1 for own in losses)
-
-
-# variants ---------------------------------------------------------------------------------------------------------------
 
 
 def given_labels() -> np.ndarray:
@@ -211,25 +169,25 @@ def variant(tmp_path_factory):
 
 def test_both_networks_of_c2d_start_from_the_same_encoder_and_from_other_classifiers(variant):
     run = variant("c2d")
-    assert result(run)["method"] == "SANM(C2D)"
-    assert column(run, "lr") == pytest.approx([0.02, 0.02, 0.002])
+    assert runs.result(run)["method"] == "SANM(C2D)"
+    assert runs.column(run, "lr") == pytest.approx([0.02, 0.02, 0.002])
     file = run.parent / "encoder.safetensors"
     args = Train_cifar.parse_args(["--dataset", "digits", "--pretrained", str(file)])
     first, second = (Train_cifar.initial_network(datasets.load("digits"), args) for _ in range(2))
     weights = safetensors.torch.load_file(file)
     for network in (first, second):
-        assert differences(dict(network.encoder.state_dict()), weights) == []
+        assert runs.differences(dict(network.encoder.state_dict()), weights) == []
     assert not torch.equal(first.classifier.weight, second.classifier.weight)
     assert not torch.equal(first.decoder[0].weight, second.decoder[0].weight)
 
 
 def test_without_masks_nothing_is_reconstructed_and_the_decoder_stays_as_it_was(variant):
     run = variant("masking")
-    assert result(run)["method"] == "DivideMix"
-    assert column(run, "reconstruction_loss") == [0, 0]
-    assert min(column(run, "labelled_loss") + column(run, "unlabelled_loss")) > 0
+    assert runs.result(run)["method"] == "DivideMix"
+    assert runs.column(run, "reconstruction_loss") == [0, 0]
+    assert min(runs.column(run, "labelled_loss") + runs.column(run, "unlabelled_loss")) > 0
     torch.manual_seed(123)
-    for weights in state(run)["nets"]:
+    for weights in runs.state(run)["nets"]:
         network = make_network("dividemix", 10, 1, 8)
         for name, value in network.decoder.state_dict().items():
             assert torch.equal(weights[f"decoder.{name}"], value)
@@ -238,25 +196,25 @@ def test_without_masks_nothing_is_reconstructed_and_the_decoder_stays_as_it_was(
 
 def test_without_a_split_there_is_cross_entropy_to_the_end(variant):
     run = variant("selection")
-    rows, metrics = table(run), result(run)["metrics"]
-    assert result(run)["method"] == "CE" and list(rows[0]) == COLUMNS and len(rows) == 3
+    rows, metrics = runs.table(run), runs.result(run)["metrics"]
+    assert runs.result(run)["method"] == "CE" and list(rows[0]) == COLUMNS and len(rows) == 3
     assert all(row[name] == "" for row in rows for name in SPLIT_COLUMNS + PARTS)
     assert not (run / "clean_probability.npz").exists()
-    assert metrics["last"] == column(run, "test_accuracy")[-1] and metrics["last_net1_auc"] is None
+    assert metrics["last"] == runs.column(run, "test_accuracy")[-1] and metrics["last_net1_auc"] is None
 
 
 def test_the_release_trains_probabilities_within_the_bounds_of_a_second_softmax(variant):
     run, data = variant("released"), digits(160)
-    assert result(run)["fidelity"] == "released"
+    assert runs.result(run)["fidelity"] == "released"
     scores = scores_of(run, data.test, "c2d", softmax=True)
     for own, raw in zip(scores, scores_of(run, data.test, "c2d"), strict=True):
         torch.testing.assert_close(own, raw.softmax(dim=1))
     # the test takes the sum of probabilities
     hits = (sum(scores).argmax(dim=1).numpy() == data.test_labels).mean()
-    assert column(run, "test_accuracy")[-1] == pytest.approx(100 * hits, abs=0.3)
+    assert runs.column(run, "test_accuracy")[-1] == pytest.approx(100 * hits, abs=0.3)
     # of 10 classes: softmax of probabilities is at most e / (e + 9), so cross-entropy lies within an interval of length 1;
     # targets are on the simplex, for modulation takes at most 0.1 of an entry of at least 0.1
-    for loss in (column(run, "loss")[0], *column(run, "labelled_loss")):
+    for loss in (runs.column(run, "loss")[0], *runs.column(run, "labelled_loss")):
         assert 1.461 <= loss <= 2.462
 
 
@@ -264,25 +222,23 @@ def test_asymmetric_noise_follows_the_map_and_its_warm_up_penalises_confidence(v
     run, labels = variant("asym"), datasets.load("digits", ".").train.labels
     expected = noise.asymmetric(labels, 0.4, 10, 123)[digits(160).index]
     assert np.load(run / "noisy_labels.npy").tolist() == expected.tolist()
-    assert (result(run)["noise_type"], result(run)["noise_rate"]) == ("asym", 0.4)
+    assert (runs.result(run)["noise_type"], runs.result(run)["noise_rate"]) == ("asym", 0.4)
     # cross-entropy alone begins at about ln 10 = 2.3, and the negative entropy at about -2.3
-    assert column(run, "loss")[0] < 1 and column(variant("masking"), "loss")[0] > 2
+    assert runs.column(run, "loss")[0] < 1 and runs.column(variant("masking"), "loss")[0] > 2
 
 
 def test_labels_of_a_file_are_taken_as_they_are(variant):
     run, index = variant("file"), digits(160).index
     assert np.load(run / "noisy_labels.npy").tolist() == given_labels()[index].tolist()
-    assert (result(run)["noise_type"], result(run)["noise_rate"]) == ("labels.npy", None)
-    assert result(run)["noise"]["realised_rate"] == pytest.approx((index % 3 == 0).mean())
+    assert (runs.result(run)["noise_type"], runs.result(run)["noise_rate"]) == ("labels.npy", None)
+    assert runs.result(run)["noise"]["realised_rate"] == pytest.approx((index % 3 == 0).mean())
 
 
 def test_other_views_anchors_targets_and_bfloat16_go_to_the_end(variant):
     run = variant("flags")
-    assert result(run)["environment"]["precision"] == "bf16"
-    assert len(column(run, "reconstruction_loss")) == 2 and min(column(run, "reconstruction_loss")) > 0
-
-
-# who learns from whom ---------------------------------------------------------------------------------------------------
+    assert runs.result(run)["environment"]["precision"] == "bf16"
+    losses = runs.column(run, "reconstruction_loss")
+    assert len(losses) == 2 and min(losses) > 0
 
 
 def test_each_network_is_trained_on_the_division_of_the_other_made_before_any_is_trained(

@@ -10,19 +10,7 @@ from common.runs import cli
 from sanm import Train_clothing1M
 from sanm.networks import clothing_network
 from tests.common.small_file_data import make_clothing1m
-from tests.end_to_end.runs import (
-    assert_close_logs,
-    assert_survived,
-    differences,
-    jobs_of,
-    label_quality,
-    log_without_seconds,
-    printed,
-    result,
-    run_jobs,
-    state,
-    table,
-)
+from tests.end_to_end import runs
 from tests.end_to_end.small_networks import masked_network
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -53,21 +41,20 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def statuses(base) -> list[list[int]]:
     flags, script = [*FLAGS, "--data_path", str(base / "data")], "sanm.Train_clothing1M"
-    jobs = jobs_of(script, base / "alone", flags, float64=True)
-    jobs += jobs_of(script, base / "killed", flags, *MOMENTS, float64=True)
-    return run_jobs([*jobs, *jobs_of(script, base / "by_two", flags, float64=True, processes=2)])
+    jobs = runs.jobs_of(script, base / "alone", flags, float64=True)
+    jobs += runs.jobs_of(script, base / "killed", flags, *MOMENTS, float64=True)
+    return runs.run_jobs([*jobs, *runs.jobs_of(script, base / "by_two", flags, float64=True, processes=2)])
 
 
 @pytest.fixture
 def alone(base, statuses) -> Path:
-    """A run that nothing disturbed."""
-    assert statuses[0] == [0] and printed(base / "alone")[1] == "", printed(base / "alone")
+    assert statuses[0] == [0] and runs.printed(base / "alone")[1] == "", runs.printed(base / "alone")
     return base / "alone" / "run"
 
 
 @pytest.mark.slow
 def test_the_log_and_the_result_of_warm_up_co_divide_and_best_weights(alone):
-    rows, found = table(alone), result(alone)
+    rows, found = runs.table(alone), runs.result(alone)
     assert list(rows[0]) == COLUMNS.split() and [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert [float(row["lr"]) for row in rows] == pytest.approx([0.02, 0.02, 0.002], rel=1e-12)
     assert {rows[0][name] for name in (*OF_CO_DIVIDE, "classes_unselected")} == {""}
@@ -88,7 +75,7 @@ def test_the_log_and_the_result_of_warm_up_co_divide_and_best_weights(alone):
     assert found["images"] == 2 * 40 + sum(steps)
     assert (found["method"], found["profile"]) == ("SANM(DivideMix)", "short")
     assert found["noise"]["realised_rate"] is None
-    quality = label_quality(alone)
+    quality = runs.label_quality(alone)
     # the first noisy image of each class has the label of the next one
     assert {0, 14, 28} <= {*quality.score.nsmallest(6).index} and quality.selected.notna().all()
 
@@ -97,43 +84,37 @@ def test_the_log_and_the_result_of_warm_up_co_divide_and_best_weights(alone):
 def test_the_real_network_with_workers(base):
     words = "--workers 2 --num_batches 14 --num_epochs 1 --lr 0.002"
     run = small_run(base, words, clothing_network)
-    rows, memory = table(run), state(run)["memory"]
-    assert result(run)["metrics"]["at_best_validation"] >= 0
+    rows, memory = runs.table(run), runs.state(run)["memory"]
+    assert runs.result(run)["metrics"]["at_best_validation"] >= 0
     # 14 batches of 4 are 56, 4 of each class: a division of 12 images
     assert [len(positions) for positions, _ in memory["divisions"]] == [12, 12]
     for i, best in enumerate(memory["best"]):
         assert best["accuracy"] == max(float(row[f"net{i + 1}_validation"]) for row in rows)
         kept = torch.load(run / f"net{i + 1}_best.pt", weights_only=True)
         clothing_network("resnet18", 14).load_state_dict(kept)  # strict: all names and shapes
-        assert differences(best["weights"], kept) == []
+        assert runs.differences(best["weights"], kept) == []
 
 
 @pytest.mark.slow
 def test_a_run_killed_in_every_kind_of_place_ends_as_if_nothing_had_happened(base, statuses, alone):
-    assert_survived(base / "killed", alone, statuses[1:-1], MOMENTS, GONE_ON)
+    runs.assert_survived(base / "killed", alone, statuses[1:-1], MOMENTS, GONE_ON)
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(base, statuses, alone):
     """Losses to 1e-9, accuracies and selected counts alike, weights to 1e-7: sums in another order, in float64."""
-    by_two, (out, err) = base / "by_two" / "run", printed(base / "by_two")
+    by_two, (out, err) = base / "by_two" / "run", runs.printed(base / "by_two")
     assert statuses[-1] == [0, 0], err
     assert "2 processes" in out and all(out.count(f"epoch {epoch}/3 ") == 1 for epoch in (1, 2, 3))
-    assert_close_logs(by_two, alone, loss=1e-9)
-    one, two = state(alone), state(by_two)
+    runs.assert_close_logs(by_two, alone, loss=1e-9)
+    one, two = runs.state(alone), runs.state(by_two)
     torch.testing.assert_close(two["nets"], one["nets"], rtol=1e-7, atol=1e-9)
-    for ours, theirs in zip(two["memory"]["divisions"], one["memory"]["divisions"], strict=True):
-        assert torch.equal(ours[0], theirs[0])
-        torch.testing.assert_close(ours[1], theirs[1], rtol=1e-5, atol=1e-7)
-    assert (
-        all(torch.equal(two[name], one[name]) for name in ("masks", "images"))
-        and two["draws"] == one["draws"]
-    )
-    assert result(by_two)["images"] == result(alone)["images"]
-    assert result(by_two)["metrics"] == pytest.approx(result(alone)["metrics"], rel=1e-12)
-
-
-# other settings, in this process ---------------------------------------------------------------------------------------------
+    divisions = [of["memory"]["divisions"] for of in (two, one)]
+    torch.testing.assert_close(*divisions, rtol=1e-5, atol=1e-7)  # positions are whole numbers: the same
+    exact = [[of[name] for name in ("masks", "images", "draws")] for of in (two, one)]
+    assert runs.differences(*exact) == []
+    assert runs.result(by_two)["images"] == runs.result(alone)["images"]
+    assert runs.result(by_two)["metrics"] == pytest.approx(runs.result(alone)["metrics"], rel=1e-12)
 
 
 def small_run(base: Path, words: str, network=masked_network) -> Path:
@@ -148,19 +129,19 @@ def small_run(base: Path, words: str, network=masked_network) -> Path:
 
 @pytest.mark.slow
 def test_without_masks_it_is_dividemix_and_workers_change_nothing(base):
-    runs = [small_run(base, f"--masking none --num_epochs 1 --workers {n}") for n in (0, 2)]
-    loss, x, prior, rec = (float(table(runs[0])[1][name]) for name in ("loss", *OF_CO_DIVIDE[2:]))
+    both = [small_run(base, f"--masking none --num_epochs 1 --workers {n}") for n in (0, 2)]
+    loss, x, prior, rec = (float(runs.table(both[0])[1][name]) for name in ("loss", *OF_CO_DIVIDE[2:]))
     assert loss == pytest.approx(x + prior, rel=1e-6) and rec == 0  # the last digits of sums in float32
-    assert result(runs[0])["method"] == "DivideMix"
-    for optimizer in state(runs[0])["optimizers"]:
+    assert runs.result(both[0])["method"] == "DivideMix"
+    for optimizer in runs.state(both[0])["optimizers"]:
         assert len(optimizer["state"]) == 10  # of 12 parameters: nothing trains the decoder's two
-    assert log_without_seconds(runs[0]) == log_without_seconds(runs[1])
+    assert runs.log_without_seconds(both[0]) == runs.log_without_seconds(both[1])
 
 
 def test_the_released_targets_drive_the_loss_without_bound(base):
     """With targets that lose hundreds to their top class; at the release's learning rate it takes longer than this to NaN."""
     run = small_run(base, "--fidelity released --lr 0.0009")
-    losses = [float(row["labelled_loss"]) for row in table(run)[1:]]
+    losses = [float(row["labelled_loss"]) for row in runs.table(run)[1:]]
     assert losses[-1] < losses[0] < -20  # no cross-entropy of a distribution is below 0
     assert (run / "result.json").exists()
 

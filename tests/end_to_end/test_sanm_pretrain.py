@@ -29,7 +29,6 @@ def run(tmp_path_factory) -> Path:
 
 
 def knn_of(encoder: torch.nn.Module) -> float:
-    """kNN accuracy of an encoder on the digits."""
     data, device = datasets.load("digits"), gpu.Device(torch.device("cpu"), "fp32", "")
     network = make_simclr(1, 8)
     network.encoder = encoder

@@ -97,9 +97,6 @@ def test_a_run_leaves_what_its_selection_found(name, run):
     assert int(last["classes_unselected"]) == max(missing)
 
 
-# who learns from whom -------------------------------------------------------------------------------------------------
-
-
 def test_where_nothing_is_selected_nothing_is_trained_and_a_warning_says_so(tmp_path, capsys):
     flags = split("--selection gmm --p_threshold 1 --num_epochs 3 --warm_up 1 --limit_train 120")
     Train_cifar.main([*FLAGS, *flags, "--out", str(tmp_path / "run")])
@@ -185,9 +182,8 @@ def test_each_network_learns_from_the_selection_of_the_other(selection, watched,
         assert training.options["loss"].keywords == {"q": 0.4}
         epoch, steps = number // 2 + 2, len(index) // 32 + 1
         assert training.lr == pytest.approx(0.02 if epoch == 2 else 0.002)
-        assert [training.options["weight"](step) for step in (0, 1)] == pytest.approx(
-            [epoch - 1, epoch - 1 + 1 / steps]
-        )
+        weights = [training.options["weight"](step) for step in (0, 1)]
+        assert weights == pytest.approx([epoch - 1, epoch - 1 + 1 / steps])
         owned = {id(parameter) for group in training.optimizer.param_groups for parameter in group["params"]}
         assert owned == {id(parameter) for parameter in training.network.parameters()}
     # small losses are those of the plain images, with a seed of each selection
