@@ -38,3 +38,14 @@ def page(browser, address, request) -> Iterator:
     assert {url for url in loaded if not url.startswith(("data:image/", "blob:"))} == {address}
     assert opened.title() == request.module.TITLE  # nothing of the data has run
     context.close()
+
+
+@pytest.fixture(params=["light", "dark"])
+def phone(page, request) -> Iterator:
+    """The page on a phone, by day and by night; at the end it is as wide as the phone and of the right colours."""
+    page.emulate_media(color_scheme=request.param)
+    page.set_viewport_size({"width": 390, "height": 844})
+    yield page
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (int(background[4:-1].split(",")[0]) > 128) == (request.param == "light")

@@ -2,13 +2,29 @@
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from benchmarks.report import KEY
 from common.runs.results import COLUMNS
+from tests.lines import message
+
+
+def mistake(capsys, main: Callable, *words) -> str:
+    """The one line of the UserError that a command line ends in; nothing is printed before it."""
+    text = message(main, [str(word) for word in words])
+    assert capsys.readouterr().out == ""
+    return text
+
+
+def status(main: Callable, *words) -> int:
+    """The exit status that a command line ends in."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in words])
+    return stop.value.code
 
 
 def write(path: Path, rows: Iterable[dict], columns: Iterable[str] = COLUMNS) -> Path:
@@ -40,16 +56,10 @@ CELL = {
 
 def rows(*values, **changed) -> list[dict]:
     """The metrics best and last of one row per value, seeds 1, 2, ...; best is a point above last."""
+    fields = dict.fromkeys(COLUMNS, "") | CELL | {"seconds": "10", "images_per_second": "1000"}
     return [
-        dict.fromkeys(COLUMNS, "")
-        | CELL
-        | {
-            "seed": str(seed),
-            "metric": metric,
-            "value": str(value + above),
-            "seconds": "10",
-            "images_per_second": "1000",
-        }
+        fields
+        | {"seed": str(seed), "metric": metric, "value": str(value + above)}
         | {"command": f"python x.py --seed {seed} --out runs/{seed}"}
         | changed
         for seed, value in enumerate(values, start=1)

@@ -4,25 +4,13 @@ import csv
 import json
 from pathlib import Path
 
-COLUMNS = (
-    *(
-        "index",
-        "path",
-        "given_label",
-        "given_class",
-        "score",
-        "selected",
-        "predicted_label",
-        "predicted_class",
-    ),
-    *("predicted_probability", "ood_score", "true_label"),
-)
+from common.runs.label_quality import COLUMNS, NAME
 
 
 def make_run(folder: Path, rows, names=None, classes: int = 10, paper: str = "sfa", **arguments) -> Path:
     """A run directory with a label_quality.csv. rows: dicts of its columns; the names of the classes are added to them."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "label_quality.csv").open("w", newline="", encoding="utf-8") as file:
+    with (folder / NAME).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
         for row in rows:

@@ -3,11 +3,11 @@
 import math
 import re
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 
-import sfa.flags
 import sfa.Train_cifar
 from benchmarks import claims, forest, tables, verdicts
 from benchmarks.cells import PAPERS
@@ -15,7 +15,7 @@ from benchmarks.claims import main, missing, read_prepared, runs_of
 from benchmarks.results import read_results
 from benchmarks.verdicts import Claim, ClaimTest, chosen, outcomes, preset_of, read_claims, verdict
 from common.runs.cli import UserError
-from tests.benchmarks.files import frame, read, write
+from tests.benchmarks.files import frame, read, status, write
 
 EVERY, PREPARED = read_claims(), read_prepared()
 TESTS = [(claim, test) for claim in EVERY for test in claim.tests]
@@ -63,31 +63,26 @@ def test_every_paper_has_claims_and_most_are_tested_on_digits_and_on_real_images
 
 @pytest.mark.parametrize(("claim", "test"), TESTS, ids=lambda x: getattr(x, "data", None) or x.name)
 def test_two_methods_of_a_setting_differ_in_the_flags_of_the_method_alone(claim, test):
-    if test.than is None or claim.paper == verdicts.ALL:
-        return
-    one, other = (preset_of(cell) for cell in test.cells)
-    assert test.cell.split("/")[2] == test.than.split("/")[2]
-    assert {key for key in {**one, **other} if one.get(key) != other.get(key)} <= OF_THE_METHOD
-
-
-def test_real_cells_test_on_a_subset_by_epoch_and_on_all_images_at_the_end():
-    for _, test in TESTS:
-        for cell in test.cells:
-            preset = preset_of(cell)
-            assert (preset.get("limit_test"), preset.get("full_test_at_end")) == (
-                (None, None) if preset["dataset"] == "digits" else (2000, True)
-            ), cell
-        if not test.embedded:
-            assert test.metric not in ("best", "last", "last10", "at_best_validation"), "of the subset"
+    """Real ones test on a subset by epoch and on all images at the end."""
+    presets = [preset_of(cell) for cell in test.cells]
+    if test.than is not None and claim.paper != verdicts.ALL:
+        one, other = presets
+        assert test.cell.split("/")[2] == test.than.split("/")[2]
+        assert {key for key in {**one, **other} if one.get(key) != other.get(key)} <= OF_THE_METHOD
+    for preset in presets:
+        tested = (None, None) if preset["dataset"] == "digits" else (2000, True)
+        assert (preset.get("limit_test"), preset.get("full_test_at_end")) == tested
+    if not test.embedded:
+        assert test.metric not in ("best", "last", "last10", "at_best_validation"), "of the subset"
 
 
 def test_a_prepared_setting_has_as_many_images_as_its_presets_say():
     used = {cell for _, test in TESTS for cell in test.cells if cell.split("/")[2] in PREPARED}
     assert {cell.split("/")[2] for cell in used} == set(PREPARED)
     for cell in used:
-        assert preset_of(cell)["limit_train"] == PREPARED[cell.split("/")[2]].limit
-        given = [preset_of(cell).get(flag) for flag in ("noise-type", "noise_mode", "noise_type")]
-        assert "given" in given, cell
+        preset = preset_of(cell)
+        assert preset["limit_train"] == PREPARED[cell.split("/")[2]].limit
+        assert "given" in [preset.get(flag) for flag in ("noise-type", "noise_mode", "noise_type")], cell
 
 
 @pytest.mark.parametrize(
@@ -98,11 +93,7 @@ def test_a_prepared_setting_has_as_many_images_as_its_presets_say():
         ('metric = "last_net1_recall"', "", "rare: a test needs data, metric,"),
         ("value = 0.01", "bound = 0.01", "rare: a test needs data, metric,"),
         ("value = 0.01", 'direction = "up"', "rare: a test needs data, metric,"),
-        (
-            'than = "sfa/claims/digits-x/gmm"',
-            'than = "sfa/claims/digits-x/gm"',
-            "sfa/claims/digits-x/gm is no",
-        ),
+        ('digits-x/gmm" }', 'digits-x/gm" }', "sfa/claims/digits-x/gm is no"),
     ],
 )
 def test_a_misspelt_entry_is_refused(old, new, line, tiny, tmp_path):
@@ -125,18 +116,15 @@ def test_claims_are_chosen_by_name_and_by_kind():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "above", "below", "differs"),
+    ("low", "high", "expected"),
     [
-        (0.1, 2, "holds", "contradicted", "holds"),
-        (-2, -0.1, "contradicted", "holds", "holds"),
-        (-1, 1, "undecided", "undecided", "undecided"),
-        (0, 1, "undecided", "undecided", "undecided"),
-        (math.nan, math.nan, "undecided", "undecided", "undecided"),
+        (0.1, 2, ["holds", "contradicted", "holds"]),
+        (-2, -0.1, ["contradicted", "holds", "holds"]),
+        *((low, high, ["undecided"] * 3) for low, high in ((-1, 1), (0, 1), (math.nan, math.nan))),
     ],
 )
-def test_the_verdict_follows_from_the_interval(low, high, above, below, differs):
-    found = [verdict(low, high, direction) for direction in ("above", "below", "differs")]
-    assert found == [above, below, differs]
+def test_the_verdict_follows_from_the_interval(low, high, expected):
+    assert [verdict(low, high, direction) for direction in ("above", "below", "differs")] == expected
 
 
 def row(preset: str, seed: int, metric: str, value: float) -> dict:
@@ -200,30 +188,30 @@ def test_the_short_table_counts_verdicts():
 # runs -----------------------------------------------------------------------------------------------------------------
 
 
-def dry_run(capsys, *words: str) -> list[str]:
+def dry_run(capsys, *words: str) -> tuple[list[str], list[int]]:
+    """The presets and the seeds of the commands."""
     main([*words, "--dry-run"])
-    return capsys.readouterr().out.splitlines()
+    commands = capsys.readouterr().out.splitlines()
+    assert len(set(commands)) == len(commands)
+    seeds = [int(re.search(r"--seed (\d+)", command)[1]) for command in commands]
+    return [re.search(r"--preset (\S+)", command)[1] for command in commands], seeds
 
 
 def test_without_data_the_cells_on_digits_are_run_once_per_seed_and_encoders_with_them(tmp_path, capsys):
-    commands = dry_run(capsys, "--data_path", str(tmp_path))
-    assert len(set(commands)) == len(commands)
-    presets = [re.search(r"--preset (\S+)", command)[1] for command in commands]
+    presets, seeds = dry_run(capsys, "--data_path", str(tmp_path))
     assert all("/digits" in preset for preset in presets)
     named = {cell for _, test in TESTS if test.embedded for cell in test.cells}
     assert set(presets) == {name.partition("/")[2] for name in named}
     assert all(presets.count(preset) == 3 for preset in presets)
     # all cells with the first seed before any with the second
-    assert [int(re.search(r"--seed (\d)", c)[1]) for c in commands] == sorted([1, 2, 3] * len(set(presets)))
-    assert len(dry_run(capsys, "--data_path", str(tmp_path), "--seeds", "7")) == len(set(presets))
+    assert seeds == sorted([1, 2, 3] * len(set(presets)))
+    assert dry_run(capsys, "--data_path", str(tmp_path), "--seeds", "7")[1] == [7] * len(set(presets))
 
 
 def test_undecided_tests_are_run_again_with_other_seeds_only_if_asked(tmp_path, capsys):
     words = ("--data_path", str(tmp_path), "--claims", "sfa-moments")
-    assert [int(re.search(r"--seed (\d+)", c)[1]) for c in dry_run(capsys, *words)] == [1, 1, 2, 2, 3, 3]
-    seeds = [
-        int(re.search(r"--seed (\d+)", c)[1]) for c in dry_run(capsys, *words, "--second", "--seeds", "1")
-    ]
+    assert dry_run(capsys, *words)[1] == [1, 1, 2, 2, 3, 3]
+    _, seeds = dry_run(capsys, *words, "--second", "--seeds", "1")
     assert sorted(seeds) == sorted([1, 4, 5, 6, 7, 8, 9, 10] * 2)
 
 
@@ -249,20 +237,20 @@ def test_what_is_missing_is_named(tmp_path):
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """A claim with two tests on digits and one on CIFAR-10, of two presets of SFA of two epochs."""
-    presets = "".join(
-        PRESET.format(data=data, selection=name) for data in ("digits", "cifar10") for name in ("sfa", "gmm")
-    )
-    folder = tmp_path / "root" / "sfa"
-    folder.mkdir(parents=True)
-    (folder / "presets.toml").write_text(presets)
-    (tmp_path / "claims.toml").write_text(TINY)
-    monkeypatch.setattr(verdicts, "ROOT", tmp_path / "root")
-    monkeypatch.setattr("benchmarks.cells.ROOT", tmp_path / "root")
-    monkeypatch.setattr(sfa.flags, "PRESETS", folder / "presets.toml")
-    monkeypatch.setattr(claims, "CLAIMS", tmp_path / "claims.toml")
-    for name in ("read_claims", "read_prepared"):
-        function = getattr(claims, name)
-        monkeypatch.setattr(claims, name, lambda function=function: function(tmp_path / "claims.toml"))
+    names = [(data, selection) for data in ("digits", "cifar10") for selection in ("sfa", "gmm")]
+    presets, listed = tmp_path / "root" / "sfa" / "presets.toml", tmp_path / "claims.toml"
+    presets.parent.mkdir(parents=True)
+    presets.write_text("".join(PRESET.format(data=data, selection=name) for data, name in names))
+    listed.write_text(TINY)
+    for place, value in {
+        "benchmarks.verdicts.ROOT": tmp_path / "root",
+        "benchmarks.cells.ROOT": tmp_path / "root",
+        "sfa.flags.PRESETS": presets,
+        "benchmarks.claims.CLAIMS": listed,
+        "benchmarks.claims.read_claims": partial(read_claims, listed),
+        "benchmarks.claims.read_prepared": partial(read_prepared, listed),
+    }.items():
+        monkeypatch.setattr(place, value)
     return tmp_path
 
 
@@ -286,27 +274,19 @@ def in_this_process(monkeypatch):
     return started
 
 
-def run(*words: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(list(words))
-    return stop.value.code
-
-
 @pytest.mark.slow
 def test_claims_from_start_to_end(tiny, in_this_process, capsys):
     out = tiny / "results"
-    words = ("--out", str(out), "--data_path", str(tiny / "none"))
-    assert run(*words) == 0
+    words = ("--out", out, "--data_path", tiny / "none")
+    assert status(main, *words) == 0
     printed = capsys.readouterr().out
     assert len(in_this_process) == 4, "two cells, two seeds; the one that both tests name is run once"
     assert "It finds them." in printed
     assert f"not run: 1 of 3 tests, for want of cifar10 in {tiny / 'none'}" in printed
     rows = read_results(out / "claims.csv")
-    assert set(zip(rows["table"], rows["cell"], rows["profile"], strict=True)) == {
-        ("claims", "digits-x", "embedded+limit_train=120")
-    }
-    runs = {(method, seed) for method in ("SFA", "GMM") for seed in "12"}
-    assert set(zip(rows["method"], rows["seed"], strict=True)) == runs
+    own = rows[["table", "cell", "profile", "method", "seed"]].drop_duplicates().values.tolist()
+    cell = ["claims", "digits-x", "embedded+limit_train=120"]
+    assert sorted(own) == [[*cell, method, seed] for method in ("GMM", "SFA") for seed in "12"]
     table = (out / "claims.md").read_text()
     recall = rows["value"][(rows["method"] == "SFA") & (rows["metric"] == "last_net1_recall")]
     mean = f"{100 * np.mean(recall):.2f} ± {100 * np.std(recall, ddof=1):.2f} (2)"
@@ -319,41 +299,42 @@ def test_claims_from_start_to_end(tiny, in_this_process, capsys):
     assert len(log) == 2 and {"epoch", "test_accuracy", "net1_recall"} <= log[0].keys()
     assert not any(name.startswith("net2_") or name == "loss" for name in log[0])
     # again, with another choice: nothing is run, nothing is lost
-    assert run(*words, "--seeds", "1", "--collect") == 0
-    assert run(*words) == 0
+    assert status(main, *words, "--seeds", "1", "--collect") == 0
+    assert status(main, *words) == 0
     assert len(in_this_process) == 4 and read_results(out / "claims.csv").equals(rows)
 
 
 def test_a_run_that_fails_does_not_keep_the_table_of_the_others(tiny, monkeypatch, capsys):
     def failing(tasks, args, one_thread):
         if tasks:
-            raise SystemExit(1)
-
-    def stopped(tasks, args, one_thread):
-        raise SystemExit(143)
+            raise SystemExit(ends)
 
     monkeypatch.setattr(claims, "run_all", failing)
-    words = ("--out", str(tiny / "results"), "--data_path", str(tiny))
-    assert run(*words) == 1
+    ends, words = 1, ("--out", tiny / "results", "--data_path", tiny)
+    assert status(main, *words) == 1
     assert "no run of the claims" in capsys.readouterr().out and not (tiny / "results").exists()
     kept = tiny / "results" / "runs" / "sfa" / "claims" / "digits-x" / "sfa" / "seed1"
     kept.mkdir(parents=True)
     write(kept / "result.csv", [row("claims/digits-x/sfa", 1, "last_net1_recall", 0.5)])
     (kept / "log.csv").write_text("epoch,test_accuracy\n1,10\n")
-    assert run(*words) == 1
+    assert status(main, *words) == 1
     assert "50.00 (1)" in capsys.readouterr().out and (tiny / "results" / "claims.csv").is_file()
-    monkeypatch.setattr(claims, "run_all", stopped)
-    assert run(*words) == 143
+    ends = 143
+    assert status(main, *words) == 143
 
 
 # where it is shown ----------------------------------------------------------------------------------------------------
 
 
+def two_methods(metric: str, *values: float) -> list[dict]:
+    """SFA and a Gaussian mixture on digits, with two seeds each."""
+    pairs = [(f"embedded/digits-if0.1-imb0.5/{n}", v) for n, v in zip(("sfa", "gmm"), values, strict=True)]
+    return [row(preset, seed, metric, value + seed) for preset, value in pairs for seed in (1, 2)]
+
+
 def test_the_pages_show_the_claims_of_the_reference_file(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "REFERENCE", tmp_path)
-    rows = [row("embedded/digits-if0.1-imb0.5/sfa", s, "last_few_accuracy", 90.0 + s) for s in (1, 2)]
-    rows += [row("embedded/digits-if0.1-imb0.5/gmm", s, "last_few_accuracy", 10.0 + s) for s in (1, 2)]
-    write(tmp_path / "claims.csv", rows)
+    write(tmp_path / "claims.csv", two_methods("last_few_accuracy", 90, 10))
     text = tables.page()
     assert "| 11.50 ± 0.71 (2) | 91.50 ± 0.71 (2) | +80.00 | [+76.96, +83.04] | holds |" in text
     assert "(reference/claims.png)" in text and all(claim.sentence in text for claim in EVERY)
@@ -374,7 +355,6 @@ def test_the_figure_is_of_the_tests_that_were_run(tmp_path):
     found = outcomes(EVERY, frame([row("a/b/x", 1, "none", 0)]))
     forest.draw(EVERY, found, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
-    rows = [row("embedded/digits-if0.1-imb0.5/sfa", s, "last_net1_auc", 0.9) for s in (1, 2)]
-    rows += [row("embedded/digits-if0.1-imb0.5/gmm", s, "last_net1_auc", 0.7 + s / 10) for s in (1, 2)]
+    rows = two_methods("last_net1_auc", 0.9, 0.7)
     forest.draw(EVERY, outcomes(EVERY, frame(rows)), tmp_path / "one.png")
     assert (tmp_path / "one.png").is_file()

@@ -12,7 +12,7 @@ from benchmarks.compare import COMPARED, format_table, main
 from benchmarks.results import read_results
 from common.runs.cli import UserError
 from common.runs.results import COLUMNS
-from tests.benchmarks.files import frame, read, write
+from tests.benchmarks.files import frame, mistake, read, status, write
 
 CELL = {
     **{"paper": "sfa", "table": "1", "cell": "digits-sym-0.5", "method": "sfa", "dataset": "digits"},
@@ -43,15 +43,6 @@ def text(a, b):
     return format_table(compare(a, b), "a.csv", "b.csv").splitlines()
 
 
-def mistake(capsys, *words):
-    """The text of the UserError that the command line ends in; nothing may have been printed before it."""
-    with pytest.raises(UserError) as caught:
-        main([str(word) for word in words])
-    assert capsys.readouterr().out == ""
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 @pytest.mark.filterwarnings("ignore:Precision loss")  # scipy's, on a sample without variance
 @pytest.mark.parametrize(
     ("a", "b"),
@@ -63,16 +54,16 @@ def mistake(capsys, *words):
 )
 def test_interval_agrees_with_scipy(a, b):
     (line,) = lines(compare(runs(*a), runs(*b)))
-    found = (line.n_a, line.mean_a, line.std_a, line.n_b, line.mean_b, line.std_b, line.difference)
-    both = (s for x in (a, b) for s in (len(x), np.mean(x), np.std(x, ddof=1)))
-    assert found == pytest.approx((*both, np.mean(b) - np.mean(a)))
+    for x, found in ((a, (line.n_a, line.mean_a, line.std_a)), (b, (line.n_b, line.mean_b, line.std_b))):
+        assert found == pytest.approx((len(x), np.mean(x), np.std(x, ddof=1)))
+    assert line.difference == pytest.approx(np.mean(b) - np.mean(a))
     expected = ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
     assert (line.low, line.high) == pytest.approx((expected.low, expected.high))
 
 
 def test_one_seed_leaves_deviation_and_interval_blank_and_without_variance_the_interval_is_the_difference():
     (line,) = lines(compare(runs(70), runs(72, 74)))
-    assert line.difference == 3 and all(math.isnan(x) for x in (line.std_a, line.low, line.high))
+    assert all(math.isnan(x) for x in (line.std_a, line.low, line.high))
     last = text(runs(70), runs(72, 74))[-1]
     assert last.split() == ["best", "1", "70.00", "2", "73.00", "1.41", "+3.00"]
     (line,) = lines(compare(runs(70.1, 70.1, 70.1), runs(70.3, 70.3)))
@@ -96,17 +87,15 @@ def test_numbers_written_differently_are_the_same_key():
 )
 def test_another_profile_or_schedule_is_listed_and_never_compared(changed, reason):
     found = text(runs(70, 71), runs(80, 81, **changed))
-    assert "no line to compare" in found and not any("only in" in line for line in found)
-    heading, key = found[-2:]
-    assert heading == f"not compared: {reason}"
-    assert "cell digits-sym-0.5" in key and "80" not in " ".join(found)
+    assert "no line to compare" in found
+    assert found[-2] == f"not compared: {reason}" and "cell digits-sym-0.5" in found[-1]
+    assert "only in" not in " ".join(found) and "80" not in " ".join(found)
 
 
 def test_what_is_on_one_side_alone_is_listed_last():
-    found = compare(runs(70), runs(71) + runs(90, profile="short", epochs="10"))
-    assert [line.mean_b for line in lines(found)] == [71]
-    last = format_table(found, "a.csv", "b.csv").splitlines()[-1]
-    assert last == "only in b.csv: metric best, profile short, epochs 10"
+    left, right = runs(70), runs(71) + runs(90, profile="short", epochs="10")
+    assert [line.mean_b for line in lines(compare(left, right))] == [71]
+    assert text(left, right)[-1] == "only in b.csv: metric best, profile short, epochs 10"
     a = runs(70, 71) + runs(60, cell="digits-asym-0.4", noise_type="asym")
     found = text(a, runs(70, 72) + runs(50, fidelity="released"))
     assert found[-2:] == [
@@ -119,12 +108,8 @@ def test_what_is_on_one_side_alone_is_listed_last():
 
 
 def test_table_is_aligned_and_states_constants_once():
-    a, b = runs(70, 71), runs(71, 72)
-    a, b = (
-        own + runs(*more, cell="digits-sym-0.8", noise_rate="0.8")
-        for own, more in ((a, (9.5, 8)), (b, (10, 10.5)))
-    )
-    found = text(a, b)
+    other = {"cell": "digits-sym-0.8", "noise_rate": "0.8"}
+    found = text(runs(70, 71) + runs(9.5, 8, **other), runs(71, 72) + runs(10, 10.5, **other))
     assert found[:2] == ["a: a.csv", "b: b.csv"]
     assert "profile embedded, epochs 3" in " ".join(found[2:4])
     heading, first, second = found[-3:]
@@ -135,11 +120,9 @@ def test_table_is_aligned_and_states_constants_once():
 
 def test_metrics_default_to_file_order_and_follow_the_request():
     rows = runs(70, metric="last") + runs(72, metric="best") + runs(71, metric="last10")
-    for wanted, order in (
-        (None, ["last", "best", "last10"]),
-        (["last10", "last", "last10"], ["last10", "last"]),
-    ):
-        assert [line.metric for line in lines(compare(rows, rows, wanted))] == order
+    assert [line.metric for line in lines(compare(rows, rows))] == ["last", "best", "last10"]
+    chosen = lines(compare(rows, rows, ["last10", "last", "last10"]))
+    assert [line.metric for line in chosen] == ["last10", "last"]
     with pytest.raises(UserError, match=r"no metric 'lst'.*last, best, last10"):
         compare(rows, rows, ["lst"])
 
@@ -181,11 +164,8 @@ def test_in_the_table_of_all_methods_the_baseline_is_of_another_paper():
 
 
 def test_read_results_keeps_the_text_and_gives_value_as_a_number(tmp_path):
-    rows = read_results(write(tmp_path / "a.csv", runs("71.25", noise_rate="0.50")))
-    assert list(rows) == list(COLUMNS)
-    (row,) = rows.to_dict("records")
-    assert (row["value"], row["noise_rate"], row["reported"]) == (71.25, "0.50", "")
-    assert row["command"] == CELL["command"]
+    (row,) = runs("71.25", noise_rate="0.50")
+    assert read_results(write(tmp_path / "a.csv", [row])).to_dict("records") == [row | {"value": 71.25}]
 
 
 def test_csv_has_the_unrounded_numbers_and_says_what_was_not_compared(tmp_path, capsys):
@@ -196,16 +176,14 @@ def test_csv_has_the_unrounded_numbers_and_says_what_was_not_compared(tmp_path, 
     main([str(a), str(b), "--csv", str(out)])
     assert "best" in capsys.readouterr().out
     (line,) = lines(script.compare(read_results(a), read_results(b), ["best"]))
-    first, *rest = read(out)
-    names = ["mean_a", "std_a", "mean_b", "std_b", "difference", "low", "high"]
-    assert [float(first[name]) for name in names] == [getattr(line, name) for name in names]
+    first, other, new = read(out)
+    for name in ("mean_a", "std_a", "mean_b", "std_b", "difference", "low", "high"):
+        assert float(first[name]) == getattr(line, name)
     assert (first["n_a"], first["profile"], first["epochs"], first["baseline"]) == ("2", "embedded", "3", "")
-    assert [(row["metric"], row["status"]) for row in (first, *rest)] == [
-        ("best", "compared"),
-        ("last", "not compared: profile paper against embedded"),
-        ("best", "only in b"),
-    ]
-    assert rest[0]["difference"] == rest[1]["mean_b"] == "" and rest[1]["cell"] == "new"
+    assert (first["metric"], first["status"]) == ("best", "compared")
+    assert (other["metric"], other["difference"]) == ("last", "")
+    assert other["status"] == "not compared: profile paper against embedded"
+    assert [new[name] for name in ("metric", "status", "mean_b", "cell")] == ["best", "only in b", "", "new"]
     main([str(b), str(a), "--csv", str(out)])
     assert read(out)[-1]["status"] == "only in a"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "b.csv", "out.csv"]
@@ -214,33 +192,30 @@ def test_csv_has_the_unrounded_numbers_and_says_what_was_not_compared(tmp_path, 
 def test_csv_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     a, out = write(tmp_path / "a.csv", runs(70)), tmp_path / "out.csv"
     before = a.read_bytes()
-    assert "none/out.csv" in mistake(capsys, a, a, "--csv", tmp_path / "none" / "out.csv")
-    assert "cannot be written" in mistake(capsys, a, a, "--csv", tmp_path)
-    assert "is one of the result files" in mistake(capsys, a, a, "--csv", tmp_path / "." / "a.csv")
-    assert "--markdown" in mistake(capsys, a, a, "--markdown", a)
-    assert "--markdown the name of a file" in mistake(capsys, a, a, "--markdown", tmp_path)
+    assert "none/out.csv" in mistake(capsys, main, a, a, "--csv", tmp_path / "none" / "out.csv")
+    assert "cannot be written" in mistake(capsys, main, a, a, "--csv", tmp_path)
+    assert "is one of the result files" in mistake(capsys, main, a, a, "--csv", tmp_path / "." / "a.csv")
+    assert "--markdown" in mistake(capsys, main, a, a, "--markdown", a)
+    assert "--markdown the name of a file" in mistake(capsys, main, a, a, "--markdown", tmp_path)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     out.write_text("an older file")
     monkeypatch.setattr(os, "replace", full)
-    assert "No space left" in mistake(capsys, a, a, "--csv", out)
+    assert "No space left" in mistake(capsys, main, a, a, "--csv", out)
     assert (a.read_bytes(), out.read_text()) == (before, "an older file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "out.csv"]
-
-
-@pytest.mark.parametrize("value", ["nan", "inf", "", "76.7 ± 0.8"])
-def test_value_must_be_a_finite_number(tmp_path, capsys, value):
-    path = write(tmp_path / "a.csv", runs(70, 71) + runs(value, metric="last"))
-    assert mistake(capsys, path, path).startswith(f"{path}, line 4: value is {value!r}")
 
 
 def test_files_that_are_no_results(tmp_path, capsys):
     good, bad = write(tmp_path / "a.csv", runs(70)), tmp_path / "bad.csv"
     heading = good.read_text().splitlines()[0]
-    assert "does not exist" in mistake(capsys, good, bad)
-    assert "cannot be read" in mistake(capsys, good, tmp_path)
+    assert "does not exist" in mistake(capsys, main, good, bad)
+    assert "cannot be read" in mistake(capsys, main, good, tmp_path)
+    for value in ("nan", "inf", "", "76.7 ± 0.8"):
+        write(bad, runs(70, 71) + runs(value, metric="last"))
+        assert mistake(capsys, main, good, bad).startswith(f"{bad}, line 4: value is {value!r}")
     for content, said in (
         ("", f"{bad} is empty"),
         (heading, "no results"),
@@ -248,19 +223,15 @@ def test_files_that_are_no_results(tmp_path, capsys):
         (f"{heading}\nsfa,1,digits-sym-0.5\n", f"{bad}, line 2: not as many fields"),
     ):
         bad.write_text(content)
-        assert said in mistake(capsys, good, bad)
+        assert said in mistake(capsys, main, good, bad)
     write(bad, runs(70), [name for name in COLUMNS if name not in ("epochs", "git")])
-    assert f"{bad} lacks the columns epochs, git" in mistake(capsys, good, bad)
+    assert f"{bad} lacks the columns epochs, git" in mistake(capsys, main, good, bad)
     bad.write_bytes(b"\x89PNG\xff\xfe\x00")
-    assert "is not a CSV" in mistake(capsys, good, bad)
+    assert "is not a CSV" in mistake(capsys, main, good, bad)
     write(bad, runs(70) + runs(71))
-    assert f"{bad}: seed 1 stands twice" in mistake(capsys, good, bad)
-
-
-def test_number_of_files(tmp_path, capsys):
-    a = write(tmp_path / "a.csv", runs(70))
-    for words, said in (((a,), "1"), ((a, a, "--against", "ce"), "2"), ((a, a, a, "--against", "ce"), "3")):
-        assert f"{said} result file" in mistake(capsys, *words)
+    assert f"{bad}: seed 1 stands twice" in mistake(capsys, main, good, bad)
+    for words, number in (((), 1), ((good, "--against", "ce"), 2), ((good, good, "--against", "ce"), 3)):
+        assert f"{number} result file" in mistake(capsys, main, good, *words)
 
 
 def test_each_further_file_is_compared_with_the_first(tmp_path, capsys):
@@ -292,12 +263,10 @@ def test_markdown_has_what_the_text_has(tmp_path, capsys):
 
 def fail_below(capsys, *words):
     """Exit status and lines of standard error."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in words])
-    return stop.value.code, capsys.readouterr().err.splitlines()
+    return status(main, *words), capsys.readouterr().err.splitlines()
 
 
-def test_fail_below_names_every_mean_that_is_lower_by_more(tmp_path, capsys):
+def test_fail_below_names_every_mean_that_is_lower_by_more_and_every_missing_cell(tmp_path, capsys):
     a = write(tmp_path / "a.csv", runs(70, 72) + runs(60, 60, metric="last"))
     b = write(tmp_path / "b.csv", runs(69, 71) + runs(58.9, 58.9, metric="last") + runs(1, cell="new"))
     status, (line,) = fail_below(capsys, a, b, "--fail-below", "1")
@@ -310,14 +279,9 @@ def test_fail_below_names_every_mean_that_is_lower_by_more(tmp_path, capsys):
     words = (write(tmp_path / "c.csv", methods), "--against", "ce", "--fail-below", 2)
     status, (line,) = fail_below(capsys, *words)
     assert status == 1 and line.startswith("worse in the other methods: ") and "method worse" in line
-
-
-@pytest.mark.parametrize(
-    ("other", "said"),
-    [({"cell": "other"}, ": missing"), ({"epochs": "9"}, "epochs 3: missing under this condition")],
-)
-def test_fail_below_fails_if_a_cell_is_missing(tmp_path, capsys, other, said):
+    missing = {": missing": {"cell": "other"}, "epochs 3: missing under this condition": {"epochs": "9"}}
     a = write(tmp_path / "a.csv", runs(70) + runs(70, cell="common"))
-    b = write(tmp_path / "b.csv", runs(70, **other) + runs(70, cell="common"))
-    status, (line,) = fail_below(capsys, a, b, "--fail-below", 5)
-    assert status == 1 and line.endswith(said)
+    for said, other in missing.items():
+        write(b, runs(70, **other) + runs(70, cell="common"))
+        status, (line,) = fail_below(capsys, a, b, "--fail-below", 5)
+        assert status == 1 and line.endswith(said)

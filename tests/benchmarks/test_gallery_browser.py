@@ -22,15 +22,8 @@ HOSTILE = "<img src=x onerror=\"document.title='run'\"></script><script>document
 TITLE = "Suspect labels"
 NAMES = [HOSTILE, "cat", '=cmd|"x",\n1', "dog"]
 # image, given, score, predicted: in the order of the page
-ROWS = [
-    (7, 0, 0.1, 1),
-    (3, 1, 0.2, 0),
-    (9, 1, 0.3, 3),
-    (4, 0, 0.4, 1),
-    (1, 2, 0.5, 2),
-    (0, 3, 0.6, ""),
-    (8, 2, 0.9, 2),
-]
+ROWS = [(7, 0, 0.1, 1), (3, 1, 0.2, 0), (9, 1, 0.3, 3), (4, 0, 0.4, 1)]
+ROWS += [(1, 2, 0.5, 2), (0, 3, 0.6, ""), (8, 2, 0.9, 2)]
 FIRST = [image for image, *_ in ROWS[:6]]
 
 
@@ -65,16 +58,13 @@ def marks(page) -> dict[int, str]:
     return {int(item.get_attribute("data-image")): item.locator(".mark").inner_text() for item in marked}
 
 
-def exported(page) -> str:
+def exported(page) -> tuple[str, list[dict]]:
+    """The text of the file, and its rows."""
     with page.expect_download() as download:
         page.locator("#export").click()
     assert download.value.suggested_filename == "decisions.csv"
-    return Path(download.value.path()).read_bytes().decode()
-
-
-def decisions(page) -> dict[int, tuple[str, str]]:
-    rows = csv.DictReader(io.StringIO(exported(page), newline=""))
-    return {int(row["index"]): (row["decision"], row["new_label"]) for row in rows}
+    text = Path(download.value.path()).read_bytes().decode()
+    return text, list(csv.DictReader(io.StringIO(text, newline="")))
 
 
 def test_it_shows_the_images_in_order_enlarged_and_hostile_names_as_text(page):
@@ -132,7 +122,8 @@ def test_the_buttons_do_what_the_keys_do(page):
     page.locator("#undo").click()
     assert marks(page) == {4: "→ cat", 1: "remove"}
     page.locator("#clear").click()
-    assert marks(page) == {} and set(decisions(page).values()) == {("keep", "")}
+    assert marks(page) == {}
+    assert {(row["decision"], row["new_label"]) for row in exported(page)[1]} == {("keep", "")}
 
 
 def test_arrows_move_in_the_grid_and_stop_at_its_ends(page):
@@ -185,68 +176,57 @@ def test_marked_images_leave_the_unmarked_ones(page):
 
 def test_marks_are_kept_and_damaged_ones_are_named(page):
     press(page, "x r")
-    left = marks(page)
-    page.reload()
-    assert marks(page) == left == {7: "remove", 3: f"→ {HOSTILE}"}
-    page.evaluate(
-        "localStorage.setItem(key, JSON.stringify([[8, 'keep'], [77, 'keep'], [3, 44], [9, 'run'], [4, 1]]))"
-    )
-    page.reload()
+    left, key = marks(page), json.dumps(page.evaluate("key"))
+    assert left == {7: "remove", 3: f"→ {HOSTILE}"}
+
+    def reload(kept: str) -> None:
+        # written before the page's script runs: on a busy machine a plain reload once showed no mark, we have not tested why
+        page.add_init_script(f"localStorage.setItem({key}, {json.dumps(kept)})")
+        page.reload()
+
+    reload(page.evaluate("localStorage.getItem(key)"))
+    assert marks(page) == left
+    reload('[[8, "keep"], [77, "keep"], [3, 44], [9, "run"], [4, 1]]')
     assert marks(page) == {4: "→ cat"}
     assert page.locator("#progress").inner_text() == "1 of 6 marked, 1 not on this page"
-    page.evaluate("localStorage.setItem(key, '{')")
-    page.reload()
+    reload("{")
     assert marks(page) == {} and "Earlier marks cannot be read" in page.locator("#say").inner_text()
 
 
 def test_the_export_has_every_image_and_is_read_as_it_was_meant(page, tmp_path):
     press(page, "x r 2 k")
-    text = exported(page)
-    (tmp_path / "decisions.csv").write_text(text, encoding="utf-8", newline="")
+    (text, rows), path = exported(page), tmp_path / "decisions.csv"
+    path.write_text(text, encoding="utf-8", newline="")
     assert text.startswith("index,path,given_label,decision,new_label\n7,") and text.count("\n") == 8
-    assert [row["path"].rpartition("/")[2] for row in csv.DictReader(io.StringIO(text))] == [
-        f'a"{image},<b>.png' for image, *_ in ROWS
-    ]
-    index = np.array([0, 1, 3, 4, 8, 9])
-    assert datasets.labels_of(tmp_path / "decisions.csv", index, 10, 4).tolist() == [3, 2, 0, 0, 2, 2]
-    assert datasets.without_removed(np.arange(10)[[0, 7, 9]], tmp_path / "decisions.csv").tolist() == [0, 9]
+    names = [row["path"].rpartition("/")[2] for row in rows]
+    assert names == [f'a"{image},<b>.png' for image, *_ in ROWS]
+    assert datasets.labels_of(path, np.array([0, 1, 3, 4, 8, 9]), 10, 4).tolist() == [3, 2, 0, 0, 2, 2]
+    assert datasets.without_removed(np.array([0, 7, 9]), path).tolist() == [0, 9]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_fits_a_phone(page, scheme):
-    page.emulate_media(color_scheme=scheme)
-    page.set_viewport_size({"width": 390, "height": 844})
-    page.locator("summary").click()
-    assert page.evaluate("document.documentElement.scrollWidth") == 390
-    page.locator("#keep").click()
-    assert marks(page) == {7: "keep"}
-    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (int(background[4:-1].split(",")[0]) > 128) == (scheme == "light")
+def test_the_page_fits_a_phone(phone):
+    phone.locator("summary").click()
+    phone.locator("#keep").click()
+    assert marks(phone) == {7: "keep"}
 
 
 def test_a_second_run_trains_on_the_corrected_labels(browser, tmp_path):
     words = "--dataset digits --limit_train 200 --selection none --n_epoch 2 --device cpu --data_percent 0.8"
-    me_momentum.main([*words.split(), *f"--noise_rate 0.3 --out {tmp_path / 'first'}".split()])
-    run = tmp_path / "first"
-    index, given = (np.load(run / f"{name}.npy") for name in ("train_index", "noisy_labels"))
-    clean = datasets.load("digits").train.labels[index]
-    rows = [
-        row(i, g, float(g == c), c, 1)
-        for i, g, c in zip(index.tolist(), given.tolist(), clean.tolist(), strict=True)
-    ]
-    arguments = json.loads((run / "args.json").read_text())
-    make_run(run, rows, paper="me_momentum", **arguments["arguments"])
+    run, second = tmp_path / "first", tmp_path / "second"
+    me_momentum.main([*words.split(), *f"--noise_rate 0.3 --out {run}".split()])
+    index, given = (np.load(run / f"{name}.npy").tolist() for name in ("train_index", "noisy_labels"))
+    clean = datasets.load("digits").train.labels[index].tolist()
+    rows = [row(i, g, float(g == c), c, 1) for i, g, c in zip(index, given, clean, strict=True)]
+    make_run(run, rows, paper="me_momentum", **json.loads((run / "args.json").read_text())["arguments"])
     gallery.main([str(run), "--top", "80"])
-    context = browser.new_context()
-    page = context.new_page()
-    page.goto((run / "gallery.html").as_uri())
-    wrong = int((given != clean).sum())
-    press(page, "x x " + "r " * (wrong - 2))
-    (tmp_path / "decisions.csv").write_text(exported(page), encoding="utf-8")
-    context.close()
-    second = tmp_path / "second"
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.goto((run / "gallery.html").as_uri())
+        wrong = int(np.not_equal(given, clean).sum())
+        press(page, "x x " + "r " * (wrong - 2))
+        (tmp_path / "decisions.csv").write_text(exported(page)[0], encoding="utf-8")
     me_momentum.main([*words.split(), "--noise_file", str(tmp_path / "decisions.csv"), "--out", str(second)])
     result = json.loads((second / "result.json").read_text())
-    noise = {name: result["noise"][name] for name in ("samples", "realised_rate", "relabelled", "removed")}
-    assert noise == {"samples": 198, "realised_rate": 0, "relabelled": wrong - 2, "removed": 2}
-    assert result["profile"] == "embedded+limit_train=200+removed=2" and wrong > 40
+    expected = {"samples": 198, "realised_rate": 0, "relabelled": wrong - 2, "removed": 2}
+    assert result["noise"] | expected == result["noise"] and wrong > 40
+    assert result["profile"] == "embedded+limit_train=200+removed=2"

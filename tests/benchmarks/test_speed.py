@@ -22,16 +22,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWa
 
 
 PIPELINES = ("SANM's six views", "SimCLR's pair of views", "SANM's warm-up view")
-BY_PIPELINE = [("float32 on the device", "0"), ("PIL", "0"), ("PIL", "1")]
+BY_PIPELINE = (("float32 on the device", "0"), ("PIL", "0"), ("PIL", "1"))
+SOURCES = {
+    "images": [(None, *pair) for pair in itertools.product(("files", "cache", "PIL"), "01")],
+    "views": [(name, *pair) for name in PIPELINES for pair in BY_PIPELINE],
+}
 
 
-@pytest.mark.parametrize(
-    ("what", "sources"),
-    [
-        ("images", [(None, *pair) for pair in itertools.product(("files", "cache", "PIL"), "01")]),
-        ("views", [(name, *pair) for name in PIPELINES for pair in BY_PIPELINE]),
-    ],
-)
+@pytest.mark.parametrize(("what", "sources"), SOURCES.items())
 def test_every_source_is_timed_with_each_number_of_workers(what, sources, tmp_path, capsys):
     out = tmp_path / "new" / "speed.csv"
     words = [what, "--images", "12", "--workers", "0", "1", "--passes", "3", "--device", "cpu"]
@@ -44,20 +42,18 @@ def test_every_source_is_timed_with_each_number_of_workers(what, sources, tmp_pa
         assert 0 < float(row["q1"]) <= float(row["median_images_per_second"]) <= float(row["q3"])
         assert int(row["least_processor_us_per_image"]) > 0 and None not in row.values()
     printed = capsys.readouterr().out
-    assert printed.count("images/s") == len(sources)
-    assert f"written to {out}" in printed
+    assert printed.count("images/s") == len(sources) and f"written to {out}" in printed
 
 
 def test_ways_to_decode_and_to_crop_are_timed_and_compared(tmp_path):
     out = tmp_path / "parts.csv"
     main(["parts", "--images", "2", "--passes", "1", "--out", str(out)])
     rows = {(row["part"], row["way"]): row for row in read(out)}
-    assert {("decode", "torchvision"), ("decode", "Pillow"), ("crop", "two matrix products, by batch")} < set(
-        rows
-    )
+    batched = "two matrix products, by batch"
+    assert {("decode", "torchvision"), ("decode", "Pillow"), ("crop", batched)} < rows.keys()
     for (part, way), row in rows.items():
         assert float(row["processor_us_per_image"]) > 0
-        assert int(row["largest_difference"]) <= (way == "two matrix products, by batch"), (part, way)
+        assert int(row["largest_difference"]) <= (way == batched), (part, way)
 
 
 def test_where_nothing_can_be_written_nothing_is_measured(tmp_path):
@@ -67,10 +63,12 @@ def test_where_nothing_can_be_written_nothing_is_measured(tmp_path):
             main(["images", "--out", str(out)])
 
 
-def test_the_photographs_differ(tmp_path):
-    split = make_photographs(tmp_path / "files", 6)
+def test_the_photographs_and_the_small_images_differ(tmp_path):
+    split, images = make_photographs(tmp_path / "files", 6), make_small_images(6)
     assert split.read(0).shape == (3, 384, 512)
     assert len({split.path(i).read_bytes() for i in range(6)}) == 6
+    assert (images.shape, images.dtype) == ((6, 32, 32, 3), np.uint8)
+    assert len({image.tobytes() for image in images}) == 6
 
 
 @pytest.mark.parametrize("pipeline", view_pipelines())
@@ -101,9 +99,8 @@ def test_rand_augment_by_pil_has_the_operations_and_levels_of_ours():
         for level in range(1, 10)
         for _ in range(16)  # either sign
     }
-    operation, level, negated = torch.cartesian_prod(torch.arange(14), torch.arange(1, 10), torch.arange(2))[
-        :, :, None
-    ].unbind(1)
+    every = torch.cartesian_prod(torch.arange(14), torch.arange(1, 10), torch.arange(2))
+    operation, level, negated = every[:, :, None].unbind(1)
     corner = torch.full((len(level), 2), 31.9, dtype=torch.float64)  # the cutout covers rows from 23 on
     draws = policies.RandAugmentDraws(operation, level, torch.ones_like(level).bool(), negated.bool(), corner)
     batch = torch.from_numpy(image).permute(2, 0, 1).expand(len(level), -1, -1, -1)
@@ -118,14 +115,7 @@ def test_rand_augment_by_pil_cuts_a_square_out():
         changed = np.asarray(rand_augment(Image.new("RGB", (32, 32), (127, 127, 0))))[..., 2] == 127
         rows, columns = changed.any(1), changed.any(0)
         assert (changed == rows[:, None] & columns).all()
-        assert 8 <= rows.sum() <= 17
-        assert 8 <= columns.sum() <= 17
-
-
-def test_the_small_images_differ():
-    images = make_small_images(6)
-    assert (images.shape, images.dtype) == ((6, 32, 32, 3), np.uint8)
-    assert len({image.tobytes() for image in images}) == 6
+        assert 8 <= rows.sum() <= 17 and 8 <= columns.sum() <= 17
 
 
 def test_the_operators_of_a_step_are_those_of_the_network_forward_and_backward():

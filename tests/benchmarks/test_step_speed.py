@@ -35,24 +35,18 @@ def workload(tmp_path_factory):
 
 
 @pytest.fixture
-def as_script(monkeypatch):
-    """Run a script of the repository by its flags, timed or not."""
+def report_of(workload, tmp_path):
+    """Time the script of a method; its report."""
 
-    def run(script: str, flags: list[str], before: list[str] | None = None) -> None:
-        monkeypatch.setattr(sys, "argv", [script, *flags])
-        if before is None:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        else:
-            timed_script.main([*before, str(ROOT / script), *flags])
+    def timed(name: str, *more: str) -> dict:
+        flags = [*step_speed.flags_of(name, workload), "--device", "cpu", "--out", str(tmp_path / "run")]
+        script, report = str(ROOT / METHODS[name].script), tmp_path / "times.json"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [script, *flags])
+            timed_script.main([*more, str(report), script, *flags])
+        return json.loads(report.read_text())
 
-    return run
-
-
-def report_of(name: str, path: str, workload: Workload, as_script, folder: Path, *more: str) -> dict:
-    before = [*more, *(["--plain", "--workers", "0"] if path == "plain" else []), str(folder / "times.json")]
-    flags = [*step_speed.flags_of(name, workload), "--device", "cpu", "--out", str(folder / "run")]
-    as_script(METHODS[name].script, flags, before)
-    return json.loads((folder / "times.json").read_text())
+    return timed
 
 
 QUICK = [("ce", "ours"), ("me_momentum", "plain")]  # of the fast tests
@@ -62,8 +56,8 @@ OTHERS = [(name, path) for name in METHODS for path in PATHS if (name, path) not
 @pytest.mark.parametrize(
     ("name", "path"), [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)]
 )
-def test_every_method_is_timed_by_both_paths(name, path, workload, as_script, tmp_path):
-    report = report_of(name, path, workload, as_script, tmp_path)
+def test_every_method_is_timed_by_both_paths(name, path, report_of):
+    report = report_of(name, *(["--plain", "--workers", "0"] if path == "plain" else []))
     assert report["batch_size"] == (8 if name in ("ce", "afm", "me_momentum") else 4)
     assert report["precision"] == "fp32"
     epochs = report["epochs"]
@@ -79,8 +73,8 @@ def test_every_method_is_timed_by_both_paths(name, path, workload, as_script, tm
             assert len(one["steps"]) == one["length"]
             assert sum(step["seconds"] for step in one["steps"]) <= one["seconds"]
             for step in one["steps"]:
-                assert sum(step[part] for part in PARTS) <= step["seconds"]
-                assert min(step[part] for part in PARTS) > 0
+                parts = [step[part] for part in PARTS]
+                assert min(parts) > 0 and sum(parts) <= step["seconds"]
     selected = any(epoch["selection"] > 0 for epoch in epochs if not epoch["warm_up"])
     assert selected == (name in SELECTING)
 
@@ -90,13 +84,13 @@ def log_of(run: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", [pytest.param("sanm", marks=pytest.mark.slow), "me_momentum"])
-def test_a_timed_script_gives_the_very_same_results(name, workload, as_script, tmp_path):
-    flags = [*step_speed.flags_of(name, workload), "--device", "cpu", "--out"]
-    as_script(METHODS[name].script, [*flags, str(tmp_path / "plainly")])
-    before = ["--count_flops", str(tmp_path / "times.json")]
-    as_script(METHODS[name].script, [*flags, str(tmp_path / "timed")], before)
-    assert len(log_of(tmp_path / "timed")) >= 3
-    assert log_of(tmp_path / "timed") == log_of(tmp_path / "plainly")
+def test_a_timed_script_gives_the_very_same_results(name, workload, report_of, tmp_path, monkeypatch):
+    flags = [*step_speed.flags_of(name, workload), "--device", "cpu", "--out", str(tmp_path / "plainly")]
+    monkeypatch.setattr(sys, "argv", [METHODS[name].script, *flags])
+    runpy.run_path(str(ROOT / METHODS[name].script), run_name="__main__")
+    report_of(name, "--count_flops")
+    assert len(log_of(tmp_path / "run")) >= 3
+    assert log_of(tmp_path / "run") == log_of(tmp_path / "plainly")
     # nothing of the timing is left behind
     assert Batches.__iter__.__module__ == "common.gpu.loader"
     assert torch.Tensor.backward.__module__ == "torch._tensor"
@@ -107,8 +101,8 @@ def convolution(wide_in: int, wide: int, kernel: int, side: int, first: bool = F
     return (2 if first else 3) * 2 * wide_in * wide * kernel**2 * side**2
 
 
-def test_flops_are_those_counted_by_hand(workload, as_script, tmp_path):
-    flops = report_of("ce", "ours", workload, as_script, tmp_path, "--count_flops")["flops"]
+def test_flops_are_those_counted_by_hand(report_of):
+    flops = report_of("ce", "--count_flops")["flops"]
     # benchmarks.baseline.Network of 8 pixels: a stem of 16, blocks of 16, 32, 64 channels with strides 1, 2, 2
     by_hand = convolution(3, 16, 3, 8, first=True)
     for wide_in, wide, side in ((16, 16, 8), (16, 32, 4), (32, 64, 2)):
@@ -118,9 +112,8 @@ def test_flops_are_those_counted_by_hand(workload, as_script, tmp_path):
     assert flops == {"flops": 8 * by_hand, "images": 8}
 
 
-def test_a_pass_is_cut_short(workload, as_script, tmp_path):
-    report = report_of("ce", "ours", workload, as_script, tmp_path, "--pass_seconds", "1e-6")
-    for epoch in report["epochs"]:
+def test_a_pass_is_cut_short(report_of):
+    for epoch in report_of("ce", "--pass_seconds", "1e-6")["epochs"]:
         (training,) = epoch["training"]
         assert (len(training["steps"]), training["length"]) == (2, 8)
         second = training["steps"][1]["seconds"]
@@ -153,9 +146,8 @@ def test_the_plain_path_has_views_of_the_same_shapes(augmentation, views, worker
     options = {"views": views, "augmentation": augmentation, "shuffle": augmentation is not None}
     batches = Batches(images, 4, subset=subset, generator=torch.Generator().manual_seed(0), **options)
     ours, plain = list(batches), list(timed_script.plain_batches(batches, workers))
-    assert [[view.shape for view in found] for found, _ in plain] == [
-        [view.shape for view in found] for found, _ in ours
-    ]
+    shapes = [[[view.shape for view in found] for found, _ in every] for every in (plain, ours)]
+    assert shapes[0] == shapes[1]
     assert {view.dtype for found, _ in plain for view in found} == {torch.float32}
     assert torch.cat([index for _, index in plain]).sort().values.equal(subset.sort().values)
     if augmentation is None:
@@ -178,9 +170,9 @@ def test_an_unknown_augmentation_has_no_plain_counterpart():
 # figures, of reports made up here -------------------------------------------------------------------------------------
 
 
-def a_step(seconds: float, images: int = 4, whole: bool = True) -> dict:
+def a_step(seconds: float, whole: bool = True) -> dict:
     parts = {"augment": 0.1, "forward": 0.3, "backward": 0.4, "optimiser": 0.1}
-    step = {"images": images, "whole": whole, "seconds": seconds}
+    step = {"images": 4, "whole": whole, "seconds": seconds}
     return step | {name: share * seconds for name, share in parts.items()}
 
 
@@ -188,7 +180,7 @@ def a_report(*seconds: float) -> dict:
     """An epoch for each number: steps of as many seconds, behind a first one and before a partial one."""
     epochs = []
     for number, each in enumerate(seconds):
-        steps = [a_step(98 - each), a_step(each), a_step(each), a_step(each, 4, whole=False)]
+        steps = [a_step(98 - each), a_step(each), a_step(each), a_step(each, whole=False)]
         training = [{"seconds": 98 + 3 * each, "length": 4, "steps": steps}]
         epoch = {"seconds": 100 + 4 * each + 1, "selection": 2.0, "evaluation": 1.0, "warm_up": number == 0}
         epochs.append(epoch | {"training": training})
@@ -199,24 +191,20 @@ def a_report(*seconds: float) -> dict:
 ARGS = Namespace(images=64, size=8, workers=2)
 
 
-PEAKS = {"fp32": 1e9}
+def rows_of(ours: dict, plain: dict) -> list[dict]:
+    return list(step_speed.rows("sfa", {"ours": ours, "plain": plain}, ARGS, CPU, {"fp32": 1e9}))
 
 
 def test_ratios_are_of_the_epochs_that_were_run_in_turn():
-    ours, plain = step_speed.rows(
-        "sfa", {"ours": a_report(9, 1, 2, 1), "plain": a_report(1, 3, 2, 8)}, ARGS, CPU, PEAKS
-    )
+    ours, plain = rows_of(a_report(9, 1, 2, 1), a_report(1, 3, 2, 8))
     columns = ["ours_over_plain_median", "ours_over_plain_min", "ours_over_plain_max", "pairs"]
     assert [ours[column] for column in columns] == [3, 1, 8, 3]  # the warm-up is no pair
     assert [plain[column] for column in columns] == [None] * 4
-    slower = next(step_speed.rows("sfa", {"ours": a_report(1, 4), "plain": a_report(1, 2)}, ARGS, CPU, PEAKS))
-    assert slower["ours_over_plain_median"] == 0.5
+    assert rows_of(a_report(1, 4), a_report(1, 2))[0]["ours_over_plain_median"] == 0.5
 
 
 def test_columns_of_a_row():
-    ours, plain = step_speed.rows(
-        "sfa", {"ours": a_report(9, 1, 2, 1), "plain": a_report(2, 2, 2)}, ARGS, CPU, PEAKS
-    )
+    ours, plain = rows_of(a_report(9, 1, 2, 1), a_report(2, 2, 2))
     assert list(ours) == list(plain)
     assert (ours["method"], ours["path"], ours["workers"], plain["workers"]) == ("sfa", "ours", 0, 2)
     assert (ours["median_images_per_second"], ours["q1"], ours["q3"], ours["timed_steps"]) == (4, 2.5, 4, 6)
@@ -234,8 +222,7 @@ def test_columns_of_a_row():
     assert ours["step_gflop"] == 8e6 / 1e9
     assert ours["gflop_per_second"] == pytest.approx(2e6 * 3 / 1e9)
     assert (ours["matmul_gflop_per_second"], ours["share_of_matmul"]) == (1, 0.006)
-    for column in ("device", "torch", "git", "command", "peak_memory_mb", "not_plain"):
-        assert column in ours
+    assert {"device", "torch", "git", "command", "peak_memory_mb", "not_plain"} <= ours.keys()
     assert "4.00" in step_speed.step_line(ours)
     assert "(" in step_speed.step_line(ours).rsplit("%", 1)[1]
 
@@ -245,7 +232,7 @@ def test_too_few_images_for_a_step_that_counts():
     for epoch in report["epochs"]:
         del epoch["training"][0]["steps"][1:3]
     with pytest.raises(UserError, match="64 images are too few"):
-        next(step_speed.rows("sfa", {"ours": report, "plain": report}, ARGS, CPU, PEAKS))
+        rows_of(report, report)
 
 
 # two processes --------------------------------------------------------------------------------------------------------
@@ -279,11 +266,10 @@ def test_the_two_take_turns_and_neither_is_always_first(workload, monkeypatch, t
     ],
 )  # fmt: skip
 def test_a_script_that_fails_or_is_killed_is_named_by_its_last_line(code, said, workload, monkeypatch):
-    def command_line(method, path, *_):
-        waits = f"print({timed_script.WAITING!r}, flush=True); input()"
-        return [sys.executable, "-c", code if path == "ours" else waits]
-
-    monkeypatch.setattr(step_speed, "command_line", command_line)
+    codes = {"ours": code, "plain": f"print({timed_script.WAITING!r}, flush=True); input()"}
+    monkeypatch.setattr(
+        step_speed, "command_line", lambda method, path, *_: [sys.executable, "-c", codes[path]]
+    )
     with pytest.raises(UserError, match=f"ce, ours path: {said} of python -c"):
         step_speed.run_in_turns("ce", workload, ARGS, CPU)
 
@@ -320,21 +306,15 @@ def test_the_whole_command(tmp_path, capsys):
     words = ["steps", "--methods", "me_momentum", "--size", "8", "--images", "64", "--epochs", "2"]
     speed.main([*words, "--workers", "1", "--device", "cpu", "--out", str(out)])
     ours, plain = read(out)
-    assert [(row["method"], row["path"]) for row in (ours, plain)] == [
-        ("me_momentum", "ours"),
-        ("me_momentum", "plain"),
-    ]
+    assert (ours["path"], plain["path"]) == ("ours", "plain")
     for row in (ours, plain):
-        assert None not in row.values()
+        assert row["method"] == "me_momentum" and None not in row.values()
         assert 0 < float(row["q1"]) <= float(row["median_images_per_second"]) <= float(row["q3"])
         assert 0 < float(row["share_of_matmul"]) < 1
         assert float(row["step_gflop"]) == float(ours["step_gflop"]) > 0
         assert float(row["peak_memory_mb"]) > 100
         assert row["batch_size"] == "8"
     low, middle, high = (float(ours[f"ours_over_plain_{which}"]) for which in ("min", "median", "max"))
-    assert 0 < low <= middle <= high
-    assert int(ours["pairs"]) >= 2
-    assert plain["not_plain"]
+    assert 0 < low <= middle <= high and int(ours["pairs"]) >= 2 and plain["not_plain"]
     printed = capsys.readouterr().out
-    assert printed.count("me_momentum") == 2
-    assert f"written to {out}" in printed
+    assert printed.count("me_momentum") == 2 and f"written to {out}" in printed

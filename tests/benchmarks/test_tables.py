@@ -1,13 +1,13 @@
 """benchmarks/README.md: generated from the files it names, and up to date."""
 
-import pytest
+from itertools import product
 
 from benchmarks import tables
 from benchmarks.cells import PAPERS, cells
 from benchmarks.results import CROSS, figure
 from benchmarks.tables import main, page
 from benchmarks.verdicts import CLAIMS_CSV
-from tests.benchmarks.files import frame, read, write
+from tests.benchmarks.files import frame, read, status, write
 
 
 def test_the_page_is_what_the_files_say_and_has_every_preset_and_row():
@@ -15,23 +15,19 @@ def test_the_page_is_what_the_files_say_and_has_every_preset_and_row():
     assert tables.PAGE.read_text(encoding="utf-8") == text, "run make tables"
     assert tables.FRONT.read_text(encoding="utf-8") == tables.front(), "run make tables"
     lines = text.splitlines()
-    for paper in PAPERS:
-        for profile in ("embedded", "short", "paper"):
-            for cell in cells(paper, profile):
-                line = f"    python {cell.script.path} --preset {cell.preset}"
-                assert lines.count(line) == 1, line
+    for paper, profile in product(PAPERS, ("embedded", "short", "paper")):
+        for cell in cells(paper, profile):
+            line = f"    python {cell.script.path} --preset {cell.preset}"
+            assert lines.count(line) == 1, line
     for path in tables.REFERENCE.glob("*.csv"):
         rows = [r for r in read(path) if r["metric"] in tables.METRICS and r["table"] != CROSS]
         shown = {tuple(r[name] for name in tables.ROW[:-1]) for r in rows}
         assert text.count(f"(reference/{path.name}) |") == len(shown) * (path.name != CLAIMS_CSV), path.name
 
 
-@pytest.mark.parametrize(
-    ("values", "text"),
-    [([], ""), ([70.0], "70.00"), ([70, 72, 74], "72.00 ± 2.00"), ([1 / 3, 1 / 3], "0.33 ± 0.00")],
-)
-def test_a_figure_is_a_mean_with_the_deviation_of_several_seeds(values, text):
-    assert figure(values) == text
+def test_a_figure_is_a_mean_with_the_deviation_of_several_seeds():
+    found = [figure(values) for values in ([], [70.0], [70, 72, 74], [1 / 3, 1 / 3])]
+    assert found == ["", "70.00", "72.00 ± 2.00", "0.33 ± 0.00"]
 
 
 ROW = {
@@ -84,12 +80,9 @@ def test_the_table_of_all_methods_is_apart_and_says_what_is_missing(tmp_path, mo
 
 def test_label_errors_are_on_both_pages_and_in_no_other_table(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "REFERENCE", tmp_path)
-    names = {name: f"label_error_{name}" for name in ("rate", "auroc", "average_precision")}
-    rows = [
-        cross_row(method, seed, value, metric=metric)
-        for method, seed, value in (("CE", "1", 0.5), ("CE", "2", 0.7), ("CE, cleanlab", "1", 0.9))
-        for metric in names.values()
-    ]
+    names = ("rate", "auroc", "average_precision")
+    values = (("CE", "1", 0.5), ("CE", "2", 0.7), ("CE, cleanlab", "1", 0.9))
+    rows = [cross_row(*value, metric=f"label_error_{name}") for value in values for name in names]
     write(tmp_path / tables.LABEL_ERRORS, rows)
     text = page()
     assert "|  | CE | digits-sym0.5 | 2 | 60.00 ± 14.14 | 60.00 ± 14.14 |" in text
@@ -119,18 +112,10 @@ def test_a_page_that_is_out_of_date_is_named_and_left_as_it_is(tmp_path, monkeyp
     monkeypatch.setattr(tables, "page", lambda: "a page")
     monkeypatch.setattr(tables, "FRONT", tmp_path / "README.md")
     tables.FRONT.write_text("\n".join(f"{first}\nolder\n{last}" for first, last in tables.MARKS.values()))
-    for content in (None, "older"):
-        if content is not None:
-            tables.PAGE.write_text(content)
-        assert status("--check") == 1
-        lines = [f"{name}.md is out of date: run make tables\n" for name in ("PAGE", "README")]
-        assert capsys.readouterr().err == "".join(lines)
+    said = "".join(f"{name}.md is out of date: run make tables\n" for name in ("PAGE", "README"))
+    assert (status(main, "--check"), capsys.readouterr().err) == (1, said)
+    tables.PAGE.write_text("older")
+    assert (status(main, "--check"), capsys.readouterr().err) == (1, said)
     assert tables.PAGE.read_text() == "older" and "older" in tables.FRONT.read_text()
-    assert (status(), status("--check")) == (0, 0)
+    assert (status(main), status(main, "--check")) == (0, 0)
     assert tables.PAGE.read_text(encoding="utf-8") == "a page" and "older" not in tables.FRONT.read_text()
-
-
-def status(*words: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(list(words))
-    return stop.value.code
