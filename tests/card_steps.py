@@ -44,14 +44,7 @@ class Bench:
     watch: called after each of the two steps of a pass; what lies between is a step with its augmentation.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        size: int = 8,
-        channels: int = 1,
-        batch: int = 8,
-        watch: Callable[[], None] = lambda: None,
-    ):
+    def __init__(self, device: Device, size=8, channels=1, batch=8, watch: Callable[[], None] = lambda: None):
         rng = np.random.default_rng(0)
         pixels = rng.integers(0, 256, (2 * batch, size, size, channels), dtype=np.uint8)
         self.device, self.size, self.channels, self.batch, self.watch = device, size, channels, batch, watch
@@ -63,26 +56,17 @@ class Bench:
 
     def batches(self, augmentation=None, views: int = 1) -> Iterator:
         """One pass of two batches."""
-        made = Batches(
-            self.images,
-            self.batch,
-            views=views,
-            augmentation=augmentation,
-            shuffle=True,
-            generator=self.generator,
-        )
-        batches = iter(made)
+        options = {"views": views, "augmentation": augmentation, "shuffle": True}
+        batches = iter(Batches(self.images, self.batch, generator=self.generator, **options))
         for _ in range(2):
             yield next(batches)
             self.watch()
 
     def unlabelled(self, augmentation, views: int = 1) -> Iterable:
         """Endless batches, not watched."""
+        options = {"views": views, "augmentation": augmentation, "shuffle": True}
         generator = torch.Generator().manual_seed(2)
-        made = Batches(
-            self.images, self.batch, views=views, augmentation=augmentation, shuffle=True, generator=generator
-        )
-        return made.endless()
+        return Batches(self.images, self.batch, generator=generator, **options).endless()
 
     def permutation(self, rows: int) -> Tensor:
         """Partners of a mixture, on the device."""
@@ -104,10 +88,8 @@ class Bench:
 
     def network(self, made: nn.Module) -> tuple[nn.Module, SGD]:
         """A network on the device and its optimiser."""
-        network = self.device.prepare(made)
-        return network, SGD(
-            network.parameters(), 0.01, 0.9, weight_decay=5e-4, fused=self.device.on_cuda() or None
-        )
+        network, fused = self.device.prepare(made), self.device.on_cuda() or None
+        return network, SGD(network.parameters(), 0.01, 0.9, weight_decay=5e-4, fused=fused)
 
 
 def of_afm(b: Bench) -> Tensor:

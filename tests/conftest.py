@@ -22,9 +22,8 @@ def golden_folder() -> Path | None:
         if not folder.is_dir():
             raise pytest.UsageError(f"GOLDEN={folder}: no such folder")
         return folder
-    return next(
-        (f for f in (ROOT.parent / "shared" / "golden", ROOT / "tests" / "golden") if f.is_dir()), None
-    )
+    folders = (ROOT.parent / "shared" / "golden", ROOT / "tests" / "golden")
+    return next((folder for folder in folders if folder.is_dir()), None)
 
 
 class Golden:

@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,15 +54,9 @@ class CardTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, values: torch.Tensor):
-        made = torch.Tensor._make_wrapper_subclass(
-            cls,
-            values.size(),
-            strides=values.stride(),
-            storage_offset=values.storage_offset(),
-            dtype=values.dtype,
-            layout=values.layout,
-            device=CARD,
-        )
+        layout = {"strides": values.stride(), "storage_offset": values.storage_offset()}
+        layout |= {"dtype": values.dtype, "layout": values.layout, "device": CARD}
+        made = torch.Tensor._make_wrapper_subclass(cls, values.size(), **layout)
         made.values = values
         return made
 
@@ -92,10 +86,8 @@ class CardTensor(torch.Tensor):
             with torch.no_grad():
                 copied = CardTensor(self.values.clone(memory_format=torch.preserve_format))
             if isinstance(self, torch.nn.Parameter):
-                copied = torch.nn.Parameter(copied, self.requires_grad)
-            else:
-                copied.requires_grad_(self.requires_grad)
-            memo[id(self)] = copied
+                copied = torch.nn.Parameter(copied)
+            memo[id(self)] = copied.requires_grad_(self.requires_grad)
         return memo[id(self)]
 
     @classmethod
@@ -107,6 +99,7 @@ class CardTensor(torch.Tensor):
 
 
 CARD_GENERATORS: dict = {}
+MARK = torch.tensor([67, 85], dtype=torch.uint8)  # before a state of the card's
 
 
 def of_card(generator: torch.Generator) -> bool:
@@ -129,13 +122,13 @@ class CardGenerator(torch.Generator):
 
     def get_state(self):
         state = super().get_state()
-        # 16 bytes on a card: another length than the CPU's, so that states cannot be taken for each other
-        return torch.cat([torch.tensor([67, 85], dtype=torch.uint8), state]) if self.on_card else state
+        # another length than the CPU's, so that states cannot be taken for each other
+        return torch.cat([MARK, state]) if self.on_card else state
 
     def set_state(self, state):
         if isinstance(state, CardTensor):
             raise TypeError("RNG state must be a torch.ByteTensor")
-        mine = bool((state[:2] == torch.tensor([67, 85], dtype=torch.uint8)).all()) and len(state) == 5058
+        mine = torch.equal(state[:2], MARK) and len(state) == 5058
         if mine != self.on_card:
             raise CardError("RNG state is wrong size")
         super().set_state(state[2:].clone() if mine else state)
@@ -214,23 +207,19 @@ ON_CPU = {  # operators that CPUs have not
 
 
 class PretendCard(TorchDispatchMode):
-    """See the module. cards: how many torch.cuda counts. root: the project; `syncs` names its lines.
+    """See the module. root: the project; `syncs` names its lines.
 
     float64: whether the card has it. On a card without it, as MPS, an operator that returns float64 is refused.
     """
 
     current: "PretendCard | None" = None
 
-    def __init__(self, root: Path, cards: int = 1, float64: bool = True):
+    def __init__(self, root: Path, float64: bool = True):
         super().__init__()
-        self.root, self.cards, self.float64 = str(root), cards, float64
+        self.root, self.float64, self.forbid_syncs = str(root), float64, False
         self.syncs: list[Sync] = []
         self.operators: Counter = Counter()  # that start kernels
-        self.phase = ""
-        self.by_phase: dict[str, Counter] = {}
         self.notes: Counter = Counter()
-        self.on_operator: Callable | None = None
-        self.forbid_syncs = False
 
     # entering and leaving
 
@@ -291,14 +280,11 @@ class PretendCard(TorchDispatchMode):
             self._check_devices(func, args, plain)
         if on_card:
             self._check_generator(func, kwargs, True)
-        self._note_sync(func, args, kwargs, ours, plain, to_card, to_cpu)
+        self._note_sync(func, args, kwargs, bool(ours), to_card, to_cpu)
 
-        if wanted is not None:
-            kwargs = {**kwargs, "device": torch.device("cpu")}
-            flat, spec = tree_flatten((args, kwargs))
-        if kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}
-            flat, spec = tree_flatten((args, kwargs))
+        on_cpu = {"device": torch.device("cpu"), "pin_memory": False}
+        kwargs = kwargs | {name: on_cpu[name] for name in on_cpu.keys() & kwargs.keys() if kwargs[name]}
+        flat, spec = tree_flatten((args, kwargs))
         inner_args, inner_kwargs = tree_unflatten(
             [a.values if isinstance(a, CardTensor) else a for a in flat], spec
         )
@@ -306,9 +292,6 @@ class PretendCard(TorchDispatchMode):
         self._check_type(func, out, on_card)
         if on_card and not is_view(func) and func not in NO_KERNEL:
             self.operators[str(func)] += 1
-            self.by_phase.setdefault(self.phase, Counter())[str(func)] += 1
-        if self.on_operator is not None and on_card:
-            self.on_operator(func, flat, out)
         given = {id(a.values): a for a in ours}
         if func is aten.copy_.default and not isinstance(args[0], CardTensor):
             return args[0]
@@ -330,12 +313,11 @@ class PretendCard(TorchDispatchMode):
             plain = [p for p in plain if all(p is not i for i in index)]
         scalars = torch.Tag.pointwise in func.tags or func in SCALARS_WELCOME
         for tensor in plain:
-            if tensor.dim() == 0 and scalars:
-                continue
-            raise CardError(
-                f"{func}: Expected all tensors to be on the same device, but found cuda:0 and cpu "
-                f"({list(tensor.shape)} {tensor.dtype}) at {self.place()}"
-            )
+            if tensor.dim() > 0 or not scalars:
+                raise CardError(
+                    f"{func}: Expected all tensors to be on the same device, but found cuda:0 and cpu "
+                    f"({list(tensor.shape)} {tensor.dtype}) at {self.place()}"
+                )
 
     def _check_type(self, func, out, on_card: bool) -> None:
         if self.float64 or not on_card:
@@ -351,23 +333,19 @@ class PretendCard(TorchDispatchMode):
                 f"{func}: Expected a '{expected}' device type for generator but found '{found}' at {self.place()}"
             )
 
-    def _note_sync(  # noqa: PLR0912 -- a case per kind of wait
-        self, func, args, kwargs, ours, plain, to_card, to_cpu
-    ) -> None:
+    def _note_sync(self, func, args, kwargs, ours: bool, to_card: bool, to_cpu: bool) -> None:
         reason = WAITING.get(func) if ours else None
         if func is aten._to_copy.default:
-            source = args[0]
+            source, blocking = args[0], not kwargs.get("non_blocking")
             if isinstance(source, CardTensor) and to_cpu:
-                reason = None if kwargs.get("non_blocking") else "copy to the CPU"
-                if kwargs.get("non_blocking"):
-                    self.notes["non_blocking copy to the CPU at " + self.place()] += 1
+                reason = "copy to the CPU" if blocking else None
             elif not isinstance(source, CardTensor) and to_card:
-                reason = self._upload(source, kwargs.get("non_blocking", False))
+                reason = self._upload(source, blocking)
         elif func is aten.copy_.default:
             target, source = args[:2]
-            blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+            blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
             if isinstance(target, CardTensor) and not isinstance(source, CardTensor):
-                reason = self._upload(source, not blocking)
+                reason = self._upload(source, blocking)
             elif isinstance(source, CardTensor) and not isinstance(target, CardTensor):
                 reason = "copy to the CPU"
         elif func in INDEXING and isinstance(args[0], CardTensor):
@@ -382,28 +360,23 @@ class PretendCard(TorchDispatchMode):
             return
         found = Sync(str(func).removeprefix("aten."), reason, self.place())
         if self.forbid_syncs:
-            raise CardError(
-                f"the host waits for the card: {found.operator} ({found.reason}) at {found.place}"
-            )
+            raise CardError(f"the host waits for the card: {found.operator} ({reason}) at {found.place}")
         self.syncs.append(found)
 
-    def _upload(self, source: torch.Tensor, non_blocking: bool) -> str | None:
-        if non_blocking:
-            if not getattr(source, "pretend_pinned", False):
-                self.notes["non_blocking copy from memory that is not pinned at " + self.place()] += 1
-            return None
-        return "copy to the card, blocking"
+    def _upload(self, source: torch.Tensor, blocking: bool) -> str | None:
+        if blocking:
+            return "copy to the card, blocking"
+        if not getattr(source, "pretend_pinned", False):
+            self.notes["non_blocking copy from memory that is not pinned at " + self.place()] += 1
+        return None
 
     def place(self) -> str:
         """file:line of the innermost line of the project that is being run; the engine's thread has none."""
         frame = sys._getframe(1)
         while frame is not None:
-            file = frame.f_code.co_filename
-            inside = file.startswith(self.root + "/") and not file.startswith(
-                (self.root + "/.venv/", self.root + "/tests/")
-            )
-            if inside:
-                return f"{file.removeprefix(self.root).lstrip('/')}:{frame.f_lineno}"
+            folder, _, file = frame.f_code.co_filename.partition(f"{self.root}/")
+            if file and not folder and not file.startswith((".venv/", "tests/")):
+                return f"{file}:{frame.f_lineno}"
             frame = frame.f_back
         return "backward"
 
@@ -486,8 +459,7 @@ def graphed(callables, sample_args, num_warmup_iters=3, **_):
         )
     assert not module._forward_hooks and not module._forward_pre_hooks and not module._backward_hooks
     assert all(not b.requires_grad for b in module.buffers())
-    parameters = tuple(module.parameters())
-    original, trains = module.forward, module.training
+    parameters, original, trains = tuple(module.parameters()), module.forward, module.training
     card = PretendCard.current
     with card.no_syncs():
         for _ in range(num_warmup_iters):
@@ -535,7 +507,6 @@ def graphed(callables, sample_args, num_warmup_iters=3, **_):
     def new_forward(*images):
         if module.training != trains:
             return original(*images)
-        card.notes["graph replayed"] += 1
         return Graphed.apply(*images, *parameters)
 
     module.forward = new_forward
@@ -546,20 +517,19 @@ def stand_ins(card: PretendCard):
     """(owner, name, what stands there) for all of torch that would ask a driver."""
     cuda = torch.cuda
     stream = SimpleNamespace(wait_stream=lambda *_: None, synchronize=lambda: None, device=CARD)
-    states = lambda: [torch.zeros(16, dtype=torch.uint8) for _ in range(card.cards)]  # noqa: E731
 
     def set_states(new):
-        for i, state in enumerate(new):
-            if isinstance(state, CardTensor) or state.dtype != torch.uint8:
-                raise TypeError("RNG state must be a torch.ByteTensor")
-            _ = range(card.cards)[i]  # IndexError as torch.cuda.default_generators[i] has it
+        if any(isinstance(state, CardTensor) or state.dtype != torch.uint8 for state in new):
+            raise TypeError("RNG state must be a torch.ByteTensor")
+        if len(new) > 1:
+            raise IndexError("there is one card")
 
     def synchronize(device=None):
         card.syncs.append(Sync("torch.cuda.synchronize", "asked for", card.place()))
 
     def check(device=None):
         index = device.index if isinstance(device, torch.device) else device
-        if index is not None and index >= card.cards:
+        if index:
             raise AssertionError("Invalid device id")
         return f"pretend card {index or 0}"
 
@@ -570,7 +540,7 @@ def stand_ins(card: PretendCard):
 
     yield from (
         (cuda, "is_available", lambda: True),
-        (cuda, "device_count", lambda: card.cards),
+        (cuda, "device_count", lambda: 1),
         (cuda, "current_device", lambda: 0),
         (cuda, "set_device", lambda device: check(device) and None),
         (cuda, "is_initialized", lambda: True),
@@ -580,7 +550,7 @@ def stand_ins(card: PretendCard):
         (cuda, "get_device_capability", lambda device=None: (9, 0)),
         (cuda, "synchronize", synchronize),
         (cuda, "max_memory_allocated", lambda device=None: 2**20),
-        (cuda, "get_rng_state_all", states),
+        (cuda, "get_rng_state_all", lambda: [torch.zeros(16, dtype=torch.uint8)]),
         (cuda, "set_rng_state_all", set_states),
         (cuda, "manual_seed_all", lambda seed: None),
         (cuda, "manual_seed", lambda seed: None),

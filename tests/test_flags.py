@@ -1,5 +1,6 @@
 """The command lines of all training scripts, in tables: flags, settled defaults, names of runs and cells, presets, refusals."""
 
+import itertools
 import re
 from argparse import Namespace
 from types import SimpleNamespace
@@ -80,6 +81,31 @@ SHARED = """
 """
 SEEDS = {"afm": 0, "me_momentum": 1, "me_momentum_clothing": 1}  # elsewhere 123
 NOISE = "symmetric|pairflip|oneflip|symmetric_inclusive|asymmetric|superclass|instance|margin1|margin2|margin3|hard"
+SIMCLR = """
+--epochs=1000:count --batch_size=1024:count --drop_last,--no-drop_last=False --lr,--learning_rate=0.5:positive
+--momentum=0.9:fraction --weight_decay=0.0001:non_negative --temp=0.5:positive --cosine,--no-cosine=True
+--lr_decay_epochs=[700,800,900](+):count --lr_decay_rate=0.1:positive --warm,--no-warm=None --warmup_epochs=10:count
+--knn_every=None:count --cuda_graphs=None
+"""
+
+
+def mixematch(epochs: int, warm_up: int, start: int) -> str:
+    """The flags of both training scripts of Manifold DivideMix."""
+    return f"""
+*--arch='resnet18':resnet18|resnet34|resnet50|resnet101|narrow *--pretrained='save/last.pth'(?):place
+*--weights='finetune':finetune|freeze *--epochs={epochs}:count *--warmup-epoch={warm_up}:count_or_zero *--batch-size=64:count
+*--lr-backbone=0.03:positive *--lr-head=0.3:positive *--weight-decay=0.0005:non_negative *--momentum=0.9:fraction
+--bn-mode=None:train|frozen|warm-up *--gpu=0:count_or_zero *--remove-ood=0.01:fraction
+--ood-start-factor={start}:non_negative --knn-k=10:count --knn-encoder='current':current|pretrained
+*--clustering=False(?):_switch --no-clustering->clustering=True *--interval=30:count *--p-threshold=0.3:fraction
+--selection='gmm':gmm|none *--lambda_x=1:non_negative *--lambda_u=100:non_negative *--lambda_xe=1:non_negative
+*--lambda_ue=100:non_negative *--lambda_c=1:non_negative *--temperature=0.5:positive *--alpha=4:positive
+*--thr_un=0.9:fraction *--LN-loss='RL':RL|CE --rce='released':released|log --ramp=None:fixed|released
+--warmup-mask=None:sample|released --warmup-loss='SCE':SCE|CE --cuda_graphs=None --eval-train,--no-eval-train=False
+*--exp-dir->out=None(?):place *!--print-freq=100:int *!--drops=0.005:float *!--lambda_ce=1:float *!--emb-loss='no':str
+"""
+
+
 FROZEN = {
     "afm": """
 *--dataset='food' *--data-root,--data_path=None:place --train-on='noisy':noisy|noisy+verified|noisy+clean
@@ -141,49 +167,27 @@ FROZEN = {
 *--max_outer_loop=3:count *--lr=0.005:positive *--weight_decay=0.001:non_negative *--batch_size=32:count
 --sync_bn,--no-sync_bn=None --legacy_batch_mean,--no-legacy_batch_mean=None *--model_dir=None:place
 """,
-    "manifold": """
+    "manifold": f"""
 --dataset='cifar100' *--data-dir,--data_path='./data':place *--corruption=None --ood-dir=None:place
 *--ood-ratio=0.2:fraction --open-set-cache=None:place *!--num-class=100:count
 *--noise-type='sym':sym|asym|superclass|margin1|margin2|margin3|hard|no|given *--noise-ratio=0.2:fraction
 --posterior=None:place --noise-seed=0:seed --label-rng='python':python|numpy
-*--arch='resnet18':resnet18|resnet34|resnet50|resnet101|narrow *--pretrained='save/last.pth'(?):place
-*--weights='finetune':finetune|freeze *--epochs=300:count *--warmup-epoch=5:count_or_zero *--batch-size=64:count
-*--lr-backbone=0.03:positive *--lr-head=0.3:positive *--weight-decay=0.0005:non_negative *--momentum=0.9:fraction
---bn-mode=None:train|frozen|warm-up *--gpu=0:count_or_zero *--remove-ood=0.01:fraction
---ood-start-factor=10:non_negative --knn-k=10:count --knn-encoder='current':current|pretrained
-*--clustering=False(?):_switch --no-clustering->clustering=True *--interval=30:count *--p-threshold=0.3:fraction
---selection='gmm':gmm|none *--lambda_x=1:non_negative *--lambda_u=100:non_negative *--lambda_xe=1:non_negative
-*--lambda_ue=100:non_negative *--lambda_c=1:non_negative *--temperature=0.5:positive *--alpha=4:positive
-*--thr_un=0.9:fraction *--LN-loss='RL':RL|CE --rce='released':released|log --ramp=None:fixed|released
---warmup-mask=None:sample|released --warmup-loss='SCE':SCE|CE --cuda_graphs=None --eval-train,--no-eval-train=False
-*--exp-dir->out=None(?):place *!--print-freq=100:int *!--drops=0.005:float *!--lambda_ce=1:float *!--emb-loss='no':str
+{mixematch(300, 5, 10)}
 *--workers=8:count_or_zero --image_size=32:count --test_split=0.2:fraction --on_bad_image='error':error|skip
 """,
-    "manifold_mini": """
+    "manifold_mini": f"""
 --img-size=32:count --on_bad_image='error':error|skip --decoded=None:place *--data-dir,--data_path='./data':place
 *!--num-class=100:count *--workers=8:count_or_zero *--noise-type='red':red|blue *--noise-ratio=0.2:fraction
-*--arch='resnet18':resnet18|resnet34|resnet50|resnet101|narrow *--pretrained='save/last.pth'(?):place
-*--weights='finetune':finetune|freeze *--epochs=50:count *--warmup-epoch=10:count_or_zero *--batch-size=64:count
-*--lr-backbone=0.03:positive *--lr-head=0.3:positive *--weight-decay=0.0005:non_negative *--momentum=0.9:fraction
---bn-mode=None:train|frozen|warm-up *--gpu=0:count_or_zero *--remove-ood=0.01:fraction
---ood-start-factor=1:non_negative --knn-k=10:count --knn-encoder='current':current|pretrained
-*--clustering=False(?):_switch --no-clustering->clustering=True *--interval=30:count *--p-threshold=0.3:fraction
---selection='gmm':gmm|none *--lambda_x=1:non_negative *--lambda_u=100:non_negative *--lambda_xe=1:non_negative
-*--lambda_ue=100:non_negative *--lambda_c=1:non_negative *--temperature=0.5:positive *--alpha=4:positive
-*--thr_un=0.9:fraction *--LN-loss='RL':RL|CE --rce='released':released|log --ramp=None:fixed|released
---warmup-mask=None:sample|released --warmup-loss='SCE':SCE|CE --cuda_graphs=None --eval-train,--no-eval-train=False
-*--exp-dir->out=None(?):place *!--print-freq=100:int *!--drops=0.005:float *!--lambda_ce=1:float *!--emb-loss='no':str
+{mixematch(50, 10, 1)}
 """,
-    "manifold_pretrain": """
+    "manifold_pretrain": f"""
 --dataset='cifar100' --data-dir,--data_path='./data':place --corruption=None --ood-dir=None:place
 --ood-ratio=0.2:fraction --open-set-cache=None:place !--num-class=100:count
 --noise-type=None:sym|asym|superclass|margin1|margin2|margin3|hard|no|given|red|blue --noise-ratio=0.2:fraction
 --posterior=None:place --noise-seed=0:seed --label-rng='python':python|numpy --img-size,--image_size=32:count
---on_bad_image='error':error|skip --decoded=None:place --test_split=0.2:fraction --epochs=1000:count
---batch_size=1024:count --drop_last,--no-drop_last=False --lr,--learning_rate=0.5:positive --momentum=0.9:fraction
---weight_decay=0.0001:non_negative --temp=0.5:positive --cosine,--no-cosine=True
---lr_decay_epochs=[700,800,900](+):count --lr_decay_rate=0.1:positive --warm,--no-warm=None --warmup_epochs=10:count
---knn_every=None:count --cuda_graphs=None --arch='resnet18':resnet18|resnet34|resnet50|resnet101|narrow --gpu=0:count_or_zero
+--on_bad_image='error':error|skip --decoded=None:place --test_split=0.2:fraction
+{SIMCLR}
+--arch='resnet18':resnet18|resnet34|resnet50|resnet101|narrow --gpu=0:count_or_zero
 --knn-k=10:count --workers=8:count_or_zero
 """,
     "sanm": """
@@ -209,13 +213,11 @@ FROZEN = {
 *--gpuid=0:count_or_zero --masking='adversarial':adversarial|none --mask-lo=0.06:fraction --mask-hi=0.13:fraction
 --mask-quality=0.1:fraction --mask-anchor=None:corner|centre --clamp-targets=False --recon-weight=0.3:non_negative
 """,
-    "sanm_pretrain": """
+    "sanm_pretrain": f"""
 --dataset='cifar10' --data_path='./data':place --image_size=32:count --test_split=0.2:fraction
---on_bad_image='error':error|skip --workers=4:count_or_zero --epochs=1000:count --batch_size=1024:count
---drop_last,--no-drop_last=False --lr,--learning_rate=0.5:positive --momentum=0.9:fraction
---weight_decay=0.0001:non_negative --temp=0.5:positive --cosine,--no-cosine=True
---lr_decay_epochs=[700,800,900](+):count --lr_decay_rate=0.1:positive --warm,--no-warm=None --warmup_epochs=10:count
---knn_every=None:count --cuda_graphs=None --model='resnet18':resnet18 --gpuid=0:count_or_zero
+--on_bad_image='error':error|skip --workers=4:count_or_zero
+{SIMCLR}
+--model='resnet18':resnet18 --gpuid=0:count_or_zero
 """,
 }
 
@@ -223,7 +225,7 @@ FROZEN = {
 def frozen(action, released: list) -> str:
     """A flag as in the table."""
     kind = "|".join(action.choices) if action.choices else getattr(action.type, "__name__", "")
-    same = any(option.lstrip("-").replace("-", "_") == action.dest for option in action.option_strings)
+    same = action.dest in {option.lstrip("-").replace("-", "_") for option in action.option_strings}
     mark = "*" * (action in released) + "!" * ("no effect" in action.help)
     nargs = f"({action.nargs})" if action.nargs else ""
     name = ",".join(action.option_strings) + ("" if same else f"->{action.dest}")
@@ -233,9 +235,8 @@ def frozen(action, released: list) -> str:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_defaults_types_and_choices_are_the_frozen_ones(script):
     parser = SCRIPTS[script].make_parser()
-    released = [
-        a for group in parser._action_groups if group.title == "of the release" for a in group._group_actions
-    ]
+    groups = [group for group in parser._action_groups if group.title == "of the release"]
+    released = [action for group in groups for action in group._group_actions]
     shared = SHARED.replace("SEED", str(SEEDS.get(script, 123)))
     expected = (FROZEN[script].replace("NOISE", NOISE) + shared).split()
     assert [frozen(action, released) for action in parser._actions[1:]] == expected
@@ -641,9 +642,8 @@ COLUMNS = ("dataset", "noise_type", "noise_rate", "imb_factor", "ood_ratio", "pr
 @pytest.mark.parametrize(("script", "words", "expected"), cases(CELLS))
 def test_a_result_row_names_what_was_trained_on(script, words, expected):
     found = CELL[script](parse(script, words), SimpleNamespace(name="few"))
-    assert {name: str(value) for name, value in found.items()} == dict(
-        zip(COLUMNS, expected.split(", "), strict=True)
-    )
+    texts = dict(zip(COLUMNS, expected.split(", "), strict=True))
+    assert {name: str(value) for name, value in found.items()} == texts
 
 
 # notes ------------------------------------------------------------------------------------------------------------------
@@ -671,9 +671,8 @@ def test_a_schedule_that_does_not_fit_gets_a_note(capsys, monkeypatch):
         for words, count in (("--selection none --warmup-epoch 300", 0), ("--epochs 5 --warmup-epoch 5", 1)):
             parse(script, words)
             assert capsys.readouterr().out.count("--warmup-epoch 5 is not below --epochs 5") == count
-    monkeypatch.setattr(
-        "common.gpu.processes.rank", lambda: 1
-    )  # of several processes the first alone says so
+    # of several processes the first alone says so
+    monkeypatch.setattr("common.gpu.processes.rank", lambda: 1)
     parse("manifold", "--epochs 5 --warmup-epoch 5")
     assert capsys.readouterr().out == ""
 
@@ -713,14 +712,10 @@ PRESETS = {(flags, name): own for flags in FLAGS for name, own in cli.read_prese
 
 def own_script(flags, section: dict) -> str:
     """The key in SCRIPTS of the script that a preset's section is for."""
-    scripts = [
-        name
-        for name, module in SCRIPTS.items()
-        if module.__name__.startswith(flags.__name__.partition(".")[0])
-    ]
-    return next(
-        (name for name in scripts if SCRIPTS[name].make_parser().prog == section.get("script")), scripts[0]
-    )
+    paper = flags.__name__.partition(".")[0]
+    scripts = [name for name, module in SCRIPTS.items() if module.__name__.startswith(paper)]
+    named = [name for name in scripts if SCRIPTS[name].make_parser().prog == section.get("script")]
+    return (named or scripts)[0]
 
 
 @pytest.mark.parametrize(("flags", "name"), PRESETS, ids=str)
@@ -744,42 +739,28 @@ def test_a_preset_parses_by_its_own_script_alone_and_its_values_arrive(flags, na
         encoder = PRESETS[flags, section["encoder"]]
         its = parse(own_script(flags, encoder), f"--preset {section['encoder']}")
         assert own_script(flags, encoder).endswith("pretrain")
-        alike = {
-            "manifold": ["corruption", "ood_ratio"],
-            "manifold_mini": ["noise_type", "noise_ratio", "img_size"],
-        }
-        for flag in ("dataset", *(["arch"] if own in alike else []), *alike.get(own, [])):
+        alike = {"manifold": "arch corruption ood_ratio"}
+        alike["manifold_mini"] = "arch noise_type noise_ratio img_size"
+        for flag in ("dataset", *alike.get(own, "").split()):
             assert getattr(args, flag) == getattr(its, flag), flag
 
 
-SANM_METHODS = {
-    "sanm-c2d": "SANM(C2D)",
-    "sanm-dividemix": "SANM(DivideMix)",
-    "c2d": "C2D",
-    "dividemix": "DivideMix",
-}
-PROTOCOL = {
-    "lr": 0.01,
-    "weight_decay": 1e-4,
-    "batch_size": 128,
-    "num_epochs": 100,
-    "data_percent": 0.9,
-    "seed": 1,
-}
+SANM_METHODS = {"sanm-c2d": "SANM(C2D)", "sanm-dividemix": "SANM(DivideMix)"}
+SANM_METHODS |= {"c2d": "C2D", "dividemix": "DivideMix", "ce": "CE"}
+PROTOCOL = {"lr": 0.01, "weight_decay": 1e-4, "batch_size": 128, "num_epochs": 100, "data_percent": 0.9}
 PROTOCOL |= {"max_outer_loop": 3, "max_inner_loop": 20, "es_step": 0.1, "es_limit": 2.0, "stem_padding": 0}
-PROTOCOL |= {"network": "auto", "fidelity": "paper", "limit_train": None, "noise_file": None}
+PROTOCOL |= {"network": "auto", "fidelity": "paper", "limit_train": None, "noise_file": None, "seed": 1}
 
 
 @pytest.mark.parametrize(("flags", "name"), PRESETS, ids=str)
 def test_a_preset_does_what_its_name_says(flags, name):
     """Published cells by the published protocol; the name says data, noise, rate, and the method or what is left of it."""
-    section = PRESETS[flags, name]
-    own, what = own_script(flags, section), name.rpartition("/")[2]
+    own, what = own_script(flags, PRESETS[flags, name]), name.rpartition("/")[2]
     args, cell = parse(own, f"--preset {name}"), re.match(r"(\w+)/\1-([a-z]+)(0\.\d)/", name)
     if own == "sanm" and cell:
         assert (args.dataset, args.noise_mode, args.r) == (cell[1], cell[2], float(cell[3]))
         assert (args.num_epochs, args.batch_size, args.lr, args.fidelity) == (360, 64, 0.02, "paper")
-        assert METHOD[own](args) == (SANM_METHODS | {"ce": "CE"})[what]
+        assert METHOD[own](args) == SANM_METHODS[what]
     if own == "me_momentum" and cell:
         assert {flag: getattr(args, flag) for flag in PROTOCOL} == PROTOCOL
         noise = {"sym": "symmetric", "inst": "instance"}[cell[2]]
@@ -796,10 +777,9 @@ def test_a_preset_does_what_its_name_says(flags, name):
 
 
 def test_the_published_cells_of_me_momentum_are_all_there_each_with_its_baseline():
-    names = {name for flags, name in PRESETS if flags is me_momentum_flags}
-    for data in ("mnist", "cifar10", "cifar100"):
-        for noise in ("sym0.2", "sym0.4", "inst0.2", "inst0.4"):
-            assert {f"{data}/{data}-{noise}/{what}" for what in ("me-momentum", "ce")} <= names
+    every = ("mnist", "cifar10", "cifar100"), ("sym", "inst"), ("0.2", "0.4"), ("me-momentum", "ce")
+    for data, noise, rate, what in itertools.product(*every):
+        assert (me_momentum_flags, f"{data}/{data}-{noise}{rate}/{what}") in PRESETS
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: flags.__name__)
@@ -985,14 +965,15 @@ def place(tmp_path_factory):
         arrays = {"train_images": images, "train_labels": labels}
         np.savez(folder / f"{name}.npz", **arrays, test_images=images, test_labels=labels)
     (folder / "damaged.safetensors").write_bytes(b"no weights")
-    weights = make_encoder("resnet18", 1, 8).state_dict()
-    weights["conv1.weight"] *= torch.nan
-    safetensors.torch.save_file(weights, folder / "nan.safetensors")
-    weights = {name: value.contiguous() for name, value in simclr_resnet(1, 8).state_dict().items()}
-    del weights["layer3.0.conv2.weight"]
-    safetensors.torch.save_file(weights, folder / "lacking.safetensors")
-    weights = {name: value.contiguous() for name, value in simclr_resnet(3, 8).state_dict().items()}
-    safetensors.torch.save_file(weights, folder / "colour.safetensors")
+    networks = {"nan": make_encoder("resnet18", 1, 8)}
+    networks |= {"lacking": simclr_resnet(1, 8), "colour": simclr_resnet(3, 8)}
+    for name, network in networks.items():
+        weights = {key: value.contiguous() for key, value in network.state_dict().items()}
+        if name == "nan":
+            weights["conv1.weight"] *= torch.nan
+        if name == "lacking":
+            del weights["layer3.0.conv2.weight"]
+        safetensors.torch.save_file(weights, folder / f"{name}.safetensors")
     return folder
 
 
