@@ -30,7 +30,10 @@ from tests.card_steps import STEPS, Bench
 from tests.pretend_card import CardError, PretendCard, usable
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(not usable(), reason="a card is there, or this torch has no CUDA in it")
+pytestmark = [
+    pytest.mark.skipif(not usable(), reason="a card is there, or this torch has no CUDA in it"),
+    pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
+]
 CARD = Device(torch.device("cuda", 0), "bf16", "tests")
 EXACT = CARD._replace(precision="fp32")
 CPU = Device(torch.device("cpu"), "fp32", "tests")
