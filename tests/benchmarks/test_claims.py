@@ -219,11 +219,13 @@ def test_the_methods_of_a_prepared_setting_read_the_same_data_set(tmp_path):
     names = claims.make_parser().parse_args(["--out", str(tmp_path), "--data_path", str(tmp_path / "data")])
     (own,) = chosen(EVERY, ["across-above-ce"], None)
     runs = runs_of([claims.with_seeds(own, [5])], PREPARED, names)
-    assert len(runs) == 7 and len({run.cell.paper for run in runs}) == 5
-    folder = str(tmp_path / "cross_data" / "cifar10-human-worst-limit10000-seed5")
-    for run in runs:
-        ((_, command),) = run.task.commands
-        assert folder in command, command
+    for labels in ("worst", "aggre"):
+        same = [run for run in runs if f"human-{labels}" in run.cell.preset]
+        assert len(same) == 7 and len({run.cell.paper for run in same}) == 5
+        folder = str(tmp_path / "cross_data" / f"cifar10-human-{labels}-limit10000-seed5")
+        for run in same:
+            ((_, command),) = run.task.commands
+            assert folder in command, command
 
 
 def test_what_is_missing_is_named(tmp_path):
