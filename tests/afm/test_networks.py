@@ -12,6 +12,7 @@ from afm.grouping import groups_by_halves
 from afm.networks import load_weights, make_backbone, make_network
 from common.gpu.device import Device
 from common.runs.cli import UserError
+from tests.common.payload import Payload
 from tests.lines import message
 
 
@@ -189,19 +190,12 @@ def test_weights_of_torchvision_leave_attention_and_classifier_as_they_were(file
     assert same_state(network.backbone, theirs)
 
 
-class Runs:
-    """Unpickled, it writes a file."""
-
-    def __reduce__(self):
-        return open, ("ran", "w")
-
-
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (None, "no such file"),
         (b"<html>gone</html>", "damaged"),
-        ({"classifier.weight": Runs()}, "more than tensors"),
+        ({"classifier.weight": Payload(open, "ran", "w")}, "more than tensors"),
         (torch.zeros(3), "not a state dict"),
         ({"state_dict": {"classifier.weight": torch.zeros(10, 64)}}, "not a state dict"),
         ({"classifier.weight": torch.zeros(7, 7), "other": torch.zeros(2)}, "does not fit the backbone"),

@@ -123,8 +123,18 @@ def test_a_lock_shows_its_heartbeat_and_notices_that_it_was_taken_over(path):
 def test_with_patience_it_is_waited_for(path):
     held = lock(path)
     held.acquire()
-    threading.Timer(0.3, held.release).start()
+    released = []
+    threading.Timer(0.3, lambda: released.append(True) or held.release()).start()
     lock(path).acquire(patience=120)
+    assert released
+
+
+def test_a_process_lives_until_it_has_ended():
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert locks._lives(os.getpid()) and not locks._lives(child)
 
 
 def test_a_forked_process_does_not_give_its_parents_lock_back(tmp_path):
