@@ -158,8 +158,9 @@ class Run:
             raise UserError(
                 f"{path} is damaged: remove {self.folder} to start again, or choose another --out"
             ) from None
+        version = f" (the run, of commit {kept.get('environment', {}).get('git')}, has no such flag)"
         differing = [
-            f"{n} was {old.get(n)}, now {arguments.get(n)}"
+            f"{n} was {old.get(n)}, now {arguments.get(n)}{'' if n in old else version}"
             for n in {**old, **arguments}
             if n not in (*NOT_COMPARED, *places) and old.get(n) != arguments.get(n)
         ]

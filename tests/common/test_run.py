@@ -233,7 +233,7 @@ def test_without_out_the_directory_is_named_by_paper_and_name(start, tmp_path, m
         ({"lr": 0.2}, "lr was 0.1, now 0.2"),
         ({"num_epochs": 4}, "num_epochs was 3, now 4"),
         ({"preset": "a/b"}, "preset was None, now a/b"),
-        ({"new_flag": 7}, "new_flag was None, now 7"),
+        ({"new_flag": 7}, r"new_flag was None, now 7 \(the run, of commit .*, has no such flag"),
         ({"resume": "never"}, "holds a run already.*--resume auto"),
     ],
 )
