@@ -497,15 +497,6 @@ def next_in_group(groups: Sequence[int] | np.ndarray, rate: float) -> np.ndarray
     return matrix
 
 
-def look_alike_matrix(rate: float) -> np.ndarray:
-    """T [10, 10]: a class of CIFAR-10 becomes its look-alike, if it has one, with probability `rate`."""
-    _check_rate(rate)
-    matrix = np.eye(10)
-    for own, other in CIFAR10_LOOK_ALIKES.items():
-        matrix[own, own], matrix[own, other] = 1 - rate, rate
-    return matrix
-
-
 # from a posterior -----------------------------------------------------------------------------------------------------
 
 

@@ -146,7 +146,6 @@ def test_a_rate_outside_0_to_1_is_refused_by_name(wrong):
     labels, ood = LABELS[10], np.arange(2)
     for name, function, *arguments in (
         ("noise rate", draw, "sym", labels, wrong, 0.2, 10),
-        ("noise rate", noise.look_alike_matrix, wrong),
         ("noise rate", noise.next_in_group, [0, 0], wrong),
         ("ood ratio", noise.open_set, N, wrong, 10, RandomState(0)),
         ("ood ratio", noise.in_distribution_noise, "sym", labels, ood, 0.2, wrong, 10, RandomState(0)),
