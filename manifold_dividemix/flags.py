@@ -401,6 +401,7 @@ def method(args: Namespace) -> str:
         "OOD removal": args.remove_ood == 0,
         "manifold mixup": args.lambda_xe == args.lambda_ue == 0,
         "contrastive loss": args.lambda_c == 0,
+        "unlabelled losses": args.lambda_u == args.lambda_ue == 0,
     }
     left_out = " and ".join(part for part, is_out in parts.items() if is_out)
     scored = ", scored by the pre-trained encoder" if args.knn_encoder == "pretrained" else ""

@@ -447,6 +447,7 @@ manifold manifold_mini:
     --lambda_ue 0 => Manifold DivideMix
     --lambda_xe 0 --lambda_ue 0 => Manifold DivideMix without manifold mixup
     --lambda_c 0 => Manifold DivideMix without contrastive loss
+    --lambda_u 0 --lambda_ue 0 => Manifold DivideMix without unlabelled losses
     --remove-ood 0 --lambda_xe 0 --lambda_ue 0 => Manifold DivideMix without OOD removal and manifold mixup
     --knn-encoder pretrained --remove-ood 0 => Manifold DivideMix without OOD removal, scored by the pre-trained encoder
     --selection none --remove-ood 0 --pretrained none --warmup-loss CE => CE
