@@ -72,6 +72,11 @@ class Device(NamedTuple):
         """The network on the device, channels-last, its forward compiled in place if asked (names of state unchanged)."""
         network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compiled:
+            from torch._dynamo import config  # noqa: PLC0415 (seconds to import)
+
+            # Modes, autocast, gradients and batch sizes make variants, of which torch compiles 8 by default. A backward pass
+            # through uncompiled forward passes with a compiled one after them fails: it has changed the batch norms.
+            config.recompile_limit = 64
             network.compile()
         if not passes.compiled(network.modules()) and not processes.launched():
             _count_on(network, torch.device("cpu"))

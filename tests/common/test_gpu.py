@@ -1,8 +1,10 @@
 """Device and precision on a machine without a card (a card that is there is hidden)."""
 
 import ctypes
+import itertools
 import os
 import platform
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -145,6 +147,20 @@ def test_prepare_keeps_the_names_and_values_of_the_state(compiled):
     torch.testing.assert_close(state, before, rtol=0, atol=0)
     assert list(state) == list(before)
     assert state["0.weight"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_on_several_passes_after_more_variants_than_torch_compiles_by_default():
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    network.compile = partial(network.compile, backend="aot_eager")
+    Device(torch.device("cpu"), "fp32", "test").prepare(network, compiled=True)
+    for mode, gradients, casts in itertools.product((True, False), repeat=3):
+        network.train(mode)
+        with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            network(torch.randn(16, 1, 8, 8))
+    network.train()
+    sum(network(torch.randn(rows, 1, 8, 8)).sum() for rows in (4, 16)).backward()
+    assert all(weight.grad is not None for weight in network.parameters())
 
 
 def test_exact_products_end_with_what_was_before_them_also_after_an_error():
