@@ -1,8 +1,8 @@
 """cleanlab's ranking of given labels (Northcutt et al. 2021), from class probabilities of plain cross-entropy out of fold.
 
 The network, its schedule, images and labels are those of `python -m benchmarks.baseline --like RUN`; of a run of cross-entropy by
-afm/train.py, its own. It is trained FOLDS times, each time without a fifth of the images, whose probabilities it then gives.
-cleanlab is an optional extra under the AGPL, and is imported here alone.
+afm/train.py, its own. The precision is that of RUN. It is trained FOLDS times, each time without a fifth of the images, whose
+probabilities it then gives. cleanlab is an optional extra under the AGPL, and is imported here alone.
 """
 
 import time
@@ -117,7 +117,8 @@ def cleanlab_folder(run: Path, quality: pd.DataFrame, data_path: str | None, dev
     data = datasets.from_arguments(arguments, root)
     if any(paths) and paths != [data.paths[i] for i in index]:
         raise refusal
-    picked = gpu.pick(device, "auto", fidelity=arguments.get("fidelity", "paper"))
+    precision = "auto" if device == "mps" else arguments.get("precision", "auto")  # MPS has no bfloat16
+    picked = gpu.pick(device, precision, fidelity=arguments.get("fidelity", "paper"))
     probabilities = out_of_fold(data, index, given, description, picked)
     scores = get_label_quality_scores(given, probabilities.numpy())
     issues = find_label_issues(given, probabilities.numpy(), n_jobs=1)
