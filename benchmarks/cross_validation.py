@@ -117,8 +117,7 @@ def cleanlab_folder(run: Path, quality: pd.DataFrame, data_path: str | None, dev
     data = datasets.from_arguments(arguments, root)
     if any(paths) and paths != [data.paths[i] for i in index]:
         raise refusal
-    precision = "auto" if device == "mps" else arguments.get("precision", "auto")  # MPS has no bfloat16
-    picked = gpu.pick(device, precision, fidelity=arguments.get("fidelity", "paper"))
+    picked = gpu.pick(device, arguments.get("precision", "auto"), fidelity=arguments.get("fidelity", "paper"))
     probabilities = out_of_fold(data, index, given, description, picked)
     scores = get_label_quality_scores(given, probabilities.numpy())
     issues = find_label_issues(given, probabilities.numpy(), n_jobs=1)

@@ -213,7 +213,9 @@ def pick(
 
 def _pick_mps(precision: str) -> Device:
     if precision == "bf16":
-        raise UserError("--precision bf16: --device mps has fp32 alone; use --precision fp32 or auto")
+        raise UserError(
+            "--precision bf16: --device mps has fp32 alone; use --precision fp32, or --device cpu"
+        )
     if not torch.backends.mps.is_available():
         raise UserError("--device mps: this torch has no MPS device; use --device cpu")
     if processes.launched():

@@ -91,7 +91,7 @@ def test_asking_for_a_card_that_is_not_there_is_an_error(no_card, capsys, index)
     ("precision", "line"),
     [
         ("auto", "--device mps: this torch has no MPS device; use --device cpu"),
-        ("bf16", "--precision bf16: --device mps has fp32 alone; use --precision fp32 or auto"),
+        ("bf16", "--precision bf16: --device mps has fp32 alone; use --precision fp32, or --device cpu"),
     ],
 )
 def test_what_mps_cannot_do_is_one_line(precision, line, monkeypatch, capsys, tmp_path):
