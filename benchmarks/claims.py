@@ -144,6 +144,8 @@ def runs_of(claims: Iterable[Claim], prepared: dict[str, Prepared], args: Namesp
         if own is not None:
             data = cross.inputs_of(own.setting, seed, out, data_path, own.limit).folder
         task = make_task(cell, seed, folder_of(cell, out), data, [], baseline=False)
+        for _, command in task.commands:
+            command.extend(["--precision", args.precision] if args.precision else [])
         runs.append(CellRun(cell, seed, task))
     return runs
 
@@ -220,6 +222,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument(
         "--second", action="store_true", help="run also the undecided tests again, with other seeds"
     )
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="instead of the cells' own")
     parser.add_argument("--data_path", default="./data", metavar="DIR", help="where the data sets are")
     parser.add_argument("--out", default="results", metavar="DIR", help="for claims.*, cross_data/ and runs/")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")

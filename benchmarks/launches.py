@@ -1,6 +1,6 @@
 """Count what a training step starts and waits for on a GPU, without one: on the pretend card of the tests.
 
-A step with its augmentation: forward, backward, optimiser; ResNet-18, batches of two 32 x 32 colour images, bfloat16.
+A step with its augmentation: forward, backward, optimiser; ResNet-18, batches of two 16 x 16 colour images, bfloat16.
 The host starts each operator by itself, and a wait stops it until the GPU has caught up.
 """
 
@@ -38,7 +38,7 @@ def launches(_args: Namespace) -> Iterator[dict]:
             def watch(marks=marks, pretend=pretend) -> None:
                 marks.append((pretend.operators.total(), len(pretend.syncs)))
 
-            step(Bench(card, 32, 3, 2, watch))  # the second of its two steps is counted
+            step(Bench(card, 16, 3, 2, watch))  # the second of its two steps is counted
             (operators, waits), (operators_after, waits_after) = marks
         yield {
             "step": name,

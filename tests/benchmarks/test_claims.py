@@ -216,7 +216,8 @@ def test_undecided_tests_are_run_again_with_other_seeds_only_if_asked(tmp_path, 
 
 
 def test_the_methods_of_a_prepared_setting_read_the_same_data_set(tmp_path):
-    names = claims.make_parser().parse_args(["--out", str(tmp_path), "--data_path", str(tmp_path / "data")])
+    words = ["--out", str(tmp_path), "--data_path", str(tmp_path / "data"), "--precision", "fp32"]
+    names = claims.make_parser().parse_args(words)
     (own,) = chosen(EVERY, ["across-above-ce"], None)
     runs = runs_of([claims.with_seeds(own, [5])], PREPARED, names)
     for labels in ("worst", "aggre"):
@@ -225,7 +226,7 @@ def test_the_methods_of_a_prepared_setting_read_the_same_data_set(tmp_path):
         folder = str(tmp_path / "cross_data" / f"cifar10-human-{labels}-limit10000-seed5")
         for run in same:
             ((_, command),) = run.task.commands
-            assert folder in command, command
+            assert folder in command and command[-2:] == words[-2:], command
 
 
 def test_what_is_missing_is_named(tmp_path):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from afm import train as afm
-from common.gpu.device import Device, exact_products, home, keep_freed_memory, pick, put, sgd, wide
+from common.gpu.device import SLOW_BF16, Device, exact_products, home, keep_freed_memory, pick, put, sgd, wide
 from common.runs.cli import UserError
 from tests.lines import refused
 
@@ -33,11 +33,15 @@ def no_card(monkeypatch):
     ],
 )
 def test_without_a_card_cpu_is_picked_and_the_reason_printed(
-    no_card, capsys, device, reason, precision, fidelity, chosen, why
+    no_card, monkeypatch, capsys, device, reason, precision, fidelity, chosen, why
 ):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", Mock(side_effect=["AVX2", "AVX512"]))
     picked = pick(device, precision, fidelity=fidelity)
     assert (picked.device, picked.precision) == (torch.device("cpu"), chosen)
-    assert capsys.readouterr().out == f"device cpu ({reason}), precision {chosen} ({why})\n"
+    warned = f"{SLOW_BF16}\n" if chosen == "bf16" else ""
+    assert capsys.readouterr() == (f"device cpu ({reason}), precision {chosen} ({why})\n", warned)
+    pick(device, precision, fidelity=fidelity)
+    assert not capsys.readouterr().err
     assert picked.peak_memory_mb() is None
 
 

@@ -60,7 +60,8 @@ def test_separate_passes_have_the_gradients_of_autograd_in_float32(network, view
     for own, plain in zip(found, wanted, strict=True):
         assert own is plain is None or (own.dtype == torch.float32 and torch.equal(own, plain))
     assert not torch.equal(rounded[2], wanted[2])  # here the gradients of three passes were added in bfloat16
-    torch.testing.assert_close(rounded[2], wanted[2], rtol=0.02, atol=1e-6)
+    # the rounding is of the summands, which may cancel
+    torch.testing.assert_close(rounded[2], wanted[2], rtol=0, atol=0.01 * float(wanted[2].abs().max()))
 
 
 def test_weights_are_cast_once_and_are_back_after_an_error(network, views):
