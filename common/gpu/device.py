@@ -16,7 +16,7 @@ from common.runs.cli import UserError
 
 Network = TypeVar("Network", bound=nn.Module)
 BF16_SINCE = (8, 0)  # compute capability
-SLOW_BF16 = "warning: --precision bf16: this CPU has no AVX-512, so bfloat16 is many times slower than --precision fp32"
+SLOW_BF16 = "warning: --precision bf16 is many times slower on a CPU without AVX-512: use --precision fp32"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
@@ -209,7 +209,8 @@ def pick(
         processes.start(picked)
         reason += f", {processes.world()} processes"
     processes.say(reason)
-    if not on_cuda and chosen == "bf16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+    slow = not on_cuda and chosen == "bf16" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if slow and processes.rank() == 0:
         print(SLOW_BF16, file=sys.stderr)
     return Device(picked, chosen, reason)
 
