@@ -181,7 +181,7 @@ def mnist(cell: str, metric: str, fidelity: str = "paper") -> str:
     return figure(rows["value"][(rows[list(wanted)] == pd.Series(wanted)).all(axis=1)])
 
 
-@pytest.mark.parametrize("cell", ["mnist-sym0.2", "mnist-inst0.2"])
+@pytest.mark.parametrize("cell", ["mnist-sym0.2", "mnist-sym0.4", "mnist-inst0.2"])
 def test_the_log_of_a_run_on_mnist_is_that_of_its_row(cell):
     log = read(REFERENCE / "logs" / f"me_momentum_{cell.replace('-', '_')}.csv")
     best = [row for row in log if row["new_best"] == "1"][-1]
