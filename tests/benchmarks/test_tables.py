@@ -39,7 +39,8 @@ ROW = {
 
 def test_a_run_by_the_published_protocol_fills_its_setting(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "REFERENCE", tmp_path)
-    write(tmp_path / "x.csv", [ROW, ROW | {"metric": "loss"}, ROW | {"seed": "2", "value": "91.5"}])
+    baseline = ROW | {"cell": "cifar10-if0.1-imb0.5", "method": "CE"}  # fills no setting
+    write(tmp_path / "x.csv", [ROW, ROW | {"metric": "loss"}, ROW | {"seed": "2", "value": "91.5"}, baseline])
     text = page()
     assert "- sfa, grid: 11 of 12 settings" in text and "Nothing has been measured on a GPU yet." in text
     cells_of_row = "| cifar10-if0.1-imb0.2 | imb 0.2 | SFA | paper | 200 | 2 | 91.00 ± 0.71 |"
