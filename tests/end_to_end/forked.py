@@ -1,5 +1,7 @@
 """Run scripts several times as they run by path, a process of its own each (or two), but with one import for all.
 
+Also of what they import at their first use, for seconds.
+
 Takes a list of jobs as JSON, each the fields of `Job`; prints the exit statuses of each.
 """
 
@@ -16,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch._dynamo  # what an optimiser imports when it is made, for seconds: here once for all
 
 from common.datasets import pools
 from common.gpu import augment, processes
@@ -25,6 +26,8 @@ from common.runs.run import Run
 from manifold_dividemix import train_semisup, training
 from tests.end_to_end.small_networks import SMALL
 
+AT_FIRST_USE = """torch._dynamo torch.nn.parallel torch.utils.tensorboard torchvision.io torchvision.models
+torchvision.transforms.v2 sklearn.datasets sklearn.metrics sklearn.mixture"""
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -156,8 +159,8 @@ def ended(children: list[int]) -> list[int]:
 
 if __name__ == "__main__":
     jobs = [Job(**fields) for fields in json.loads(sys.argv[1])]
-    for script in {job.script for job in jobs}:
-        importlib.import_module(script)
+    for name in {*AT_FIRST_USE.split(), *(job.script for job in jobs)}:
+        importlib.import_module(name)
     if any(job.script.startswith("manifold_dividemix") and "digits" in job.flags for job in jobs):
         made = pools.photographs()
         pools.photographs = lambda: made  # they take as long as the rest of a start

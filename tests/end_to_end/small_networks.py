@@ -2,11 +2,14 @@
 
 from torch import Tensor, nn
 
+import afm.networks
 from me_momentum import Clothing
 from sanm import Train_clothing1M
 from sanm.networks import MaskedNetwork
 from sfa import learners
 from sfa.networks import TwoHeads
+
+make_backbone = afm.networks.make_backbone
 
 
 def _encoder() -> list[nn.Module]:
@@ -34,6 +37,13 @@ def masked_network(name: str, num_classes: int, pretrained: str) -> MaskedNetwor
     return MaskedNetwork(nn.Sequential(*_encoder()), 16, num_classes, decoder)
 
 
+def afm_backbone(name: str, image_size: int, channels: int, pretrained: str) -> tuple[nn.Module, int]:
+    """In place of afm's make_backbone; the narrow network for digits is small enough."""
+    if image_size < 64:
+        return make_backbone(name, image_size, channels, pretrained)
+    return nn.Sequential(*_encoder(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 16
+
+
 def clothing_network(num_classes: int, name: str, pretrained: str) -> nn.Module:
     """In place of me_momentum's clothing_network."""
     assert (name, pretrained) == ("resnet18", "none")
@@ -42,6 +52,7 @@ def clothing_network(num_classes: int, name: str, pretrained: str) -> nn.Module:
 
 # script -> where its network is made, by which name, and the small one
 SMALL = {
+    "afm.train": (afm.networks, "make_backbone", afm_backbone),
     "sfa.Train_webvision": (learners, "webvision_network", WebvisionNetwork),
     "sanm.Train_clothing1M": (Train_clothing1M, "clothing_network", masked_network),
     "me_momentum.Clothing": (Clothing, "clothing_network", clothing_network),

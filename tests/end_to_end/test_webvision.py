@@ -22,25 +22,22 @@ NETWORKS, RELEASED = "--parallel networks", "--fidelity released"
 # name -> flags; starts as (moment of the signal, processes), the last one to its end; how they end; epochs they find finished
 RUNS = {
     "alone": ("", [("", 1)], [[0]], ()),
-    # before the first checkpoint; in the warm-up; in a selection; in co-divide; between a row and its checkpoint; in a test
+    # after the first checkpoint; in the warm-up; in co-divide; in a test; after a checkpoint
     "killed": (
         "",
-        [(moment, 1) for moment in ("0:save", "1:warm-up of network 2", "1:selection of network 1", "2:log")]
-        + [(moment, 1) for moment in ("2:training of network 2", "3:imagenet", "4:training", "4:save", "")],
-        [[-9]] * 8 + [[0]],
-        (0, 0, 0, 1, 1, 2, 3, 4),
+        [(moment, 1) for moment in ("0:save", "1:warm-up of network 2", "2:training of network 2")]
+        + [("3:imagenet", 1), ("4:save", 1), ("", 1)],
+        [[-9]] * 5 + [[0]],
+        (0, 0, 1, 2, 4),
     ),
     "stopped": ("", [("2:training:SIGTERM", 1), ("", 1)], [[143], [0]], (1,)),
     "networks": (NETWORKS, [("", 2)], [[0, 0]], ()),
-    # either process dies, or both
+    # either process dies, or both: between a row and its checkpoint, in a selection
     "networks_killed": (
         NETWORKS,
-        [
-            (moment, 2)
-            for moment in ("1:warm-up of network 1", "2:training of network 2", "2:log", "3:selection", "")
-        ],
-        [[-9, -9]] * 4 + [[0, 0]],
-        (0, 1, 1, 2),
+        [("2:log", 2), ("3:selection", 2), ("", 2)],
+        [[-9, -9]] * 2 + [[0, 0]],
+        (1, 2),
     ),
     "networks_stopped": (NETWORKS, [("3:training:SIGTERM", 2), ("", 2)], [[143, 143], [0, 0]], (2,)),
     "moved": (NETWORKS, [("3:training", 2), ("", 1)], [[-9, -9], [0]], (2,)),  # from two processes to one
