@@ -158,9 +158,9 @@ def cross_missing(rows: pd.DataFrame) -> list[str]:
 
 
 def not_measured(paper: str, rows: pd.DataFrame) -> list[tuple[str, str, int, int]]:
-    """For each table of the published protocol: paper, table, settings of which no method has a row, settings.
+    """For each table of the published protocol: paper, table, settings that have no row, settings.
 
-    Rows are of the profile paper; those of cross-entropy, the baseline, do not count.
+    Rows of the profile paper count, but for those of cross-entropy, the baseline.
     """
     settings = pd.DataFrame(
         [cell.preset.split("/")[:2] for cell in cells(paper, "paper")], columns=["table", "cell"]

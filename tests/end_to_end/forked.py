@@ -1,6 +1,6 @@
 """Run scripts several times as they run by path, a process of its own each (or two), but with one import for all.
 
-Also of what they import at their first use, for seconds.
+What they import at their first use, which takes seconds, is imported once too.
 
 Takes a list of jobs as JSON, each the fields of `Job`; prints the exit statuses of each.
 """
